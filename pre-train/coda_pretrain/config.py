@@ -1,0 +1,317 @@
+"""The run configuration: frozen dataclasses, YAML files merged in order, ``key=value`` overrides.
+
+A value can be wrong only loudly: an unknown key names the nearest known one, a wrong type or choice names what is
+allowed. The data and masking sections are declared by ``data.py`` and ``masking.py``. Not here: architecture (that is
+``CoDAConfig``; ``model.config`` only carries its fields) and anything that touches a device.
+
+No ``from __future__ import annotations`` in this file: field types must stay types.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .data import DataConfig
+from .masking import MaskingConfig
+from .plain_data import from_dict, merge, require_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the network comes from: a folder with weights, or fields of ``CoDAConfig`` and random weights."""
+
+    init_from: str | None = None
+    """A CoDA folder (an export of this package or a Hugging Face folder) whose weights start the run."""
+
+    config: dict[str, Any] | None = None
+    """Fields of ``CoDAConfig`` for a model that starts from random weights. Give this or ``init_from``."""
+
+    tokenizer: str
+    """The tokenizer folder; names the mask and pad ids and is copied into exports."""
+
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """The attention kernel, by its name in transformers."""
+
+    def __post_init__(self) -> None:
+        if (self.init_from is None) == (self.config is None):
+            raise ValueError("give exactly one of model.init_from (a folder) and model.config (fields of CoDAConfig)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The update rule. Weights and state are float32 whatever the precision of the forward pass."""
+
+    name: Literal["adafactor", "adamw"] = "adafactor"
+    learning_rate: float
+    """The peak of the schedule."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW only."""
+
+    eps: float | None = None
+    """AdamW: added to the denominator (1e-8 when null). Adafactor: added to the squared gradient (1e-30 when null)."""
+
+    weight_decay: float = 0.0
+    """Decoupled decay, not applied to biases and norm weights."""
+
+    clip_threshold: float = 1.0
+    """Adafactor only: upper bound on the root mean square of one tensor's update."""
+
+    decay_rate: float = -0.8
+    """Adafactor only: exponent of the running average's decay, ``1 - step ** decay_rate``."""
+
+    def __post_init__(self) -> None:
+        require_range("optimizer.learning_rate", self.learning_rate, above=0.0)
+        require_range("optimizer.weight_decay", self.weight_decay, at_least=0.0)
+        require_range("optimizer.clip_threshold", self.clip_threshold, above=0.0)
+        require_range("optimizer.decay_rate", self.decay_rate, below=0.0)
+        if self.eps is not None:
+            require_range("optimizer.eps", self.eps, above=0.0)
+        for beta in self.betas:
+            require_range("optimizer.betas", beta, at_least=0.0, below=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate moves. It is never exactly 0, so the first and last steps do something."""
+
+    name: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = 0
+    """Steps of linear growth before the peak."""
+
+    min_ratio: float = 0.0
+    """The rate that the decay aims at after the last step, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        require_range("schedule.warmup_steps", self.warmup_steps, at_least=0)
+        require_range("schedule.min_ratio", self.min_ratio, at_least=0.0, at_most=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, how many to keep, and what to continue from. The last step is always saved."""
+
+    every: int | None = 1000
+    """Steps between checkpoints; null saves only the last step."""
+
+    keep: int | None = 3
+    """Newest checkpoints kept; null keeps all."""
+
+    resume: str = "auto"
+    """``auto`` continues from the newest checkpoint of ``output_dir`` if there is one, ``never`` refuses a folder that
+    already holds one, and a path names the checkpoint to continue from."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) is not None:
+                require_range(f"checkpoint.{name}", getattr(self, name), at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Validation loss on held-out shards, with noise that is the same at every evaluation."""
+
+    every: int | None = None
+    """Steps between evaluations (one more follows the last step); null means none."""
+
+    batches: int = 8
+    """Global batches per evaluation, fewer if the held-out data is smaller."""
+
+    data: DataConfig | None = None
+    """The held-out shards."""
+
+    def __post_init__(self) -> None:
+        require_range("evaluation.batches", self.batches, at_least=1)
+        if self.every is not None:
+            require_range("evaluation.every", self.every, at_least=1)
+            if self.data is None:
+                raise ValueError("evaluation.every is set, so evaluation.data must name held-out shards; got null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis. One axis may be -1: what is left of the devices."""
+
+    data: int = 1
+    """Copies of the model; each sees its own rows."""
+
+    fsdp: int = -1
+    """Shards of weights and optimizer state; each also sees its own rows."""
+
+    tensor: int = 1
+    """Shards inside each matrix product (xla only)."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"hardware.mesh needs sizes >= 1 with at most one -1, got (data, fsdp, tensor) = {sizes}")
+
+    def shape(self, num_devices: int) -> tuple[int, int, int]:
+        """The (data, fsdp, tensor) sizes on ``num_devices`` devices.
+
+        Raises:
+            ValueError: the product is not ``num_devices``.
+        """
+        sizes = [self.data, self.fsdp, self.tensor]
+        if -1 in sizes:
+            known = 1
+            for size in sizes:
+                known *= size if size != -1 else 1
+            sizes[sizes.index(-1)] = max(num_devices // known, 1)
+        product = sizes[0] * sizes[1] * sizes[2]
+        if product != num_devices:
+            raise ValueError(
+                f"hardware.mesh (data, fsdp, tensor) = {tuple(sizes)} needs {product} devices, this run has {num_devices}"
+            )
+        return sizes[0], sizes[1], sizes[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """The machine: nothing here changes what is learnt, up to rounding."""
+
+    backend: Literal["cpu", "cuda", "xla"] = "cpu"
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16`` runs the forward pass under autocast; weights, gradients' sums and optimizer state stay float32."""
+
+    remat: bool = False
+    """Recompute each layer's activations in the backward pass."""
+
+    compile: bool = False
+    """``torch.compile`` the layers (cpu, cuda). The xla backend always compiles."""
+
+    sharding_rules: dict[str, list[str | None]] | None = None
+    """xla: fnmatch pattern of a weight's name -> mesh axis of each of its dimensions; the built-in table when null."""
+
+    num_threads: int | None = None
+    """cpu: threads of one matrix product; null leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None:
+            require_range("hardware.num_threads", self.num_threads, at_least=1)
+        if self.compile and self.backend == "xla":
+            raise ValueError("hardware.compile is for cpu and cuda; the xla backend always compiles, leave it false")
+        if self.sharding_rules is not None and self.backend != "xla":
+            raise ValueError(f"hardware.sharding_rules has no effect on backend {self.backend!r}, only on 'xla'")
+        if self.mesh.tensor not in (1, -1) and self.backend != "xla":
+            raise ValueError(f"hardware.mesh.tensor > 1 needs backend 'xla', got backend {self.backend!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases logging."""
+
+    project: str
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """What is reported. ``metrics.jsonl`` in ``output_dir`` is always written."""
+
+    every: int = 10
+    """Steps between rows."""
+
+    wandb: WandbConfig | None = None
+
+    def __post_init__(self) -> None:
+        require_range("metrics.every", self.every, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a pre-training run; saved in each checkpoint."""
+
+    output_dir: str
+    """The run folder: checkpoints/, metrics.jsonl, config.yaml. There is no default."""
+
+    seed: int = 0
+    max_steps: int | None = None
+    """Optimizer steps of the whole run. Give this or ``num_epochs``."""
+
+    num_epochs: float | None = None
+    """Passes over the mixture; turned into whole steps, rounded down."""
+
+    global_batch_size: int
+    """Rows per optimizer step, over all devices."""
+
+    micro_batch_size: int | None = None
+    """Rows, over all devices, that go through the model at once; gradients of the parts are summed. Null: all."""
+
+    seq_len: int
+    """Tokens per row."""
+
+    max_grad_norm: float | None = 1.0
+    """The global gradient norm is clipped to this; null does not clip."""
+
+    max_skipped_steps: int = 10
+    """A step whose loss or gradient is not finite changes nothing; this many in a row end the run."""
+
+    model: ModelConfig
+    data: DataConfig
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        if (self.max_steps is None) == (self.num_epochs is None):
+            raise ValueError(
+                f"give exactly one of max_steps and num_epochs, got {self.max_steps!r} and {self.num_epochs!r}"
+            )
+        require_range("seed", self.seed, at_least=0)
+        require_range("global_batch_size", self.global_batch_size, at_least=1)
+        require_range("seq_len", self.seq_len, at_least=2)
+        require_range("max_skipped_steps", self.max_skipped_steps, at_least=1)
+        if self.max_steps is not None:
+            require_range("max_steps", self.max_steps, at_least=1)
+        if self.num_epochs is not None:
+            require_range("num_epochs", self.num_epochs, above=0.0)
+        if self.max_grad_norm is not None:
+            require_range("max_grad_norm", self.max_grad_norm, above=0.0)
+        if self.global_batch_size % self.rows_per_micro_batch:
+            raise ValueError(
+                f"micro_batch_size must divide global_batch_size {self.global_batch_size}, got {self.micro_batch_size}"
+            )
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        """Rows, over all devices, of one forward pass."""
+        return self.global_batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+
+def load_config(files: list[str], overrides: list[str]) -> RunConfig:
+    """Read and merge YAML files in order, apply ``dotted.key=value`` overrides (values are YAML), and check.
+
+    Mappings are merged key by key; any other value replaces the earlier one.
+
+    Raises:
+        ValueError: a file is missing or no mapping, an override has no ``=``, or the result does not fit ``RunConfig``.
+    """
+    merged: dict[str, Any] = {}
+    for name in files:
+        if not Path(name).is_file():
+            raise ValueError(f"--config {name}: no such file")
+        try:
+            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config {name} is not YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"--config {name} must hold a mapping, got {content!r}")
+        merged = merge(merged, content)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ValueError(f"an override must look like key=value, got {override!r}")
+        value: Any = yaml.safe_load(text)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        merged = merge(merged, value)
+    return from_dict(RunConfig, merged)
