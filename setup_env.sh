@@ -116,7 +116,7 @@ touch "$venv/.installing"
 rm -f "$venv/.complete"
 printf 'installing coda-lm[%s] with the versions of %s\n' "$extra" "$(basename "$constraints")"
 # Byte code is compiled on first use: compiling all of it here takes longer than all tests need.
-with_progress "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --no-compile \
+with_progress "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off --no-compile \
     --constraint "$constraints" --editable "${repo}[${extra}]"
 wanted >"$venv/.complete"
 rm "$venv/.installing"

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Lint and the whole test suite, on the CPU, without network beyond the installation.
+#
+#   bash test.sh [PYTEST ARGUMENT ...]            all rooms in .venv, after ruff and shellcheck
+#   bash test.sh --newest [PYTEST ARGUMENT ...]   model, evaluation, serving and doors on the newest torch, in .venv-newest
+#
+# Examples: bash test.sh tests/model    bash test.sh -k resume    bash test.sh -m slow
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$repo"
+
+case "${1:-}" in
+    -h | --help)
+        sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    --newest)
+        shift
+        environment=newest
+        venv=$repo/.venv-newest
+        setup=(bash "$repo/setup_env.sh" --newest)
+        tests=(tests/model tests/eval tests/serving tests/doors)
+        ;;
+    *)
+        environment=tested
+        venv=$repo/.venv
+        setup=(bash "$repo/setup_env.sh")
+        tests=(tests)
+        ;;
+esac
+
+# Tests are small: more threads than this only get in each other's way. Nothing may be fetched.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
+export TOKENIZERS_PARALLELISM=false PJRT_DEVICE=CPU CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=disabled
+
+summary=() failed=0
+
+# stage NAME COMMAND...: run it, remember how long it took and whether it passed.
+stage() {
+    local name=$1 started=$SECONDS result=passed
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" || {
+        result="FAILED (exit $?)"
+        failed=1
+    }
+    summary+=("$(printf '%-12s %5d s  %s' "$name" "$((SECONDS - started))" "$result")")
+}
+
+finish() {
+    printf '\n== summary of test.sh (%s versions)\n' "$environment"
+    printf '%s\n' "${summary[@]}"
+    exit "$failed"
+}
+
+# shellcheck disable=SC2329 # called through stage
+lint_shell() {
+    git ls-files -z --cached --others --exclude-standard -- '*.sh' .ci/run | xargs -0 "$venv/bin/shellcheck" -x
+}
+
+stage environment "${setup[@]}"
+[ "$failed" -eq 0 ] || finish
+if [ "$environment" = tested ]; then
+    stage "ruff check" "$venv/bin/ruff" check .
+    stage "ruff format" "$venv/bin/ruff" format --check .
+    stage shellcheck lint_shell
+fi
+# A path among the arguments replaces the default selection.
+for argument in "$@"; do
+    if [ -e "${argument%%::*}" ]; then
+        tests=()
+    fi
+done
+stage pytest "$venv/bin/python" -m pytest --durations=15 "${tests[@]}" "$@"
+finish
