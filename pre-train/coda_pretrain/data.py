@@ -1,0 +1,87 @@
+"""``python -m coda_pretrain.data``: text to token shards. Also the names through which the trainer reads them.
+
+The work is in ``documents`` (reading text), ``prepare`` (tokenizing it into shards), ``shards`` (the format) and
+``mixture`` (the order of a run).
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from .mixture import DataConfig, Mixture, Sample, SourceConfig, SourceShare
+from .prepare import PrepareConfig, prepare
+from .shards import TokenShards
+
+__all__ = ["DataConfig", "Mixture", "Sample", "SourceConfig", "SourceShare", "TokenShards", "main"]
+
+logger = logging.getLogger(__name__)
+LISTED_PROBLEMS = 10  # files with problems named in the log; all are in the manifest
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; its options are the fields of ``PrepareConfig``."""
+    parser = argparse.ArgumentParser(prog="python -m coda_pretrain.data", description="Turn text into token shards.")
+    source = parser.add_argument_group("input")
+    source.add_argument(
+        "--input",
+        dest="inputs",
+        nargs="+",
+        default=(),
+        help="files, folders or glob patterns: "
+        ".jsonl (also .gz, .bz2, .zst, .lz4), .parquet, or text files, one document each",
+    )
+    source.add_argument("--exclude", nargs="+", default=(), help="path patterns to leave out, e.g. '*/test/*'")
+    source.add_argument("--text_suffixes", nargs="+", default=(".txt", ".py", ".md"), help="suffixes of text files")
+    source.add_argument("--hf_dataset", help="name or local folder of a Hugging Face data set, instead of --input")
+    source.add_argument("--hf_config", help="configuration (subset) of the data set")
+    source.add_argument("--hf_split", default="train", help="split of the data set (default: train)")
+    source.add_argument("--text_key", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
+    parser.add_argument("--document_end", default="<|endoftext|>", help="token after each document")
+    parser.add_argument("--output", required=True, help="folder for shards and manifest.json")
+    parser.add_argument(
+        "--validation_fraction",
+        type=float,
+        default=0.0,
+        help="share of the documents held out into OUTPUT/validation (default: 0)",
+    )
+    parser.add_argument("--shard_tokens", type=int, default=50_000_000, help="about how many tokens a shard holds")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--overwrite", action="store_true", help="remove another preparation from OUTPUT first")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 on success, 2 when the input is at fault (the message says how)."""
+    arguments = vars(build_parser().parse_args(argv))
+    for name in ("inputs", "exclude", "text_suffixes"):
+        arguments[name] = tuple(arguments[name])
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --num_workers says how many cores are used
+    started = time.perf_counter()
+    try:
+        summary = prepare(PrepareConfig(**arguments))
+    except ValueError as error:
+        logger.error("error: %s", error)
+        return 2
+    seconds = time.perf_counter() - started
+    problems = {path: counts for path, counts in summary["files"].items() if counts["empty"] or counts["undecodable"]}
+    for path, counts in list(problems.items())[:LISTED_PROBLEMS]:
+        logger.warning("%s: %d empty, %d undecodable documents skipped", path, counts["empty"], counts["undecodable"])
+    if len(problems) > LISTED_PROBLEMS:
+        logger.warning("and %d more files with skipped documents, all listed in the manifest", len(problems) - 10)
+    print(
+        f"{summary['documents']} documents, {summary['tokens']} tokens "
+        f"({summary['empty']} empty and {summary['undecodable']} undecodable skipped); "
+        f"{summary['new_tokens']} tokens made in {seconds:.1f} s ({summary['new_tokens'] / seconds:.0f} tokens/s)"
+    )
+    for split, path in summary["manifests"].items():
+        print(f"{split}: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

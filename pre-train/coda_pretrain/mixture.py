@@ -1,0 +1,212 @@
+"""Order: which row of which source is sample number i of a run, as a pure function of (seed, i).
+
+Nothing is stored and nothing is consumed, so any number of readers, on any number of hosts, resumes at any sample
+exactly, and prefetching cannot disturb a position. Not here: bytes on disk (``shards``), noise (``masking``).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .shards import TokenShards
+
+FEISTEL_ROUNDS = 6
+MASK_64 = 2**64 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One folder of token shards and how much of the mixture it is."""
+
+    path: str
+    """Folder written by ``python -m coda_pretrain.data``, relative to ``data.root``."""
+
+    weight: float | None = None
+    """Share of the samples, relative to the other sources' weights (token counts, percentages, ...). Give it for all
+    sources or for none; without weights each source counts in proportion to its size."""
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ValueError: the path is empty or the weight is not positive.
+        """
+        if not self.path:
+            raise ValueError("data.sources.path must name a folder of token shards, got an empty string")
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ValueError(f"data.sources.weight must be positive (leave a source out instead), got {self.weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The sources of a run and the length of an epoch."""
+
+    sources: tuple[SourceConfig, ...]
+    """Folders of token shards, all made with one tokenizer."""
+
+    root: str | None = None
+    """Folder that relative source paths start from; null is the working directory."""
+
+    epoch_samples: int | None = None
+    """Samples in an epoch; by default the rows of all sources together, so that unweighted sources are read exactly
+    once. With weights, a small source is read more than once in an epoch and a large one less than once."""
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ValueError: no source, weights for only some of them, the same path twice, or a non-positive epoch.
+        """
+        object.__setattr__(self, "sources", tuple(self.sources))
+        if not self.sources:
+            raise ValueError("data.sources must list at least one folder of token shards, got none")
+        unweighted = [source.path for source in self.sources if source.weight is None]
+        if unweighted and len(unweighted) < len(self.sources):
+            raise ValueError(f"data.sources.weight must be given for all sources or for none; missing for {unweighted}")
+        paths = [source.path for source in self.sources]
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"data.sources.path must name each folder once, got {paths}")
+        if self.epoch_samples is not None and self.epoch_samples < 1:
+            raise ValueError(f"data.epoch_samples must be at least 1, got {self.epoch_samples}")
+
+
+class Sample(NamedTuple):
+    """One packed row."""
+
+    input_ids: np.ndarray  # (T,) int32: clean tokens
+    segment_ids: np.ndarray  # (T,) int32: 1.. for the documents of the row, 0 for padding at its end
+
+
+class SourceShare(NamedTuple):
+    """What one source contributes to an epoch."""
+
+    path: str
+    rows: int  # rows of seq_len tokens the source holds
+    requested_share: float  # of the samples of an epoch, in [0, 1]
+    epoch_samples: int  # samples of an epoch that come from this source
+    achieved_share: float  # epoch_samples over all samples of an epoch
+    passes_per_epoch: float  # epoch_samples / rows
+
+
+def permuted_index(index: int, size: int, key: int) -> int:
+    """Place of ``index`` in a pseudo-random permutation of ``range(size)`` chosen by ``key``, in constant memory.
+
+    A balanced Feistel network over the next even number of bits, walked along its cycle until it lands inside
+    (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains"). The round function is the finaliser of
+    SplitMix64 (Steele et al., 2014).
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    half_mask = (1 << half_bits) - 1
+    while True:
+        left, right = index >> half_bits, index & half_mask
+        for round_number in range(FEISTEL_ROUNDS):
+            mixed = (right + key + (round_number + 1) * 0x9E3779B97F4A7C15) & MASK_64
+            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK_64
+            left, right = right, left ^ ((mixed ^ (mixed >> 31)) & half_mask)
+        index = left << half_bits | right
+        if index < size:
+            return index
+
+
+def split_by_weight(total: int, weights: list[float]) -> list[int]:
+    """Whole numbers that add up to ``total`` in proportion to ``weights``, each within 1 of its share.
+
+    The method of largest remainders; equal remainders favour the earlier weight.
+    """
+    shares = [total * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(weights)), key=lambda i: (counts[i] - shares[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+class Mixture:
+    """All sources of a run in one endless order.
+
+    Epoch e holds samples ``[e * num_samples, (e + 1) * num_samples)``: a fresh pseudo-random interleaving in which
+    each source has exactly its number of samples. A source is read in passes, each a fresh permutation of its rows, and
+    a pass continues in the next epoch: no row comes again before all others of its source have come.
+
+    Attributes:
+        num_samples: samples in an epoch.
+        shares: what each source contributes, requested and achieved.
+        tokenizer: the tokenizer facts that all sources share, from their manifests.
+    """
+
+    def __init__(self, config: DataConfig, *, seq_len: int, seed: int) -> None:
+        """Open the sources.
+
+        Args:
+            config: sources, weights, length of an epoch.
+            seq_len: tokens in a sample (T).
+            seed: names the order.
+
+        Raises:
+            ValueError: ``seq_len`` is below 2, a source cannot be read, the sources' tokenizers differ, or an epoch is
+                too short to give each source a sample.
+        """
+        if seq_len < 2:
+            raise ValueError(f"seq_len must be at least 2, got {seq_len}")
+        self.seq_len, self.seed = seq_len, seed
+        self._sources = [TokenShards(Path(config.root or "") / source.path) for source in config.sources]
+        self._check_tokenizers()
+        self.tokenizer: dict[str, Any] = self._sources[0].tokenizer
+        rows = [source.num_rows(seq_len) for source in self._sources]
+        weights = [float(n if s.weight is None else s.weight) for s, n in zip(config.sources, rows, strict=True)]
+        self.num_samples = config.epoch_samples or sum(rows)
+        counts = split_by_weight(self.num_samples, weights)
+        self.shares = [
+            SourceShare(source.path, n, weight / sum(weights), count, count / self.num_samples, count / n)
+            for source, n, weight, count in zip(config.sources, rows, weights, counts, strict=True)
+        ]
+        for share in self.shares:
+            if not share.epoch_samples:
+                raise ValueError(
+                    f"data.sources: {share.path} gets no sample in an epoch of {self.num_samples} (its share is "
+                    f"{share.requested_share:.2g}); give it a larger weight or set data.epoch_samples higher"
+                )
+        self._first_slots = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    def _check_tokenizers(self) -> None:
+        first = self._sources[0]
+        for source in self._sources[1:]:
+            if source.tokenizer != first.tokenizer:
+                raise ValueError(
+                    f"data.sources must be made with one tokenizer, but {source.folder} has {source.tokenizer} "
+                    f"and {first.folder} has {first.tokenizer}"
+                )
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Source number and row number of sample ``index`` (any non-negative integer).
+
+        Raises:
+            ValueError: ``index`` is negative.
+        """
+        if index < 0:
+            raise ValueError(f"index must be at least 0, got {index}")
+        epoch, place = divmod(index, self.num_samples)
+        slot = permuted_index(place, self.num_samples, self._key("epoch", epoch))
+        source = int(np.searchsorted(self._first_slots, slot, side="right")) - 1
+        share = self.shares[source]
+        read_before = epoch * share.epoch_samples + slot - int(self._first_slots[source])
+        source_pass, place = divmod(read_before, share.rows)
+        return source, permuted_index(place, share.rows, self._key("pass", source, source_pass))
+
+    def _key(self, name: str, *indices: int) -> int:
+        """64 bits that choose a permutation."""
+        text = ":".join(map(str, ("mixture", name, self.seed, *indices)))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+    def sample(self, index: int) -> Sample:
+        """Sample number ``index`` of the run: a pure function of (seed, index) and of the shards.
+
+        Raises:
+            ValueError: ``index`` is negative.
+        """
+        source, row = self.locate(index)
+        return Sample(*self._sources[source].read(row * self.seq_len, self.seq_len))

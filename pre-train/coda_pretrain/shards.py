@@ -1,0 +1,247 @@
+"""Token shards on disk: the format, the writer of one shard and the reader of a folder.
+
+A folder holds ``manifest.json`` and, for each shard, two flat little-endian files: ``NAME.bin`` (the tokens of all its
+documents one after the other, uint16 when every id of the tokenizer fits, else uint32) and ``NAME.ends`` (uint64, the
+position just after each document). A document ends with the tokenizer's document-end token and never crosses shards.
+
+Rows are cut at read time: the shards of a folder form one stream, and row i of length T is the stream's i-th block of
+T tokens. The same shards then serve every ``seq_len``, a long document continues in the next row, and not a token is
+lost or repeated; the document ends say where attention stops. Not here: which text becomes which shard
+(``prepare``), and in which order rows are read (``mixture``).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "coda-token-shards"
+VERSION = 1
+ENDS_DTYPE = np.dtype("<u8")
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+OPEN_SHARDS = 128  # each open shard holds two file descriptors; the usual limit of a process is 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What the manifest knows about one shard."""
+
+    name: str
+    """File name without suffix."""
+
+    documents: int
+    tokens: int
+    """Tokens, document-end tokens included."""
+
+    tokens_sha256: str
+    ends_sha256: str
+
+
+def token_dtype(largest_id: int) -> str:
+    """Name of the smallest dtype of the format that holds ``largest_id``: ``uint16`` or ``uint32``."""
+    return "uint16" if largest_id < 2**16 else "uint32"
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_with_json(path: Path, data: Any) -> None:
+    """Write ``data`` so that ``path`` holds either its old content or all of the new one, whenever the process dies."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class ShardWriter:
+    """Writes one shard, ``folder/name``, under temporary names and renames it only when it is whole.
+
+    Used as a context manager; leaving it with an exception removes the temporary files. The file of document ends is
+    renamed after the tokens, and the caller records the shard after both, so a shard on record is always complete.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: str) -> None:
+        self.folder, self.name, self.dtype = folder, name, DTYPES[dtype]
+        self._temporary = {suffix: folder / f".{name}{suffix}.{os.getpid()}.tmp" for suffix in (".bin", ".ends")}
+        self._hashes = {suffix: hashlib.sha256() for suffix in self._temporary}
+        self._files: dict[str, BinaryIO] = {}  # opened by the first document, so that no document means no file
+        self._documents = self._tokens = 0
+
+    def _write(self, suffix: str, array: np.ndarray) -> None:
+        if suffix not in self._files:
+            self._files[suffix] = self._temporary[suffix].open("wb")
+        data = array.tobytes()
+        self._hashes[suffix].update(data)
+        self._files[suffix].write(data)
+
+    def add(self, token_ids: Iterable[int]) -> None:
+        """Append one document. ``token_ids`` includes the document-end token."""
+        tokens = np.asarray(token_ids)
+        limit = np.iinfo(self.dtype).max
+        assert tokens.size > 0, "a document has at least its document-end token"
+        assert 0 <= tokens.min() <= tokens.max() <= limit, f"token ids must be in [0, {limit}]"
+        self._tokens += tokens.size
+        self._documents += 1
+        self._write(".bin", tokens.astype(self.dtype))
+        self._write(".ends", np.array([self._tokens], dtype=ENDS_DTYPE))
+
+    def commit(self) -> ShardRecord | None:
+        """Flush to the device, rename into place and describe the shard; None (and no file) if it has no document."""
+        if not self._documents:
+            return None
+        for suffix, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            self._temporary[suffix].replace(self.folder / f"{self.name}{suffix}")
+        return ShardRecord(
+            name=self.name,
+            documents=self._documents,
+            tokens=self._tokens,
+            tokens_sha256=self._hashes[".bin"].hexdigest(),
+            ends_sha256=self._hashes[".ends"].hexdigest(),
+        )
+
+    def _discard(self) -> None:
+        for suffix, file in self._files.items():
+            file.close()
+            self._temporary[suffix].unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._discard()  # does nothing after commit
+
+
+def shard_is_intact(folder: Path, record: ShardRecord) -> bool:
+    """Whether both files of a shard exist with the recorded hashes."""
+    files = {folder / f"{record.name}.bin": record.tokens_sha256, folder / f"{record.name}.ends": record.ends_sha256}
+    return all(path.is_file() and file_sha256(path) == expected for path, expected in files.items())
+
+
+def build_manifest(*, split: str, dtype: str, shards: list[ShardRecord], **facts: Any) -> dict[str, Any]:
+    """The content of ``manifest.json``: format, split, dtype, totals, shards, and any further ``facts``."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "split": split,
+        "dtype": dtype,
+        "documents": sum(shard.documents for shard in shards),
+        "tokens": sum(shard.tokens for shard in shards),
+        **facts,
+        "shards": [asdict(shard) for shard in shards],
+    }
+
+
+class TokenShards:
+    """A folder of token shards, read as one stream of tokens through memory maps.
+
+    Attributes:
+        num_tokens: length of the stream.
+        tokenizer: the manifest's facts about the tokenizer (``fingerprint``, ``vocab_size``, ``document_end_id``).
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read the manifest of ``folder`` and check that every shard file has the recorded size.
+
+        Raises:
+            ValueError: there is no finished manifest, it is of another format, or a shard is missing or of another
+                size. Hashes are not read here (``verify`` does), so that opening stays fast at any size.
+        """
+        self.folder = Path(folder)
+        manifest_path = self.folder / MANIFEST_NAME
+        if not manifest_path.is_file():
+            raise ValueError(
+                f"no {MANIFEST_NAME} in {self.folder}: not a folder of token shards, or its preparation is not "
+                "finished (running `python -m coda_pretrain.data` again with the same arguments finishes it)"
+            )
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+            got = f"format {manifest.get('format')!r} version {manifest.get('version')!r}"
+            raise ValueError(f"{manifest_path} must be format {FORMAT!r} version {VERSION}, got {got}")
+        if manifest["dtype"] not in DTYPES:
+            raise ValueError(f"{manifest_path}: dtype must be one of {list(DTYPES)}, got {manifest['dtype']!r}")
+        self.dtype = DTYPES[manifest["dtype"]]
+        self.tokenizer: dict[str, Any] = manifest["tokenizer"]
+        self.shards = [ShardRecord(**record) for record in manifest["shards"]]
+        self._check_sizes()
+        self._starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)])
+        self.num_tokens = int(self._starts[-1])
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._map_shard)
+
+    def _check_sizes(self) -> None:
+        if not self.shards:
+            raise ValueError(f"{self.folder / MANIFEST_NAME} lists no shards")
+        for shard in self.shards:
+            sizes = {".bin": shard.tokens * self.dtype.itemsize, ".ends": shard.documents * ENDS_DTYPE.itemsize}
+            for suffix, expected in sizes.items():
+                path = self.folder / f"{shard.name}{suffix}"
+                got = path.stat().st_size if path.is_file() else None
+                if got != expected:
+                    found = "it is missing" if got is None else f"it has {got}"
+                    raise ValueError(f"{path} must have {expected} bytes as its manifest says, but {found}")
+
+    def _map_shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        path = self.folder / self.shards[index].name
+        return (
+            np.memmap(path.with_name(f"{path.name}.bin"), dtype=self.dtype, mode="r"),
+            np.memmap(path.with_name(f"{path.name}.ends"), dtype=ENDS_DTYPE, mode="r"),
+        )
+
+    def verify(self) -> None:
+        """Read everything and compare the hashes.
+
+        Raises:
+            ValueError: the files of a shard are not what the manifest recorded.
+        """
+        for shard in self.shards:
+            if not shard_is_intact(self.folder, shard):
+                raise ValueError(f"shard {shard.name} in {self.folder} does not have the hash its manifest recorded")
+
+    def num_rows(self, seq_len: int) -> int:
+        """Rows of ``seq_len`` tokens the stream is cut into; the last one may be partly padding."""
+        return -(-self.num_tokens // seq_len)
+
+    def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens ``[start, start + length)`` of the stream.
+
+        Returns:
+            input_ids: (length,) int32. After the end of the stream: the document-end token.
+            segment_ids: (length,) int32: 1, 2, ... for the documents of these tokens in order, 0 after the end.
+        """
+        assert 0 <= start < self.num_tokens, f"start must be in [0, {self.num_tokens}), got {start}"
+        input_ids = np.full(length, self.tokenizer["document_end_id"], dtype=np.int32)
+        segment_ids = np.zeros(length, dtype=np.int32)
+        filled, segment = 0, 1
+        index = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while filled < length and index < len(self.shards):
+            tokens, ends = self._open(index)
+            low = start + filled - int(self._starts[index])
+            high = min(low + length - filled, len(tokens))
+            part = slice(filled, filled + high - low)
+            input_ids[part] = tokens[low:high]
+            first = int(np.searchsorted(ends, low, side="right"))  # the document that holds position low
+            last = int(np.searchsorted(ends, high, side="left"))  # the document that holds position high - 1
+            inner_ends = ends[first:last].astype(np.int64) - low
+            segment_ids[part] = segment + np.searchsorted(inner_ends, np.arange(high - low), side="right")
+            segment += last - first + 1
+            filled += high - low
+            index += 1
+        return input_ids, segment_ids
