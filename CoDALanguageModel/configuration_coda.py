@@ -1,0 +1,121 @@
+"""Architecture of a CoDA model: shapes, token ids and conventions. Nothing about training or decoding."""
+
+from transformers import PreTrainedConfig
+
+# Keys that the published checkpoint carries in its config.json: training settings, no part of the architecture.
+LEGACY_KEYS = (
+    "attention_kernel",
+    "block_masking_probability",
+    "mask_block_sizes",
+    "prefix_probability",
+    "sampling_eps",
+    "truncate_probability",
+)
+
+# Qwen's embedding has 151,936 rows, but its tokenizer with the mask token defines only the ids below this one.
+QWEN_VOCAB_SIZE, QWEN_MASK_TOKEN_ID, QWEN_NUM_TOKEN_IDS = 151936, 151669, 151670
+
+
+class CoDAConfig(PreTrainedConfig):
+    """Configuration of `CoDALanguageModel`; the defaults are the published 1.7B model (Qwen3-1.7B).
+
+    Args:
+        vocab_size: rows of the embedding and of the head.
+        hidden_size: width of the residual stream; need not equal `num_attention_heads * head_dim`.
+        intermediate_size: width of the MLP.
+        num_hidden_layers: number of layers.
+        num_attention_heads: number of query heads, H.
+        num_key_value_heads: number of key and value heads, H_kv; divides H.
+        head_dim: size of one head, D. None means `hidden_size // num_attention_heads`.
+        hidden_act: activation of the MLP.
+        max_position_embeddings: longest canvas (prompt plus new tokens), in tokens.
+        initializer_range: standard deviation of the initial weights.
+        rms_norm_eps: epsilon of the RMS norms.
+        tie_word_embeddings: whether the head is the embedding. Loading follows the weights: a checkpoint whose head
+            differs from its embedding stays untied whatever this says.
+        rope_parameters: `{"rope_type": ..., "rope_theta": ...}`; the older keys `rope_theta` and `rope_scaling` are
+            accepted too.
+        attention_bias: bias in the query, key and value projections (Qwen2, some Llama models).
+        attention_output_bias: bias in the output projection of the attention (some Llama models).
+        mlp_bias: bias in the MLP (some Llama models).
+        attention_dropout: dropout of the attention weights while training.
+        qk_norm: RMS norm of each query and key head (Qwen3).
+        logits_shift: whether row i of the logits scores token i + 1, as in every model that started as an
+            autoregressive one; see `diffusion.align_logits`.
+        mask_token_id: id of the mask token, the absorbing state.
+        pad_token_id: id that pads batches.
+        bos_token_id: id that starts a text, if any.
+        eos_token_id: id or ids that end an answer.
+        num_token_ids: ids from this one on have embedding rows but no token; they are never sampled. None means that
+            every row has a token (for Qwen's vocabulary: the ids that its tokenizer defines).
+
+    Raises:
+        ValueError: head counts that do not divide, or a token id outside of the vocabulary.
+    """
+
+    model_type = "CoDA"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 1_000_000.0
+
+    vocab_size: int = QWEN_VOCAB_SIZE
+    hidden_size: int = 2048
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = 8
+    head_dim: int | None = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 40960
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    qk_norm: bool = True
+    logits_shift: bool = True
+    mask_token_id: int = QWEN_MASK_TOKEN_ID
+    pad_token_id: int | None = 151643
+    bos_token_id: int | None = 151643
+    eos_token_id: int | list[int] | None = 151645
+    num_token_ids: int | None = None
+
+    def __post_init__(self, **kwargs):
+        for key in LEGACY_KEYS:
+            kwargs.pop(key, None)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_token_ids is None:
+            is_qwen = (self.vocab_size, self.mask_token_id) == (QWEN_VOCAB_SIZE, QWEN_MASK_TOKEN_ID)
+            self.num_token_ids = QWEN_NUM_TOKEN_IDS if is_qwen else self.vocab_size
+        super().__post_init__(**kwargs)
+        self._check()
+        # A folder saved from this configuration names the code files that lie beside its weights.
+        self.auto_map = {
+            "AutoConfig": "configuration_coda.CoDAConfig",
+            "AutoModel": "modeling_coda.CoDALanguageModel",
+            "AutoModelForCausalLM": "modeling_coda.CoDALanguageModel",
+        }
+
+    def _check(self) -> None:
+        """Refuse shapes and ids that cannot hold."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads, "
+                f"got {self.num_key_value_heads}"
+            )
+        if not 0 < self.num_token_ids <= self.vocab_size:
+            raise ValueError(f"num_token_ids must be in [1, vocab_size={self.vocab_size}], got {self.num_token_ids}")
+        eos_ids = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
+        named = [("mask_token_id", self.mask_token_id), ("pad_token_id", self.pad_token_id)]
+        named += [("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in eos_ids)]
+        for name, token_id in named:
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id}")

@@ -1,0 +1,217 @@
+"""The mathematics of masked diffusion: forward process, alignment and loss, as pure functions.
+
+Not here: which positions may be masked and how often (the training rooms decide), and sampling (`sampling`).
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100
+"""Label of a position that is not scored."""
+
+LOSS_CHUNK_ELEMENTS = 2**26
+"""Logits that the chunked loss holds at a time: 256 MiB in float32."""
+
+
+def named_rng(name: str, *indices: int) -> np.random.Generator:
+    """Give the generator that belongs to a name and some indices, the same on every machine and in any order.
+
+    Args:
+        name: what is drawn, e.g. `"noise"`; different names give independent streams.
+        *indices: non-negative integers that say for what, e.g. seed, sample index and epoch.
+
+    Returns:
+        A counter-based Philox generator (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405).
+
+    Raises:
+        ValueError: an index is negative.
+    """
+    if any(index < 0 for index in indices):
+        raise ValueError(f"indices of a named generator must be >= 0, got {indices} for {name!r}")
+    text = ":".join([name, *(str(int(index)) for index in indices)])
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def stratified_noise_levels(num_rows: int, offset: float, *, t_min: float = 1e-3) -> np.ndarray:
+    """Spread the noise levels of a batch evenly over [t_min, 1], each row's level still being uniform.
+
+    Systematic sampling: `u_b = frac(offset + b / num_rows)`, `t_b = t_min + (1 - t_min) u_b`. It lowers the variance
+    of the loss without bias (Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix I.1).
+
+    Args:
+        num_rows: rows of the global batch.
+        offset: one uniform draw in [0, 1), shared by the batch.
+        t_min: smallest noise level, in (0, 1).
+
+    Returns:
+        (num_rows,) float32, the level of each row.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    if num_rows < 1:
+        raise ValueError(f"num_rows must be at least 1, got {num_rows}")
+    if not 0.0 <= offset < 1.0:
+        raise ValueError(f"offset must be in [0, 1), got {offset}")
+    if not 0.0 < t_min < 1.0:
+        raise ValueError(f"t_min must be in (0, 1), got {t_min}")
+    u = (offset + np.arange(num_rows) / num_rows) % 1.0
+    return (t_min + (1.0 - t_min) * u).astype(np.float32)
+
+
+class Corruption(NamedTuple):
+    """One noised batch and the fact that the loss needs about it."""
+
+    noised_ids: Tensor
+    """(B, T) int64: the mask token where masked, else the clean token."""
+
+    masked: Tensor
+    """(B, T) bool: True where a token was replaced."""
+
+
+def corrupt(
+    input_ids: Tensor, maskable: Tensor, t: Tensor, uniforms: Tensor, *, mask_token_id: int, span: int | Tensor = 1
+) -> Corruption:
+    """Mask each maskable position of row b with probability `t[b]`, in runs of `span` tokens.
+
+    A run of k tokens starts with probability `1 - (1-t)^(1/k)` at every position, also up to k-1 positions before
+    the row, so k independent starts can cover any position and it stays clean with probability exactly `1 - t`,
+    at the edges of the row and beside unmaskable positions too.
+
+    Args:
+        input_ids: (B, T) int64, clean tokens x_0.
+        maskable: (B, T) bool, False at prompt, prefix and padding positions.
+        t: (B,) float32 in (0, 1], noise level of each row.
+        uniforms: (B, T + K - 1) float32 in [0, 1), K the largest span, drawn by the caller (see `named_rng`).
+        mask_token_id: id of the mask token.
+        span: length k of the masked runs in tokens: one int, or (B,) int64 with one per row.
+
+    Returns:
+        The noised ids x_t and where they were masked.
+
+    Raises:
+        ValueError: a shape does not fit `input_ids`, or a span is not in [1, T].
+    """
+    num_rows, seq_len = input_ids.shape
+    if maskable.shape != input_ids.shape:
+        raise ValueError(
+            f"maskable must have the shape of input_ids {(num_rows, seq_len)}, got {tuple(maskable.shape)}"
+        )
+    if t.shape != (num_rows,):
+        raise ValueError(f"t must have shape {(num_rows,)}, got {tuple(t.shape)}")
+    spans = torch.as_tensor(span, device=input_ids.device).expand(num_rows)
+    longest = int(spans.max())
+    if int(spans.min()) < 1 or longest > seq_len:
+        raise ValueError(f"span must be in [1, {seq_len}], got {span if isinstance(span, int) else spans.tolist()}")
+    width = uniforms.shape[-1] if uniforms.ndim == 2 else -1
+    if uniforms.ndim != 2 or len(uniforms) != num_rows or width < seq_len + longest - 1:
+        raise ValueError(
+            f"uniforms must be at least {(num_rows, seq_len + longest - 1)} for span {longest}, "
+            f"got {tuple(uniforms.shape)}"
+        )
+
+    start_probability = 1 - (1 - t) ** (1 / spans)  # (B,)
+    starts = uniforms < start_probability[:, None]  # (B, T + K - 1): does a run start K - 1 positions further left
+    count = F.pad(starts.cumsum(dim=1), (1, 0))  # (B, T + K): starts before each position
+    lead = width - seq_len + 1  # column of `count` just after position 0
+    end = torch.arange(seq_len, device=input_ids.device) + lead  # (T,)
+    begin = end - spans[:, None]  # (B, T)
+    masked = (count[:, lead:] > count.gather(1, begin)) & maskable  # a start among the k positions that end here
+    return Corruption(torch.where(masked, mask_token_id, input_ids), masked)
+
+
+def align_logits(logits: Tensor) -> Tensor:
+    """Move logits one step right, so that `out[:, i]` scores token i. (B, T, V) -> (B, T, V).
+
+    CoDA starts from an autoregressive model, whose output at position i predicts token i + 1. Position 0 has no
+    predecessor and gets its own logits; training never masks it.
+    """
+    return torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+
+
+def predecessor_rows(attention_mask: Tensor) -> Tensor:
+    """For each position the row whose raw logits score it: the nearest real position on its left.
+
+    This is `align_logits` for padded rows: padding on either side, or between prompt and canvas, is stepped over.
+
+    Args:
+        attention_mask: (B, T), 1 at real positions.
+
+    Returns:
+        (B, T) int64; the first real position of a row, which has no predecessor, gets itself.
+    """
+    num_rows, seq_len = attention_mask.shape
+    index = torch.arange(seq_len, device=attention_mask.device).expand(num_rows, -1)
+    last_real = torch.where(attention_mask.bool(), index, -1).cummax(dim=1).values
+    previous = F.pad(last_real[:, :-1], (1, 0), value=-1)
+    return torch.where(previous < 0, index, previous)
+
+
+def masked_diffusion_loss(logits: Tensor, target_ids: Tensor, masked: Tensor, t: Tensor) -> Tensor:
+    """Equation 6 of the CoDA report, per position: `sum_i 1[masked_i] CE_i / t`, over B x T.
+
+    The dense statement of the objective; training computes the same number with `chunked_cross_entropy`.
+
+    Args:
+        logits: (B, T, V), already aligned with `align_logits`.
+        target_ids: (B, T) int64, the clean tokens.
+        masked: (B, T) bool, positions that were corrupted. Position 0 is ignored.
+        t: (B,) float, noise level of each row; its inverse is the weight of the row.
+
+    Returns:
+        0-d float32 tensor, in nats per token.
+    """
+    nll = F.cross_entropy(logits.float().transpose(1, 2), target_ids, reduction="none")  # (B, T)
+    scored = masked.clone()
+    scored[:, 0] = False
+    return (nll * scored / t[:, None]).sum() / target_ids.numel()
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, labels: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int
+) -> Tensor:
+    """Weighted sum of the cross-entropies of the labelled rows, without ever holding all their logits.
+
+    The head runs on labelled rows only, a chunk at a time, and again in the backward pass. On XLA and under
+    `torch.compile`, where shapes must be static, it runs on all rows with zero weights instead.
+
+    Args:
+        hidden: (B, T, hidden_size), row i being the one that scores `labels[:, i]`.
+        labels: (B, T) int64, `IGNORE_INDEX` where nothing is scored.
+        weights: (B, T) float32, weight of each position.
+        head: the language-model head, (..., hidden_size) -> (..., vocab_size).
+        vocab_size: V, to size the chunks.
+
+    Returns:
+        0-d float32 tensor, `sum_i weights_i * CE_i` in nats.
+    """
+
+    def chunk_loss(rows: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        nll = F.cross_entropy(
+            head(rows).float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        )
+        return (nll * weight.flatten()).sum()
+
+    if hidden.device.type == "xla" or torch.compiler.is_compiling():
+        step = max(1, LOSS_CHUNK_ELEMENTS // (vocab_size * hidden.shape[0]))
+        chunks = list(zip(hidden.split(step, 1), labels.split(step, 1), weights.split(step, 1), strict=True))
+    else:
+        rows = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)  # (N,)
+        step = max(1, LOSS_CHUNK_ELEMENTS // vocab_size)
+        parts = (
+            x.index_select(0, rows).split(step) for x in (hidden.flatten(0, 1), labels.flatten(), weights.flatten())
+        )
+        chunks = list(zip(*parts, strict=True))
+    # A single chunk fits in memory: recomputing it would cost time and save nothing.
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        return sum((chunk_loss(*chunk) for chunk in chunks), start=hidden.new_zeros((), dtype=torch.float32))
+    losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(losses).sum()

@@ -1,0 +1,413 @@
+"""The CoDA network: a bidirectional transformer on Qwen3's parts, one class for CPU, GPU and TPU.
+
+The forward pass draws no noise and knows no device. Not here: the forward process and the loss (`diffusion`), the
+decoding loop (`generation_coda`).
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+)
+from transformers.utils import ModelOutput, cached_file, logging
+
+from .configuration_coda import CoDAConfig
+from .diffusion import IGNORE_INDEX, chunked_cross_entropy
+from .generation_coda import DiffusionGenerationConfig, DiffusionGenerationMixin
+from .sampling import Candidates as Candidates  # imported so that a saved folder carries every file of the model
+
+logger = logging.get_logger(__name__)
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+EMBEDDING_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass
+class CoDAOutput(ModelOutput):
+    """What `CoDALanguageModel.forward` returns.
+
+    Attributes:
+        loss: 0-d float32, when labels were given.
+        logits: raw logits (row i scores token i + 1), (B, T, V) or the rows asked for; None when labels were given.
+        past_key_values: the cache that was passed in.
+        hidden_states: embeddings and the output of each layer, (B, T, hidden_size) each, when asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class CoDAAttention(Qwen3Attention):
+    """Qwen3's attention without the causal mask, with optional q/k norm and output bias."""
+
+    def __init__(self, config: CoDAConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = False
+        if config.attention_output_bias != config.attention_bias:  # Qwen3 has one switch for all four projections
+            self.o_proj = nn.Linear(
+                config.num_attention_heads * self.head_dim, config.hidden_size, bias=config.attention_output_bias
+            )
+        if not config.qk_norm:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+
+
+class CoDAMLP(Qwen3MLP):
+    """Qwen3's gated MLP with optional biases."""
+
+    def __init__(self, config: CoDAConfig):
+        super().__init__(config)
+        if config.mlp_bias:
+            self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size)
+            self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size)
+            self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size)
+
+
+class CoDALayer(Qwen3DecoderLayer):
+    """One transformer layer: (B, T, hidden_size) -> (B, T, hidden_size)."""
+
+    def __init__(self, config: CoDAConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = CoDAAttention(config, layer_idx)
+        self.mlp = CoDAMLP(config)
+
+
+class CoDAPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about the network; see `CoDALanguageModel` for its use."""
+
+    config_class = CoDAConfig
+    config: CoDAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["CoDALayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class CoDAModel(CoDAPreTrainedModel):
+    """The network without its head: token ids to hidden states."""
+
+    def __init__(self, config: CoDAConfig):
+        super().__init__(config)
+        # No padding_idx: the pad token of the Qwen family also ends documents, so its row must be trained.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(CoDALayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Give the normalised hidden states of the last layer, and those of all layers when asked for.
+
+        See `CoDALanguageModel.forward` for the arguments.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is not None and attention_mask.ndim not in (2, 4):
+            raise ValueError(
+                f"attention_mask must be (B, T) or (B, 1, T, T), got the shape {tuple(attention_mask.shape)}"
+            )
+        if position_ids is None:
+            position_ids = default_position_ids(hidden, attention_mask, segment_ids)
+        layer_mask, kernel_arguments = self._layer_mask(hidden, attention_mask, segment_ids)
+        position_embeddings = self.rotary_emb(hidden, position_ids)
+        all_hidden = [hidden] if output_hidden_states else None
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=layer_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kernel_arguments,
+            )
+            if all_hidden is not None:
+                all_hidden.append(hidden)
+        return self.norm(hidden), tuple(all_hidden) if all_hidden is not None else None
+
+    def _layer_mask(
+        self, hidden: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Put "who may attend to whom" into the form that the configured attention kernel reads.
+
+        Returns the mask and keyword arguments of the kernel: kernels that are registered from outside get the
+        segment ids themselves and no (B, 1, T, T) mask.
+        """
+        kernel = self.config._attn_implementation
+        if segment_ids is not None and attention_mask is not None:
+            if attention_mask.ndim == 4:
+                raise ValueError("segment_ids need a (B, T) attention_mask or none, got a (B, 1, T, T) one")
+            segment_ids = segment_ids * attention_mask
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return _kernel_mask(attention_mask, kernel, hidden.dtype), {}
+        if kernel in ("sdpa", "eager"):
+            if segment_ids is not None:
+                allowed = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # (B, 1, T, T)
+            elif attention_mask is not None:
+                allowed = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T): nobody attends to padding
+            else:
+                return None, {}
+            return _kernel_mask(allowed, kernel, hidden.dtype), {}
+        if kernel.startswith("flash_attention"):
+            if segment_ids is not None:
+                raise ValueError(f"{kernel} takes no segment_ids: use attn_implementation 'sdpa' or 'flex_attention'")
+            return create_bidirectional_mask(self.config, hidden, attention_mask), {}
+        if kernel == "flex_attention":
+            same_segment = None if segment_ids is None else packed_sequence_mask_function(segment_ids)
+            return create_bidirectional_mask(self.config, hidden, attention_mask, and_mask_function=same_segment), {}
+        return attention_mask, {"segment_ids": segment_ids}
+
+
+def default_position_ids(hidden: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+    """Count real tokens from the start of the row, or of the segment; (B, T) or (1, T) int64.
+
+    Padding therefore moves no position, on whichever side it is.
+    """
+    index = torch.arange(hidden.shape[1], device=hidden.device)[None]  # (1, T)
+    if segment_ids is not None:
+        is_start = torch.ones_like(segment_ids, dtype=torch.bool)
+        is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+        return index - torch.where(is_start, index, 0).cummax(dim=1).values
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return index
+
+
+def _kernel_mask(allowed: Tensor, kernel: str, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as it is for `sdpa`, as an additive one for the others; floats pass through."""
+    if kernel == "sdpa" or allowed.dtype != torch.bool:
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
+    """Masked-diffusion language model; `from_pretrained` loads, `diffusion_generate` decodes."""
+
+    _tied_weights_keys = {HEAD_WEIGHT: EMBEDDING_WEIGHT}
+
+    def __init__(self, config: CoDAConfig):
+        super().__init__(config)
+        self.model = CoDAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.generation_config = DiffusionGenerationConfig()
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CoDAOutput | tuple:
+        """Score every token of a canvas from all the others, or compute the loss of the masked ones.
+
+        Args:
+            input_ids: (B, T) int64, tokens with `mask_token_id` where unknown.
+            attention_mask: (B, T) with 1 at real positions and 0 at padding on any side; or (B, 1, T, T), True
+                where the query (third axis) may attend to the key.
+            position_ids: (B, T) int64; by default the count of real tokens before each position, from the start of
+                the row or of the segment.
+            segment_ids: (B, T) int, 0 at padding and 1, 2, ... for packed documents that do not see each other.
+            past_key_values: a cache whose `update` decides which keys and values the layers see.
+            inputs_embeds: (B, T, hidden_size) instead of `input_ids`.
+            positions: rows to compute logits for: (B, P) int64 columns -> (B, P, V), (N,) int64 indices into the
+                flattened (B * T) rows -> (N, V), or (B, T) bool -> (N, V) in row-major order.
+            labels: (B, T) int64, the clean token at masked positions and -100 elsewhere. Position 0 of a row, of a
+                segment, and the first position after padding have no predecessor and are never scored.
+            loss_weights: (B,) or (B, T) float; the loss is `sum_i loss_weights_i * CE_i`, so that 1/t and the
+                denominator are the caller's. Without it the loss is the plain mean over the scored positions.
+            output_hidden_states: also return the hidden states of all layers.
+            use_cache: accepted for callers that always pass it; caches are passed as `past_key_values`.
+            return_dict: False gives a tuple of the fields that are set.
+
+        Returns:
+            `CoDAOutput`. With labels its logits are None: the head runs in chunks on the scored rows only.
+
+        Raises:
+            ValueError: contradictory arguments or shapes that do not fit.
+        """
+        if use_cache and past_key_values is None:
+            raise ValueError(
+                "use_cache=True needs a cache in past_key_values: a bidirectional model has no default one"
+            )
+        if labels is not None and positions is not None:
+            raise ValueError("labels and positions exclude each other: with labels the logits are not returned")
+        if loss_weights is not None and labels is None:
+            raise ValueError("loss_weights need labels")
+        hidden, all_hidden = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=bool(output_hidden_states),
+        )
+        loss = logits = None
+        if labels is not None:
+            loss = self._loss(hidden, labels, loss_weights, attention_mask, segment_ids)
+        elif positions is None:
+            logits = self.lm_head(hidden)
+        else:
+            logits = self.lm_head(_select_rows(hidden, positions))
+        output = CoDAOutput(loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=all_hidden)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        loss_weights: Tensor | None,
+        attention_mask: Tensor | None,
+        segment_ids: Tensor | None,
+    ) -> Tensor:
+        """Chunked cross-entropy of the labelled positions, each scored by the row of its predecessor."""
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
+        if loss_weights is not None and loss_weights.ndim == 1:
+            loss_weights = loss_weights[:, None].expand(labels.shape)
+        if loss_weights is not None and loss_weights.shape != labels.shape:
+            raise ValueError(
+                f"loss_weights must be (B,) or (B, T) = {tuple(labels.shape)}, got {tuple(loss_weights.shape)}"
+            )
+        if self.config.logits_shift:
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+            loss_weights = None if loss_weights is None else loss_weights[:, 1:]
+            if segment_ids is not None:
+                labels = labels.masked_fill(segment_ids[:, 1:] != segment_ids[:, :-1], IGNORE_INDEX)
+            if attention_mask is not None and attention_mask.ndim == 2:
+                labels = labels.masked_fill(attention_mask[:, :-1] == 0, IGNORE_INDEX)
+        scored = labels != IGNORE_INDEX
+        if loss_weights is None:
+            loss_weights = scored / scored.sum().clamp(min=1)
+        weights = torch.where(scored, loss_weights.float(), 0.0)
+        return chunked_cross_entropy(hidden, labels, weights, self.lm_head, self.config.vocab_size)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a checkpoint as `PreTrainedModel.from_pretrained` does, but follow the weights and accept no gaps.
+
+        A head that differs from the embedding stays untied whatever the config says, and an absent head is the
+        embedding. Missing, unexpected or misshapen weights are errors.
+
+        Raises:
+            ValueError: the folder does not exist, or the weights do not fit the configuration.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        path = str(pretrained_model_name_or_path)
+        if not HUB_ID.fullmatch(path) and not Path(path).is_dir():
+            raise ValueError(f"no model folder at {path!r}")
+        if not isinstance(kwargs.get("config"), CoDAConfig):
+            source = kwargs.pop("config", None) or path
+            config, unused = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+            kwargs = {**_hub_arguments(kwargs), **unused, "config": config}
+        if kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
+            tied = _checkpoint_is_tied(path, kwargs["config"].tie_word_embeddings, _hub_arguments(kwargs))
+            if tied != kwargs["config"].tie_word_embeddings:
+                logger.info("tie_word_embeddings is %s in the weights of %s; the config is corrected", tied, path)
+                kwargs["config"].tie_word_embeddings = tied
+        try:
+            model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        except RuntimeError as error:
+            if "size" not in str(error) and "shape" not in str(error):
+                raise
+            raise ValueError(f"the weights of {path!r} do not fit its configuration: {error}") from error
+        faults = {name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys")}
+        if not kwargs.get("ignore_mismatched_sizes"):
+            faults["mismatched_keys"] = sorted(map(str, info.get("mismatched_keys") or ()))
+        if any(faults.values()):
+            report = "; ".join(
+                f"{len(keys)} {name.replace('_', ' ')}: {keys[:5]}" for name, keys in faults.items() if keys
+            )
+            raise ValueError(f"the weights of {path!r} do not fit its configuration: {report}")
+        return (model, info) if wants_info else model
+
+
+def _select_rows(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Rows of (B, T, hidden_size) by column indices (B, P), flat indices (N,) or a (B, T) bool mask."""
+    if positions.dtype == torch.bool:
+        return hidden[positions]
+    if positions.ndim == 1:
+        return hidden.flatten(0, 1).index_select(0, positions)
+    if positions.ndim == 2 and len(positions) == len(hidden):
+        return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
+    raise ValueError(f"positions must be (B, P), (N,) or a (B, T) bool mask, got the shape {tuple(positions.shape)}")
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say where on the Hub a file is."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def _checkpoint_is_tied(path: str, default: bool, hub_arguments: dict[str, Any]) -> bool:
+    """Whether head and embedding are one in a safetensors checkpoint; `default` where the weights do not tell."""
+
+    def find(name: str) -> str | None:
+        found = cached_file(
+            path,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_arguments,
+        )
+        return found if found is None or Path(found).is_file() else None
+
+    index, single = find("model.safetensors.index.json"), find("model.safetensors")
+    if single is not None:
+        with safe_open(single, framework="pt") as file:
+            where = dict.fromkeys(file.keys(), single)
+    elif index is not None:
+        weight_map = json.loads(Path(index).read_text())["weight_map"]
+        where = {key: find(weight_map[key]) for key in (HEAD_WEIGHT, EMBEDDING_WEIGHT) if key in weight_map}
+    else:
+        return default
+    if HEAD_WEIGHT not in where:
+        return True
+    if EMBEDDING_WEIGHT not in where or not default:
+        return False
+
+    def read(key: str) -> Tensor:
+        with safe_open(where[key], framework="pt") as file:
+            return file.get_tensor(key)
+
+    return torch.equal(read(HEAD_WEIGHT), read(EMBEDDING_WEIGHT))

@@ -1,0 +1,232 @@
+"""One denoising step as pure functions: the schedule of commits, candidates with confidences, and the choice.
+
+Everything is per row: no decision looks at another row of the batch. Not here: the loop and the model
+(`generation_coda`).
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .diffusion import named_rng
+
+ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy", "p2")
+"""Orders in which tokens are committed: at random, by probability of the token, by margin over the second best, by
+negative entropy; and `p2`, which scores all tokens anew at each step and masks the worst again."""
+
+FIRST_SELECTION = 256
+"""Tokens that the search for a top-p nucleus looks at first."""
+
+
+class Commit(NamedTuple):
+    """What one forward pass does to a row."""
+
+    step: int
+    """Index of the denoising step; names the random draws of the row."""
+
+    block: int
+    """Block of the row that is being decoded."""
+
+    count: int
+    """Tokens to commit; for `p2` the tokens of the block that stay committed after the step."""
+
+
+class Candidates(NamedTuple):
+    """A proposed token for each scored position."""
+
+    tokens: Tensor
+    """(N,) int64."""
+
+    confidence: Tensor
+    """(N,) float32, higher is committed earlier."""
+
+
+@lru_cache(maxsize=4096)
+def commit_counts(num_masked: int, steps: int, eps: float) -> tuple[int, ...]:
+    """Tokens to commit at each of `steps` steps, in the published schedule.
+
+    Times fall linearly from 1 to `eps`; step i commits `floor(masked * (1 - t[i+1] / t[i]))` tokens in float32 and the
+    last step commits the rest (Dream's sampler, https://github.com/HKUNLP/Dream, which CoDA uses).
+
+    Returns:
+        `steps` counts that sum to `num_masked`; some may be zero.
+    """
+    times = torch.linspace(1, eps, steps + 1, dtype=torch.float32)
+    fractions = 1 - times[1:] / times[:-1]
+    counts, left = [], num_masked
+    for fraction in fractions[:-1]:
+        counts.append(int(torch.tensor(left, dtype=torch.float32) * fraction))
+        left -= counts[-1]
+    return (*counts, left)
+
+
+@lru_cache(maxsize=4096)
+def plan_commits(num_masked: int, *, steps: int, block_length: int | None, eps: float, alg: str) -> tuple[Commit, ...]:
+    """Plan all forward passes of one row; those that would change nothing are left out.
+
+    Masked tokens are taken in blocks of `block_length` from left to right, the steps shared out evenly, the first
+    blocks getting one more where they do not divide.
+
+    Args:
+        num_masked: masked tokens of the row.
+        steps: denoising steps for the row.
+        block_length: masked tokens per block; None decodes all at once.
+        eps: last time of the schedule.
+        alg: one of `ALGORITHMS`.
+
+    Raises:
+        ValueError: there are more blocks than steps.
+    """
+    if num_masked == 0:
+        return ()
+    length = min(block_length or num_masked, num_masked)
+    num_blocks = math.ceil(num_masked / length)
+    if steps < num_blocks:
+        raise ValueError(
+            f"steps must be at least the number of blocks: {num_masked} masked tokens in blocks of "
+            f"block_length={block_length} are {num_blocks} blocks, got steps={steps}"
+        )
+    plan, first_step = [], 0
+    for block in range(num_blocks):
+        block_steps = steps // num_blocks + (block < steps % num_blocks)
+        size = min(length, num_masked - block * length)
+        if alg == "p2":  # kept after step i: size - floor(size * (1 - (i + 1) / steps)), in integers
+            kept = [size - size * (block_steps - i - 1) // block_steps for i in range(block_steps)]
+            counts = [k if k > previous else 0 for previous, k in zip([0, *kept], kept, strict=False)]
+        else:
+            counts = commit_counts(size, block_steps, eps)
+        plan += [Commit(first_step + i, block, count) for i, count in enumerate(counts) if count]
+        first_step += block_steps
+    return tuple(plan)
+
+
+def row_uniforms(name: str, seeds: list[int], steps: list[int], length: int) -> Tensor:
+    """Uniform draws of a denoising step, one row of (R, `length`) float64 per (seed, step).
+
+    Column p belongs to position p of the text, so that padding and the other rows change no draw.
+    """
+    draws = [named_rng(name, seed, step).random(length) for seed, step in zip(seeds, steps, strict=True)]
+    return torch.from_numpy(np.stack(draws))
+
+
+def propose(
+    logits: Tensor,
+    *,
+    alg: str,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    uniforms: Tensor | None = None,
+    present: Tensor | None = None,
+) -> Candidates:
+    """Choose a token for each scored position and say how confident the model is in it.
+
+    Args:
+        logits: (N, V) aligned scores; ids that must not come out are -inf.
+        alg: one of `ALGORITHMS`; `origin` has no confidence of its own and gives zeros.
+        temperature: 0 takes the most probable token, otherwise tokens are drawn from softmax(logits / temperature).
+        top_p: keep the most probable tokens up to this mass, the one that crosses it included; ties are kept.
+        top_k: keep the k most probable tokens; ties are kept.
+        uniforms: (N,) in [0, 1), one draw per position; needed when the temperature is not 0.
+        present: (N,) int64, for `p2`: the committed token whose confidence is asked for, -1 where masked.
+
+    Returns:
+        Tokens and confidences; confidences are those of the tempered and filtered distribution, as published.
+    """
+    scores = logits.float()
+    if temperature > 0:
+        scores = scores / temperature
+    scores = filter_scores(scores, top_p=top_p, top_k=top_k)
+    probabilities = scores.softmax(dim=-1)
+    if temperature > 0:
+        if uniforms is None:
+            raise ValueError(f"uniforms are needed with temperature {temperature}")
+        cdf = probabilities.double().cumsum(dim=-1)
+        threshold = uniforms.to(cdf.device)[:, None] * cdf[:, -1:]
+        tokens = torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)
+    else:
+        tokens = probabilities.argmax(dim=-1)
+    if present is not None:
+        tokens = torch.where(present >= 0, present, tokens)
+    if alg == "origin":
+        confidence = torch.zeros(len(scores), device=scores.device)
+    elif alg in ("maskgit_plus", "p2"):
+        confidence = probabilities.gather(1, tokens[:, None]).squeeze(1)
+    elif alg == "topk_margin":
+        best = probabilities.topk(2, dim=-1).values
+        confidence = best[:, 0] - best[:, 1]
+    else:
+        confidence = -torch.special.entr(probabilities).sum(dim=-1)
+    return Candidates(tokens, confidence)
+
+
+def filter_scores(scores: Tensor, *, top_p: float | None, top_k: int | None) -> Tensor:
+    """Set scores outside of the top-p nucleus and of the top k to -inf, without sorting the vocabulary.
+
+    Args:
+        scores: (N, V) float32.
+        top_p: mass of the nucleus; the token that crosses it is kept.
+        top_k: number of tokens kept.
+
+    Returns:
+        (N, V); tokens that tie with the last one kept are kept too, so the order of ids has no influence.
+    """
+    vocab_size = scores.shape[-1]
+    lowest = scores.new_full((len(scores), 1), -torch.inf)  # smallest score that is kept
+    if top_k is not None and top_k < vocab_size:
+        lowest = scores.topk(top_k, dim=-1).values[:, -1:]
+    if top_p is not None and top_p < 1:
+        log_mass = scores.logsumexp(dim=-1, keepdim=True)
+        width = min(FIRST_SELECTION, vocab_size)
+        while True:
+            best = scores.topk(width, dim=-1).values  # (N, width), descending
+            mass = (best - log_mass).exp()
+            kept = (mass.cumsum(dim=-1) - mass <= top_p).sum(dim=-1, keepdim=True)  # mass before the token
+            if width == vocab_size or bool((kept < width).all()):
+                break
+            width = min(8 * width, vocab_size)
+        lowest = torch.maximum(lowest, best.gather(1, kept - 1))
+    return scores.masked_fill(scores < lowest, -torch.inf)
+
+
+def order_scores(confidence: Tensor, alg: str, alg_temp: float | None, uniforms: Tensor | None) -> Tensor:
+    """Turn confidences into the scores by which positions are ranked.
+
+    With `alg_temp` the positions are drawn without replacement with probabilities softmax(confidence / alg_temp), by
+    the Gumbel-top-k trick (Kool et al. 2019, https://arxiv.org/abs/1903.06059). `origin` ranks at random.
+
+    Args:
+        confidence: (N,) float32.
+        alg: one of `ALGORITHMS`.
+        alg_temp: randomness of the order; None or 0 takes the most confident first.
+        uniforms: (N,) in [0, 1); needed by `origin` and by `alg_temp`.
+
+    Returns:
+        (N,) scores, higher first.
+    """
+    if alg == "origin":
+        return uniforms.to(confidence)
+    if not alg_temp:
+        return confidence
+    gumbel = -(-uniforms.clamp(min=1e-300).log()).log()
+    return (confidence.double() / alg_temp + gumbel.to(confidence.device)).to(confidence.dtype)
+
+
+def choose(scores: Tensor, counts: Tensor) -> Tensor:
+    """Mark the `counts[b]` best positions of each row; ties go to the leftmost.
+
+    Args:
+        scores: (R, T) float, -inf where nothing can be chosen.
+        counts: (R,) int64.
+
+    Returns:
+        (R, T) bool.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
+    return (rank < counts[:, None]) & (scores > -torch.inf)
