@@ -233,6 +233,7 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
         positions: Tensor | None = None,
         labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
@@ -254,6 +255,7 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
                 segment, and the first position after padding have no predecessor and are never scored.
             loss_weights: (B,) or (B, T) float; the loss is `sum_i loss_weights_i * CE_i`, so that 1/t and the
                 denominator are the caller's. Without it the loss is the plain mean over the scored positions.
+            output_attentions: accepted as None or False (PEFT passes it); the kernels give no attention weights.
             output_hidden_states: also return the hidden states of all layers.
             use_cache: accepted for callers that always pass it; caches are passed as `past_key_values`.
             return_dict: False gives a tuple of the fields that are set.
@@ -268,6 +270,8 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
             raise ValueError(
                 "use_cache=True needs a cache in past_key_values: a bidirectional model has no default one"
             )
+        if output_attentions:
+            raise ValueError("output_attentions=True is not supported: the attention kernels give no weights")
         if labels is not None and positions is not None:
             raise ValueError("labels and positions exclude each other: with labels the logits are not returned")
         if loss_weights is not None and labels is None:
@@ -337,8 +341,10 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
             raise ValueError(f"no model folder at {path!r}")
         if not isinstance(kwargs.get("config"), CoDAConfig):
             source = kwargs.pop("config", None) or path
+            # The configuration has a dtype too and would keep the argument for itself.
+            dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             config, unused = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
-            kwargs = {**_hub_arguments(kwargs), **unused, "config": config}
+            kwargs = {**_hub_arguments(kwargs), **unused, **dtype, "config": config}
         if kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
             tied = _checkpoint_is_tied(path, kwargs["config"].tie_word_embeddings, _hub_arguments(kwargs))
             if tied != kwargs["config"].tie_word_embeddings:
