@@ -1,8 +1,8 @@
 """The run configuration: frozen dataclasses, YAML files merged in order, ``key=value`` overrides.
 
 A value can be wrong only loudly: an unknown key names the nearest known one, a wrong type or choice names what is
-allowed. The data and masking sections are declared by ``data.py`` and ``masking.py``. Not here: architecture (that is
-``CoDAConfig``; ``model.config`` only carries its fields) and anything that touches a device.
+allowed. The data and masking sections are declared by ``mixture.py`` and ``masking.py``. Not here: architecture
+(``CoDAConfig``, whose fields ``model.config`` only carries) and anything that touches a device.
 
 No ``from __future__ import annotations`` in this file: field types must stay types.
 """
@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
-from .data import DataConfig
 from .masking import MaskingConfig
+from .mixture import DataConfig
 from .plain_data import from_dict, merge, require_range
 
 
@@ -163,7 +163,8 @@ class MeshConfig:
         product = sizes[0] * sizes[1] * sizes[2]
         if product != num_devices:
             raise ValueError(
-                f"hardware.mesh (data, fsdp, tensor) = {tuple(sizes)} needs {product} devices, this run has {num_devices}"
+                f"hardware.mesh (data, fsdp, tensor) = {tuple(sizes)} needs {product} devices, "
+                f"this run has {num_devices}"
             )
         return sizes[0], sizes[1], sizes[2]
 

@@ -111,7 +111,9 @@ def _convert_sequence(origin: type, arguments: tuple[Any, ...], value: Any, name
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
         if len(value) != len(arguments):
             raise ValueError(f"{name} must have {len(arguments)} entries, got {value!r}")
-        return tuple(convert(kind, item, f"{name}[{i}]") for i, (kind, item) in enumerate(zip(arguments, value)))
+        return tuple(
+            convert(kind, item, f"{name}[{i}]") for i, (kind, item) in enumerate(zip(arguments, value, strict=True))
+        )
     of = arguments[0] if arguments else Any
     return origin(convert(of, item, f"{name}[{i}]") for i, item in enumerate(value))
 
@@ -136,9 +138,14 @@ def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def to_plain(config: Any) -> dict[str, Any]:
+    """A dataclass as nested mappings, lists and plain values."""
+    return _plain(dataclasses.asdict(config))
+
+
 def to_yaml(config: Any) -> str:
-    """A dataclass as YAML that ``load_config`` reads back to an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=False)
+    """A dataclass as YAML that ``from_dict`` reads back to an equal one."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=False)
 
 
 def _plain(value: Any) -> Any:

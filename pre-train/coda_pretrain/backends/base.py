@@ -1,0 +1,136 @@
+"""The seam between the trainer and the machine. A backend places tensors; it knows no loss, schedule or file name."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+
+from ..config import HardwareConfig
+
+
+class Backend(ABC):
+    """One machine, one process of it. The batch is split over the first two axes of the mesh (data, fsdp)."""
+
+    rank: int = 0
+    num_processes: int = 1
+    mesh_shape: tuple[int, int, int]
+    """Sizes of (data, fsdp, tensor)."""
+
+    gradient_scale: float = 1.0
+    """The loss is multiplied by this before the backward pass, to undo an average over processes."""
+
+    capturable_optimizer: bool = False
+    """The optimizer step is traced, so the step count must live on the device."""
+
+    def __init__(self, config: HardwareConfig) -> None:
+        """Reach the devices and lay out the mesh.
+
+        Raises:
+            ValueError: the devices are absent or do not fit the mesh.
+        """
+        self.config = config
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+    def check_rows(self, name: str, rows: int) -> None:
+        """Check that ``rows`` rows can be split over the mesh; ``name`` is the setting they come from.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        data, fsdp, _ = self.mesh_shape
+        if rows % (data * fsdp):
+            raise ValueError(
+                f"{name} must be a multiple of the {data * fsdp} devices that share the batch "
+                f"(hardware.mesh data {data} x fsdp {fsdp}), got {rows}"
+            )
+
+    @abstractmethod
+    def rows_for_process(self, num_rows: int) -> range:
+        """Which rows of a global batch this process has to supply."""
+
+    @abstractmethod
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Move, shard, wrap or compile a model built on the CPU in float32. Weight names do not change."""
+
+    @abstractmethod
+    def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
+        """Float32 zeros of the shape ``[parameter.shape[d] for d in dims]``, placed like those dimensions of it."""
+
+    @abstractmethod
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of device tensors made ready to be called at every step. Its results may be lazy."""
+
+    @abstractmethod
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        """Move this process's rows to the device(s). Dimension 0 of every array is the row."""
+
+    @abstractmethod
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the forward pass."""
+
+    @abstractmethod
+    def sum_over_processes(self, values: list[float]) -> list[float]:
+        """Element-wise sums over all processes, the same on each of them."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait for all processes."""
+
+    @abstractmethod
+    def save_planner(self) -> SavePlanner:
+        """How tensors of this backend are written to a checkpoint."""
+
+    @abstractmethod
+    def load_planner(self) -> LoadPlanner:
+        """How tensors of this backend are filled in place from a checkpoint."""
+
+    def compile_count(self) -> int | None:
+        """Device graphs compiled so far; None where nothing is compiled by the device."""
+        return None
+
+    def close(self) -> None:  # noqa: B027 (most backends have nothing to leave)
+        """Leave the process group, if one was joined."""
+
+
+def create_backend(config: HardwareConfig) -> Backend:
+    """The backend that ``hardware.backend`` names. Only the chosen one is imported, so plain torch needs no torch_xla.
+
+    Raises:
+        ValueError: its devices are absent or do not fit the mesh, or torch_xla is not installed.
+    """
+    if config.backend == "xla":
+        try:
+            from .xla_backend import XlaBackend
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"hardware.backend 'xla' needs the package {error.name}, which is not installed"
+            ) from error
+        return XlaBackend(config)
+    from .torch_backend import TorchBackend
+
+    return TorchBackend(config)
+
+
+def process_environment() -> tuple[int, int, int]:
+    """(rank, local rank, number of processes) as ``torchrun`` sets them; (0, 0, 1) without it."""
+    rank, local, world = (int(os.environ.get(name, default)) for name, default in PROCESS_VARIABLES)
+    return rank, local, world
+
+
+PROCESS_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def host_tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """NumPy arrays as CPU tensors, without a copy where the array is contiguous; integers become int64."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+    return {name: t if t.is_floating_point() or t.dtype == torch.bool else t.long() for name, t in tensors.items()}

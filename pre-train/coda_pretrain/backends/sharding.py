@@ -1,0 +1,61 @@
+"""Partition specs by weight name: which mesh axis splits which dimension. No tensor is touched here."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+AXES = ("data", "fsdp", "tensor")
+
+Spec = tuple[str | None, ...]
+
+DEFAULT_RULES: dict[str, Spec] = {
+    "model.embed_tokens.weight": ("tensor", "fsdp"),
+    "lm_head.weight": ("tensor", "fsdp"),
+    "model.layers.*.self_attn.[qkv]_proj.weight": ("tensor", "fsdp"),
+    "model.layers.*.self_attn.[qkv]_proj.bias": ("tensor",),
+    "model.layers.*.self_attn.o_proj.weight": ("fsdp", "tensor"),
+    "model.layers.*.self_attn.o_proj.bias": (None,),
+    "model.layers.*.mlp.gate_proj.weight": ("tensor", "fsdp"),
+    "model.layers.*.mlp.up_proj.weight": ("tensor", "fsdp"),
+    "model.layers.*.mlp.gate_proj.bias": ("tensor",),
+    "model.layers.*.mlp.up_proj.bias": ("tensor",),
+    "model.layers.*.mlp.down_proj.weight": ("fsdp", "tensor"),
+    "model.layers.*.mlp.down_proj.bias": (None,),
+    "*norm.weight": (None,),
+}
+"""Megatron's split of matrix products over ``tensor``, everything else over ``fsdp``; small vectors are copied.
+
+Every weight needs a rule: one without an explicit spec comes back from the first step with whatever sharding the
+compiler propagated, which changes the graph and the checkpoint.
+"""
+
+
+def partition_specs(
+    shapes: Iterable[tuple[str, int]], rules: Mapping[str, Sequence[str | None]] | None = None
+) -> dict[str, Spec]:
+    """The spec of each weight; the first matching pattern decides.
+
+    Args:
+        shapes: (name, number of dimensions) of every weight.
+        rules: fnmatch pattern -> mesh axis (or None) of each dimension; ``DEFAULT_RULES`` when None.
+
+    Raises:
+        ValueError: an unknown axis, a weight that no pattern covers, or a rule of another number of dimensions.
+    """
+    table = DEFAULT_RULES if rules is None else rules
+    for pattern, spec in table.items():
+        for axis in spec:
+            if axis is not None and axis not in AXES:
+                raise ValueError(
+                    f"hardware.sharding_rules[{pattern!r}] must name {', '.join(AXES)} or null, got {axis!r}"
+                )
+    specs: dict[str, Spec] = {}
+    for name, num_dims in shapes:
+        pattern = next((p for p in table if fnmatchcase(name, p)), None)
+        if pattern is None:
+            raise ValueError(f"hardware.sharding_rules has no pattern for the weight {name}; every weight needs one")
+        if len(table[pattern]) != num_dims:
+            raise ValueError(
+                f"hardware.sharding_rules[{pattern!r}] must name {num_dims} axes for {name}, got {list(table[pattern])}"
+            )
+        specs[name] = tuple(table[pattern])
+    return specs

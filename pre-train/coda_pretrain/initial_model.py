@@ -1,0 +1,98 @@
+"""The network that a run starts from: weights of a folder, or random ones that depend on the seed alone."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+from CoDALanguageModel.diffusion import named_rng
+
+from .config import ModelConfig
+
+
+def load_tokenizer_folder(folder: str) -> PreTrainedTokenizerBase:
+    """Load the run's tokenizer.
+
+    Raises:
+        ValueError: the folder is missing or holds no tokenizer, or it has no mask or no pad token.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"model.tokenizer: no folder at {folder!r}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model.tokenizer {folder!r} cannot be loaded as a tokenizer folder: {error}") from error
+    for name in ("mask_token", "pad_token"):
+        if getattr(tokenizer, f"{name}_id") is None:
+            raise ValueError(
+                f"model.tokenizer {folder!r} has no {name}; masked diffusion needs one: name it in its config "
+                "(save_hf_model.py adds what is missing when it converts an autoregressive folder)"
+            )
+    return tokenizer
+
+
+def initial_model(config: ModelConfig, *, seed: int) -> CoDALanguageModel:
+    """Build the network on the CPU in float32, in training mode.
+
+    Raises:
+        ValueError: a missing folder, a folder of another model type, unknown fields, or ids that the tokenizer does
+            not agree with.
+    """
+    tokenizer = load_tokenizer_folder(config.tokenizer)
+    if config.init_from is not None:
+        model = _from_folder(config.init_from, config.attn_implementation)
+    else:
+        assert config.config is not None, "ModelConfig holds init_from or config"
+        coda_config = _coda_config(config.config, tokenizer)
+        coda_config._attn_implementation = config.attn_implementation
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(named_rng("initial weights", seed).integers(2**63)))
+            model = CoDALanguageModel(coda_config)
+    _check_tokens(model.config, tokenizer, config.tokenizer)
+    return model.float().train()
+
+
+def _from_folder(folder: str, attn_implementation: str) -> CoDALanguageModel:
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model.init_from: no model folder (with a config.json) at {folder!r}")
+    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    if model_type != CoDAConfig.model_type:
+        raise ValueError(
+            f"model.init_from {folder!r} must be a CoDA folder (model_type {CoDAConfig.model_type!r}), got model_type "
+            f"{model_type!r}; convert it first: python save_hf_model.py --checkpoint_dir {folder} --output_dir FOLDER"
+        )
+    return CoDALanguageModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attn_implementation)
+
+
+def _coda_config(fields: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> CoDAConfig:
+    """``CoDAConfig`` of the given fields; token ids and vocabulary size come from the tokenizer unless given."""
+    known = set(CoDAConfig().to_dict()) | {"rope_theta"}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(f"unknown key model.config.{unknown[0]} (not a field of CoDAConfig; known: {sorted(known)})")
+    from_tokenizer = {
+        "vocab_size": -(-len(tokenizer) // 64) * 64,  # a multiple of 64, as matrix units and meshes like it
+        "num_token_ids": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return CoDAConfig(**{**from_tokenizer, **fields})
+
+
+def _check_tokens(config: CoDAConfig, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    for name in ("mask_token_id", "pad_token_id"):
+        if getattr(config, name) != getattr(tokenizer, name):
+            raise ValueError(
+                f"the model's {name} is {getattr(config, name)}, but model.tokenizer {folder!r} says "
+                f"{getattr(tokenizer, name)}"
+            )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"model.tokenizer {folder!r} has {len(tokenizer)} tokens, more than the model's vocab_size "
+            f"{config.vocab_size}"
+        )

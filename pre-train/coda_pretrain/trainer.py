@@ -1,0 +1,270 @@
+"""The one training loop for CPU, GPU and TPU. The backend places tensors; noise comes from the host in the batch."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+from torch import Tensor
+
+from .backends.base import Backend, create_backend
+from .batches import Batch, Batches, split_rows
+from .checkpoint import (
+    TrainState,
+    checkpoint_to_resume,
+    load_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+    set_aside_later_checkpoints,
+)
+from .config import RunConfig
+from .evaluation import Evaluation
+from .initial_model import initial_model
+from .metrics import Reporter
+from .mixture import Mixture
+from .optim import build_optimizer, set_learning_rate, set_step_count, state_tensors
+from .plain_data import to_plain, to_yaml
+from .resume_check import check_same_run
+from .schedules import learning_rate
+from .step_functions import Gradients, StepFunctions
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Trainer:
+    """One run: built from its configuration alone, continued from its folder."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Reach the devices, build model and optimizer, and restore the checkpoint to continue from, if any.
+
+        Raises:
+            ValueError: the configuration does not fit the devices, the data, the model or the checkpoint.
+        """
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.checkpoints = self.output_dir / "checkpoints"
+        self.backend: Backend = create_backend(config.hardware)
+        rows_name = "global_batch_size" if config.micro_batch_size is None else "micro_batch_size"
+        self.backend.check_rows(rows_name, config.rows_per_micro_batch)
+        mixture = Mixture(config.data, seq_len=config.seq_len, seed=config.seed)
+        self.num_steps = number_of_steps(config, mixture.num_samples)
+        self._rate(0)  # the schedule is checked before a model is built
+        resume_from = checkpoint_to_resume(config.checkpoint.resume, self.checkpoints)
+        if resume_from is not None:
+            check_same_run(config, resume_from)
+        model = initial_model(config.model, seed=config.seed)
+        self.model_config = model.config
+        if config.seq_len > model.config.max_position_embeddings:
+            raise ValueError(
+                f"seq_len must be at most the model's max_position_embeddings "
+                f"{model.config.max_position_embeddings}, got {config.seq_len}"
+            )
+        model = self.backend.prepare_model(model)
+        self.parameters = dict(model.named_parameters())
+        self.optimizer = build_optimizer(config.optimizer, self.parameters, self.backend)
+        self.state = TrainState()
+        if resume_from is not None:
+            self.state = load_checkpoint(resume_from, self._tensors(), backend=self.backend)
+            set_step_count(self.optimizer, self.state.optimizer_steps)
+        self.functions = StepFunctions(model, self.optimizer, max_grad_norm=config.max_grad_norm, backend=self.backend)
+        rows = self.backend.rows_for_process(config.global_batch_size)
+        ids = {"mask_token_id": model.config.mask_token_id, "pad_token_id": model.config.pad_token_id}
+        self.batches = Batches(config, mixture, rows=rows, num_steps=self.num_steps, **ids)
+        self.evaluation = Evaluation(config, rows=rows, **ids) if config.evaluation.every is not None else None
+        self._stop_requested = False
+
+    def train(self) -> TrainState:
+        """Train to the last step, or to the end of the step in which SIGTERM comes; either way a checkpoint is saved.
+
+        Raises:
+            CheckpointError: a checkpoint could not be saved.
+            TrainingDiverged: ``max_skipped_steps`` steps in a row were not finite.
+        """
+        config, state = self.config, self.state
+        if state.step >= self.num_steps:
+            logger.info("all %d steps are done already", self.num_steps)
+            return state
+        if self.backend.is_main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.output_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            set_aside_later_checkpoints(self.checkpoints, state.step)
+        with self._sigterm_noted(), self._reporter() as reporter:
+            while state.step < self.num_steps:
+                stop = self._step(reporter)
+                last = state.step == self.num_steps
+                if self.evaluation is not None and not stop and (last or self._is_due(config.evaluation.every)):
+                    self._evaluate(reporter, self.evaluation)
+                if last or stop or self._is_due(config.checkpoint.every):
+                    self.save()
+                if stop and not last:
+                    logger.warning("SIGTERM: stopped after step %d of %d, which is saved", state.step, self.num_steps)
+                    break
+        return state
+
+    def save(self) -> None:
+        """Write the checkpoint of the current step and remove the oldest ones.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        save_checkpoint(
+            self.checkpoints,
+            self._tensors(),
+            self.state,
+            run_config=to_yaml(self.config),
+            model_config=self.model_config.to_dict(),
+            backend=self.backend,
+        )
+        if self.backend.is_main:
+            remove_old_checkpoints(self.checkpoints, self.config.checkpoint.keep)
+
+    def close(self) -> None:
+        """Stop reading ahead and leave the devices."""
+        self.batches.close()
+        self.backend.close()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds as tensors, by flat name."""
+        tensors: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in self.parameters.items()}
+        state = state_tensors(self.optimizer, self.parameters)
+        return tensors | {f"optim.{name}": tensor for name, tensor in state.items()}
+
+    def _rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate(step, num_steps=self.num_steps, optimizer=config.optimizer, schedule=config.schedule)
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.state.step % every == 0
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        return split_rows(batch, self.config.global_batch_size // self.config.rows_per_micro_batch)
+
+    def _step(self, reporter: Reporter | None) -> bool:
+        """One optimizer step; whether some process was asked to stop."""
+        config, state = self.config, self.state
+        started = time.perf_counter()
+        batch = self.batches.get(state.step)
+        data_wait_s = time.perf_counter() - started
+        gradients = self.functions.gradients(self._parts(batch))
+        loss, stop = self.backend.sum_over_processes([gradients.loss, float(self._stop_requested)])
+        rate = self._rate(state.step)
+        if math.isfinite(loss) and math.isfinite(gradients.norm):
+            set_learning_rate(self.optimizer, rate)
+            self.functions.update(gradients)
+            state.optimizer_steps += 1
+            state.skipped_in_a_row = 0
+        else:
+            self._skip(loss, gradients)
+        state.step += 1
+        state.tokens += config.global_batch_size * config.seq_len
+        state.add_to_row(
+            loss=loss,
+            masked_share=float(np.mean(batch["labels"] != IGNORED_LABEL)),
+            seconds=time.perf_counter() - started,
+            data_wait_s=data_wait_s,
+        )
+        if reporter is not None:
+            reporter.step(state.step)
+        if self._is_due(config.metrics.every) or state.step == self.num_steps:
+            row = self._row(rate, gradients.norm)
+            if reporter is not None:
+                reporter.row(row)
+        return stop > 0
+
+    def _skip(self, loss: float, gradients: Gradients) -> None:
+        """Drop a step that is not finite: weights, optimizer state and its count stay as they are."""
+        state, limit = self.state, self.config.max_skipped_steps
+        self.functions.clear_gradients()
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+        logger.warning("step %d is skipped: loss %g, gradient norm %g", state.step + 1, loss, gradients.norm)
+        if state.skipped_in_a_row >= limit:
+            raise TrainingDiverged(
+                f"{limit} steps in a row, up to step {state.step + 1}, had a loss or gradient that is not finite "
+                "(max_skipped_steps); continue from an earlier checkpoint with a lower optimizer.learning_rate"
+            )
+
+    def _row(self, rate: float, grad_norm: float) -> dict[str, float | int]:
+        """The metrics of the steps since the last row; starts a new row."""
+        state, step = self.state, self.state.step - 1
+        epoch = self.batches.epoch(step)
+        probabilities = self.config.masking.at(self.batches.progress(step), epoch)
+        row: dict[str, float | int] = {
+            "step": state.step,
+            "loss": state.row_loss / state.row_steps,
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "tokens": state.tokens,
+            "tokens_per_s": state.row_steps * self.config.global_batch_size * self.config.seq_len / state.row_seconds,
+            "time_s": state.seconds,
+            "step_s": state.row_seconds / state.row_steps,
+            "data_wait_s": state.row_data_wait_s / state.row_steps,
+            "epoch": epoch,
+            "masked_share": state.row_masked_share / state.row_steps,
+            **{f"{name}_probability": value for name, value in probabilities._asdict().items()},
+            "skipped_steps": state.skipped_steps,
+        }
+        compiled = self.backend.compile_count()
+        if compiled is not None:
+            row["compile_count"] = compiled
+        state.start_row()
+        return row
+
+    def _evaluate(self, reporter: Reporter | None, evaluation: Evaluation) -> None:
+        started = time.perf_counter()
+        total = sum(self.functions.loss(self._parts(evaluation.batch(i))) for i in range(evaluation.num_batches))
+        (total,) = self.backend.sum_over_processes([total])
+        if reporter is not None:
+            loss, seconds = total / evaluation.num_batches, time.perf_counter() - started
+            reporter.row({"step": self.state.step, "eval_loss": loss, "eval_s": seconds})
+
+    def _reporter(self) -> AbstractContextManager[Reporter | None]:
+        if not self.backend.is_main:
+            return nullcontext()
+        tracker = None
+        if self.config.metrics.wandb is not None:
+            from .wandb_tracker import start_tracker
+
+            tracker = start_tracker(self.config.metrics.wandb, self.config.output_dir, to_plain(self.config))
+        path = self.output_dir / "metrics.jsonl"
+        return Reporter(path, finished_steps=self.state.step, num_steps=self.num_steps, tracker=tracker)
+
+    @contextmanager
+    def _sigterm_noted(self) -> Iterator[None]:
+        def note(number: int, frame: FrameType | None) -> None:
+            self._stop_requested = True
+
+        previous = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def number_of_steps(config: RunConfig, samples_per_epoch: int) -> int:
+    """Optimizer steps of the whole run.
+
+    Raises:
+        ValueError: ``num_epochs`` is less than one step.
+    """
+    if config.max_steps is not None:
+        return config.max_steps
+    assert config.num_epochs is not None, "RunConfig holds max_steps or num_epochs"
+    steps = int(config.num_epochs * samples_per_epoch / config.global_batch_size)
+    if steps < 1:
+        raise ValueError(
+            f"num_epochs {config.num_epochs:g} of {samples_per_epoch} samples is less than one step of "
+            f"global_batch_size {config.global_batch_size}"
+        )
+    return steps

@@ -1,0 +1,108 @@
+"""Token shards of given documents, and a run small enough for tests: byte-level tokenizer, two-layer model."""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from coda_pretrain.shards import ShardWriter, build_manifest
+
+os.environ.setdefault("PJRT_DEVICE", "CPU")
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
+
+
+@pytest.fixture(scope="session")
+def write_shards() -> Callable[..., Path]:
+    """A function that writes lists of token ids as shards; each document gets the document-end token 0."""
+
+    def write(
+        folder: Path, documents: list[list[int]], documents_per_shard: int = 1000, fingerprint: str = "test"
+    ) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        records = []
+        for number, start in enumerate(range(0, len(documents), documents_per_shard)):
+            with ShardWriter(folder, f"train-{number:06d}", "uint16") as writer:
+                for document in documents[start : start + documents_per_shard]:
+                    writer.add([*document, 0])
+                records.append(writer.commit())
+        tokenizer = {"fingerprint": fingerprint, "vocab_size": 256, "document_end_id": 0}
+        manifest = build_manifest(split="train", dtype="uint16", shards=records, tokenizer=tokenizer)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer folder: one token per byte, and the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        mask_token="<|mask|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """Token shards of 120 short functions, with a held-out part in ``validation/``."""
+    from coda_pretrain.data import main
+
+    folder = tmp_path_factory.mktemp("shards")
+    lines = [f"def add_{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(120)]
+    source = folder / "text"
+    source.mkdir()
+    for i, line in enumerate(lines):
+        (source / f"{i}.py").write_text(line)
+    arguments = ["--input", str(source), "--tokenizer", str(tokenizer_dir), "--output", str(folder / "shards")]
+    assert main([*arguments, "--validation_fraction", "0.2", "--num_workers", "1"]) == 0
+    return folder / "shards"
+
+
+@pytest.fixture
+def run_config(tmp_path: Path, tokenizer_dir: Path, shards_dir: Path) -> dict[str, Any]:
+    """The plain configuration of a run of six steps in ``tmp_path / "run"``, to be changed by a test."""
+    return copy.deepcopy(
+        {
+            "output_dir": str(tmp_path / "run"),
+            "seed": 3,
+            "max_steps": 6,
+            "global_batch_size": 8,
+            "seq_len": 32,
+            "model": {
+                "tokenizer": str(tokenizer_dir),
+                "config": {
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "head_dim": 8,
+                    "max_position_embeddings": 64,
+                },
+            },
+            "data": {"sources": [{"path": str(shards_dir)}]},
+            "masking": {"prefix_probability": 0.25, "truncate_probability": 0.25, "span_probability": 0.25},
+            "optimizer": {"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1},
+            "schedule": {"name": "linear", "warmup_steps": 2},
+            "checkpoint": {"every": None},
+            "hardware": {"num_threads": 1},
+            "metrics": {"every": 1},
+        }
+    )
