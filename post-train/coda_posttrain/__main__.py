@@ -1,0 +1,121 @@
+"""Command line: ``python -m coda_posttrain train|export|get``.
+
+    train CONFIG.yaml [key=value ...]       fine-tune; ``diffusion.`` keys are ours, the others LLaMA-Factory's
+    export CONFIG.yaml [key=value ...]      merge a LoRA adapter into a folder that loads by itself
+    get KEY CONFIG.yaml [key=value ...]     print one setting, for scripts
+
+With several GPUs, or FORCE_TORCHRUN=1, training relaunches itself under torchrun. LLaMA-Factory's variables choose
+the processes: NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS, RDZV_ID.
+"""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from .arguments import check_datasets, check_model_folder, load_config, split_config
+
+logger = logging.getLogger("coda_posttrain")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status, 2 for settings that cannot be used."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    commands = {"train": _train, "export": _export, "get": _get}
+    if not argv or argv[0] not in commands or len(argv) < (3 if argv[0] == "get" else 2):
+        print(__doc__)
+        return 0 if argv in (["-h"], ["--help"]) else 2
+    # With torch_xla installed, transformers would otherwise train on an XLA device. Read at its first import.
+    os.environ.setdefault("USE_TORCH_XLA", "0")
+    return commands[argv[0]](argv[1:])
+
+
+def _train(argv: list[str]) -> int:
+    try:
+        config = load_config(argv[0], argv[1:])
+        host, diffusion = split_config(config)
+        check_model_folder(host)
+        check_datasets(host)
+        if not host.get("output_dir"):
+            raise ValueError("output_dir is required: the folder for checkpoints and the trained model")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "LOCAL_RANK" not in os.environ and _wants_processes():
+        return _relaunch(argv)
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("settings: %s", json.dumps(config))
+    from .trainer import run_training  # LLaMA-Factory takes seconds to import: settings are checked first
+
+    run_training(host, diffusion, config)
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    try:
+        host = load_config(argv[0], argv[1:])
+        check_model_folder(host)
+        if not host.get("export_dir"):
+            raise ValueError("export_dir is required: the folder for the merged model")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from .trainer import run_export
+
+    run_export(host)
+    return 0
+
+
+def _get(argv: list[str]) -> int:
+    try:
+        value = load_config(argv[1], argv[2:]).get(argv[0])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("" if value is None else value)
+    return 0
+
+
+def _wants_processes() -> bool:
+    """Whether the run needs several processes: asked for, or more than one GPU."""
+    if os.environ.get("FORCE_TORCHRUN", "0").lower() in ("1", "true", "y"):
+        return True
+    import torch
+
+    return torch.cuda.device_count() > 1
+
+
+def _relaunch(argv: list[str]) -> int:
+    """Run the same command under torchrun; LLaMA-Factory's own launcher would start its own trainer instead."""
+    import torch
+
+    environment = os.environ
+    num_processes = environment.get("NPROC_PER_NODE", str(max(1, torch.cuda.device_count())))
+    num_nodes = environment.get("NNODES", "1")
+    address, port = environment.get("MASTER_ADDR", "127.0.0.1"), environment.get("MASTER_PORT", str(_free_port()))
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
+    command += [f"--max-restarts={environment.get('MAX_RESTARTS', '0')}"]
+    if "RDZV_ID" in environment:
+        if {"MIN_NNODES", "MAX_NNODES"} <= environment.keys():
+            num_nodes = f"{environment['MIN_NNODES']}:{environment['MAX_NNODES']}"
+        command += [f"--rdzv-id={environment['RDZV_ID']}", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}:{port}"]
+    else:
+        command += [f"--node-rank={environment.get('NODE_RANK', '0')}"]
+        command += [f"--master-addr={address}", f"--master-port={port}"]
+    command += [f"--nnodes={num_nodes}", "-m", "coda_posttrain", "train", *argv]
+    logger.info("starting %s processes: %s", num_processes, " ".join(command))
+    return subprocess.run(command, check=False).returncode
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

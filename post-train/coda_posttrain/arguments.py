@@ -1,0 +1,255 @@
+"""The settings of a run: one YAML file, its ``key=value`` overrides, and our ``diffusion:`` section in it.
+
+Everything outside ``diffusion:`` is LLaMA-Factory's and is checked by LLaMA-Factory. This module only refuses what
+would silently change the objective. It imports neither torch nor transformers, so a misspelt key fails at once.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+TAILS = ("eos", "pad", "none")
+NORMALIZERS = ("maskable", "row", "padded")
+OVERLONG = ("cut", "drop")
+DEFAULT_TEMPLATE = "qwen3_nothink"
+DEFAULT_DATASET_DIR = Path(__file__).resolve().parents[1] / "LLaMA-Factory" / "data"
+MODEL_TYPE = "CoDA"
+
+_OWN_LOSS = "the loss is the masked-diffusion cross-entropy; a causal-language-model loss cannot replace it"
+_PACKED = "rows packed together would share one noise level, one conditioned span and one tail; set it to false"
+_GENERATES = "evaluate generations with coda_eval; the evaluation here is the masked-diffusion loss"
+_OTHER_MODEL = "it replaces parts of causal models that CoDA does not have"
+INCOMPATIBLE: dict[str, str] = {
+    "use_dft_loss": _OWN_LOSS,
+    "use_eaft_loss": _OWN_LOSS,
+    "use_asft_loss": _OWN_LOSS,
+    "label_smoothing_factor": _OWN_LOSS,
+    "packing": _PACKED,
+    "neat_packing": _PACKED,
+    "predict_with_generate": _GENERATES,
+    "do_predict": _GENERATES,
+    "compute_accuracy": _GENERATES,
+    "streaming": "noise is keyed by the index of the sample, which a stream does not have",
+    "train_on_prompt": "the prompt could no longer be told from the answer; use diffusion.prompt_annealing_epochs",
+    "use_unsloth": _OTHER_MODEL,
+    "enable_liger_kernel": _OTHER_MODEL,
+    "shift_attn": _OTHER_MODEL,
+    "mixture_of_depths": _OTHER_MODEL,
+    "use_hyper_parallel": _OTHER_MODEL,
+    "use_kt": _OTHER_MODEL,
+}
+"""LLaMA-Factory settings that are refused when switched on, with the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionArguments:
+    """The ``diffusion:`` section: how rows are noised and how the loss is normalised."""
+
+    t_min: tuple[float, ...] = (0.001,)
+    """Smallest noise level drawn, one value or one per epoch (the list is repeated when there are more epochs)."""
+
+    span_probability: tuple[float, ...] = (0.0,)
+    """Share of rows masked in runs of ``span_lengths`` tokens, one value or one per epoch."""
+
+    span_lengths: tuple[int, ...] = (4, 8, 16, 32)
+    """Run lengths k, in tokens; each span-masked row draws one of them uniformly."""
+
+    prompt_annealing_epochs: float = 0.0
+    """Epochs during which the conditioned (never masked) part of the prompt grows linearly from none to all; 0: off."""
+
+    tail: str = "eos"
+    """What is learned behind the answer: ``eos`` end tokens, ``pad`` padding up to cutoff_len (published), ``none``."""
+
+    tail_tokens: int = 128
+    """Longest tail of end tokens; each optimizer step draws a length in [0, tail_tokens] for its rows."""
+
+    normalize: str = "maskable"
+    """What the summed loss is divided by: ``maskable`` tokens, ``row`` means, ``padded`` batch size (published)."""
+
+    overlong: str = "cut"
+    """Rows longer than cutoff_len: ``cut`` them there (their end is lost), or ``drop`` them (published)."""
+
+    eval_seed: int = 0
+    """Seed of the fixed noise of the evaluation loss; independent of ``seed``, so that runs can be compared."""
+
+    def __post_init__(self) -> None:
+        """Check every value; lists may be given as scalars."""
+        for name in ("t_min", "span_probability", "span_lengths"):
+            value = getattr(self, name)
+            values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+            object.__setattr__(self, name, values)
+        _check_numbers("t_min", self.t_min, "numbers in (0, 1)", lambda v: 0.0 < v < 1.0)
+        _check_numbers("span_probability", self.span_probability, "numbers in [0, 1]", lambda v: 0.0 <= v <= 1.0)
+        _check_numbers("span_lengths", self.span_lengths, "whole numbers >= 1", lambda v: v >= 1, whole=True)
+        _check_numbers("prompt_annealing_epochs", (self.prompt_annealing_epochs,), "a number >= 0", lambda v: v >= 0)
+        _check_numbers("tail_tokens", (self.tail_tokens,), "a whole number >= 0", lambda v: v >= 0, whole=True)
+        _check_numbers("eval_seed", (self.eval_seed,), "a whole number >= 0", lambda v: v >= 0, whole=True)
+        for name, allowed in (("tail", TAILS), ("normalize", NORMALIZERS), ("overlong", OVERLONG)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"diffusion.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+def _check_numbers(name: str, values: Sequence[Any], allowed: str, holds: Any, whole: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    if not values or any(isinstance(v, bool) or not isinstance(v, kinds) or not holds(v) for v in values):
+        raise ValueError(f"diffusion.{name} must be {allowed}, got {list(values)!r}")
+
+
+def parse_diffusion(section: Mapping[str, Any] | None) -> DiffusionArguments:
+    """Build the arguments of the ``diffusion:`` section.
+
+    Raises:
+        ValueError: the section is not a mapping, has a key that is not known (the nearest known one is named), or a
+            value out of range.
+    """
+    if section is None:
+        return DiffusionArguments()
+    if not isinstance(section, Mapping):
+        raise ValueError(f"diffusion must be a section of key: value lines, got {section!r}")
+    known = [field.name for field in dataclasses.fields(DiffusionArguments)]
+    for key in section:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean 'diffusion.{near[0]}'?" if near else ""
+            raise ValueError(f"unknown key diffusion.{key}{hint} (known: {', '.join(known)})")
+    return DiffusionArguments(**section)
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file and put ``key=value`` overrides over it (``diffusion.t_min=0.01`` reaches into a section).
+
+    Raises:
+        ValueError: the file is missing, is not a YAML mapping, or an override is not of the form key=value.
+    """
+    file = Path(path)
+    if file.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"a configuration must be a .yaml or .yml file, got {path!r}")
+    if not file.is_file():
+        raise ValueError(f"configuration file not found: {file.absolute()}")
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise ValueError(f"an override must look like key=value, got {override!r}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_cli(list(overrides)))
+        config = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
+        raise ValueError(f"cannot read {path} with overrides {list(overrides)}: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold key: value lines, got {type(config).__name__}")
+    return config
+
+
+def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionArguments]:
+    """Separate LLaMA-Factory's settings from ours, refuse what contradicts the objective, fill in what we rely on.
+
+    Returns:
+        The dict for LLaMA-Factory (``stage`` is ``sft``, its supervised data pipeline) and our arguments.
+
+    Raises:
+        ValueError: an unknown or bad ``diffusion`` key, a diffusion key outside its section, a setting listed in
+            ``INCOMPATIBLE``, another stage, or an environment that switches checks off.
+    """
+    host = dict(config)
+    diffusion = parse_diffusion(host.pop("diffusion", None))
+    for field in dataclasses.fields(DiffusionArguments):
+        if field.name in host:
+            raise ValueError(f"{field.name} belongs into the diffusion section: write diffusion.{field.name}")
+    for key, reason in INCOMPATIBLE.items():
+        if host.get(key):
+            raise ValueError(f"{key}={host[key]!r} is not supported for masked diffusion: {reason}")
+    if host.get("ignore_pad_token_for_loss") is False:
+        raise ValueError("ignore_pad_token_for_loss=False is not supported: to learn padding set diffusion.tail=pad")
+    for variable in ("ALLOW_EXTRA_ARGS", "USE_MCA", "USE_RAY", "USE_V1"):
+        if os.environ.get(variable, "0").lower() in ("1", "true", "y"):
+            raise ValueError(f"unset the environment variable {variable}: with it the objective would be lost")
+    stage = host.get("stage", "sft")
+    if stage not in ("sft", "ddm-sft"):
+        raise ValueError(f"stage must be sft, got {stage!r}")
+    host["stage"] = "sft"
+    host.setdefault("template", DEFAULT_TEMPLATE)
+    host.setdefault("dataset_dir", str(DEFAULT_DATASET_DIR))
+    host.setdefault("include_num_input_tokens_seen", "non_padding")
+    for key in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if host.get(key) is False:  # YAML reads a bare `no` as false
+            host[key] = "no"
+    return host, diffusion
+
+
+def check_model_folder(host: Mapping[str, Any]) -> None:
+    """Fail early when ``model_name_or_path`` looks like a folder but is not a usable one.
+
+    Raises:
+        ValueError: the setting is missing, or names a local folder that does not exist or has no config.json.
+    """
+    name = host.get("model_name_or_path")
+    if not name:
+        raise ValueError("model_name_or_path is required: a CoDA folder in Hugging Face format, or a Hub name")
+    folder = Path(name)
+    looks_local = folder.is_absolute() or name.startswith(".") or name.count("/") != 1 or folder.exists()
+    if looks_local and not folder.is_dir():
+        raise ValueError(f"model_name_or_path: folder not found: {folder.absolute()}")
+    if looks_local and not (folder / "config.json").is_file():
+        raise ValueError(f"model_name_or_path: no config.json in {folder.absolute()}")
+    if looks_local:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        if model_type != MODEL_TYPE:
+            raise ValueError(
+                f"model_name_or_path={name!r} is a {model_type!r} model, not a {MODEL_TYPE!r} one: "
+                "convert it with save_hf_model.py first"
+            )
+
+
+def check_datasets(host: Mapping[str, Any]) -> None:
+    """Fail early on data sets that are not described, whose local file is missing, or whose columns do not exist.
+
+    Raises:
+        ValueError: naming the file and the key that is wrong.
+    """
+    if not host.get("dataset"):
+        raise ValueError("dataset is required: names from dataset_info.json, separated by commas")
+    folder = str(host["dataset_dir"])
+    if folder == "ONLINE" or folder.startswith("REMOTE:"):
+        return
+    info_file = Path(folder) / "dataset_info.json"
+    if not info_file.is_file():
+        raise ValueError(f"dataset_dir={folder!r}: {info_file.absolute()} not found")
+    info = json.loads(info_file.read_text())
+    for key in ("dataset", "eval_dataset"):
+        for name in filter(None, (part.strip() for part in str(host.get(key) or "").split(","))):
+            if name not in info:
+                near = difflib.get_close_matches(name, info, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{key}: {name!r} is not in {info_file}{hint} (known: {', '.join(info)})")
+            _check_local_file(Path(folder), name, info[name])
+
+
+def _check_local_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    """Check the file of a data set entry and, in a JSONL file, that its first row has the columns it names."""
+    if "file_name" not in entry:
+        return
+    path = folder / entry["file_name"]
+    if not path.exists():
+        raise ValueError(f"dataset {name!r}: file not found: {path.absolute()}")
+    if path.suffix != ".jsonl" or entry.get("formatting", "alpaca") != "alpaca":
+        return
+    with path.open(encoding="utf-8") as file:
+        first = next((line for line in file if line.strip()), None)
+    if first is None:
+        raise ValueError(f"dataset {name!r}: {path.absolute()} is empty")
+    row = json.loads(first)
+    columns = entry.get("columns", {"prompt": "instruction", "query": "input", "response": "output"})
+    missing = [column for column in columns.values() if column not in row]
+    if missing:
+        raise ValueError(
+            f"dataset {name!r}: {path.absolute()} has no column {', '.join(map(repr, missing))} "
+            f"(it has {', '.join(map(repr, row))}); name them under 'columns' in dataset_info.json"
+        )

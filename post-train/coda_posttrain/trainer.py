@@ -1,0 +1,365 @@
+"""LLaMA-Factory's supervised trainer with the masked-diffusion objective in place of the causal one.
+
+One class and the function that runs it. Everything else of a run (arguments, templates, tokenised data, model
+loading, LoRA, optimizer, checkpoints) is LLaMA-Factory's. Not here: what is noised and when (``curriculum``).
+"""
+
+import functools
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from llamafactory.train import tuner
+from llamafactory.train.sft import workflow
+from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import cached_file
+
+from CoDALanguageModel import CoDAConfig  # also registers the model: its code here wins over a checkpoint's copy
+
+from . import curriculum
+from .arguments import DiffusionArguments
+from .batches import EpochOrder, NumberedRows, RowCollator
+from .metrics import CURRICULUM_KEYS, MetricsLog
+
+logger = logging.getLogger(__name__)
+
+GENERATION_CONFIG = "generation_config.json"
+RUN_CONFIG = "run_config.yaml"
+EVAL_T_MIN = 0.001
+TOKEN_ID_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def run_training(host: dict[str, Any], diffusion: DiffusionArguments, config: dict[str, Any]) -> None:
+    """Train as LLaMA-Factory does, with our trainer.
+
+    Args:
+        host: LLaMA-Factory's settings.
+        diffusion: our settings.
+        config: both together as the user gave them, saved beside every checkpoint.
+
+    Raises:
+        ValueError: from LLaMA-Factory's or our checks of settings, model and data.
+    """
+    if not torch.accelerator.is_available():
+        host = {"use_cpu": True, **host}  # or bf16 and the choice of the backend would fail
+    trainer_class = functools.partial(
+        DiffusionTrainer,
+        diffusion=diffusion,
+        source=host["model_name_or_path"],
+        cutoff_len=host.get("cutoff_len", 2048),
+        run_config=config,
+    )
+    original = workflow.CustomSeq2SeqTrainer
+    workflow.CustomSeq2SeqTrainer = trainer_class  # the one name that is replaced in LLaMA-Factory
+    try:
+        tuner.run_exp(args=host, callbacks=[MetricsLog()])
+    finally:
+        workflow.CustomSeq2SeqTrainer = original
+
+
+def run_export(host: dict[str, Any]) -> None:
+    """Merge a LoRA adapter into its base model and write a folder that loads by itself."""
+    tuner.export_model(host)
+    restore_generation_config(host["model_name_or_path"], Path(host["export_dir"]))
+
+
+def restore_generation_config(source: str, folder: Path) -> None:
+    """Put the source's decoding settings into a saved folder, byte for byte.
+
+    LLaMA-Factory and the Trainer adjust the loaded ones to what causal models need.
+    """
+    found = cached_file(
+        source, GENERATION_CONFIG, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
+    )
+    if found is None:
+        (folder / GENERATION_CONFIG).unlink(missing_ok=True)
+    else:
+        shutil.copyfile(found, folder / GENERATION_CONFIG)
+
+
+class DiffusionTrainer(CustomSeq2SeqTrainer):
+    """Noises the rows of each optimizer step and lets the model compute the loss.
+
+    Noise is drawn when all micro-batches of an optimizer step are there (``get_batch_samples``), so noise levels are
+    stratified over the global batch and the loss is divided by the count of the global batch: the same rows give the
+    same loss and gradient however they are split into micro-batches and processes.
+
+    Args:
+        diffusion: noise and loss settings.
+        source: folder or Hub name of the model that training starts from.
+        cutoff_len: longest row, in tokens.
+        run_config: saved beside every checkpoint.
+        **kwargs: what LLaMA-Factory passes to its own trainer.
+
+    Raises:
+        ValueError: the model is not a CoDA model, its tokenizer lacks the mask token, or a data set is unusable.
+    """
+
+    def __init__(
+        self,
+        *,
+        diffusion: DiffusionArguments,
+        source: str,
+        cutoff_len: int,
+        run_config: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        model_config, tokenizer = kwargs["model"].config, kwargs["tokenizer"]
+        check_model(model_config, tokenizer, source)
+        self.diffusion = diffusion
+        self.source = source
+        self.cutoff_len = cutoff_len
+        self.run_config = run_config
+        self.mask_token_id = model_config.mask_token_id
+        self.tail_token_id = tokenizer.pad_token_id if diffusion.tail == "pad" else tokenizer.eos_token_id
+        # The Trainer overwrites these with the tokenizer's, which has one end token where the model may have several.
+        self.model_token_ids = {name: getattr(model_config, name, None) for name in TOKEN_ID_NAMES}
+        number = functools.partial(
+            NumberedRows,
+            eos_token_id=tokenizer.eos_token_id,
+            cutoff_len=cutoff_len,
+            drop_cut=diffusion.overlong == "drop",
+        )
+        if kwargs.get("train_dataset") is not None:
+            kwargs["train_dataset"] = number(kwargs["train_dataset"], name="dataset")
+        evaluated = kwargs.get("eval_dataset")
+        if isinstance(evaluated, dict):
+            kwargs["eval_dataset"] = {key: number(rows, name=f"eval_dataset {key}") for key, rows in evaluated.items()}
+        elif evaluated is not None:
+            kwargs["eval_dataset"] = number(evaluated, name="eval_dataset")
+        kwargs["data_collator"] = RowCollator(kwargs["data_collator"])
+        super().__init__(**kwargs)
+        # The loss of each micro-batch is already its share of the step; without this the Trainer would not divide by
+        # the number of micro-batches, which `_weights` multiplies by.
+        self.model_accepts_loss_kwargs = False
+        num_epochs = self.args.num_train_epochs
+        for name in ("t_min", "span_probability"):
+            values = getattr(diffusion, name)
+            if self.args.max_steps <= 0 and len(values) > num_epochs:
+                logger.warning(
+                    "diffusion.%s has %d values, but the run only %s epochs: the last values are never used",
+                    name, len(values), num_epochs,
+                )  # fmt: skip
+
+    # -- data -----------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        strategy = str(self.args.train_sampling_strategy)
+        if self.finetuning_args.disable_shuffling or strategy == "sequential":
+            return super()._get_train_sampler(*args, **kwargs)
+        return EpochOrder(
+            self.train_dataset.lengths,
+            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            grouped=strategy == "group_by_length",
+            current_epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def _get_eval_sampler(self, eval_dataset: NumberedRows) -> Sampler | None:
+        # Always in order: the duplicates that even out the last batches are told by their place.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def _rows(self, batch: dict[str, Tensor], tail_tokens: int) -> curriculum.Rows:
+        """The clean rows of a collated batch, with their tail."""
+        present = batch["attention_mask"].bool()
+        prompt_mask = (batch["labels"] == curriculum.IGNORED) & present
+        input_ids, present, tail = curriculum.add_tail(
+            batch["input_ids"],
+            present,
+            complete=batch["ended"],
+            num_tokens=tail_tokens,
+            tail_token_id=self.tail_token_id,
+            max_length=self.cutoff_len,
+        )
+        width = input_ids.shape[1]
+        prompt_mask = torch.nn.functional.pad(prompt_mask, (0, max(0, width - prompt_mask.shape[1])))[:, :width]
+        return curriculum.Rows(input_ids, present, prompt_mask, tail, batch["sample_id"])
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], None]:
+        """Collect the micro-batches of an optimizer step and noise them together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return (self._noise_step(batches) if batches else batches), None
+
+    def _noise_step(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Turn collated micro-batches of one optimizer step into what the model's forward takes."""
+        settings, seed, step = self.diffusion, self.args.seed, self.state.global_step
+        epochs_done = self.state.epoch or 0.0
+        epoch, share = int(epochs_done), curriculum.conditioned_share(epochs_done, settings.prompt_annealing_epochs)
+        tail_tokens = {
+            "eos": curriculum.tail_length(seed, step, settings.tail_tokens),
+            "pad": self.cutoff_len,
+            "none": 0,
+        }[settings.tail]
+        probability = curriculum.epoch_value(settings.span_probability, epoch)
+        places, num_rows = self._global_places([len(batch["input_ids"]) for batch in batches])
+        t_min = curriculum.epoch_value(settings.t_min, epoch)
+        self.last_curriculum = dict(zip(CURRICULUM_KEYS, (t_min, probability, share), strict=True))
+        levels = curriculum.noise_levels("t", seed, step, num_rows, t_min)
+        noised, levels_of = [], []
+        for batch, place in zip(batches, places, strict=True):
+            rows = self._rows(batch, tail_tokens)
+            sample_ids = rows.sample_ids.tolist()
+            device, width = rows.input_ids.device, rows.input_ids.shape[1] + max(settings.span_lengths) - 1
+            t = levels[place].to(device)
+            result = curriculum.noise_rows(
+                rows,
+                t=t,
+                spans=curriculum.row_spans(seed, sample_ids, epoch, probability, settings.span_lengths).to(device),
+                uniforms=curriculum.row_uniforms("noise", seed, sample_ids, epoch, width).to(device),
+                share=share,
+                mask_token_id=self.mask_token_id,
+            )
+            noised.append((result, rows.present))
+            levels_of.append(t)
+        weights = self._weights([result.counted for result, _ in noised], levels_of, num_rows)
+        return [
+            {
+                "input_ids": result.noised_ids,
+                "attention_mask": present.long(),
+                "labels": result.labels,
+                "loss_weights": weight,
+            }
+            for (result, present), weight in zip(noised, weights, strict=True)
+        ]
+
+    def _global_places(self, counts: list[int]) -> tuple[list[slice], int]:
+        """Where the rows of each micro-batch lie in the global batch, and its number of rows.
+
+        The order is micro-batch, process, row: the one in which a single process would meet the same rows.
+        """
+        gathered = torch.tensor([counts], device=self.args.device)
+        if self.args.world_size > 1:
+            gathered = self.accelerator.gather(gathered)  # (processes, micro-batches)
+        in_order = gathered.T.flatten()  # micro-batch by micro-batch
+        starts = (in_order.cumsum(0) - in_order).reshape(len(counts), -1)[:, self.args.process_index].tolist()
+        places = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        return places, int(gathered.sum())
+
+    def _weights(self, counted: list[Tensor], levels: list[Tensor], num_rows: int) -> list[Tensor]:
+        """Weight of each row's summed cross-entropy: 1/t over the denominator of the step.
+
+        The Trainer divides by the micro-batches and averages over processes afterwards, so both are multiplied in.
+        """
+        averaged_over = len(counted) * self.args.world_size
+        if self.diffusion.normalize == "row":
+            return [averaged_over / (num_rows * t * n.clamp(min=1)) for n, t in zip(counted, levels, strict=True)]
+        if self.diffusion.normalize == "padded":
+            total = torch.tensor(float(num_rows * self.cutoff_len))
+        else:
+            total = torch.stack([n.sum() for n in counted]).sum()
+            if self.args.world_size > 1:
+                total = self.accelerator.gather(total.reshape(1)).sum()
+            total = total.clamp(min=1)
+        return [averaged_over / (t * total.to(t.device)) for t in levels]
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The model's own chunked, weighted cross-entropy; a 0-d float32 tensor."""
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the curriculum's values at the reported step to training reports."""
+        if "loss" in logs:
+            logs |= self.last_curriculum
+        super().log(logs, *args, **kwargs)
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Mean cross-entropy bound of the answers, in nats per token, with noise that never changes.
+
+        The result depends neither on the batch size nor on the number of processes.
+        """
+        num_rows = len(dataloader.dataset)
+        self._eval_levels = curriculum.noise_levels("eval-t", self.diffusion.eval_seed, 0, num_rows, EVAL_T_MIN)
+        self._eval_sums = torch.zeros(2, dtype=torch.float64, device="cpu")  # weighted loss, counted tokens
+        self._eval_batches = 0
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        sums = self._eval_sums.to(self.args.device)
+        if self.args.world_size > 1:
+            sums = self.accelerator.gather(sums[None]).sum(dim=0)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics[f"{prefix}_loss"] = float(sums[0] / sums[1])
+        return output
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        """Loss of one evaluation batch under its fixed noise; the tail is masked too but not counted."""
+        inputs = self._prepare_inputs(inputs)
+        settings, seed = self.diffusion, self.diffusion.eval_seed
+        rows = self._rows(inputs, {"eos": settings.tail_tokens // 2, "pad": self.cutoff_len, "none": 0}[settings.tail])
+        sample_ids, device = rows.sample_ids.tolist(), rows.input_ids.device
+        t = self._eval_levels[sample_ids].to(device)
+        result = curriculum.noise_rows(
+            rows,
+            t=t,
+            spans=torch.ones(len(sample_ids), dtype=torch.int64, device=device),
+            uniforms=curriculum.row_uniforms("eval-noise", seed, sample_ids, 0, rows.input_ids.shape[1]).to(device),
+            share=1.0,
+            mask_token_id=self.mask_token_id,
+            score_tail=False,
+        )
+        first = (self._eval_batches * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
+        self._eval_batches += 1
+        fresh = rows.sample_ids == torch.arange(first, first + len(sample_ids), device=device)  # no duplicates
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(
+                input_ids=result.noised_ids,
+                attention_mask=rows.present.long(),
+                labels=result.labels,
+                loss_weights=fresh / t,
+            ).loss.float()
+        count = (result.counted * fresh).sum()
+        self._eval_sums += torch.stack([loss.double(), count.double()]).cpu()
+        return loss / count.clamp(min=1), None, None
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        model_config = self.accelerator.unwrap_model(self.model).config
+        for name, value in self.model_token_ids.items():
+            setattr(model_config, name, value)
+        super()._save(str(folder), state_dict)
+        if self.finetuning_args.finetuning_type != "lora":
+            restore_generation_config(self.source, folder)
+        (folder / RUN_CONFIG).write_text(yaml.safe_dump(self.run_config, sort_keys=False))
+
+
+def check_model(model_config: Any, tokenizer: Any, source: str) -> None:
+    """Refuse a model or tokenizer that the objective cannot use.
+
+    Raises:
+        ValueError: not a CoDA model, no such mask token, or no end or padding token.
+    """
+    if model_config.model_type != CoDAConfig.model_type:
+        raise ValueError(
+            f"model_name_or_path={source!r} is a {model_config.model_type!r} model, not a CoDA one: "
+            "convert it with save_hf_model.py first"
+        )
+    if model_config.mask_token_id >= len(tokenizer):
+        raise ValueError(
+            f"the tokenizer of {source!r} has {len(tokenizer)} tokens and lacks the model's "
+            f"mask_token_id={model_config.mask_token_id}: add the token with save_hf_model.py"
+        )
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(f"the tokenizer of {source!r} has no {name}")

@@ -1,0 +1,201 @@
+"""What a run does, observed from outside: one process trains several tiny runs, each test reads one fact."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+REPO = Path(__file__).resolve().parents[2]
+CONFIG = REPO / "post-train/LLaMA-Factory/examples/train_full/quickstart.yaml"
+DRIVER = """
+import json, sys
+from coda_posttrain.__main__ import main
+for argv in json.loads(sys.argv[1]):
+    print("RUN", argv, flush=True)
+    status = main(argv)
+    if status:
+        sys.exit(status)
+"""
+
+
+def settings(model_dir, data_dir, **changes) -> list[str]:
+    values = {
+        "model_name_or_path": model_dir,
+        "dataset_dir": data_dir,
+        "dataset": "train",
+        "eval_dataset": "held_out",
+        "logging_steps": 1,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.01,
+        "max_steps": 20,
+        "num_train_epochs": 3,
+        "diffusion.tail_tokens": 16,
+        **changes,
+    }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_lines(folder: Path) -> list[dict]:
+    return [line for line in metrics(folder) if "loss" in line]
+
+
+def eval_losses(folder: Path) -> list[float]:
+    return [line["eval_loss"] for line in metrics(folder) if "eval_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, model_dir, data_dir, environment) -> Path:
+    """One process: a full run, its resumption, evaluations, accumulation, annealing, LoRA and its merge."""
+    out = tmp_path_factory.mktemp("runs")
+    make = lambda name, **changes: [  # noqa: E731
+        "train", str(CONFIG), *settings(model_dir, data_dir, output_dir=out / name, **changes)
+    ]  # fmt: skip
+    evaluate = {"do_train": "false", "do_eval": "true", "eval_strategy": "no", "model_name_or_path": out / "full"}
+    short = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 3, "diffusion.span_probability": "[0.5]"}
+    lora = {"finetuning_type": "lora", "lora_target": "all", "lora_rank": 4, "learning_rate": 0.02}
+    full = {"save_strategy": "steps", "save_steps": 10, "eval_strategy": "steps", "eval_steps": 5}
+    commands = [
+        make("full", **full),
+        make("resumed", **full, resume_from_checkpoint=out / "full/checkpoint-10"),
+        make("eval_5", **evaluate, per_device_eval_batch_size=5),
+        make("eval_12", **evaluate, per_device_eval_batch_size=12),
+        make("batch_8x1", **short, per_device_train_batch_size=1, gradient_accumulation_steps=8),
+        make("batch_1x8", **short),
+        make(
+            "annealed", eval_strategy="epoch", save_strategy="epoch", max_steps=-1, num_train_epochs=3,
+            load_best_model_at_end="true", metric_for_best_model="eval_loss", early_stopping_steps=3,
+            **{"diffusion.prompt_annealing_epochs": 1.0, "diffusion.t_min": "[0.001,0.25]", "diffusion.tail": "pad",
+               "diffusion.normalize": "padded", "diffusion.overlong": "drop", "cutoff_len": 96,
+               "diffusion.span_probability": "[0.25,0.5,0.75]", "diffusion.span_lengths": "[4,8,16,32]"},
+        ),
+        make("lora", **lora),
+        [
+            "export", str(out / "merge.yaml"), f"model_name_or_path={model_dir}",
+            f"adapter_name_or_path={out / 'lora'}", f"export_dir={out / 'merged'}",
+        ],
+    ]  # fmt: skip
+    merge = {"template": "qwen3_nothink", "finetuning_type": "lora", "infer_dtype": "float32"}
+    (out / "merge.yaml").write_text(yaml.safe_dump(merge))
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(commands)],
+        env=environment, cwd=out, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+    return out
+
+
+def test_evaluation_loss_falls(runs):
+    losses = eval_losses(runs / "full")
+    assert len(losses) == 4
+    assert losses[-1] < 0.85 * losses[0]
+
+
+def test_metrics_have_the_agreed_keys_once_per_step(runs):
+    lines = train_lines(runs / "full")
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert {"step", "loss", "learning_rate", "tokens", "tokens_per_s", "time_s"} <= lines[-1].keys()
+    assert all(later["tokens"] > earlier["tokens"] for earlier, later in zip(lines, lines[1:], strict=False))
+
+
+def test_resumed_run_ends_bit_identical(runs):
+    full, resumed = (load_file(runs / name / "model.safetensors") for name in ("full", "resumed"))
+    assert full.keys() == resumed.keys()
+    assert all(torch.equal(full[name], resumed[name]) for name in full)
+    before = [(line["step"], line["loss"]) for line in train_lines(runs / "full")[10:]]
+    assert [(line["step"], line["loss"]) for line in train_lines(runs / "resumed")] == before
+
+
+def test_evaluation_loss_repeats_and_ignores_the_batch_size(runs):
+    last = eval_losses(runs / "full")[-1]
+    results = [json.loads((runs / name / "eval_results.json").read_text()) for name in ("eval_5", "eval_12")]
+    assert [result["eval_loss"] for result in results] == pytest.approx([last, last], rel=1e-6)
+
+
+def test_accumulation_equals_the_whole_batch_in_loss_and_gradient(runs):
+    split, whole = train_lines(runs / "batch_8x1"), train_lines(runs / "batch_1x8")
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in split] == pytest.approx([line[key] for line in whole], rel=1e-4)
+
+
+def test_curriculum_follows_the_epochs(runs):
+    lines = train_lines(runs / "annealed")  # 64 rows in batches of 8: 8 steps an epoch
+    assert [line["conditioned_share"] for line in lines[:9]] == pytest.approx([i / 8 for i in range(8)] + [1.0])
+    assert [line["t_min"] for line in lines[::8]] == [0.001, 0.25, 0.001]
+    assert [line["span_probability"] for line in lines[::8]] == [0.25, 0.5, 0.75]
+
+
+def test_padding_up_to_cutoff_len_is_learned_with_the_published_tail(runs):
+    lines = train_lines(runs / "annealed")
+    assert lines[0]["tokens"] == 8 * 96
+
+
+def test_saved_folder_keeps_token_ids_decoding_settings_and_tokenizer(runs, model_dir):
+    for name in ("full", "full/checkpoint-10", "merged"):
+        folder = runs / name
+        config, source = (json.loads((d / "config.json").read_text()) for d in (folder, model_dir))
+        for key in ("eos_token_id", "bos_token_id", "pad_token_id", "mask_token_id", "num_token_ids", "auto_map"):
+            assert config[key] == source[key], (name, key)
+        assert (folder / "generation_config.json").read_bytes() == (model_dir / "generation_config.json").read_bytes()
+        trained, original = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(model_dir)
+        assert trained.get_vocab() == original.get_vocab()
+        assert trained.chat_template == original.chat_template
+        assert trained.eos_token == original.eos_token == "<|im_end|>"
+
+
+def test_run_config_is_saved_beside_every_checkpoint(runs):
+    for folder in (runs / "full", runs / "full/checkpoint-10", runs / "lora"):
+        assert yaml.safe_load((folder / "run_config.yaml").read_text())["diffusion"]["tail_tokens"] == 16
+
+
+def test_lora_changes_only_the_adapted_weights(runs, model_dir):
+    base, merged = load_file(model_dir / "model.safetensors"), load_file(runs / "merged/model.safetensors")
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed
+    assert all("_proj" in name for name in changed)
+
+
+def test_checkpoint_loads_elsewhere_with_remote_code(runs, environment, tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer\n"
+        "for auto in (AutoModel, AutoModelForCausalLM):\n"
+        "    for folder in sys.argv[1:]:\n"
+        "        model = auto.from_pretrained(folder, trust_remote_code=True)\n"
+        "        tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "        ids = tokenizer('<|im_start|>user\\nadd 3 to x<|im_end|>\\n', return_tensors='pt').input_ids\n"
+        "        out = model.diffusion_generate(ids, max_new_tokens=8, steps=8)\n"
+        "        assert out.shape == (1, ids.shape[1] + 8), out.shape\n"
+        "        assert 'CoDALanguageModel' not in sys.modules\n"
+    )
+    elsewhere = {**environment, "PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(runs / "full"), str(runs / "merged")],
+        env=elsewhere, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_two_processes_equal_one(runs, model_dir, data_dir, environment, tmp_path):
+    changes = {"max_steps": 3, "diffusion.span_probability": "[0.5]", "eval_strategy": "steps", "eval_steps": 3}
+    changes |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 5}
+    result = subprocess.run(
+        [sys.executable, "-m", "coda_posttrain", "train", str(CONFIG),
+         *settings(model_dir, data_dir, output_dir=tmp_path, **changes)],
+        env={**environment, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"},
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    together, alone = train_lines(tmp_path), train_lines(runs / "batch_1x8")
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in together] == pytest.approx([line[key] for line in alone], rel=1e-4)
+    assert eval_losses(tmp_path) == pytest.approx(eval_losses(runs / "batch_1x8"), rel=1e-4)
