@@ -130,7 +130,8 @@ class Mixture:
 
     Epoch e holds samples ``[e * num_samples, (e + 1) * num_samples)``: a fresh pseudo-random interleaving in which
     each source has exactly its number of samples. A source is read in passes, each a fresh permutation of its rows, and
-    a pass continues in the next epoch: no row comes again before all others of its source have come.
+    a pass continues in the next epoch: at the end of any epoch, how often two rows of a source were read differs by at
+    most 1.
 
     Attributes:
         num_samples: samples in an epoch.

@@ -1,0 +1,40 @@
+import re
+
+import pytest
+
+from coda_pretrain.data import build_parser, main
+
+
+def test_the_command_line_prepares_shards_and_reports_counts(tmp_path, tokenizer_dir, capsys, caplog):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.py").write_text("x = 1\n" * 20)
+    (tmp_path / "in" / "bad.py").write_bytes(b"\xff\n")
+    arguments = ["--input", str(tmp_path / "in"), "--tokenizer", str(tokenizer_dir), "--num_workers", "1"]
+    caplog.set_level("INFO")
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"1 documents, \d+ tokens \(0 empty and 1 undecodable skipped\); \d+ tokens made in", printed)
+    assert f"train: {tmp_path / 'out' / 'manifest.json'}" in printed
+    assert "bad.py: 0 empty, 1 undecodable documents skipped" in caplog.text
+
+
+def test_a_mistake_of_the_user_is_one_line_and_status_2(tmp_path, tokenizer_dir, caplog):
+    arguments = ["--input", str(tmp_path / "no"), "--tokenizer", str(tokenizer_dir), "--output", str(tmp_path / "o")]
+    assert main(arguments) == 2
+    assert "error: --input" in caplog.text
+    assert "no such file or folder" in caplog.text
+
+
+def test_the_options_of_the_command_line_are_stable():
+    options = {option for action in build_parser()._actions for option in action.option_strings}
+    assert options == {
+        *("-h", "--help", "--input", "--exclude", "--text_suffixes", "--hf_dataset", "--hf_config", "--hf_split"),
+        *("--text_key", "--tokenizer", "--document_end", "--output", "--validation_fraction", "--shard_tokens"),
+        *("--num_workers", "--overwrite"),
+    }
+
+
+def test_an_unknown_option_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        main(["--inptu", "x"])
+    assert "--tokenizer, --output" in capsys.readouterr().err

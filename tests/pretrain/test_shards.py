@@ -1,0 +1,99 @@
+import json
+import re
+
+import numpy as np
+import pytest
+
+from coda_pretrain.shards import ShardWriter, TokenShards, token_dtype
+
+
+def random_documents(seed, count, longest=40):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 300, rng.integers(0, longest)).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("documents_per_shard", [1, 7, 1000])
+@pytest.mark.parametrize("seq_len", [2, 13, 64])
+def test_rows_hold_every_token_once_and_segments_are_the_documents(
+    tmp_path, write_shards, documents_per_shard, seq_len
+):
+    documents = random_documents(0, 50)
+    shards = TokenShards(write_shards(tmp_path, documents, documents_per_shard))
+    stream = [token for document in documents for token in [*document, 0]]
+    document_of = [number for number, document in enumerate(documents) for _ in range(len(document) + 1)]
+    assert shards.num_tokens == len(stream)
+    rows = [shards.read(row * seq_len, seq_len) for row in range(shards.num_rows(seq_len))]
+    input_ids = np.concatenate([row[0] for row in rows])
+    segment_ids = np.concatenate([row[1] for row in rows])
+    assert input_ids[: len(stream)].tolist() == stream
+    assert (segment_ids[: len(stream)] > 0).all()
+    assert (segment_ids[len(stream) :] == 0).all()
+    assert len(input_ids) - len(stream) < seq_len
+    for start in range(0, len(stream), seq_len):
+        own = document_of[start : start + seq_len]
+        expected = [1 + number - own[0] for number in own]
+        assert segment_ids[start : start + len(own)].tolist() == expected
+
+
+def test_a_long_document_continues_in_the_next_row(tmp_path, write_shards):
+    shards = TokenShards(write_shards(tmp_path, [list(range(1, 24))]))
+    rows = [shards.read(start, 8) for start in (0, 8, 16)]
+    assert np.concatenate([ids for ids, _ in rows]).tolist() == [*range(1, 24), 0]
+    assert all((segments == 1).all() for _, segments in rows)
+
+
+def test_many_shards_need_few_open_files(tmp_path, write_shards, monkeypatch):
+    monkeypatch.setattr("coda_pretrain.shards.OPEN_SHARDS", 2)
+    shards = TokenShards(write_shards(tmp_path, [[i] for i in range(1, 9)], documents_per_shard=1))
+    assert shards.read(0, 16)[0].tolist() == [token for i in range(1, 9) for token in (i, 0)]
+    assert shards._open.cache_info().currsize == 2
+
+
+def test_the_smallest_dtype_that_holds_the_vocabulary_is_used():
+    assert (token_dtype(65535), token_dtype(65536)) == ("uint16", "uint32")
+
+
+def test_an_uncommitted_shard_leaves_no_file(tmp_path):
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "train-000000", "uint16") as writer:  # noqa: PT012
+        writer.add([1, 0])
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_manifest_is_refused(tmp_path):
+    message = f"no manifest.json in {tmp_path}: not a folder of token shards, or its preparation is not finished"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TokenShards(tmp_path)
+
+
+def test_another_format_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format": "other", "version": 3}')
+    with pytest.raises(ValueError, match="must be format 'coda-token-shards' version 1, got format 'other' version 3"):
+        TokenShards(tmp_path)
+
+
+def test_a_truncated_shard_is_refused(tmp_path, write_shards):
+    folder = write_shards(tmp_path, [[1, 2, 3]])
+    (folder / "train-000000.bin").write_bytes(b"\1\0\2\0")
+    with pytest.raises(ValueError, match=r"train-000000\.bin must have 8 bytes as its manifest says, but it has 4"):
+        TokenShards(folder)
+    (folder / "train-000000.ends").unlink()
+    (folder / "train-000000.bin").write_bytes(bytes(8))
+    with pytest.raises(ValueError, match=r"train-000000\.ends must have 8 bytes .* but it is missing"):
+        TokenShards(folder)
+
+
+def test_verify_finds_a_changed_byte(tmp_path, write_shards):
+    folder = write_shards(tmp_path, [[1, 2, 3]])
+    TokenShards(folder).verify()
+    (folder / "train-000000.bin").write_bytes(bytes(8))
+    with pytest.raises(ValueError, match="shard train-000000 in .* does not have the hash"):
+        TokenShards(folder).verify()
+
+
+def test_a_manifest_without_shards_is_refused(tmp_path, write_shards):
+    folder = write_shards(tmp_path, [[1]])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "shards": []}))
+    with pytest.raises(ValueError, match="lists no shards"):
+        TokenShards(folder)
