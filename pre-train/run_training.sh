@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Run the trainer with these arguments: on this machine, or, when TPU_NAME is set, on every machine of that TPU pod.
+#
+#   bash pre-train/run_training.sh --config A.yaml --config B.yaml [--dry_run] [key=value ...]
+#
+# --dry_run always runs here: it resolves and prints the configuration and touches no device. Relative paths start
+# from the root of the repository. Running the same command again continues from the newest checkpoint.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=load_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/load_env.sh"
+
+if (($# == 0)); then
+    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+fi
+dry_run=false
+for argument in "$@"; do
+    [[ $argument != --dry_run ]] || dry_run=true
+done
+
+if [[ -n ${TPU_NAME:-} && $dry_run == false ]]; then
+    require TPU_ZONE TPU_PROJECT CODA_REPO_DIR
+    command="cd $(printf '%q' "$CODA_REPO_DIR") && PJRT_DEVICE=TPU .venv/bin/python -m coda_pretrain$(printf ' %q' "$@")"
+    exec gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone "$TPU_ZONE" --project "$TPU_PROJECT" \
+        --worker=all --command "$command"
+fi
+
+cd "$coda_pretrain_dir/.."
+if [[ -z ${PJRT_DEVICE:-} ]]; then
+    export PJRT_DEVICE=CPU
+    # TPU machines show their chips as one of these.
+    if [[ $dry_run == false ]] && { compgen -G '/dev/accel[0-9]*' || compgen -G '/dev/vfio/[0-9]*'; } >/dev/null; then
+        export PJRT_DEVICE=TPU
+    fi
+fi
+exec "$(find_python)" -m coda_pretrain "$@"
