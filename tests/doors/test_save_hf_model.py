@@ -1,0 +1,364 @@
+"""save_hf_model.py: what it makes of exports and of autoregressive folders, and what it refuses."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import save_hf_model
+from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
+from save_hf_model import convert, main
+
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+# Head size other than hidden / heads; biases and tied embeddings as in Qwen2.5-0.5B; all biases and scaled RoPE.
+FAMILIES = {
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "attention_bias": False}),
+    "qwen3-bias": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "attention_bias": True}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+}
+
+
+def make_tokenizer(special=CHATML, **named):
+    """A byte-level tokenizer of 256 letters plus special tokens at the front, as the real families have them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=256 + len(special), special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **({"eos_token": special[0]} if special else {}) | named)
+
+
+def make_autoregressive(folder, family="qwen3", *, tokenizer=None, vocab_size=None, max_shard_size="1GB", **changes):
+    """Save a random model with visible norms and biases; give it."""
+    model_class, config_class, settings = FAMILIES[family]
+    tokenizer = tokenizer or make_tokenizer()
+    config = config_class(vocab_size=vocab_size or len(tokenizer), **SHAPE | settings | changes)
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def make_export(folder, **changes):
+    """Save what pre-training exports: weights, config and tokenizer, no code."""
+    tokenizer = make_tokenizer([*CHATML, "<|mask|>"], eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    ids = {"mask_token_id": 3, "pad_token_id": 0, "eos_token_id": 2, "num_token_ids": 260}
+    config = CoDAConfig(vocab_size=272, head_dim=8, **SHAPE | ids | changes)
+    torch.manual_seed(0)
+    model = CoDALanguageModel(config)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+def logits_of(model, ids, **arguments):
+    with torch.no_grad():
+        return model(input_ids=ids, **arguments).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autoregressive_families_keep_their_logits_under_a_causal_mask(family, tmp_path):
+    source = make_autoregressive(tmp_path / "source", family)
+    convert(str(tmp_path / "source"), str(tmp_path / "coda"), check=False)
+    model = CoDALanguageModel.from_pretrained(tmp_path / "coda").eval()
+    ids = torch.arange(40).view(2, 20) * 5 + 3
+    causal = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
+    difference = logits_of(model, ids, attention_mask=causal)[..., :259] - logits_of(source, ids)
+    assert difference.abs().max() < 1e-5
+    assert (logits_of(model, ids)[..., :259] - logits_of(source, ids)).abs().max() > 1e-2  # and it sees the future
+    assert model.config.tie_word_embeddings == source.config.tie_word_embeddings
+
+
+def test_sharded_untied_folder_converts_from_the_command_line_and_loads_alone(tmp_path):
+    make_autoregressive(tmp_path / "source", "qwen3", max_shard_size="40KB", tie_word_embeddings=False)
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1
+    command = [sys.executable, save_hf_model.__file__, "--checkpoint_dir", tmp_path / "source", "--output_dir", "made"]
+    done = subprocess.run([*command, "--dtype", "bfloat16"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "same as the source under a causal mask: max difference" in done.stdout
+    assert "loaded alone, same logits: max difference" in done.stdout
+    made = tmp_path / "made"
+    assert {"configuration_coda.py", "modeling_coda.py", "diffusion.py", "sampling.py", "generation_coda.py"} <= {
+        file.name for file in made.iterdir()
+    }
+    weights = load_file(made / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    assert os.stat(made / "model.safetensors").st_mode == os.stat(made / "config.json").st_mode
+    assert sorted(os.listdir(tmp_path)) == ["made", "source"]  # no scratch folder is left
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_export_gives_a_folder_with_the_same_weights_and_ids(tied, tmp_path):
+    source = make_export(tmp_path / "export", tie_word_embeddings=tied)
+    convert(str(tmp_path / "export"), str(tmp_path / "made"), check=False)
+    model = CoDALanguageModel.from_pretrained(tmp_path / "made")
+    assert model.config.tie_word_embeddings is tied
+    for name, weight in source.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+    for name in ("vocab_size", "mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids"):
+        assert getattr(model.config, name) == getattr(source.config, name), name
+
+
+def test_vocabulary_grows_by_the_mean_row_only_when_no_row_is_spare(tmp_path):
+    source = make_autoregressive(tmp_path / "full", tie_word_embeddings=False)
+    grown = convert(str(tmp_path / "full"), str(tmp_path / "grown"), check=False)
+    assert (grown.config.vocab_size, grown.config.mask_token_id, grown.config.num_token_ids) == (260, 259, 260)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows, before = grown.state_dict()[name], source.state_dict()[name]
+        assert torch.equal(rows[:259], before)
+        torch.testing.assert_close(rows[259], before.mean(dim=0))
+
+    make_autoregressive(tmp_path / "spare", vocab_size=300)
+    spare = convert(str(tmp_path / "spare"), str(tmp_path / "kept"), check=False)
+    assert (spare.config.vocab_size, spare.config.mask_token_id, spare.config.num_token_ids) == (300, 259, 260)
+
+
+def test_tokens_and_template_are_completed_from_what_the_tokenizer_has(tmp_path):
+    make_autoregressive(tmp_path / "source", tokenizer=make_tokenizer(eos_token="<|im_end|>", pad_token="<|im_end|>"))
+    convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert (tokenizer.mask_token, tokenizer.pad_token, tokenizer.eos_token) == (
+        "<|mask|>",
+        "<|endoftext|>",
+        "<|im_end|>",
+    )
+    messages = [{"role": "user", "content": "hi"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_tokenizer_without_chat_or_padding_tokens_gets_a_pad_token_and_no_template(tmp_path):
+    make_autoregressive(tmp_path / "source", "llama", tokenizer=make_tokenizer(["</s>"]))
+    model = convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.mask_token) == ("</s>", "<|pad|>", "<|mask|>")
+    assert (model.config.eos_token_id, model.config.pad_token_id, model.config.mask_token_id) == (0, 258, 257)
+    assert tokenizer.chat_template is None
+
+
+def test_own_template_and_mask_token_are_kept(tmp_path):
+    tokenizer = make_tokenizer([*CHATML, "[M]"], chat_template="{{ messages[0].content }}")
+    tokenizer.add_special_tokens({"mask_token": "[M]"})
+    make_autoregressive(tmp_path / "source", tokenizer=tokenizer)
+    model = convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False)
+    made = AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert (made.mask_token, model.config.mask_token_id) == ("[M]", 3)
+    assert made.chat_template == "{{ messages[0].content }}"
+
+
+def test_decoding_defaults_are_the_published_ones_within_the_context(tmp_path):
+    make_autoregressive(tmp_path / "source")
+    convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False)
+    settings = DiffusionGenerationConfig.from_pretrained(tmp_path / "made")
+    assert (settings.alg, settings.temperature, settings.top_p) == ("entropy", 0.1, 0.9)
+    assert (settings.max_new_tokens, settings.steps) == (64, 64)  # half of the context of 128
+    assert (settings.mask_token_id, settings.num_token_ids) == (259, 260)
+    make_autoregressive(tmp_path / "long", max_position_embeddings=4096)
+    long = convert(str(tmp_path / "long"), str(tmp_path / "made-long"), check=False)
+    assert (long.generation_config.max_new_tokens, long.generation_config.steps) == (768, 768)
+
+
+def test_inactive_sliding_window_converts_and_an_active_one_is_refused(tmp_path):
+    make_autoregressive(tmp_path / "off", sliding_window=8, use_sliding_window=False)
+    convert(str(tmp_path / "off"), str(tmp_path / "made"), check=False)
+    make_autoregressive(tmp_path / "on", sliding_window=8, use_sliding_window=True, max_window_layers=1)
+    with pytest.raises(ValueError, match="sliding windows must be off .* got 1 of 2 layers with sliding_attention"):
+        convert(str(tmp_path / "on"), str(tmp_path / "refused"), check=False)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_errors_name_the_setting_and_leave_nothing_behind(tmp_path, capsys):
+    assert main(["--checkpoint_dir", str(tmp_path / "absent"), "--output_dir", str(tmp_path / "made")]) == 1
+    assert "--checkpoint_dir must be a folder or a .gguf file, got" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="must hold a config.json or one .gguf file"):
+        convert(str(tmp_path / "empty"), str(tmp_path / "made"))
+    make_autoregressive(tmp_path / "source")
+    with pytest.raises(ValueError, match="--tokenizer must be a folder"):
+        convert(str(tmp_path / "source"), str(tmp_path / "made"), tokenizer_dir=str(tmp_path / "absent"))
+    (tmp_path / "source/tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="holds no tokenizer .* name its folder with --tokenizer"):
+        convert(str(tmp_path / "source"), str(tmp_path / "made"))
+    assert sorted(os.listdir(tmp_path)) == ["empty", "source"]
+
+
+def test_unsupported_type_lists_the_supported_ones(tmp_path):
+    AutoConfig.for_model("gpt2", n_layer=1, n_head=2, n_embd=32).save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="model_type must be one of CoDA, qwen3, qwen2, llama, got 'gpt2'"):
+        convert(str(tmp_path / "source"), str(tmp_path / "made"))
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "misshapen"])
+@pytest.mark.parametrize("kind", ["autoregressive", "export"])
+def test_weights_that_do_not_fit_are_refused(kind, fault, tmp_path):
+    source = tmp_path / "source"
+    make_autoregressive(source) if kind == "autoregressive" else make_export(source)
+    weights = load_file(source / "model.safetensors")
+    if fault == "missing":
+        del weights["model.layers.1.mlp.up_proj.weight"]
+    elif fault == "unexpected":
+        weights["model.layers.2.mlp.up_proj.weight"] = torch.ones(48, 32)
+    else:
+        weights["model.layers.1.mlp.up_proj.weight"] = torch.ones(40, 32)
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fit its config"):
+        convert(str(source), str(tmp_path / "made"), check=False)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_tokenizer_must_fit_the_model(tmp_path):
+    make_export(tmp_path / "export")
+    make_tokenizer([*CHATML, "<|mask|>"] + [f"<{i}>" for i in range(20)]).save_pretrained(tmp_path / "large")
+    with pytest.raises(ValueError, match=r"more ids than the model has rows \(272\), got 280"):
+        convert(str(tmp_path / "export"), str(tmp_path / "made"), tokenizer_dir=str(tmp_path / "large"))
+    make_tokenizer(CHATML).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="mask_token_id must be 3, which the model was trained with, got 259"):
+        convert(str(tmp_path / "export"), str(tmp_path / "made"), tokenizer_dir=str(tmp_path / "other"))
+
+
+def test_a_folder_in_use_is_replaced_only_when_asked(tmp_path):
+    make_autoregressive(tmp_path / "source")
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="--output_dir must be new or empty"):
+        convert(str(tmp_path / "source"), str(made), check=False)
+    assert (made / "notes.txt").read_text() == "mine"
+    convert(str(tmp_path / "source"), str(made), overwrite=True, check=False)
+    assert not (made / "notes.txt").exists()
+    assert (made / "config.json").exists()
+
+
+def test_a_full_disk_leaves_the_old_folder_and_no_half_of_a_new_one(tmp_path, monkeypatch):
+    make_autoregressive(tmp_path / "source")
+    convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "made").iterdir()}
+
+    def full(self, folder, **kwargs):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(CoDALanguageModel, "save_pretrained", full)
+    with pytest.raises(ValueError, match="no space left for --output_dir"):
+        convert(str(tmp_path / "source"), str(tmp_path / "made"), overwrite=True, check=False)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "made").iterdir()} == before
+    assert sorted(os.listdir(tmp_path)) == ["made", "source"]
+
+
+def test_a_folder_that_does_not_load_alone_is_refused(tmp_path, monkeypatch):
+    make_export(tmp_path / "export")
+    save = CoDALanguageModel.save_pretrained
+
+    def without_a_sibling(self, folder, **kwargs):
+        save(self, folder, **kwargs)
+        (folder / "sampling.py").unlink()
+
+    monkeypatch.setattr(CoDALanguageModel, "save_pretrained", without_a_sibling)
+    with pytest.raises(ValueError, match="does not load on its own"):
+        convert(str(tmp_path / "export"), str(tmp_path / "made"))
+    assert os.listdir(tmp_path) == ["export"]
+
+
+def test_a_folder_with_other_weights_than_the_model_is_refused(tmp_path, monkeypatch):
+    make_export(tmp_path / "export")
+    save = CoDALanguageModel.save_pretrained
+
+    def changed(self, folder, **kwargs):
+        save(self, folder, **kwargs)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"] *= 2
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(CoDALanguageModel, "save_pretrained", changed)
+    with pytest.raises(ValueError, match="gives other logits when loaded: difference"):
+        convert(str(tmp_path / "export"), str(tmp_path / "made"))
+
+
+def test_command_line_flags_are_stable(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    usage = capsys.readouterr().out
+    for flag in ("--checkpoint_dir", "--output_dir", "--tokenizer", "--dtype", "--mask_token", "--overwrite"):
+        assert flag in usage
+
+
+@pytest.mark.slow
+def test_smollm2_keeps_its_logits_and_its_greedy_text(tmp_path):
+    folder = os.environ.get("CODA_SMOLLM2")
+    if not folder:
+        pytest.skip("CODA_SMOLLM2 must name the folder with SmolLM2's GGUF file")
+    convert(folder, str(tmp_path / "made"))
+    (gguf_file,) = (name for name in os.listdir(folder) if name.endswith(".gguf"))
+    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32).eval()
+    model = CoDALanguageModel.from_pretrained(tmp_path / "made").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "made")
+    messages = [{"role": "user", "content": "Write a Python function that adds two numbers."}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    expected = source.generate(ids, max_new_tokens=40, do_sample=False)
+    while ids.shape[1] < expected.shape[1]:
+        causal = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        last = logits_of(model, ids, attention_mask=causal)[:, -1, : source.config.vocab_size]
+        ids = torch.cat([ids, last.argmax(dim=-1, keepdim=True)], dim=1)
+    assert torch.equal(ids, expected)
+    causal = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    difference = logits_of(model, ids, attention_mask=causal)[..., : source.config.vocab_size] - logits_of(source, ids)
+    print(f"max difference {difference.abs().max():.2e}; text {tokenizer.decode(expected[0])!r}")
+    assert difference.abs().max() < 1e-3
+    shutil.rmtree(tmp_path / "made")
