@@ -50,7 +50,8 @@ class CoDAConfig(PreTrainedConfig):
             every row has a token (for Qwen's vocabulary: the ids that its tokenizer defines).
 
     Raises:
-        ValueError: head counts that do not divide, or a token id outside of the vocabulary.
+        ValueError: a size below 1, head counts that do not divide, no mask token, or a token id outside of the
+            vocabulary.
     """
 
     model_type = "CoDA"
@@ -103,7 +104,8 @@ class CoDAConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         """Refuse shapes and ids that cannot hold."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "head_dim")
+        for name in (*sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -117,5 +119,6 @@ class CoDAConfig(PreTrainedConfig):
         named = [("mask_token_id", self.mask_token_id), ("pad_token_id", self.pad_token_id)]
         named += [("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in eos_ids)]
         for name, token_id in named:
-            if token_id is not None and not 0 <= token_id < self.vocab_size:
+            is_missing = token_id is None and name == "mask_token_id"
+            if is_missing or (token_id is not None and not 0 <= token_id < self.vocab_size):
                 raise ValueError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id}")

@@ -1,0 +1,115 @@
+import json
+
+import pytest
+
+from CoDALanguageModel import CoDAConfig, DiffusionGenerationConfig
+
+PUBLISHED = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "vocab_size": 151936,
+    "num_token_ids": 151670,
+    "attention_bias": False,
+    "qk_norm": True,
+    "logits_shift": True,
+    "pad_token_id": 151643,
+    "eos_token_id": 151645,
+    "mask_token_id": 151669,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    "model_type": "CoDA",
+}
+
+
+def test_the_defaults_are_the_published_model():
+    config = CoDAConfig().to_dict()
+    assert {key: config[key] for key in PUBLISHED} == PUBLISHED
+
+
+def test_config_json_of_the_package_is_the_published_model(repo):
+    data = json.loads((repo / "CoDALanguageModel/config.json").read_text())
+    assert {key: data[key] for key in PUBLISHED} == PUBLISHED
+    config = CoDAConfig.from_pretrained(repo / "CoDALanguageModel").to_dict()
+    assert {key: config[key] for key in data} == data
+    assert data["architectures"] == ["CoDALanguageModel"]
+
+
+def test_generation_config_json_of_the_package_has_the_published_decoding_settings(repo):
+    config = DiffusionGenerationConfig.from_pretrained(repo / "CoDALanguageModel")
+    got = [config.max_new_tokens, config.steps, config.alg, config.temperature, config.top_p]
+    assert got == [768, 768, "entropy", 0.1, 0.9]
+    data = json.loads((repo / "CoDALanguageModel/generation_config.json").read_text())
+    assert {key: getattr(config, key) for key in data} == data
+
+
+def test_round_trip_through_a_folder(tiny_config, tmp_path):
+    config = tiny_config(eos_token_id=[64, 65], attention_bias=True, qk_norm=False, mlp_bias=True)
+    config.save_pretrained(tmp_path)
+    loaded = CoDAConfig.from_pretrained(tmp_path)
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert (loaded.eos_token_id, loaded.qk_norm, loaded.mlp_bias) == ([64, 65], False, True)
+
+
+def test_training_keys_of_the_published_checkpoint_are_accepted_and_dropped():
+    legacy = {
+        "sampling_eps": 0.001,
+        "block_masking_probability": 0.01,
+        "mask_block_sizes": [2, 4, 8],
+        "prefix_probability": 0.01,
+        "truncate_probability": 0.01,
+        "attention_kernel": "splash_attention",
+    }
+    config = CoDAConfig.from_dict({**PUBLISHED, **legacy})
+    assert not legacy.keys() & config.to_dict().keys()
+
+
+def test_older_rope_keys_are_read(tiny_config):
+    assert tiny_config(rope_theta=5000.0).rope_parameters["rope_theta"] == 5000.0
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    parameters = tiny_config(rope_theta=5000.0, rope_scaling=scaling).rope_parameters
+    assert parameters["rope_theta"] == 5000.0
+    assert {key: parameters[key] for key in scaling} == scaling
+
+
+def test_shapes_that_are_left_out_follow_from_the_others(tiny_config):
+    config = tiny_config(head_dim=None, num_key_value_heads=None, num_token_ids=None)
+    assert (config.head_dim, config.num_key_value_heads, config.num_token_ids) == (8, 4, 72)
+
+
+def test_auto_map_names_the_classes_that_a_saved_folder_carries(tiny_config):
+    assert tiny_config().auto_map == {
+        "AutoConfig": "configuration_coda.CoDAConfig",
+        "AutoModel": "modeling_coda.CoDALanguageModel",
+        "AutoModelForCausalLM": "modeling_coda.CoDALanguageModel",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+        ({"hidden_size": -4}, "hidden_size must be at least 1, got -4"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads, got 3"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, got 0"),
+        ({"mask_token_id": 72}, r"mask_token_id must be in \[0, vocab_size=72\), got 72"),
+        ({"mask_token_id": None}, "mask_token_id must be .* got None"),
+        ({"pad_token_id": -1}, r"pad_token_id must be in \[0, vocab_size=72\), got -1"),
+        ({"eos_token_id": [65, 99]}, r"eos_token_id must be in \[0, vocab_size=72\), got 99"),
+        ({"num_token_ids": 73}, r"num_token_ids must be in \[1, vocab_size=72\], got 73"),
+    ],
+)
+def test_impossible_architectures_are_refused(tiny_config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**changes)
