@@ -1,0 +1,39 @@
+"""lm-eval's command line with our model and our tasks: ``python -m coda_eval [run|ls|validate] ...``."""
+
+import argparse
+from pathlib import Path
+
+import yaml
+from lm_eval.__main__ import HarnessCLI
+from lm_eval.utils import setup_logging
+
+import coda_eval.harness  # noqa: F401  registers the models coda and diffllm
+
+TASKS = Path(__file__).with_name("tasks")
+"""Folder of our task files; always searched, besides lm-eval's own."""
+
+
+def add_our_tasks(args: argparse.Namespace) -> argparse.Namespace:
+    """Put our tasks folder before the user's ``--include_path``, which may redefine our names."""
+    if not hasattr(args, "include_path"):
+        return args
+    given = args.include_path
+    config = getattr(args, "config", None)
+    if given is None and config is not None and Path(config).is_file():
+        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        given = settings.get("include_path") if isinstance(settings, dict) else None
+    extra = [] if given is None else [given] if isinstance(given, (str, Path)) else list(given)
+    args.include_path = [str(TASKS), *map(str, extra)]
+    return args
+
+
+def main() -> None:
+    """Parse lm-eval's arguments and run its command."""
+    setup_logging()
+    cli = HarnessCLI()
+    args = add_our_tasks(cli.parse_args())
+    cli.execute(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""CoDA as an lm-eval model, registered as ``coda`` and ``diffllm``.
+
+Loading, tokenizer, chat template and the accelerate plumbing are lm-eval's ``HFLM``; what differs for a
+masked-diffusion model is here: generation, infilling, and the likelihood (``likelihood.py``).
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
+from coda_eval.programs import Answer
+from CoDALanguageModel import CoDALanguageModel
+
+logger = logging.getLogger(__name__)
+
+GENERATION_SETTINGS = frozenset(
+    "max_new_tokens steps alg alg_temp temperature top_p top_k block_length eps seed eos_early_stop do_sample "
+    "mask_token_id pad_token_id bos_token_id eos_token_id num_token_ids".split()
+)
+"""Fields of ``DiffusionGenerationConfig`` that model_args, --gen_kwargs and task files may set."""
+
+LOADER_SETTINGS = frozenset({"attn_implementation", "device_map", "load_in_4bit", "load_in_8bit"})
+"""Keyword arguments of ``from_pretrained`` that model_args may hold."""
+
+_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_HIDDEN = "\ue000"  # private-use character that hides a special token's text from the chat template's tokens
+
+
+def refuse_unknown(given: Sequence[str], known: Sequence[str], place: str) -> None:
+    """Raise ValueError for the first name that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown setting {name!r} in {place}{hint} (known: {', '.join(sorted(known))})")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One answer to make."""
+
+    index: int  # place in the list of requests
+    name: str  # task and document, for error messages
+    ids: list[int]
+    settings: dict[str, Any]
+    until: list[str]
+    seed: int
+    is_gap: bool
+
+
+@register_model("coda", "diffllm")
+class CoDAEvalModel(HFLM):
+    """A CoDA folder behind lm-eval's interface.
+
+    Args:
+        pretrained: a CoDA folder or Hub name, or a loaded model.
+        mc_num: masked inputs per likelihood; a continuation with at most that many mask patterns is exact.
+        seed: base of all draws; by default the torch seed of ``--seed``. Each answer's own seed is made from this
+            one, the task, the document and the repeat, and from nothing else.
+        **kwargs: any field of ``DiffusionGenerationConfig``, which then wins over ``--gen_kwargs``, which wins over
+            the task file, which wins over the checkpoint's ``generation_config.json``; and ``HFLM``'s arguments.
+
+    Raises:
+        ValueError: an unknown setting, with the nearest known one, or a value that cannot hold.
+    """
+
+    AUTO_MODEL_CLASS = CoDALanguageModel
+
+    def __init__(self, pretrained: Any, *, mc_num: int = 128, seed: int | None = None, **kwargs: Any) -> None:
+        loader = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
+        refuse_unknown(list(kwargs), loader | GENERATION_SETTINGS | LOADER_SETTINGS | {"mc_num"}, "model_args")
+        if isinstance(mc_num, bool) or not isinstance(mc_num, int) or mc_num < 1:
+            raise ValueError(f"mc_num must be a positive integer, got {mc_num!r}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+        if str(kwargs.get("batch_size", 1)).startswith("auto"):
+            raise ValueError("batch_size must be a number for this model, got 'auto'; set --batch_size N")
+        self.fixed_settings = {name: kwargs.pop(name) for name in sorted(GENERATION_SETTINGS & kwargs.keys())}
+        self.mc_num, self.seed = mc_num, seed
+        super().__init__(pretrained=pretrained, **kwargs)
+        if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "diffusion_generate"):
+            raise ValueError(f"{pretrained!r} is not a CoDA model; run autoregressive models with --model hf")
+        self.model.generation_config.merged(self.fixed_settings)  # refuses bad values before any work is done
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and accelerator.num_processes > 1:  # HFLM sets these for GPUs only
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+            self._device = accelerator.device
+            self.model.to(self._device)
+        special = set(self.tokenizer.all_special_tokens) | set(self.tokenizer.get_added_vocab())
+        self._special_texts = sorted(special, key=len, reverse=True)
+        self._chat = False
+
+    # Prompts
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template in use; lm-eval asks for it when ``--apply_chat_template`` is given."""
+        self._chat = self._chat or bool(chat_template)
+        return super().chat_template(chat_template)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render a conversation; special-token text inside the messages is marked, so that it stays text."""
+        self._chat = True
+        messages = [{**message, "content": self._hide(message["content"])} for message in chat_history]
+        return super().apply_chat_template(messages, add_generation_prompt)
+
+    def _hide(self, text: str) -> str:
+        for token in self._special_texts:
+            text = text.replace(token, token[0] + _HIDDEN + token[1:])
+        return text
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text: what looks like a special token is text, and none is added."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Token ids of a prompt: the chat template's special tokens count, those inside the messages do not."""
+        if not self._chat:
+            return self.encode_text(prompt)
+        ids: list[int] = []
+        while _HIDDEN in prompt:
+            at = prompt.index(_HIDDEN)
+            token = next(t for t in self._special_texts if prompt[at - 1 :].startswith(t[0] + _HIDDEN + t[1:]))
+            head, prompt = prompt[: at - 1], prompt[at + len(token) :]
+            ids += self.tok_encode(head, add_special_tokens=False) + self.encode_text(token)
+        return ids + self.tok_encode(prompt, add_special_tokens=False)
+
+    # Generation
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answer requests of any mix of tasks; each answer is what the request would get alone.
+
+        Raises:
+            ValueError: an unknown setting, or a prompt that does not fit in the context (the document is named).
+        """
+        answers: list[str | None] = [None] * len(requests)
+        groups: dict[str, list[_Job]] = defaultdict(list)
+        repeats: Counter[int] = Counter()
+        originals: dict[tuple[int, int], int] = {}
+        copies: list[tuple[int, int]] = []
+        for index, request in enumerate(requests):
+            repeat, wanted = repeats[id(request)], request.repeats or 1
+            repeats[id(request)] += 1
+            if repeat >= wanted:  # lm-eval evens out ranks by repeating the last request: nothing to compute
+                copies.append((index, originals[id(request), repeat % wanted]))
+                continue
+            originals[id(request), repeat] = index
+            job = self._job(index, request, repeat)
+            groups[json.dumps([job.is_gap, job.settings], sort_keys=True)].append(job)
+        progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Denoising")
+        for group in groups.values():
+            group.sort(key=lambda job: (-len(job.ids), job.index))
+            size = int(self.batch_size)
+            for start in range(0, len(group), size):
+                batch = group[start : start + size]
+                for job, answer in zip(batch, self._answer(batch), strict=True):
+                    answers[job.index] = answer
+                    request = requests[job.index]
+                    self.cache_hook.add_partial("generate_until", request.args, answer)
+                progress.update(len(batch))
+        progress.close()
+        for index, original in copies:
+            answers[index] = Answer(answers[original])
+            answers[index].surplus = True
+        return answers
+
+    def _job(self, index: int, request: Instance, repeat: int) -> _Job:
+        prompt, given = request.args[0], dict(request.args[1])
+        document = request.doc if isinstance(request.doc, dict) else {}
+        label = document.get("task_id", request.doc_id)
+        name = f"task {request.task_name}, document {label}"
+        settings, until = self._settings(given, f"the generation settings of {request.task_name}")
+        is_gap = "infill_prefix" in document
+        if is_gap:
+            if self._chat and index == 0:
+                logger.warning("gaps are filled in place: the chat template is not used for %s", request.task_name)
+            ids = self._gap_ids(document)
+            settings["max_new_tokens"] = 0
+        else:
+            ids = self.encode_prompt(prompt)
+        total = len(ids) + settings["max_new_tokens"]
+        if total > self.max_length:
+            raise ValueError(
+                f"{name}: {len(ids)} tokens of prompt and max_new_tokens={settings['max_new_tokens']} exceed the "
+                f"context of {self.max_length} tokens; prompts are never cut, so lower max_new_tokens or leave it out"
+            )
+        if not ids:
+            raise ValueError(f"{name}: the prompt is empty")
+        base = torch.initial_seed() if self.seed is None else self.seed
+        content = json.dumps([base, request.task_name, self._identity(request), repeat])
+        seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:7])
+        return _Job(index, name, ids, settings, until, seed, is_gap)
+
+    @staticmethod
+    def _identity(request: Instance) -> str:
+        """What names a document whatever subset of its task runs: its task_id, or else its content."""
+        if isinstance(request.doc, dict) and "task_id" in request.doc:
+            return str(request.doc["task_id"])
+        return hashlib.sha256(json.dumps(request.doc, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _settings(self, given: dict[str, Any], place: str) -> tuple[dict[str, Any], list[str]]:
+        """Resolve one request's settings: model_args over the request's own; stop strings apart."""
+        until = given.pop("until", None) or []
+        lengths = [given.pop(name) for name in _LENGTH_NAMES if name in given]
+        refuse_unknown(list(given), GENERATION_SETTINGS | {"until", *_LENGTH_NAMES}, place)
+        if lengths:
+            given["max_new_tokens"] = int(lengths[0])
+        if given.get("do_sample") is False and given.get("temperature"):
+            if "temperature" not in self.fixed_settings:
+                logger.warning("do_sample is false: temperature %s is not used", given["temperature"])
+        if "temperature" in self.fixed_settings:
+            given.pop("do_sample", None)  # a temperature in model_args wins over the task's "greedy"
+        settings = {**given, **self.fixed_settings}
+        settings.setdefault("max_new_tokens", self.model.generation_config.max_new_tokens)
+        return settings, [until] if isinstance(until, str) else list(until)
+
+    def _gap_ids(self, document: dict[str, Any]) -> list[int]:
+        """Prefix, masks and suffix; the pieces are tokenised apart, so that neither side can shift the other."""
+        length = document["infill_tokens"] or len(self.encode_text(document["infill_middle"]))
+        mask = self.model.config.mask_token_id
+        prefix, suffix = self.encode_text(document["infill_prefix"]), self.encode_text(document["infill_suffix"])
+        if not prefix and self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
+            raise ValueError("a gap at the start of a text needs a tokenizer with a bos or eos token")
+        start = prefix or [self.prefix_token_id]  # the first position of a row has no predecessor to score it
+        return start + [mask] * length + suffix
+
+    def _answer(self, batch: list[_Job]) -> list[Answer]:
+        """Decode one batch, left-padded."""
+        longest = max(len(job.ids) for job in batch)
+        pad = self.tokenizer.pad_token_id
+        padded = [[pad] * (longest - len(job.ids)) + job.ids for job in batch]
+        inputs = torch.tensor(padded, device=self.device)
+        attends = [[0] * (longest - len(job.ids)) + [1] * len(job.ids) for job in batch]
+        started = time.monotonic()
+        output = self.model.diffusion_generate(
+            inputs,
+            attention_mask=torch.tensor(attends, device=self.device),
+            seed=[job.seed for job in batch],
+            return_dict_in_generate=True,
+            **batch[0].settings,
+        )
+        seconds = (time.monotonic() - started) / len(batch)
+        rows, forwards = output.sequences.tolist(), output.num_forwards.tolist()
+        answers = []
+        for job, source, row, num_forwards in zip(batch, padded, rows, forwards, strict=True):
+            answer = self._gap_answer(source, row) if job.is_gap else self._text_answer(row[longest:], job.until)
+            answer.forwards, answer.generation_s = num_forwards, round(seconds, 4)
+            answers.append(answer)
+        return answers
+
+    def _gap_answer(self, source: list[int], row: list[int]) -> Answer:
+        """The text of the filled masks."""
+        mask = self.model.config.mask_token_id
+        ids = [token for before, token in zip(source, row, strict=True) if before == mask]
+        answer = Answer(self.tokenizer.decode(ids, skip_special_tokens=True))
+        answer.new_tokens = len(ids)
+        return answer
+
+    def _text_answer(self, ids: list[int], until: list[str]) -> Answer:
+        """The text up to the first end token, then up to the first stop string."""
+        ends = self._end_ids()
+        length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+        text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
+        stops = [at for stop in until if stop and (at := text.find(stop)) >= 0]
+        answer = Answer(text[: min(stops)] if stops else text)
+        answer.new_tokens = length
+        return answer
+
+    def _end_ids(self) -> set[int]:
+        """Ids that end an answer: end tokens of model and settings, and the pad that stands behind them."""
+        found = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.model.config.pad_token_id}
+        for source in (self.model.config, self.model.generation_config):
+            ids = source.eos_token_id
+            found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+        return found - {None}
+
+    # Likelihood
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Lower bounds on log p(continuation | context), in nats; never to be compared with autoregressive values.
+
+        The second value, whether greedy decoding would give the continuation, is always False: it would cost as many
+        forward passes as the continuation has tokens.
+        """
+        seed = torch.initial_seed() if self.seed is None else self.seed
+        size = override_bs or int(self.batch_size)
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        bounds: list[LikelihoodBound] = bound_log_likelihoods(
+            self.model, pairs, mc_num=self.mc_num, seed=seed, batch_size=size, max_length=self.max_length
+        )
+        if bounds:
+            worst = max(bound.stderr for bound in bounds)
+            logger.info(
+                "likelihood bounds: %d, mc_num %d, largest standard error %.4f nats", len(bounds), self.mc_num, worst
+            )
+        for (texts, _, _), bound in zip(requests, bounds, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, (bound.nats, False))
+        return [(bound.nats, False) for bound in bounds]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval stores with the results: HFLM's facts and every setting fixed by model_args."""
+        return {**super().get_model_info(), "generation_settings": self.fixed_settings, "mc_num": self.mc_num}

@@ -1,0 +1,201 @@
+"""From an answer to a scored program: what lm-eval's filters and metrics of our tasks call.
+
+Programs run in the filter stage, which sees all answers of a task at once, so they run in parallel, and each answer's
+log entry holds its status, error and seconds. Not here: the sandbox (``sandbox.py``), the problems (``data.py``).
+"""
+
+import ast
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from coda_eval.data import problem
+from coda_eval.sandbox import Program, run_programs
+
+logger = logging.getLogger(__name__)
+
+LEVEL_VARIABLE = "CODA_EVAL_SANDBOX"
+"""Environment variable with the isolation level: auto, bubblewrap, unshare or rlimits."""
+
+WORKERS_VARIABLE = "CODA_EVAL_WORKERS"
+"""Environment variable with the number of programs to run at once; by default one per core."""
+
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+class Answer(str):
+    """A model's text that remembers what it cost. It is a plain string to lm-eval and its caches."""
+
+    new_tokens: int | None = None
+    """Tokens before the end of the answer."""
+
+    forwards: int | None = None
+    """Forward passes that the answer took part in."""
+
+    generation_s: float | None = None
+    """Seconds of its batch divided by the answers in it."""
+
+    surplus: bool = False
+    """True for the repeats that lm-eval adds to give every rank the same number of requests; never scored."""
+
+
+def extract_code(answer: str, entry_point: str | None = None) -> str:
+    """The code of a chat answer: the first fenced block that defines ``entry_point``, else the first, else all."""
+    blocks = _FENCE.findall(answer)
+    defines = re.compile(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(entry_point)}\b", re.M) if entry_point else None
+    return next((block for block in blocks if defines and defines.search(block)), blocks[0] if blocks else answer)
+
+
+def _parses_with(code: str, entry_point: str) -> bool:
+    """Whether ``code`` is a program of its own that defines ``entry_point`` at top level."""
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return any(getattr(node, "name", None) == entry_point for node in tree.body)
+
+
+def humaneval_program(row: dict[str, Any], answer: str) -> Program:
+    """HumanEval and HumanEval+: the answer continues the prompt, or repeats the whole function.
+
+    The prompt's imports and auxiliary functions stand above either way.
+    """
+    code = extract_code(answer, row["entry_point"])
+    joint = "\n\n" if _parses_with(code, row["entry_point"]) else ""
+    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
+    return Program(candidate=row["prompt"] + joint + code, tests=tests, timeout_s=row["timeout_s"])
+
+
+def infilling_program(row: dict[str, Any], answer: str) -> Program:
+    """HumanEval infilling: prefix, answer and suffix joined as they are."""
+    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
+    candidate = row["prompt"] + answer + row["suffix"]
+    return Program(candidate=candidate, tests=tests, timeout_s=row["timeout_s"])
+
+
+def mbpp_program(row: dict[str, Any], answer: str) -> Program:
+    """MBPP: the three asserts, after the set-up code that some problems need."""
+    tests = "\n".join([row.get("test_setup_code") or "", *row["test_list"]])
+    return Program(candidate=extract_code(answer), tests=tests, timeout_s=row["timeout_s"])
+
+
+def mbpp_plus_program(row: dict[str, Any], answer: str) -> Program:
+    """MBPP+: the full tests of EvalPlus, not only the asserts that the prompt shows."""
+    tests = "\n".join([*(row.get("test_imports") or []), row["test"]])
+    return Program(candidate=extract_code(answer), tests=tests, timeout_s=row["timeout_s"])
+
+
+def quickstart_program(row: dict[str, Any], answer: str) -> Program:
+    """Quickstart problems: the answer's code, then the problem's asserts."""
+    code = extract_code(answer, row["entry_point"])
+    return Program(candidate=code, tests=row["test"], timeout_s=row["timeout_s"])
+
+
+def _record(answer: str, **fields: Any) -> str:
+    """One log entry as JSON, since lm-eval logs anything else as Python source: the verdict and the answer's cost."""
+    costs = {name: getattr(answer, name, None) for name in ("new_tokens", "forwards", "generation_s")}
+    return json.dumps({**fields, **costs})
+
+
+def _scored(resps: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The answers that count: lm-eval's padding of uneven ranks is left out."""
+    return [[answer for answer in answers if not getattr(answer, "surplus", False)] for answers in resps]
+
+
+def _execute(
+    resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]], build: Callable[[dict[str, Any], str], Program]
+) -> list[list[str]]:
+    """Run every answer of a task in the sandbox; one record (JSON) per answer, in order."""
+    kept = _scored(resps)
+    rows = [problem(doc) for doc in docs]
+    programs = [build(row, answer) for row, answers in zip(rows, kept, strict=True) for answer in answers]
+    workers = os.environ.get(WORKERS_VARIABLE)
+    if workers is not None and not (workers.isdigit() and int(workers) > 0):
+        raise ValueError(f"{WORKERS_VARIABLE} must be a positive number, got {workers!r}")
+    level = os.environ.get(LEVEL_VARIABLE, "auto")
+    verdicts = iter(run_programs(programs, level=level, workers=int(workers) if workers else None))
+
+    def record(answer: str) -> str:
+        verdict = next(verdicts)
+        fields = {name: getattr(verdict, name) for name in ("status", "error", "seconds", "isolation")}
+        return _record(answer, **fields)
+
+    return [[record(answer) for answer in answers] for answers in kept]
+
+
+def run_humaneval(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Filter of the HumanEval tasks."""
+    return _execute(resps, docs, humaneval_program)
+
+
+def run_infilling(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Filter of the HumanEval infilling tasks."""
+    return _execute(resps, docs, infilling_program)
+
+
+def run_mbpp(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Filter of the MBPP tasks."""
+    return _execute(resps, docs, mbpp_program)
+
+
+def run_mbpp_plus(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Filter of the MBPP+ tasks."""
+    return _execute(resps, docs, mbpp_plus_program)
+
+
+def run_quickstart(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Filter of the quickstart problems."""
+    return _execute(resps, docs, quickstart_program)
+
+
+def compare_middle(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Filter of the exact-match gaps: nothing runs, answer and true middle are compared."""
+
+    def record(answer: str, middle: str) -> str:
+        exact = answer == middle
+        return _record(answer, status="passed" if exact or answer.strip() == middle.strip() else "failed", exact=exact)
+
+    pairs = zip(_scored(resps), docs, strict=True)
+    return [[record(answer, doc["infill_middle"]) for answer in answers] for answers, doc in pairs]
+
+
+def pass_at_k(num_answers: int, num_passed: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of ``k`` answers passes: 1 - C(n - c, k) / C(n, k).
+
+    Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1, in its product form.
+
+    Raises:
+        ValueError: ``k`` is not in [1, num_answers].
+    """
+    if not 1 <= k <= num_answers:
+        raise ValueError(f"k must be in [1, {num_answers}] (the number of answers), got {k}")
+    if num_answers - num_passed < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(num_answers - num_passed + 1, num_answers + 1))
+
+
+def score_programs(doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any]:
+    """Metrics of one problem: pass@k for k = 1, 10, 100 up to the number of answers, timeouts, isolation level."""
+    records = [json.loads(record) for record in results[0]]
+    passed = sum(record["status"] == "passed" for record in records)
+    scores = {f"pass@{k}": pass_at_k(len(records), passed, k) for k in (1, 10, 100) if k <= len(records)}
+    timeouts = sum(record["status"] == "timeout" for record in records) / len(records)
+    return {**scores, "timeouts": timeouts, "isolation": records[0]["isolation"]}
+
+
+def score_middle(doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any]:
+    """Metrics of one gap: equal after stripping white space, and equal to the byte."""
+    records = [json.loads(record) for record in results[0]]
+    return {
+        "exact_match": sum(record["status"] == "passed" for record in records) / len(records),
+        "exact_match_raw": sum(record["exact"] for record in records) / len(records),
+    }
+
+
+def weakest(levels: Sequence[str]) -> str:
+    """Aggregation of the isolation level: all levels that ran, which is one."""
+    return "+".join(sorted(set(levels)))

@@ -1,0 +1,132 @@
+"""Score cards: ``python -m coda_eval.report RESULTS_DIR --output scores.json`` (or ``scores.md``).
+
+One entry per task and metric of every ``results_*.json`` in the folder: score, number of documents, standard error,
+Wilson interval, the settings that made it, the versions, and the isolation level that the programs ran in.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+DETAILS = ("isolation", "timeouts")
+"""Metrics that describe a run and are no scores."""
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Interval of a binomial share, 95 % by default.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference". It stays in [0, 1]
+    and is not empty at 0 or 1, where the normal interval is.
+
+    Args:
+        share: observed share in [0, 1].
+        count: number of documents, positive. Means over several answers per document are treated as one each.
+        z: quantile of the normal distribution.
+
+    Raises:
+        ValueError: ``share`` or ``count`` is out of range.
+    """
+    if not 0.0 <= share <= 1.0 or count < 1:
+        raise ValueError(f"share must be in [0, 1] and count positive, got {share} and {count}")
+    scale = 1.0 + z * z / count
+    middle = (share + z * z / (2 * count)) / scale
+    half = z * math.sqrt(share * (1.0 - share) / count + z * z / (4 * count * count)) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def score_cards(folder: str | Path) -> list[dict[str, Any]]:
+    """Every score below ``folder``, oldest run first.
+
+    Raises:
+        ValueError: there is no results file, or one is not lm-eval's.
+    """
+    paths = sorted(Path(folder).rglob("results_*.json"), key=lambda path: path.name)
+    if not paths:
+        raise ValueError(f"no results_*.json in {str(folder)!r}: give the folder of --output_path")
+    return [card for path in paths for card in _cards_of(path)]
+
+
+def _cards_of(path: Path) -> list[dict[str, Any]]:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        config, results = run["config"], run["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a results file of lm-eval: {error!r}") from error
+    cards = []
+    for task, metrics in results.items():
+        counts = run.get("n-samples", {}).get(task)
+        for key, value in metrics.items():
+            name, _, stage = key.partition(",")
+            if not isinstance(value, (int, float)) or name.endswith("_stderr") or name in DETAILS or not stage:
+                continue
+            stderr = metrics.get(f"{name}_stderr,{stage}")
+            count = counts["effective"] if counts else None
+            # Only shares of documents have a binomial interval; groups and unbounded metrics have none.
+            interval = wilson_interval(value, count) if count and 0.0 <= value <= 1.0 else None
+            cards.append(
+                {
+                    "task": task,
+                    "metric": name,
+                    "score": value,
+                    "n": count,
+                    "stderr": stderr if isinstance(stderr, (int, float)) else None,
+                    "wilson95": interval and [round(bound, 6) for bound in interval],
+                    **{detail: metrics.get(f"{detail},{stage}") for detail in DETAILS},
+                    **_provenance(run, config, task, path),
+                }
+            )
+    return cards
+
+
+def _provenance(run: dict[str, Any], config: dict[str, Any], task: str, path: Path) -> dict[str, Any]:
+    """Which run a score came from, in enough detail to repeat it."""
+    names = ("model", "model_args", "generation_settings", "gen_kwargs", "batch_size", "limit", "torch_seed", "device")
+    versions = ("lm_eval_version", "transformers_version", "git_hash", "chat_template_sha")
+    return {
+        "settings": {name: config.get(name) for name in names},
+        "task_generation_kwargs": run.get("configs", {}).get(task, {}).get("generation_kwargs"),
+        "task_version": run.get("versions", {}).get(task),
+        "task_hash": run.get("task_hashes", {}).get(task),
+        "versions": {name: run.get(name) for name in versions},
+        "seconds": run.get("total_evaluation_time_seconds"),
+        "file": path.name,
+    }
+
+
+def as_markdown(cards: list[dict[str, Any]]) -> str:
+    """The cards as a table, shares in percent with their Wilson interval."""
+    lines = ["| task | metric | score | 95 % interval | n | isolation | settings |", "|---|---|---:|---|---:|---|---|"]
+    for card in cards:
+        low_high = card["wilson95"]
+        shown = f"{100 * card['score']:.1f} %" if low_high else f"{card['score']:.4f}"
+        interval = f"{100 * low_high[0]:.1f} - {100 * low_high[1]:.1f} %" if low_high else ""
+        settings = card["settings"]["generation_settings"] or {}
+        text = ", ".join(f"{name}={value}" for name, value in settings.items())
+        cells = (card["task"], card["metric"], shown, interval, card["n"] or "", card["isolation"] or "", text)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the score cards of a folder as JSON or Markdown, and print the Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m coda_eval.report", description="Score cards of evaluation runs.")
+    parser.add_argument("results_dir", help="folder that --output_path named")
+    parser.add_argument("--output", type=Path, help="file to write: .json or .md")
+    args = parser.parse_args()
+    if args.output is not None and args.output.suffix not in (".json", ".md"):
+        parser.error(f"--output must end in .json or .md, got {str(args.output)!r}")
+    try:
+        cards = score_cards(args.results_dir)
+    except ValueError as error:
+        parser.error(str(error))
+    table = as_markdown(cards)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(table if args.output.suffix == ".md" else json.dumps(cards, indent=2) + "\n")
+    print(table, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""Run untrusted Python programs: namespaces, resource limits, a private verdict pipe, many at once.
+
+Three levels of isolation, best first: ``bubblewrap`` (the ``bwrap`` program), ``unshare`` (util-linux), and
+``rlimits``, which limits what a program uses but neither hides the machine nor cuts the network. The first two show
+a program the standard library, numpy where installed, a small scratch folder, and nothing else: no network, no other
+process, no file of the machine. The level that ran is part of every verdict.
+
+Not here: what a program consists of (``programs.py``).
+"""
+
+import functools
+import itertools
+import json
+import logging
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+LEVELS = ("bubblewrap", "unshare", "rlimits")
+"""Isolation levels, best first."""
+
+PACKAGES = ("numpy",)
+"""Packages outside the standard library that programs may import (the MBPP+ tests need them)."""
+
+FIRST_UID = 61184
+"""First user id that programs take when the caller is root: the range that systemd gives to transient users, so that
+no account owns it. Each program has its own, which makes the limit on processes a limit per program, also while the
+kernel still takes a fork bomb down."""
+
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+_SCRATCH_BYTES = 64 << 20
+_REPORT_BYTES = 1 << 16
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A candidate and the tests it must survive, both Python source, run one after the other in one namespace."""
+
+    candidate: str
+    tests: str
+    timeout_s: float = 20.0
+    """Wall-clock limit in seconds, the start of the interpreter included."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s must be positive, got {self.timeout_s}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one program may use."""
+
+    memory_bytes: int = 4 << 30
+    """Address space of each process; the tests of Mbpp/255 in MBPP+ need more than half of it."""
+
+    file_bytes: int = 32 << 20
+    """Size of any file that is written."""
+
+    open_files: int = 128
+    processes: int = 32
+    """Processes and threads at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What became of one program."""
+
+    status: str
+    """passed, failed (an exception), exited (left early), memory, timeout, or killed (died without a word)."""
+
+    error: str
+    seconds: float
+    isolation: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether candidate and tests ran to their end."""
+        return self.status == "passed"
+
+
+def default_workers() -> int:
+    """Programs to run at once: the cores this process may use, shared with the other ranks on the machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def isolation_level(requested: str = "auto") -> str:
+    """The level to use: the best that works here, or the requested one.
+
+    Args:
+        requested: ``auto`` or one of ``LEVELS``.
+
+    Raises:
+        ValueError: the name is unknown, or that level does not work on this machine.
+    """
+    if requested not in ("auto", *LEVELS):
+        raise ValueError(f"the sandbox level must be auto, {', '.join(LEVELS)}; got {requested!r}")
+    for level in LEVELS if requested == "auto" else (requested,):
+        if not _probe(level):
+            continue
+        if level == "rlimits" and requested == "auto":
+            logger.warning(
+                "neither bubblewrap nor unshare works here: programs run with resource limits only, can read this "
+                "machine's files and use its network. Install bubblewrap, or allow user namespaces."
+            )
+        return level
+    raise ValueError(f"sandbox level {requested!r} does not work on this machine: {_probe.reasons.get(requested)}")
+
+
+def run_programs(
+    programs: Sequence[Program], *, level: str = "auto", workers: int | None = None, limits: Limits | None = None
+) -> list[Verdict]:
+    """Run every program in its own sandbox and interpreter, several at once, and judge each.
+
+    Args:
+        programs: what to run; order is kept.
+        level: ``auto`` or one of ``LEVELS``.
+        workers: programs at once; by default one per core.
+        limits: resource limits of each program.
+
+    Raises:
+        ValueError: the level is unknown or does not work here.
+        RuntimeError: a sandbox could not be built although the level works (never counted as a failed program).
+    """
+    level = isolation_level(level)
+    workers = workers or default_workers()
+    limits = limits or Limits()
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda program: _run(program, level, limits), programs))
+
+
+def _probe(level: str) -> bool:
+    """Whether ``level`` works here, found by running a program once per process."""
+    if level not in _probe.reasons:
+        try:
+            verdict = _run(Program(candidate="", tests=""), level, Limits())
+            _probe.reasons[level] = "" if verdict.passed else f"{verdict.status}: {verdict.error}"
+        except (OSError, RuntimeError) as error:
+            _probe.reasons[level] = str(error)
+    return not _probe.reasons[level]
+
+
+_probe.reasons = {}
+
+
+@functools.cache
+def _binds() -> tuple[list[tuple[str, str]], list[str]]:
+    """Host paths a program may read as (source, target), and the folders that hold its packages inside."""
+    python = os.path.realpath(sys.executable)
+    stdlib = os.path.realpath(sysconfig.get_path("stdlib"))
+    base = os.path.realpath(sys.base_prefix)
+    paths = ["/usr/lib", "/usr/lib64", "/usr/lib32", "/lib", "/lib64", "/etc/ld.so.cache", python, stdlib]
+    paths += [str(path) for path in Path(base, "lib").glob("lib*.so*")]
+    binds = {path: path for path in paths if os.path.exists(path)}
+    for name in PACKAGES:
+        spec = find_spec(name)
+        if spec is not None and spec.submodule_search_locations:
+            folder = Path(next(iter(spec.submodule_search_locations)))
+            for source in (folder, folder.with_name(f"{name}.libs")):  # wheels keep their shared libraries beside
+                if source.is_dir():
+                    binds[str(source)] = f"/packages/{source.name}"
+    return list(binds.items()), ["/packages"]
+
+
+def _stdlib_is_public() -> bool:
+    """Whether every user may enter the folder of the standard library."""
+    folder = Path(os.path.realpath(sysconfig.get_path("stdlib")))
+    return all(path.stat().st_mode & 0o001 for path in (folder, *folder.parents))
+
+
+def _site_folders() -> list[str]:
+    """Folders inside the bound standard library that hold third-party packages: they are covered by empty ones."""
+    stdlib = Path(os.path.realpath(sysconfig.get_path("stdlib")))
+    places = [stdlib / "site-packages", stdlib / "dist-packages", Path("/usr/lib/python3/dist-packages")]
+    return [str(path) for path in places if path.is_dir()]
+
+
+def _command(level: str) -> list[str]:
+    """The command line that starts the child inside its walls."""
+    child = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _child_source()]
+    root = os.geteuid() == 0
+    if level == "rlimits":
+        return child
+    tool = shutil.which("bwrap" if level == "bubblewrap" else "unshare")
+    if tool is None:
+        raise RuntimeError(f"{'bwrap' if level == 'bubblewrap' else 'unshare'} is not on PATH")
+    if level == "unshare":
+        namespaces = ["--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child=KILL"]
+        return [tool, *([] if root else ["--user", "--map-root-user"]), *namespaces, *child]
+    command = [tool, "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
+    # Root builds the walls as root and lets the child become a user of its own; others need a user namespace.
+    command += ["--cap-drop", "ALL", *(["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else [])]
+    command += [] if root else ["--unshare-user"]
+    for folder in sorted({str(parent) for _, target in _binds()[0] for parent in Path(target).parents} - {"/"}):
+        command += ["--perms", "0755", "--dir", folder]  # made without being asked, they are closed to other users
+    for source, target in _binds()[0]:
+        command += ["--ro-bind", source, target]
+    for folder in _site_folders():
+        command += ["--tmpfs", folder, "--remount-ro", folder]
+    command += ["--dev", "/dev", "--remount-ro", "/dev", "--perms", "1777", "--size", str(_SCRATCH_BYTES)]
+    return [*command, "--tmpfs", "/tmp", "--remount-ro", "/", *child]
+
+
+@functools.cache
+def _child_source() -> str:
+    return _CHILD.read_text(encoding="utf-8")
+
+
+def _run(program: Program, level: str, limits: Limits) -> Verdict:
+    """Start the child, wait for its report or the deadline, and leave no process behind."""
+    nonce, started = secrets.token_hex(16), time.monotonic()
+    binds, packages = _binds()
+    with tempfile.TemporaryDirectory(prefix="coda-eval-") as folder, tempfile.TemporaryFile() as stdin:
+        uid = FIRST_UID + (os.getpid() + next(_numbers)) % 4096 if os.geteuid() == 0 else None
+        if level == "rlimits":
+            packages = sorted({str(Path(source).parent) for source, target in binds if target.startswith("/packages")})
+            if uid is not None:
+                os.chown(folder, uid, uid)
+        reader, writer = os.pipe()
+        job = {
+            "candidate": program.candidate,
+            "tests": program.tests,
+            "nonce": nonce,
+            "report_fd": writer,
+            "root": folder if level == "unshare" else None,
+            "binds": binds,
+            "scratch_bytes": _SCRATCH_BYTES,
+            "workdir": folder if level == "rlimits" else "/tmp",
+            "packages": packages,
+            "uid": uid,
+            "read_all": level == "rlimits" and uid is not None and not _stdlib_is_public(),
+            "limits": {
+                "RLIMIT_AS": limits.memory_bytes,
+                "RLIMIT_FSIZE": limits.file_bytes,
+                "RLIMIT_NOFILE": limits.open_files,
+                "RLIMIT_NPROC": limits.processes + (0 if level != "rlimits" or uid else _processes_of_user()),
+                "RLIMIT_CORE": 0,
+                "RLIMIT_CPU": int(program.timeout_s) + 2,
+            },
+        }
+        stdin.write(json.dumps(job).encode("ascii"))
+        stdin.seek(0)
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": "/tmp",
+            "LANG": "C.UTF-8",
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "CODA_EVAL_SANDBOX_ID": nonce[::-1],
+        }
+        with os.fdopen(reader, "rb", buffering=0) as pipe:
+            try:
+                process = subprocess.Popen(
+                    _command(level),
+                    stdin=stdin,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=(writer,),
+                    env=environment,
+                    start_new_session=True,
+                )
+            finally:
+                os.close(writer)
+            try:
+                line, timed_out = _read_report(pipe.fileno(), started + program.timeout_s)
+            finally:
+                _kill(process, level, environment["CODA_EVAL_SANDBOX_ID"])
+        return _judge(line, timed_out, nonce, process, program, level, time.monotonic() - started)
+
+
+def _read_report(fd: int, deadline: float) -> tuple[bytes, bool]:
+    """Read up to the first newline, the end of the pipe, the size limit or the deadline: (bytes, timed out)."""
+    data = b""
+    while b"\n" not in data and len(data) < _REPORT_BYTES:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([fd], [], [], left)[0]:
+            return data, True
+        chunk = os.read(fd, 4096)
+        if not chunk:
+            break
+        data += chunk
+    return data, False
+
+
+def _judge(
+    line: bytes, timed_out: bool, nonce: str, process: subprocess.Popen, program: Program, level: str, seconds: float
+) -> Verdict:
+    """Turn a report into a verdict; only the right nonce is a pass."""
+
+    def verdict(status: str, error: str) -> Verdict:
+        return Verdict(status=status, error=error, seconds=round(seconds, 4), isolation=level)
+
+    if timed_out:
+        return verdict("timeout", f"no verdict after {program.timeout_s:g} s")
+    try:
+        report = json.loads(line)
+        status, error, given = str(report["status"]), str(report["error"])[:500], str(report["nonce"])
+    except (ValueError, KeyError, TypeError):
+        return verdict("killed", f"ended without a verdict (exit status {process.returncode})")
+    if status == "sandbox":
+        raise RuntimeError(f"the {level} sandbox could not be built: {error}")
+    if status == "passed" and not secrets.compare_digest(given.encode(), nonce.encode()):
+        return verdict("failed", "the verdict was forged")
+    return verdict(status if status in ("passed", "failed", "exited", "memory") else "failed", error)
+
+
+def _kill(process: subprocess.Popen, level: str, marker: str) -> None:
+    """End the process, its group, and (where no PID namespace does it) whatever left the group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        logger.debug("process group %d had ended", process.pid)
+    process.wait()
+    if level != "rlimits":
+        return  # the end of a PID namespace's first process ends all others
+    while strays := _marked_processes(marker):
+        for pid in strays:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def _marked_processes(marker: str) -> list[int]:
+    """Living processes whose environment at their start holds ``marker`` (forks inherit it)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            alive = entry.joinpath("stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+            if alive and marker.encode() in entry.joinpath("environ").read_bytes():
+                found.append(int(entry.name))
+        except (OSError, IndexError):
+            continue  # gone meanwhile, or another user's
+    return found
+
+
+def _processes_of_user() -> int:
+    """How many processes and threads this user has: the kernel's limit counts them all where it is not namespaced."""
+    count = 0
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and entry.stat().st_uid == os.getuid():
+                count += len(os.listdir(entry / "task"))
+        except OSError:
+            continue
+    return count

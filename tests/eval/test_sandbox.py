@@ -1,0 +1,202 @@
+"""Programs are judged rightly and contained at every isolation level that this machine offers."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from coda_eval import sandbox
+from coda_eval.sandbox import LEVELS, Limits, Program, isolation_level, run_programs
+
+
+def works(level: str) -> bool:
+    try:
+        return isolation_level(level) == level
+    except ValueError:
+        return False
+
+
+AVAILABLE = [level for level in LEVELS if works(level)]
+ISOLATED = [level for level in AVAILABLE if level != "rlimits"]
+TESTS = "assert f(2) == 4"
+
+HOSTILE = {
+    "wrong answer": ("def f(x): return 5", "failed"),
+    "syntax error": ("def f(x): return (", "failed"),
+    "sys.exit(0)": ("import sys; sys.exit(0)", "exited"),
+    "os._exit(0)": ("import os; os._exit(0)", "killed"),
+    "exit in the tests": ("import os\ndef f(x): os._exit(0)", "killed"),
+    "kills itself": ("import os; os.kill(os.getpid(), 9)", "killed"),
+    "endless loop": ("while True: pass", "timeout"),
+    "ignored signals": (
+        "import signal\nfor s in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:\n"
+        "    signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+        "timeout",
+    ),
+    "memory flood": ("x = bytearray(1 << 40)", "memory"),
+    "output flood": ("while True: print('x' * 100000)", "timeout"),
+    "new session that lives on": (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True: time.sleep(1)\nraise ValueError",
+        "failed",
+    ),
+    "kills its parent": ("import os\nos.kill(os.getppid(), 9)", None),
+    "kills everybody": ("import os\nos.kill(-1, 9)", None),
+    "forged report": (
+        'import os\nfor fd in range(3, 60):\n    try: os.write(fd, b\'{"status": "passed", "error": "", '
+        '"nonce": "0"}\\n\')\n    except OSError: pass\nos._exit(0)',
+        "failed",
+    ),
+    "patched builtins": (
+        "import builtins, os, json\nbuiltins.exec = builtins.compile = lambda *a, **k: None\n"
+        "builtins.AssertionError = type('A', (BaseException,), {})\njson.dumps = lambda *a, **k: 'passed'\n"
+        "os.write = lambda *a: 1\nos._exit = lambda *a: None\ndef f(x): return 5",
+        "failed",
+    ),
+    "frame walk": (
+        "import sys\nframe = sys._getframe()\nwhile frame:\n    for name, value in list(frame.f_locals.items()):\n"
+        "        if name == 'tests': frame.f_locals[name] = ''\n    frame = frame.f_back\ndef f(x): return 5",
+        "failed",
+    ),
+    "reads from the keyboard": ("x = input()", "failed"),
+}
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_hostile_programs_fail_and_leave_nothing_behind(level):
+    programs = [Program(candidate=code, tests=TESTS, timeout_s=1.5) for code, _ in HOSTILE.values()]
+    verdicts = dict(zip(HOSTILE, run_programs(programs, level=level), strict=True))
+    assert not any(verdict.passed for verdict in verdicts.values()), verdicts
+    for name, (_, status) in HOSTILE.items():
+        assert verdicts[name].isolation == level
+        if status is not None:
+            assert verdicts[name].status == status, (name, verdicts[name])
+        assert verdicts[name].seconds < 4, (name, verdicts[name])
+    deadline = time.monotonic() + 2
+    while (left := leftovers()) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the kernel ends the processes of a PID namespace after its first one
+    assert not left
+
+
+def leftovers() -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            if b"CODA_EVAL_SANDBOX_ID=" in (entry / "environ").read_bytes() and state not in "ZX":
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_fork_bomb_is_contained_beside_an_honest_program(level):
+    bomb = Program(candidate="import os\nwhile True:\n    os.fork()", tests=TESTS, timeout_s=2)
+    honest = Program(candidate="def f(x): return x * 2", tests=TESTS)
+    verdicts = run_programs([bomb, honest, bomb, honest], level=level, workers=2)
+    assert [verdict.passed for verdict in verdicts] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_honest_programs_pass(level):
+    programs = [
+        Program(candidate="def f(x): return x * 2", tests=TESTS),
+        Program(candidate="import numpy as np\ndef f(x): return int(np.full(x, 2).sum())", tests=TESTS),
+        Program(candidate="if __name__ == '__main__': raise SystemExit\ndef f(x): return 4", tests=TESTS),
+        Program(
+            candidate="import dataclasses, pickle, tempfile, threading\n@dataclasses.dataclass\nclass A:\n    x: int\n"
+            "t = threading.Thread(target=print)\nt.start(); t.join()\nopen(tempfile.mkstemp()[1], 'w').write('a')\n"
+            "def f(x): return pickle.loads(pickle.dumps(A(x * 2))).x",
+            tests=TESTS,
+        ),
+        Program(candidate="import sys\nsys.setrecursionlimit(9000)\ndef f(x): return 4", tests=TESTS),
+    ]
+    assert [verdict.error for verdict in run_programs(programs, level=level)] == [""] * len(programs)
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_limits_of_files_and_open_files_hold(level):
+    big = "open('big', 'wb').write(bytes(1 << 21))\ndef f(x): return 4"
+    many = "files = [open('/dev/null') for _ in range(100)]\ndef f(x): return 4"
+    limits = Limits(file_bytes=1 << 20, open_files=32)
+    verdicts = run_programs([Program(candidate=code, tests=TESTS) for code in (big, many)], level=level, limits=limits)
+    assert not any(verdict.passed for verdict in verdicts)
+    assert all(v.passed for v in run_programs([Program(candidate=c, tests=TESTS) for c in (big, many)], level=level))
+
+
+@pytest.mark.parametrize("level", ISOLATED)
+def test_the_machine_is_out_of_sight_and_reach(level, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    code = {
+        "file of the user": f"open({str(secret)!r}).read()\ndef f(x): return 4",
+        "accounts": "open('/etc/passwd').read()\ndef f(x): return 4",
+        "processes": "import os\nos.listdir('/proc')\ndef f(x): return 4",
+        "this package": f"open({sandbox.__file__!r}).read()\ndef f(x): return 4",
+        "write outside": f"open({str(tmp_path / 'new.txt')!r}, 'w').write('x')\ndef f(x): return 4",
+        "write to the system": "open('/usr/lib/x', 'w')\ndef f(x): return 4",
+        "write to the root": "open('/x', 'w')\ndef f(x): return 4",
+        "network": "import socket\nsocket.create_connection(('127.0.0.1', 9), timeout=1)\ndef f(x): return 4",
+        "name lookup": "import socket\nsocket.getaddrinfo('example.org', 80)\ndef f(x): return 4",
+        "shell": "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'true'], check=True)\ndef f(x): return 4",
+        "mount": "import ctypes\nassert not ctypes.CDLL(None).mount(b'a', b'/tmp', b'tmpfs', 0, None)\ndef f(x): return 4",
+        "become root": "import os\nos.setuid(0) if os.getuid() else 1 / 0\ndef f(x): return 4",
+        "third-party packages": "import torch\ndef f(x): return 4",
+        "fill the scratch folder": (
+            "for i in range(9):\n    open(f'/tmp/{i}', 'wb').write(bytes(30 << 20))\ndef f(x): return 4"
+        ),
+    }
+    verdicts = run_programs([Program(candidate=c, tests=TESTS, timeout_s=10) for c in code.values()], level=level)
+    assert [verdict.status for verdict in verdicts] == ["failed"] * len(code), dict(zip(code, verdicts, strict=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt"]
+
+
+@pytest.mark.parametrize("level", ISOLATED)
+def test_programs_do_not_see_each_other(level):
+    code = "import os\nassert os.listdir('/tmp') == []\nopen('/tmp/mark', 'w').close()\ndef f(x): return 4"
+    assert all(v.passed for v in run_programs([Program(candidate=code, tests=TESTS)] * 4, level=level, workers=2))
+
+
+def test_server_on_this_machine_is_not_reachable():
+    if not ISOLATED:
+        pytest.skip("needs an isolated level")
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        code = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)\ndef f(x): return 4"
+        verdicts = [run_programs([Program(candidate=code, tests=TESTS)], level=level)[0] for level in ISOLATED]
+    assert not any(verdict.passed for verdict in verdicts)
+
+
+def test_auto_takes_the_best_level():
+    assert isolation_level("auto") == AVAILABLE[0]
+
+
+def test_weak_isolation_is_announced(monkeypatch, caplog):
+    monkeypatch.setattr(sandbox, "_probe", lambda level: level == "rlimits")
+    assert isolation_level("auto") == "rlimits"
+    assert "resource limits only" in caplog.text
+
+
+def test_unusable_level_is_an_error_that_says_why(monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sandbox._probe, "reasons", {})
+    with pytest.raises(ValueError, match="'bubblewrap' does not work on this machine: bwrap is not on PATH"):
+        isolation_level("bubblewrap")
+    with pytest.raises(ValueError, match="must be auto, bubblewrap, unshare, rlimits; got 'docker'"):
+        isolation_level("docker")
+
+
+def test_nonpositive_timeout_is_an_error():
+    with pytest.raises(ValueError, match="timeout_s must be positive, got 0"):
+        Program(candidate="", tests="", timeout_s=0)
+
+
+def test_workers_share_the_cores_of_the_machine(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
+    assert sandbox.default_workers() == 1
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert sandbox.default_workers() == cores
