@@ -6,7 +6,7 @@ coda_pretrain_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # KEY=value lines, of which comments after the value are dropped; the environment wins over the file.
 load_env() {
     local file=${CODA_ENV_FILE:-$coda_pretrain_dir/.env} line key value
-    if [[ ! -f $file ]]; then
+    if [[ ! -e $file ]]; then
         [[ -z ${CODA_ENV_FILE:-} ]] || { printf 'CODA_ENV_FILE: no such file: %s\n' "$file" >&2 && return 1; }
         return 0
     fi

@@ -26,11 +26,4 @@ if [[ -n ${TPU_NAME:-} && $dry_run == false ]]; then
 fi
 
 cd "$coda_pretrain_dir/.."
-if [[ -z ${PJRT_DEVICE:-} ]]; then
-    export PJRT_DEVICE=CPU
-    # TPU machines show their chips as one of these.
-    if [[ $dry_run == false ]] && { compgen -G '/dev/accel[0-9]*' || compgen -G '/dev/vfio/[0-9]*'; } >/dev/null; then
-        export PJRT_DEVICE=TPU
-    fi
-fi
 exec "$(find_python)" -m coda_pretrain "$@"

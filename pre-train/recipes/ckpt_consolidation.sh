@@ -25,6 +25,6 @@ for step in "$@"; do
     [[ $step =~ ^[0-9]+$ ]] || { printf 'a step must be a whole number, got %s\n' "$step" >&2 && exit 2; }
 done
 for step in "$@"; do
-    name=$(printf 'step-%08d' "$((10#$step))")
-    "$python" -m coda_pretrain.export --checkpoint_dir "$run/checkpoints/$name" --output_dir "$output/$name"
+    folder=$output/$(printf 'step-%08d' "$((10#$step))")
+    "$python" -m coda_pretrain.export --checkpoint_dir "$run" --step "$((10#$step))" --output_dir "$folder"
 done

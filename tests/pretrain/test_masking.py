@@ -161,18 +161,6 @@ def test_a_strategy_does_not_change_what_the_tokens_of_other_rows_draw():
     assert np.array_equal(plain["labels"][untouched], some["labels"][untouched])
 
 
-def test_schedules():
-    constant = MaskingConfig(prefix_probability=0.1, span_probability=0.2)
-    assert constant.at(0.0, 0) == constant.at(1.0, 7) == (0.1, 0.0, 0.2)
-    linear = MaskingConfig(schedule="linear", prefix_probability=0.1, linear_end=(0.3, 0.2, 0.5))
-    assert linear.at(0.0, 0) == (0.1, 0.0, 0.0)
-    np.testing.assert_allclose(linear.at(0.5, 3), (0.2, 0.1, 0.25))
-    np.testing.assert_allclose(linear.at(1.0, 5), (0.3, 0.2, 0.5))
-    per_epoch = MaskingConfig(schedule="per_epoch", per_epoch=TABLE_3)
-    assert tuple(per_epoch.at(0.9, epoch) for epoch in range(5)) == TABLE_3
-    assert per_epoch.at(0.0, 99) == TABLE_3[-1]
-
-
 @pytest.mark.parametrize("epoch", range(5))
 def test_the_probabilities_of_table_3_are_reached_in_each_epoch(epoch):
     config = MaskingConfig(schedule="per_epoch", per_epoch=TABLE_3)
@@ -185,29 +173,6 @@ def test_the_probabilities_of_table_3_are_reached_in_each_epoch(epoch):
     )
     for share, expected in zip(shares, TABLE_3[epoch], strict=True):
         assert abs(share - expected) < 4.5 * np.sqrt(expected * (1 - expected) / len(plans))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prefix_probability": 25}, r"must be three probabilities \(S1, S2, S3\) in \[0, 1\], got \(25,"),
-        ({"prefix_probability": 0.6, "truncate_probability": 0.6}, r"S1 \+ S2 must be <= 1"),
-        ({"schedule": "cosine"}, "must be constant, linear or per_epoch, got 'cosine'"),
-        ({"schedule": "linear"}, "masking.linear_end must be given with masking.schedule linear"),
-        ({"linear_end": (0, 0, 0)}, "masking.linear_end must be given with masking.schedule linear and only with it"),
-        ({"schedule": "per_epoch"}, "masking.per_epoch must be given with masking.schedule per_epoch"),
-        ({"per_epoch": ((0, 0, 0),)}, "only with it, got schedule 'constant'"),
-        ({"schedule": "per_epoch", "per_epoch": ((0, 0, 0),), "span_probability": 0.1}, "have no effect"),
-        ({"schedule": "per_epoch", "per_epoch": ((0, 0, 0), (0, 1.5, 0))}, r"masking.per_epoch\[1\] must be three"),
-        ({"schedule": "per_epoch", "per_epoch": ((0, 0),)}, "must be three probabilities"),
-        ({"span_lengths": ()}, "masking.span_lengths must list lengths of at least 1"),
-        ({"span_lengths": (0,)}, "masking.span_lengths must list lengths of at least 1"),
-        ({"t_min": 0.0}, r"masking.t_min must be in \(0, 1\), got 0.0"),
-    ],
-)
-def test_bad_masking_config_is_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        MaskingConfig(**options)
 
 
 def test_rows_that_do_not_fit_the_batch_are_refused():

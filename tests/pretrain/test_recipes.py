@@ -1,0 +1,203 @@
+import os
+import re
+import shlex
+import subprocess
+
+import pytest
+import yaml
+
+from coda_pretrain.config import RunConfig, load_config
+from coda_pretrain.plain_data import from_dict
+
+SETTINGS = {
+    "CODA_DATA_DIR": "/data dir",
+    "CODA_OUTPUT_DIR": "/runs",
+    "CODA_TOKENIZER_DIR": "/tokenizer",
+    "CODA_BACKBONE_DIR": "/backbone",
+    "CODA_PRETRAINED_DIR": "/pretrained",
+}
+STAGES = ("pretrain", "midtrain")
+TABLE_3 = ((0.01, 0.01, 0.05), (0.05, 0.05, 0.10), (0.10, 0.10, 0.15), (0.15, 0.15, 0.20), (0.20, 0.20, 0.25))
+DEVICES = {"v4_1024": 512, "v4_512": 256, "v5p_64": 32}
+
+
+def stage_config(repo, stage, hardware="cpu", *overrides):
+    folder = repo / "pre-train" / "configs"
+    files = [str(folder / f"{stage}.yaml"), str(folder / "hardware" / f"{hardware}.yaml")]
+    needed = ["output_dir=/runs/x", "model.tokenizer=/t", "model.init_from=/m", *overrides]
+    return load_config(files, needed)
+
+
+def run_script(script, *arguments, path=None, **environment):
+    """Run a script with only these settings, wherever the caller's own are."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("CODA_", "TPU_"))}
+    search = f"{path}:{own['PATH']}" if path else own["PATH"]
+    env = {**own, "CODA_ENV_FILE": "/dev/null", "PATH": search, **environment}
+    return subprocess.run(["bash", str(script), *arguments], env=env, capture_output=True, text=True, cwd="/")
+
+
+@pytest.fixture
+def pod(tmp_path):
+    """A folder with a ``gcloud`` that only writes down its arguments, and the settings that reach it."""
+    gcloud = tmp_path / "bin" / "gcloud"
+    gcloud.parent.mkdir()
+    gcloud.write_text(f"#!/bin/sh\nfor argument; do printf '%s\\n' \"$argument\"; done >{tmp_path}/arguments\n")
+    gcloud.chmod(0o755)
+    settings = {
+        "TPU_NAME": "pod",
+        "TPU_ZONE": "zone",
+        "TPU_PROJECT": "project",
+        "CODA_REPO_DIR": "/home/me/the repo",
+        "CODA_REPO_URL": "url",
+    }
+    return gcloud.parent, settings, tmp_path / "arguments"
+
+
+@pytest.mark.parametrize("hardware", ["v4_1024", "v4_512", "v5p_64", "cpu", "gpu"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_configuration_fits_its_dataclass(repo, stage, hardware):
+    config = stage_config(repo, stage, hardware)
+    assert config.hardware.backend == {"cpu": "cpu", "gpu": "cuda"}.get(hardware, "xla")
+
+
+def test_every_yaml_is_tested_and_starts_with_a_command(repo):
+    files = sorted((repo / "pre-train" / "configs").rglob("*.yaml"))
+    assert {file.stem for file in files} == {*STAGES, *DEVICES, "cpu", "gpu"}
+    for file in files:
+        first = file.read_text().splitlines()[0]
+        assert re.match(r"# (bash pre-train/|python -m coda_pretrain |torchrun .* -m coda_pretrain )", first), file
+        for script in re.findall(r"pre-train/\S+\.(?:sh|yaml)", first):
+            assert (repo / script).is_file(), f"{file} names {script}"
+
+
+def test_pretraining_is_that_of_the_report(repo):
+    config = stage_config(repo, "pretrain")
+    assert (config.max_steps, config.global_batch_size, config.seq_len) == (50_000, 512, 8192)
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("adafactor", 3e-4)
+    assert (config.schedule.name, config.schedule.warmup_steps) == ("linear", 2000)
+    assert config.masking.at(0.7, 1) == (0.01, 0.01, 0.01)
+    assert [source.weight for source in config.data.sources] == [60.17, 50.75, 38.22, 12.98, 9.18, 5.41, 3.24]
+
+
+def test_midtraining_is_that_of_the_report(repo):
+    config = stage_config(repo, "midtrain")
+    assert (config.max_steps, config.global_batch_size, config.seq_len) == (50_000, 256, 8192)
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("adafactor", 2e-4)
+    assert (config.schedule.name, config.schedule.warmup_steps) == ("linear", 2000)
+    epochs = [step * 256 // config.data.epoch_samples for step in range(50_000)]
+    assert [epochs.count(epoch) for epoch in range(5)] == [10_000] * 5
+    assert tuple(config.masking.at(0.0, epoch) for epoch in range(5)) == TABLE_3
+    tokens = config.data.epoch_samples * config.seq_len
+    assert tokens == pytest.approx(20.97e9, rel=1e-3)
+    assert sum(source.weight for source in config.data.sources) == pytest.approx(20.97)
+
+
+@pytest.mark.parametrize("machine", DEVICES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_recipe_resolves_to_a_run_that_fits_its_machine(repo, stage, machine):
+    result = run_script(
+        repo / "pre-train" / "recipes" / f"{stage}_{machine}.sh", "--dry_run", "max_steps=7", **SETTINGS, TPU_NAME="pod"
+    )
+    assert result.returncode == 0, result.stderr
+    config = from_dict(RunConfig, yaml.safe_load(result.stdout))
+    assert config.max_steps == 7
+    assert config.output_dir == f"/runs/{stage}_{machine}"
+    assert config.data.root == "/data dir"
+    assert config.model.init_from == {"pretrain": "/backbone", "midtrain": "/pretrained"}[stage]
+    expected = stage_config(repo, stage)
+    assert (config.masking, config.optimizer) == (expected.masking, expected.optimizer)
+    data, fsdp, _ = config.hardware.mesh.shape(DEVICES[machine])
+    assert config.rows_per_micro_batch % (data * fsdp) == 0
+
+
+def test_the_recipes_are_those_of_the_two_stages(repo):
+    names = {path.stem for path in (repo / "pre-train" / "recipes").iterdir()}
+    assert names == {"ckpt_consolidation", *(f"{stage}_{machine}" for stage in STAGES for machine in DEVICES)}
+
+
+def test_a_missing_setting_is_named(repo):
+    result = run_script(repo / "pre-train" / "recipes" / "midtrain_v4_512.sh", "--dry_run", CODA_DATA_DIR="/d")
+    assert result.returncode != 0
+    assert "not set: CODA_OUTPUT_DIR CODA_TOKENIZER_DIR CODA_PRETRAINED_DIR. Set it in" in result.stderr
+
+
+def test_settings_come_from_the_file_unless_the_environment_has_them(repo, tmp_path):
+    text = (repo / "pre-train" / "env.example").read_text()
+    for name, value in SETTINGS.items():
+        text = re.sub(f"^{name}= *(#.*)$", rf"{name}={value} \1", text, flags=re.MULTILINE)
+    (tmp_path / "env").write_text(text)
+    recipe = repo / "pre-train" / "recipes" / "pretrain_v5p_64.sh"
+    result = run_script(recipe, "--dry_run", CODA_ENV_FILE=str(tmp_path / "env"), CODA_OUTPUT_DIR="/elsewhere")
+    assert result.returncode == 0, result.stderr
+    config = yaml.safe_load(result.stdout)
+    assert config["data"]["root"] == "/data dir"
+    assert config["output_dir"] == "/elsewhere/pretrain_v5p_64"
+
+
+def test_a_line_of_the_settings_file_that_is_none_is_shown(repo, tmp_path):
+    (tmp_path / "env").write_text("# comment\nexport X=1\n")
+    result = run_script(repo / "pre-train" / "run_training.sh", "--dry_run", CODA_ENV_FILE=str(tmp_path / "env"))
+    assert result.returncode != 0
+    assert "expected KEY=value, got: export X=1" in result.stderr
+
+
+def test_a_pod_gets_the_same_arguments_on_all_machines(repo, pod):
+    path, settings, written = pod
+    recipe = repo / "pre-train" / "recipes" / "pretrain_v4_1024.sh"
+    result = run_script(recipe, "model.config={a: 'b c'}", path=path, **SETTINGS, **settings)
+    assert result.returncode == 0, result.stderr
+    arguments = written.read_text().splitlines()
+    assert arguments[:6] == ["compute", "tpus", "tpu-vm", "ssh", "pod", "--zone"]
+    assert "--worker=all" in arguments
+    words = shlex.split(arguments[-1])
+    assert words[:3] == ["cd", "/home/me/the repo", "&&"]
+    assert words[3:7] == ["PJRT_DEVICE=TPU", ".venv/bin/python", "-m", "coda_pretrain"]
+    assert words[7:11] == ["--config", "pre-train/configs/pretrain.yaml", "--config"] + [
+        "pre-train/configs/hardware/v4_1024.yaml"
+    ]
+    assert "data.root=/data dir" in words
+    assert words[-1] == "model.config={a: 'b c'}"
+
+
+def test_setup_reaches_all_machines_and_needs_its_settings(repo, pod):
+    path, settings, written = pod
+    script = repo / "pre-train" / "setup_tpu.sh"
+    result = run_script(script, path=path, **settings, CODA_BUCKET="bucket", CODA_MOUNT_DIR="/mnt/b")
+    assert result.returncode == 0, result.stderr
+    command = written.read_text().splitlines()[-1]
+    assert subprocess.run(["bash", "-n", "-c", command]).returncode == 0
+    assert shlex.split(command)[-5:] == [
+        "CODA_BUCKET=bucket",
+        "CODA_MOUNT_DIR=/mnt/b",
+        "bash",
+        "/home/me/the repo/pre-train/setup_tpu.sh",
+        "--here",
+    ]
+    missing = run_script(script, path=path, TPU_NAME="pod")
+    assert missing.returncode != 0
+    assert "not set: TPU_ZONE TPU_PROJECT CODA_REPO_URL CODA_REPO_DIR" in missing.stderr
+
+
+def test_consolidation_exports_the_newest_or_each_named_step(repo, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nprintf '%s ' \"$@\" >>{tmp_path}/calls\nprintf '\\n' >>{tmp_path}/calls\n")
+    python.chmod(0o755)
+    script = repo / "pre-train" / "recipes" / "ckpt_consolidation.sh"
+    assert run_script(script, "/run", "/out", PYTHON=str(python)).returncode == 0
+    assert run_script(script, "/run", "/out", "400", "00000800", PYTHON=str(python)).returncode == 0
+    export = "-m coda_pretrain.export --checkpoint_dir /run"
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"{export} --output_dir /out ",
+        f"{export} --step 400 --output_dir /out/step-00000400 ",
+        f"{export} --step 800 --output_dir /out/step-00000800 ",
+    ]
+    refused = run_script(script, "/run", "/out", "latest", PYTHON=str(python))
+    assert refused.returncode == 2
+    assert "a step must be a whole number, got latest" in refused.stderr
+
+
+@pytest.mark.parametrize("script", ["run_training.sh", "recipes/ckpt_consolidation.sh"])
+def test_a_script_without_arguments_says_how_it_is_used(repo, script):
+    result = run_script(repo / "pre-train" / script)
+    assert result.returncode == 2
+    assert f"bash pre-train/{script}" in result.stderr
