@@ -1,0 +1,87 @@
+"""``python -m coda_serving``: settings from the environment, a bound port, the model, then the server."""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+
+import uvicorn
+
+from .settings import ServerSettings, load_settings
+
+logger = logging.getLogger("coda_serving")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a taken port is known before a model is loaded.
+
+    Raises:
+        ValueError: the address cannot be bound.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ValueError(f"HOST={host} PORT={port} cannot be bound: {error.strerror or error}") from error
+    return listener
+
+
+def serve(settings: ServerSettings) -> None:
+    """Load the model and serve it until SIGTERM or SIGINT.
+
+    Raises:
+        ValueError: the port is taken, or the model cannot be loaded.
+    """
+    listener = bind(settings.host, settings.port)
+    # Imported here because they bring torch: a wrong setting should be told at once.
+    from .app import Service, build_app
+    from .engine import Engine
+    from .metrics import Metrics
+    from .prompting import Prompting
+    from .sampler import ModelSampler
+    from .scheduler import Scheduler
+
+    prompting = Prompting.load(settings.model_name)
+    sampler = ModelSampler.load(settings.model_name, device=settings.device, dtype=settings.dtype)
+    metrics = Metrics()
+    scheduler = Scheduler(
+        max_queue=settings.max_queue,
+        max_batch_size=settings.max_batch_size,
+        max_batch_tokens=settings.max_batch_tokens,
+    )
+    engine = Engine(sampler, prompting.decode, scheduler, batch_wait_s=settings.batch_wait_ms / 1000, metrics=metrics)
+    app = build_app(Service(settings=settings, engine=engine, encoder=prompting, limits=sampler, metrics=metrics))
+    config = uvicorn.Config(
+        app, log_config=None, log_level=settings.log_level, timeout_graceful_shutdown=settings.drain_timeout_s
+    )
+    logger.info("%s on http://%s:%d/v1", settings.public_name, settings.host, settings.port)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    variables = ", ".join(name.upper() for name in ServerSettings.model_fields)
+    parser = argparse.ArgumentParser(
+        prog="python -m coda_serving",
+        description="Serve a CoDA model over an OpenAI-compatible API.",
+        epilog=f"Configuration is by environment variables ({variables}), or by a file that ENV_FILE names.",
+    )
+    parser.parse_args()
+    try:
+        settings = load_settings(os.environ.get("ENV_FILE") or None)
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logger.info("settings: %s", settings)
+        serve(settings)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

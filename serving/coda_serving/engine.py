@@ -1,0 +1,210 @@
+"""The one thread that owns the model: takes batches from the scheduler, denoises them, tells each listener.
+
+Not here: HTTP and event loops (``app``), tensors (``sampler``).
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .answers import Decode, FinishReason, Reading, committed_prefix, read_answer
+from .metrics import Metrics
+from .scheduler import CanvasRequest, Job, QueueFull, Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Text that has become final."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A finished answer."""
+
+    text: str
+    num_tokens: int
+    """Tokens that the text stands for, without the end token."""
+    forwards: int
+    """Forward passes that its row took part in."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The model could not answer; the reason is in the server's log."""
+
+    message: str
+
+
+Event = Delta | Answer | Failure
+Listener = Callable[[Event], None]
+"""Called in the engine's thread with any number of ``Delta`` and then one ``Answer`` or ``Failure``."""
+
+OnStep = Callable[[list[list[int]], int], bool]
+"""Called after each forward pass with the answer ids of every row, masks included, and the number of passes so far;
+False stops the batch."""
+
+
+class Sampler(Protocol):
+    """What the engine needs of a model."""
+
+    mask_token_id: int
+    eos_token_ids: frozenset[int]
+
+    def run(self, requests: Sequence[CanvasRequest], on_step: OnStep) -> None:
+        """Denoise the canvases of ``requests`` together; each gets the tokens that it would get alone."""
+
+
+class Engine:
+    """A queue in front of a sampler and the thread that runs it.
+
+    Args:
+        sampler: the model. Only the engine's thread calls ``run``.
+        decode: token ids to text, as ``answers.Decode``.
+        scheduler: the queue.
+        batch_wait_s: how long an idle engine waits for company before it starts a batch.
+        metrics: where to count.
+    """
+
+    def __init__(
+        self, sampler: Sampler, decode: Decode, scheduler: Scheduler, *, batch_wait_s: float, metrics: Metrics
+    ) -> None:
+        self._sampler = sampler
+        self._decode = decode
+        self._scheduler = scheduler
+        self._batch_wait_s = batch_wait_s
+        self._metrics = metrics
+        self._seconds_per_job = 1.0
+        self._running: list[Job] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="coda-engine", daemon=True)
+        metrics.watch(num_waiting=lambda: self.num_waiting, num_running=lambda: self.num_running)
+
+    @property
+    def is_alive(self) -> bool:
+        """True while requests can be answered."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def num_waiting(self) -> int:
+        """Answers in the queue."""
+        return len(self._scheduler)
+
+    @property
+    def num_running(self) -> int:
+        """Answers being denoised."""
+        return len(self._running)
+
+    @property
+    def max_queue(self) -> int:
+        """Answers that may wait at once."""
+        return self._scheduler.max_queue
+
+    @property
+    def retry_after_s(self) -> int:
+        """Seconds in which, at the present speed, the queue will have been worked off; at least 1."""
+        return max(1, math.ceil(self._seconds_per_job * (self.num_waiting + self.num_running)))
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """End the running batch at its next step, fail what waits, and join the thread."""
+        self._stopping = True
+        for job in self._scheduler.close():
+            job.listener(Failure("the server is shutting down"))
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            logger.warning("the model is still busy after %s s", timeout_s)
+
+    def submit(self, requests: Sequence[CanvasRequest], listeners: Sequence[Listener]) -> list[Job]:
+        """Queue all ``requests`` or none.
+
+        Raises:
+            QueueFull: there is no room for all of them.
+        """
+        jobs = [Job(request, listener) for request, listener in zip(requests, listeners, strict=True)]
+        try:
+            self._scheduler.submit(jobs)
+        except QueueFull:
+            self._metrics.rejected.inc()
+            raise
+        return jobs
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Stop work on ``jobs``: those in the queue never run, those in a batch are dropped at its next step."""
+        for job in jobs:
+            if not job.done:
+                self._metrics.cancelled.inc()
+                self._scheduler.cancel(job)
+
+    def _work(self) -> None:
+        while batch := self._scheduler.next_batch(self._batch_wait_s):
+            self._running = batch
+            self._metrics.batch_size.observe(len(batch))
+            started_s = time.monotonic()
+            try:
+                self._sampler.run([job.request for job in batch], lambda ids, n: self._on_step(batch, ids, n))
+            except Exception:  # one batch's fault must not end the service; every listener and the log hear of it
+                logger.exception("a batch of %d failed", len(batch))
+            # Whoever has no answer by now gets none: the batch failed or the server is stopping.
+            message = "the server is shutting down" if self._stopping else "the model failed; see the server's log"
+            for job in batch:
+                self._finish(job, Failure(message))
+            self._running = []
+            self._seconds_per_job += 0.2 * ((time.monotonic() - started_s) / len(batch) - self._seconds_per_job)
+
+    def _on_step(self, batch: list[Job], answer_ids: list[list[int]], num_passes: int) -> bool:
+        """Show each row's listener what has become final; False once no row is wanted any more."""
+        self._metrics.forwards.inc()
+        for job, ids in zip(batch, answer_ids, strict=True):
+            if not job.done and not job.cancelled:
+                self._advance(job, ids, num_passes)
+        return not self._stopping and any(not job.done and not job.cancelled for job in batch)
+
+    def _advance(self, job: Job, ids: list[int], num_passes: int) -> None:
+        reading = self._read(job.request, ids)
+        if len(reading.text) > len(job.shown):
+            job.listener(Delta(reading.text[len(job.shown) :]))
+            job.shown = reading.text
+        if reading.finish_reason is not None:
+            self._metrics.tokens.inc(reading.num_tokens)
+            answer = Answer(
+                text=reading.text,
+                num_tokens=reading.num_tokens,
+                forwards=num_passes,
+                finish_reason=reading.finish_reason,
+            )
+            self._finish(job, answer)
+
+    def _read(self, request: CanvasRequest, ids: list[int]) -> Reading:
+        mask = self._sampler.mask_token_id
+        if request.options.alg == "p2":  # may mask a token again as long as its block is not full
+            block = request.options.block_length or len(ids)
+            num_committed = len(committed_prefix(ids, mask))
+            if num_committed < len(ids):
+                settled = num_committed - num_committed % block
+                ids = ids[:settled] + [mask] * (len(ids) - settled)
+        return read_answer(
+            ids,
+            decode=self._decode,
+            mask_token_id=mask,
+            eos_token_ids=self._sampler.eos_token_ids,
+            stop=request.stop,
+        )
+
+    @staticmethod
+    def _finish(job: Job, event: Event) -> None:
+        if not job.done:
+            job.done = True
+            if not job.cancelled:
+                job.listener(event)

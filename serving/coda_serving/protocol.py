@@ -1,0 +1,229 @@
+"""Requests of the API: OpenAI's schema, of which every field is honoured, refused by name, or ignored by name.
+
+Not here: what comes back (``responses``).
+"""
+
+import difflib
+import logging
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from .errors import invalid
+from .settings import MAX_SEED, Algorithm
+
+logger = logging.getLogger(__name__)
+
+MAX_CHOICES = 128
+
+NEUTRAL_FOR_ALL: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+}
+"""Fields that are not supported, with the values that ask for nothing and are therefore accepted."""
+
+
+def _check_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
+
+
+class StrictModel(BaseModel):
+    """Nothing is coerced: 5.0 and "5" are no integers."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+
+class StreamOptions(StrictModel):
+    """``stream_options``."""
+
+    include_usage: bool = False
+    """Send a last event with the usage."""
+    include_obfuscation: bool = False
+    """Accepted; events are never padded."""
+
+
+class SamplingRequest(StrictModel):
+    """Fields that conversations and plain texts share. Null means the server's default."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL
+    ignored: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
+    """Fields that cannot change an answer here; they are accepted, and named in the log."""
+
+    model: str | None = None
+    """Served name of the model."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Length of the answer's canvas in tokens."""
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    """0 takes the most probable token."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Probability mass to draw from."""
+    top_k: int | None = Field(None, ge=-1)
+    """Number of tokens to draw from; -1 and 0 are all. Extension."""
+    stop: NonEmptyText | list[NonEmptyText] | None = None
+    """The answer ends before the first of these strings that is complete; 16 at most."""
+    seed: int | None = Field(None, ge=0, le=MAX_SEED - MAX_CHOICES)
+    """Choice c uses seed + c."""
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    """Answers per prompt."""
+    stream: bool | None = None
+    """Send committed text as it becomes final."""
+    stream_options: StreamOptions | None = None
+    steps: int | None = Field(None, ge=1)
+    """Denoising steps. Extension."""
+    alg: Algorithm | None = None
+    """Order of the commits. Extension."""
+    alg_temp: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Randomness of that order. Extension."""
+    block_length: int | None = Field(None, ge=1)
+    """Tokens per block decoded from left to right. Extension."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_out_fields(cls, data: Any) -> Any:
+        """Refuse what is unknown or unsupported, drop what cannot matter."""
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in cls.ignored:
+                logger.info("ignored request field: %s", name)
+            elif name in cls.neutral:
+                if value is not None and value not in cls.neutral[name]:
+                    raise invalid(f"{name} is not supported by this server", param=name, code="unsupported_field")
+            else:
+                raise _unknown(name, [*cls.model_fields, *cls.ignored, *cls.neutral])
+        return kept
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "SamplingRequest":
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options needs stream=true", param="stream_options")
+        if isinstance(self.stop, list) and len(self.stop) > 16:
+            raise invalid(f"stop takes at most 16 strings, got {len(self.stop)}", param="stop")
+        return self
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class TextPart(StrictModel):
+    """The one kind of content part that there is."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(StrictModel):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """``developer`` is another word for ``system``."""
+    content: Text | list[TextPart]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_out_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, value in data.items():
+            if name == "name":
+                logger.info("ignored message field: name")
+            elif name not in cls.model_fields and value is not None and value != []:
+                raise invalid(
+                    f"messages: field {name} is not supported (supported: role, content)",
+                    param=f"messages.{name}",
+                    code="unsupported_field",
+                )
+        return {name: value for name, value in data.items() if name in cls.model_fields}
+
+    def as_text(self) -> dict[str, str]:
+        """Role and text, parts joined by line ends, as the chat template wants it."""
+        parts = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": parts}
+
+
+class ChatRequest(SamplingRequest):
+    """Body of ``/v1/chat/completions``."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
+        "audio": (),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "logprobs": (False,),
+        "modalities": (["text"],),
+        "parallel_tool_calls": (True, False),
+        "prediction": (),
+        "reasoning_effort": (),
+        "response_format": ({"type": "text"},),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    """Newer name of ``max_tokens``."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "ChatRequest":
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise invalid(
+                f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} are the same "
+                "setting: give one of them",
+                param="max_completion_tokens",
+            )
+        return self
+
+
+class CompletionRequest(SamplingRequest):
+    """Body of ``/v1/completions``; with ``suffix`` the gap between prompt and suffix is filled."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
+        "best_of": (1,),
+        "echo": (False,),
+        "logprobs": (),
+    }
+
+    prompt: Text | list[Text] | list[int] | list[list[int]]
+    """A text, several, or the same as token ids."""
+    suffix: Text | None = None
+    """Text behind the gap. Null or empty: the text simply goes on."""
+
+    @model_validator(mode="after")
+    def _some_prompt(self) -> "CompletionRequest":
+        if self.prompt == []:
+            raise invalid("prompt must hold at least one text, got []", param="prompt")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """All prompts."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+
+def _unknown(name: str, known: list[str]) -> Exception:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return invalid(f"unknown field {name!r}{hint}", param=name, code="unknown_field")

@@ -1,0 +1,193 @@
+"""The server's configuration: one environment variable per field, checked before anything is loaded.
+
+Not here: what a request may ask for (``protocol``).
+"""
+
+import difflib
+import ipaddress
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from dotenv import dotenv_values
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy", "p2"]
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+MAX_SEED = 2**63 - 1
+"""Largest seed a request or ``SEED`` may name."""
+
+
+class ServerSettings(BaseSettings):
+    """Everything that the operator decides. Each field is the environment variable of the same name in capitals.
+
+    An empty variable counts as unset. Sampling fields are defaults that a request may override.
+    """
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="forbid", protected_namespaces=())
+
+    model_name: str
+    """Folder that ``save_hf_model.py`` or the post-training wrote, or a Hub id. There is no default."""
+
+    served_model_name: str | None = None
+    """Name that clients use as ``model``; the last part of ``MODEL_NAME`` when unset."""
+
+    host: str = "127.0.0.1"
+    """Address to bind. Any other than loopback needs ``API_KEY``."""
+
+    port: int = Field(8000, ge=1, le=65535)
+    """TCP port to bind."""
+
+    api_key: SecretStr | None = None
+    """Bearer token that ``/v1`` and ``/metrics`` require; none is required when unset."""
+
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Browser origins that may call the server, separated by commas; none when unset."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """``auto`` (cuda where there is one, else cpu), ``cpu``, ``mps``, ``cuda`` or ``cuda:N``."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; ``auto`` is float32 on the CPU and bfloat16 elsewhere."""
+
+    max_tokens: int = Field(256, ge=1)
+    """Answer length in tokens of requests that name none."""
+
+    steps: int = Field(128, ge=1)
+    """Denoising steps of requests that name none."""
+
+    alg: Algorithm = "entropy"
+    """Order in which tokens are committed."""
+
+    alg_temp: float = Field(0.1, ge=0, allow_inf_nan=False)
+    """Randomness of that order; 0 is none."""
+
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Randomness of the tokens; 0 takes the most probable one."""
+
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Probability mass that tokens are drawn from; all of it when unset."""
+
+    top_k: int | None = Field(None, ge=1)
+    """Number of tokens to draw from; all when unset."""
+
+    block_length: int | None = Field(32, ge=1)
+    """Tokens per block decoded from left to right; ``none`` decodes the whole answer as one block."""
+
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    """Seed of requests that name none. Unset: 0 at temperature 0, else a fresh one per request."""
+
+    max_queue: int = Field(64, ge=1)
+    """Answers that may wait for the model; beyond that a request gets 429 with Retry-After."""
+
+    max_batch_size: int = Field(16, ge=1)
+    """Answers denoised together at most."""
+
+    max_batch_tokens: int = Field(32768, ge=1)
+    """Rows times longest row of a batch at most, which bounds its memory; one row alone is always allowed."""
+
+    batch_wait_ms: float = Field(10.0, ge=0, allow_inf_nan=False)
+    """How long an idle server waits for company before it starts a batch, in milliseconds."""
+
+    request_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """Seconds from a request's arrival, queue included, after which it is cancelled with 504."""
+
+    drain_timeout_s: int = Field(30, ge=0)
+    """Seconds that running requests get to finish after SIGTERM or SIGINT."""
+
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    """Least severity that is logged. Prompts and answers are never logged."""
+
+    @field_validator("model_name")
+    @classmethod
+    def _folder_or_hub_id(cls, value: str) -> str:
+        path = Path(value).expanduser()
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise ValueError("the folder holds no config.json; save_hf_model.py makes one that loads")
+            return str(path)
+        if not HUB_ID.fullmatch(value):
+            raise ValueError("there is no such folder")
+        return value
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("block_length", mode="before")
+    @classmethod
+    def _none_is_one_block(cls, value: object) -> object:
+        return None if isinstance(value, str) and value.lower() == "none" else value
+
+    @field_validator("log_level", "device", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _wide_bind_needs_key(self) -> "ServerSettings":
+        if self.api_key is None and not is_loopback(self.host):
+            raise ValueError(
+                f"HOST={self.host} opens the server to other machines, which needs API_KEY; "
+                "set API_KEY, or HOST=127.0.0.1"
+            )
+        return self
+
+    @property
+    def public_name(self) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or Path(self.model_name).resolve().name
+
+
+def is_loopback(host: str) -> bool:
+    """True when only this machine can reach ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load_settings(env_file: str | None = None) -> ServerSettings:
+    """Settings from the environment and, below it, from ``env_file``.
+
+    Args:
+        env_file: a file of ``NAME=value`` lines; a variable of the process wins over it.
+
+    Raises:
+        ValueError: the file is missing or names an unknown variable, or a value is not allowed. The message has one
+            line per fault with the variable, what is allowed, and what was got.
+    """
+    if env_file is not None:
+        _check_env_file(env_file)
+    try:
+        return ServerSettings(_env_file=env_file)
+    except ValidationError as error:
+        raise ValueError("\n".join(_describe(fault) for fault in error.errors())) from error
+
+
+def _check_env_file(env_file: str) -> None:
+    if not os.path.isfile(env_file):
+        raise ValueError(f"ENV_FILE={env_file} is not a file")
+    known = [name.upper() for name in ServerSettings.model_fields]
+    for name in dotenv_values(env_file):
+        if name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{env_file}: unknown variable {name}{hint} (known: {', '.join(known)})")
+
+
+def _describe(fault: dict) -> str:
+    name = ".".join(str(part) for part in fault["loc"]).upper()
+    if fault["type"] == "missing":
+        return (
+            f"{name} is not set; it is a folder that save_hf_model.py wrote, "
+            "or a Hub id such as Salesforce/CoDA-v0-Instruct"
+        )
+    if not name:  # a rule over several fields, whose message names them
+        return fault["msg"].removeprefix("Value error, ")
+    return f"{name}: {fault['msg'].removeprefix('Value error, ')}, got {fault['input']!r}"

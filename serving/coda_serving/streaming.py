@@ -1,0 +1,100 @@
+"""Server-sent events: committed text as it becomes final.
+
+Not here: which text is final (``answers``).
+"""
+
+import json
+from collections.abc import AsyncIterator, Callable
+
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from .engine import Answer, Delta
+from .errors import ApiError
+from .generation import Generation
+from .responses import Head, Usage, chat_chunk, completion_chunk
+
+MakeUsage = Callable[[list[Answer]], Usage]
+
+
+class EventStream(StreamingResponse):
+    """A streamed response that gives up its generation whenever it ends, also before its first event.
+
+    Args:
+        generation: the rows behind the events.
+        events: their text, framed.
+    """
+
+    def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events, then let go of the generation."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.cancel()
+
+
+async def chat_events(generation: Generation, head: Head, n: int, make_usage: MakeUsage | None) -> AsyncIterator[str]:
+    """Frames of a streamed conversation.
+
+    Args:
+        generation: ``n`` rows.
+        head: id, time and model of all events.
+        n: number of answers.
+        make_usage: gives the usage of the last event; None sends no such event.
+    """
+    for index in range(n):
+        yield _frame(chat_chunk(head, index, "", is_first=True))
+    answers: list[Answer] = []
+    try:
+        async for index, event in generation.events():
+            if isinstance(event, Delta):
+                yield _frame(chat_chunk(head, index, event.text))
+            else:
+                answers.append(event)
+                yield _frame(chat_chunk(head, index, None, event.finish_reason))
+    except ApiError as error:  # the status has been sent already
+        yield _data(json.dumps(error.body()))
+        return
+    if make_usage is not None:
+        chunk = chat_chunk(head, 0, None)
+        yield _frame(chunk.model_copy(update={"choices": [], "usage": make_usage(answers)}))
+    yield _data("[DONE]")
+
+
+async def completion_events(generation: Generation, head: Head, make_usage: MakeUsage | None) -> AsyncIterator[str]:
+    """Frames of streamed plain prompts; arguments as in ``chat_events``."""
+    answers: list[Answer] = []
+    try:
+        async for index, event in generation.events():
+            if isinstance(event, Delta):
+                yield _frame(completion_chunk(head, index, event.text))
+            else:
+                answers.append(event)
+                yield _frame(completion_chunk(head, index, "", event.finish_reason))
+    except ApiError as error:
+        yield _data(json.dumps(error.body()))
+        return
+    if make_usage is not None:
+        chunk = completion_chunk(head, 0, "")
+        yield _frame(chunk.model_copy(update={"choices": [], "usage": make_usage(answers)}))
+    yield _data("[DONE]")
+
+
+def _frame(event: BaseModel) -> str:
+    # Fields at their default of None are left out of a delta, as OpenAI does; finish_reason is always there.
+    body = event.model_dump(mode="json")
+    for choice in body["choices"]:
+        if "delta" in choice:
+            choice["delta"] = {name: value for name, value in choice["delta"].items() if value is not None}
+    if body["usage"] is None:
+        del body["usage"]
+    return _data(json.dumps(body, ensure_ascii=False))
+
+
+def _data(text: str) -> str:
+    return f"data: {text}\n\n"

@@ -1,0 +1,284 @@
+"""A server without a model, whose answers are written in the test; and a tiny random model in a live server."""
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from coda_serving.app import Service, build_app
+from coda_serving.engine import Engine, OnStep
+from coda_serving.metrics import Metrics
+from coda_serving.scheduler import CanvasRequest, SamplingOptions, Scheduler
+from coda_serving.settings import ServerSettings
+
+REPO = Path(__file__).resolve().parents[2]
+MASK, EOS, DOCUMENT_START = 256, 257, 258
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|mask|>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+]
+
+
+def bytes_to_text(ids: Sequence[int]) -> str:
+    """Decode the fake tokenizer's ids: bytes, and control tokens that have no text."""
+    return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class ByteEncoder:
+    """A tokenizer whose ids are bytes."""
+
+    def encode_text(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return self.encode_text("".join(f"[{m['role']}]{m['content']}" for m in messages))
+
+
+@dataclass
+class FakeSampler:
+    """Writes the answer that ``script`` gives, one token per step in an order that the seed decides."""
+
+    script: Callable[[CanvasRequest], bytes] = lambda request: b"hello"
+    step_s: float = 0.0
+    gate: threading.Event | None = None
+    mask_token_id: int = MASK
+    eos_token_ids: frozenset[int] = frozenset({EOS})
+    context_length: int = 2000
+    document_start_id: int | None = DOCUMENT_START
+    batches: list[list[CanvasRequest]] = field(default_factory=list)
+    forwards: int = 0
+    error: Exception | None = None
+
+    def check(self, request: CanvasRequest) -> None:
+        if request.num_positions > self.context_length:
+            raise ValueError(f"does not fit in the context of {self.context_length} tokens")
+
+    def run(self, requests: Sequence[CanvasRequest], on_step: OnStep) -> None:
+        self.batches.append(list(requests))
+        if self.gate is not None:
+            self.gate.wait(20)
+        if self.error is not None:
+            raise self.error
+        targets, canvases, orders = [], [], []
+        for request in requests:
+            target = list(self.script(request)[: request.max_tokens])
+            target += [EOS] * (request.max_tokens - len(target))
+            targets.append(target)
+            canvases.append([MASK] * len(target))
+            orders.append(random.Random(request.seed).sample(range(len(target)), len(target)))
+        for step in range(max(map(len, targets))):
+            time.sleep(self.step_s)
+            self.forwards += 1
+            for target, canvas, order in zip(targets, canvases, orders, strict=True):
+                if step < len(order):
+                    canvas[order[step]] = target[order[step]]
+            if not on_step([list(canvas) for canvas in canvases], step + 1):
+                return
+
+
+def sampling_options(**changes) -> SamplingOptions:
+    defaults = dict(steps=16, alg="entropy", alg_temp=0.0, temperature=0.0, top_p=None, top_k=None, block_length=None)
+    return SamplingOptions(**(defaults | changes))
+
+
+def make_settings(**changes) -> ServerSettings:
+    defaults = {"model_name": "test/tiny", "batch_wait_ms": 0, "max_tokens": 32, "_env_file": None}
+    return ServerSettings(**(defaults | changes))
+
+
+def make_engine(sampler: FakeSampler, settings: ServerSettings, metrics: Metrics | None = None) -> Engine:
+    scheduler = Scheduler(
+        max_queue=settings.max_queue,
+        max_batch_size=settings.max_batch_size,
+        max_batch_tokens=settings.max_batch_tokens,
+    )
+    return Engine(
+        sampler,
+        bytes_to_text,
+        scheduler,
+        batch_wait_s=settings.batch_wait_ms / 1000,
+        metrics=metrics or Metrics(),
+    )
+
+
+def make_app(sampler: FakeSampler, **settings_changes):
+    settings = make_settings(**settings_changes)
+    metrics = Metrics()
+    engine = make_engine(sampler, settings, metrics)
+    return build_app(Service(settings=settings, engine=engine, encoder=ByteEncoder(), limits=sampler, metrics=metrics))
+
+
+@contextlib.asynccontextmanager
+async def open_client(app, **options):
+    """An HTTP client of ``app``, which is started and stopped around it."""
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30, **options) as client:
+            yield client
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch):
+    """No variable of the developer's shell is a setting of the tests."""
+    for name in ServerSettings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.delenv("ENV_FILE", raising=False)
+
+
+def train_tokenizer():
+    """A byte-level BPE with the control tokens and the chat template of the real one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["def add(a, b):\n    return a + b\n\n\n  user assistant"] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        mask_token="<|mask|>",
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def chatml_tokenizer():
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, chatml_tokenizer) -> Path:
+    """A tiny random model, saved as a folder that loads by itself."""
+    import torch
+
+    from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+
+    torch.manual_seed(0)
+    tokenizer = chatml_tokenizer
+    config = CoDAConfig(
+        vocab_size=320,
+        num_token_ids=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.5,
+        mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-coda"
+    CoDALanguageModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class LiveServer:
+    """A server process started by the shell script."""
+
+    process: subprocess.Popen
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_until_ready(self, timeout_s: float = 90.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the server ended: {self.log.read_text()}")
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(self.url + "/health", timeout=5).status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise AssertionError(f"the server is not ready: {self.log.read_text()}")
+
+    def terminate(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+@contextlib.contextmanager
+def start_server(folder: Path, cwd: Path, **variables: str) -> Iterator[LiveServer]:
+    """Run start_server.sh from ``cwd``; the process is ended at the end."""
+    port = free_port()
+    log = cwd / f"server-{port}.log"
+    environment = {k: v for k, v in os.environ.items() if k.lower() not in ServerSettings.model_fields}
+    environment |= {"MODEL_NAME": str(folder), "PORT": str(port), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["bash", str(REPO / "serving/fast-api/start_server.sh")],
+            cwd=cwd,
+            env=environment | variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    server = LiveServer(process, port, log)
+    try:
+        yield server
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="session")
+def live_server(model_folder, tmp_path_factory) -> Iterator[LiveServer]:
+    """One server for all tests that only ask it things."""
+    with start_server(model_folder, tmp_path_factory.mktemp("server"), MAX_TOKENS="24", STEPS="24") as server:
+        server.wait_until_ready()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def serving_fakes():
+    """This module's makers of fakes, for tests that need more than a fixture."""
+    return sys.modules[__name__]

@@ -1,0 +1,167 @@
+"""The engine's thread answers, cancels, survives faults, and stops."""
+
+import queue
+import threading
+
+import pytest
+
+from coda_serving.engine import Answer, Delta, Failure
+from coda_serving.scheduler import CanvasRequest, QueueFull
+
+
+@pytest.fixture
+def start(serving_fakes):
+    """Make engines that are stopped at the end."""
+    engines = []
+
+    def make(sampler, **changes):
+        engine = serving_fakes.make_engine(sampler, serving_fakes.make_settings(**changes))
+        engine.start()
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.stop(10)
+
+
+@pytest.fixture
+def ask(serving_fakes):
+    """Make requests of the fake sampler."""
+
+    def make(max_tokens=8, seed=0, stop=(), suffix=None, **options):
+        return CanvasRequest(
+            prompt_ids=(1, 2),
+            suffix_ids=suffix,
+            max_tokens=max_tokens,
+            options=serving_fakes.sampling_options(**options),
+            seed=seed,
+            stop=stop,
+        )
+
+    return make
+
+
+def collect(events):
+    """All events up to the last one."""
+    got = []
+    while not got or isinstance(got[-1], Delta):
+        got.append(events.get(timeout=20))
+    return got
+
+
+def submit(engine, *requests):
+    queues = [queue.Queue() for _ in requests]
+    return engine.submit(requests, [q.put for q in queues]), queues
+
+
+def test_deltas_add_up_to_the_answer(start, ask, serving_fakes):
+    engine = start(serving_fakes.FakeSampler(script=lambda r: "h\u00e9llo\n  w".encode()))
+    _, (events,) = submit(engine, ask(max_tokens=16, seed=3))
+    *deltas, answer = collect(events)
+    assert "".join(d.text for d in deltas) == answer.text == "h\u00e9llo\n  w"
+    assert (answer.finish_reason, answer.num_tokens) == ("stop", 10)
+
+
+def test_rows_that_wait_together_run_together(start, ask, serving_fakes):
+    gate = threading.Event()
+    sampler = serving_fakes.FakeSampler(gate=gate, script=lambda r: bytes([65 + r.seed]))
+    engine = start(sampler)
+    _, first = submit(engine, ask())
+    while not sampler.batches:
+        pass
+    _, rest = submit(engine, *(ask(seed=i) for i in range(1, 5)))
+    gate.set()
+    assert [collect(q)[-1].text for q in first + rest] == list("ABCDE")
+    assert [len(batch) for batch in sampler.batches] == [1, 4]
+
+
+def test_an_answer_is_told_before_the_rest_of_its_batch_is_done(start, ask, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * (1 if r.seed == 0 else 200), step_s=0.01)
+    engine = start(sampler)
+    _, (short, long) = submit(engine, ask(max_tokens=2, suffix=(1,)), ask(max_tokens=100, seed=1, suffix=(1,)))
+    assert collect(short)[-1].forwards <= 2
+    assert long.empty() or isinstance(long.queue[-1], Delta)
+    assert collect(long)[-1].forwards == 100
+
+
+def test_a_stop_string_ends_the_computation(start, ask, serving_fakes, monkeypatch):
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"ab\n\n" + b"c" * 60)
+    monkeypatch.setattr("random.Random.sample", lambda self, population, k: list(population))  # left to right
+    engine = start(sampler)
+    _, (events,) = submit(engine, ask(max_tokens=64, stop=("\n\n",)))
+    answer = collect(events)[-1]
+    assert (answer.text, answer.finish_reason, answer.forwards, sampler.forwards) == ("ab", "stop", 4, 4)
+
+
+def test_cancelling_the_only_row_stops_the_batch(start, ask, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 500, step_s=0.005)
+    engine = start(sampler)
+    jobs, (events,) = submit(engine, ask(max_tokens=500))
+    events.get(timeout=20)
+    engine.cancel(jobs)
+    _, (after,) = submit(engine, ask(max_tokens=3))
+    assert isinstance(collect(after)[-1], Answer)
+    assert sampler.forwards < 400
+
+
+def test_cancelling_one_row_leaves_the_others(start, ask, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 40, step_s=0.005)
+    engine = start(sampler, batch_wait_ms=50)
+    jobs, (gone, stays) = submit(engine, ask(max_tokens=40), ask(max_tokens=40, seed=1))
+    engine.cancel(jobs[:1])
+    assert collect(stays)[-1].text == "x" * 40
+    assert not any(isinstance(e, Answer) for e in gone.queue)
+
+
+def test_a_fault_fails_its_batch_and_the_next_one_runs(start, ask, serving_fakes, caplog):
+    sampler = serving_fakes.FakeSampler(error=RuntimeError("out of luck"))
+    engine = start(sampler)
+    _, (events,) = submit(engine, ask())
+    assert isinstance(collect(events)[-1], Failure)
+    assert "out of luck" in caplog.text
+    sampler.error = None
+    _, (events,) = submit(engine, ask())
+    assert collect(events)[-1].text == "hello"
+    assert engine.is_alive
+
+
+def test_stopping_fails_what_waits_and_ends_what_runs(ask, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 500, step_s=0.01)
+    engine = serving_fakes.make_engine(sampler, serving_fakes.make_settings(max_batch_size=1))
+    engine.start()
+    _, (running, waiting) = submit(engine, ask(max_tokens=500), ask(max_tokens=500))
+    running.get(timeout=20)
+    engine.stop(10)
+    assert not engine.is_alive
+    assert "shutting down" in collect(running)[-1].message
+    assert "shutting down" in collect(waiting)[-1].message
+
+
+def test_a_full_queue_is_told_with_a_time(start, ask, serving_fakes):
+    gate = threading.Event()
+    sampler = serving_fakes.FakeSampler(gate=gate)
+    engine = start(sampler, max_queue=2)
+    submit(engine, ask())
+    while not sampler.batches:
+        pass
+    submit(engine, ask(), ask())
+    with pytest.raises(QueueFull):
+        submit(engine, ask())
+    assert (engine.num_waiting, engine.num_running) == (2, 1)
+    assert engine.retry_after_s >= 1
+    gate.set()
+
+
+def test_p2_shows_only_blocks_that_are_full(start, ask, serving_fakes):
+    """A token of an unfinished block may be masked again."""
+
+    class Remasking(serving_fakes.FakeSampler):
+        def run(self, requests, on_step):
+            m = self.mask_token_id
+            for n, canvas in enumerate(([*b"ab", m, m], [*b"a", m, m, m], [*b"xy", *b"zw"]), start=1):
+                on_step([[*canvas]], n)
+
+    engine = start(Remasking())
+    _, (events,) = submit(engine, ask(max_tokens=4, alg="p2", block_length=4))
+    assert collect(events) == [Delta("xyzw"), Answer(text="xyzw", num_tokens=4, forwards=3, finish_reason="length")]
