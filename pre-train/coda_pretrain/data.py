@@ -55,7 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 on success, 2 when the input is at fault (the message says how)."""
+    """Run the command line.
+
+    Returns:
+        0 on success, 2 for bad input, 1 when the work could not be done (a full disk, a worker that died); the message
+        is the last line on stderr, and what is finished is kept for the next call.
+    """
     arguments = vars(build_parser().parse_args(argv))
     for name in ("inputs", "exclude", "text_suffixes"):
         arguments[name] = tuple(arguments[name])
@@ -67,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         logger.error("error: %s", error)
         return 2
+    except (OSError, RuntimeError) as error:
+        logger.error("error: %s; the same command continues from here", error)
+        return 1
     seconds = time.perf_counter() - started
     problems = {path: counts for path, counts in summary["files"].items() if counts["empty"] or counts["undecodable"]}
     for path, counts in list(problems.items())[:LISTED_PROBLEMS]:

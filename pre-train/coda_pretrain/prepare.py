@@ -169,12 +169,19 @@ def run_piece(index: int, piece: tuple[Part, ...]) -> dict[str, Any]:
 
 
 def plan_pieces(config: PrepareConfig, dataset: Any) -> tuple[list[tuple[Part, ...]], dict[str, Any]]:
-    """The pieces of the input, and what identifies the input when a run is taken up again."""
+    """The pieces of the input, and what identifies the input when a run is taken up again.
+
+    Raises:
+        ValueError: an input cannot be read, or the output lies inside one and would be read as text the next time.
+    """
     piece_bytes = config.shard_tokens * BYTES_PER_TOKEN
     if dataset is not None:
         parts = parts_of_dataset(config.hf_dataset, len(dataset), dataset.data.nbytes, piece_bytes)
         identity = {"dataset": [config.hf_dataset, config.hf_config, config.hf_split, dataset._fingerprint]}
         return group_parts(parts, piece_bytes), identity
+    for folder in config.inputs:
+        if Path(config.output).resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"--output {config.output} must not lie inside --input {folder}; choose a folder outside")
     files = find_files(list(config.inputs), list(config.exclude), config.text_suffixes)
     parts = (part for file in files for part in parts_of_file(file, config.text_suffixes, piece_bytes))
     stats = [[file, os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]

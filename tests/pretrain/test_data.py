@@ -1,4 +1,6 @@
+import errno
 import re
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,35 @@ def test_the_command_line_prepares_shards_and_reports_counts(tmp_path, tokenizer
     assert re.search(r"1 documents, \d+ tokens \(0 empty and 1 undecodable skipped\); \d+ tokens made in", printed)
     assert f"train: {tmp_path / 'out' / 'manifest.json'}" in printed
     assert "bad.py: 0 empty, 1 undecodable documents skipped" in caplog.text
+
+
+def test_a_full_disk_stops_the_work_and_the_same_command_finishes_it(
+    tmp_path, tokenizer_dir, caplog, capsys, monkeypatch
+):
+    (tmp_path / "in").mkdir()
+    for number in range(8):
+        (tmp_path / "in" / f"{number}.py").write_text(f"x = {number}\n" * 20)
+    arguments = ["--input", str(tmp_path / "in"), "--tokenizer", str(tokenizer_dir), "--num_workers", "1"]
+    arguments += ["--shard_tokens", "50", "--output"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    replace, calls = Path.replace, []
+
+    def replace_until_full(path, target):
+        calls.append(target)
+        if len(calls) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_until_full)
+        assert main([*arguments, str(tmp_path / "out")]) == 1
+    assert "No space left on device; the same command continues from here" in caplog.text
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    report = capsys.readouterr().out.splitlines()[-2]
+    total, new = re.search(r"(\d+) tokens \(.*?(\d+) tokens made", report).groups()
+    assert 0 < int(new) < int(total)
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
 
 
 def test_a_mistake_of_the_user_is_one_line_and_status_2(tmp_path, tokenizer_dir, caplog):

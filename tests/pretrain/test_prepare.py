@@ -161,6 +161,13 @@ def test_two_preparations_do_not_write_to_one_folder(config_of, tmp_path):
         prepare(config_of("out"))
 
 
+def test_shards_are_not_written_among_the_text(config_of, corpus, tmp_path):
+    config = dataclasses.replace(config_of("out"), output=str(corpus / "sub" / "out"))
+    with pytest.raises(ValueError, match="must not lie inside --input"):
+        prepare(config)
+    assert not (corpus / "sub").exists()
+
+
 def test_a_corpus_without_a_document_is_an_error(config_of, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.txt").write_bytes(b"\xff")
