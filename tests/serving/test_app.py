@@ -1,0 +1,405 @@
+"""The HTTP surface, in process and with a fake model."""
+
+import asyncio
+import json
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CODE = "\n\ndef f(x):\n\treturn  x   # two  spaces\n\n\n"
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+URL = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def serve(serving_fakes):
+    """Run a coroutine function with a client of an app around a fake sampler."""
+
+    def run(test, sampler=None, *, headers=None, **settings_changes):
+        async def inner():
+            app = serving_fakes.make_app(sampler or serving_fakes.FakeSampler(), **settings_changes)
+            async with serving_fakes.open_client(app, headers=headers) as client:
+                return await test(client)
+
+        return asyncio.run(inner())
+
+    return run
+
+
+def post(url, **body):
+    async def test(client):
+        return await client.post(url, json=body)
+
+    return test
+
+
+def events_of(text):
+    """Parsed events of a stream, which must end with [DONE]."""
+    frames = text.split("\n\n")
+    assert frames[-2:] == ["data: [DONE]", ""]
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
+
+
+def test_code_keeps_its_whitespace(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda r: CODE.encode())
+    response = serve(post(URL, **CHAT, max_tokens=80), sampler)
+    assert response.status_code == 200
+    choice = response.json()["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": CODE, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+
+
+def test_usage_counts_tokens_and_forwards(serve):
+    usage = serve(post(URL, **CHAT, max_tokens=16)).json()["usage"]
+    assert usage["prompt_tokens"] == len("[user]hi")
+    assert usage["completion_tokens"] == len("hello")
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 5
+    assert usage["tokens_per_forward"] == round(5 / usage["forwards"], 3)
+
+
+def test_request_fields_reach_the_canvas(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler()
+    body = dict(
+        max_completion_tokens=9,
+        temperature=0.5,
+        top_p=0.8,
+        top_k=3,
+        seed=11,
+        steps=7,
+        alg="origin",
+        alg_temp=0.2,
+        block_length=4,
+        stop=["x"],
+        n=2,
+    )
+    serve(post(URL, **CHAT, **body), sampler)
+    rows = [request for batch in sampler.batches for request in batch]
+    assert [row.seed for row in rows] == [11, 12]
+    assert rows[0].max_tokens == 9
+    assert rows[0].stop == ("x",)
+    assert rows[0].options == serving_fakes.sampling_options(
+        temperature=0.5, top_p=0.8, top_k=3, steps=7, alg="origin", alg_temp=0.2, block_length=4
+    )
+
+
+def test_settings_are_the_defaults_of_the_canvas(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler()
+    values = dict(
+        steps=5, alg="topk_margin", alg_temp=0.3, temperature=0.7, top_p=0.6, top_k=9, block_length=8, seed=42
+    )
+    serve(post(URL, **CHAT), sampler, max_tokens=21, **values)
+    (request,) = sampler.batches[0]
+    assert (request.max_tokens, request.seed) == (21, values.pop("seed"))
+    assert request.options == serving_fakes.sampling_options(**values)
+
+
+def test_without_a_seed_greedy_answers_repeat_and_sampled_ones_do_not(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler()
+
+    async def test(client):
+        for temperature in (0, 0, 0.5, 0.5):
+            await client.post(URL, json=CHAT | {"temperature": temperature})
+
+    serve(test, sampler)
+    seeds = [batch[0].seed for batch in sampler.batches]
+    assert seeds[:2] == [0, 0]
+    assert len(set(seeds[2:])) == 2
+
+
+def test_top_k_zero_or_less_takes_all(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler()
+    serve(post(URL, **CHAT, top_k=-1), sampler, top_k=5)
+    assert sampler.batches[0][0].options.top_k is None
+
+
+def test_suffix_makes_a_gap_and_an_empty_one_does_not(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"mid")
+
+    async def test(client):
+        gap = await client.post("/v1/completions", json={"prompt": "ab", "suffix": "yz", "max_tokens": 3})
+        await client.post("/v1/completions", json={"prompt": "ab", "suffix": "", "max_tokens": 3})
+        return gap.json()
+
+    answer = serve(test, sampler)
+    gap, plain = (batch[0] for batch in sampler.batches)
+    assert (gap.prompt_ids, gap.suffix_ids, gap.max_tokens) == (tuple(b"ab"), tuple(b"yz"), 3)
+    assert plain.suffix_ids is None
+    assert (answer["choices"][0]["text"], answer["usage"]["prompt_tokens"]) == ("mid", 4)
+
+
+def test_several_prompts_and_choices_come_in_order(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda r: bytes([*r.prompt_ids, 48 + r.seed]))
+    body = serve(post("/v1/completions", prompt=["a", "b"], n=2, seed=1, max_tokens=4), sampler).json()
+    assert [(c["index"], c["text"]) for c in body["choices"]] == [(0, "a1"), (1, "a2"), (2, "b1"), (3, "b2")]
+    assert body["usage"]["prompt_tokens"] == 2
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_document(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler()
+    serve(post("/v1/completions", prompt=""), sampler)
+    assert sampler.batches[0][0].prompt_ids == (serving_fakes.DOCUMENT_START,)
+    sampler = serving_fakes.FakeSampler(document_start_id=None)
+    assert serve(post("/v1/completions", prompt=""), sampler).status_code == 400
+
+
+def test_a_stop_string_cuts_the_answer(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"one\n\ntwo")
+    choice = serve(post("/v1/completions", prompt="a", stop="\n\n"), sampler).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("one", "stop")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "words"),
+    [
+        ({"messages": []}, 400, "messages", "at least 1"),
+        ({**CHAT, "max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+        ({**CHAT, "temprature": 1}, 400, "temprature", "did you mean 'temperature'"),
+        ({**CHAT, "logprobs": True}, 400, "logprobs", "not supported"),
+        ({**CHAT, "max_tokens": 5000}, 400, None, "context of 2000"),
+        ({**CHAT, "model": "gpt"}, 404, "model", "the model is 'tiny'"),
+        ({**CHAT, "n": 100}, 400, None, "queue of 64"),
+        ({}, 400, "messages", "required"),
+        ([1], 400, None, "valid dictionary"),
+    ],
+)
+def test_the_clients_mistakes_have_openais_shape(serve, body, status, param, words):
+    async def test(client):
+        return await client.post(URL, json=body)
+
+    response = serve(test)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param)
+    assert words in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_a_body_that_is_not_json_is_the_clients_mistake(serve):
+    async def test(client):
+        return [
+            await client.post(URL, content=content, headers={"Content-Type": "application/json"})
+            for content in (b"{", b"\xff", b"", b"[" * 3000)
+        ]
+
+    for response in serve(test):
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["message"]
+
+
+def test_unknown_paths_and_methods_have_openais_shape(serve):
+    async def test(client):
+        return await client.get("/v1/nothing"), await client.get(URL)
+
+    missing, method = serve(test)
+    assert (missing.status_code, method.status_code) == (404, 405)
+    assert "error" in missing.json()
+    assert "error" in method.json()
+
+
+def test_a_failing_model_is_a_server_error_and_the_next_request_works(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler(error=RuntimeError("secret reason"))
+
+    async def test(client):
+        first = await client.post(URL, json=CHAT)
+        streamed = await client.post(URL, json=CHAT | {"stream": True})
+        sampler.error = None
+        return first, streamed, await client.post(URL, json=CHAT)
+
+    first, streamed, second = serve(test, sampler)
+    assert first.status_code == 500
+    assert "secret" not in first.text + streamed.text
+    assert '"error"' in streamed.text
+    assert "[DONE]" not in streamed.text
+    assert second.status_code == 200
+
+
+def test_health_and_models(serve):
+    async def test(client):
+        return [(await client.get(url)).json() for url in ("/health", "/v1/models", "/v1/models/coda")]
+
+    health, models, model = serve(test, served_model_name="coda")
+    assert health == {"status": "ok", "model": "coda", "waiting": 0, "running": 0}
+    assert models["data"] == [model]
+    assert (model["id"], model["max_model_len"]) == ("coda", 2000)
+
+
+def test_a_key_protects_everything_but_health(serve):
+    async def test(client):
+        wrong = {"Authorization": "Bearer secret2"}
+        return [
+            (await client.post(URL, json=CHAT)).status_code,
+            (await client.post(URL, json=CHAT, headers=wrong)).status_code,
+            (await client.get("/v1/models")).status_code,
+            (await client.get("/metrics")).status_code,
+            (await client.get("/health")).status_code,
+            (await client.post(URL, json=CHAT, headers={"Authorization": "Bearer secret"})).status_code,
+        ]
+
+    assert serve(test, api_key="secret") == [401, 401, 401, 401, 200, 200]
+
+
+def test_browsers_may_call_only_from_named_origins(serve):
+    async def test(client):
+        return [(await client.get("/health", headers={"Origin": o})).headers for o in ("http://a", "http://b")]
+
+    name = "access-control-allow-origin"
+    assert [name in headers for headers in serve(test)] == [False, False]
+    assert [headers.get(name) for headers in serve(test, cors_origins="http://a")] == ["http://a", None]
+
+
+def test_metrics_count_responses_by_route(serve):
+    async def test(client):
+        await client.post(URL, json=CHAT)
+        await client.post(URL, json=CHAT | {"max_tokens": 0})
+        await client.get("/no/such/path")
+        return (await client.get("/metrics")).text
+
+    text = serve(test)
+    assert 'coda_responses_total{path="/v1/chat/completions",status="200"} 1.0' in text
+    assert 'coda_responses_total{path="/v1/chat/completions",status="400"} 1.0' in text
+    assert 'path="unknown",status="404"' in text
+    assert "coda_answer_tokens_total 5.0" in text
+    assert "coda_queue_size 0.0" in text
+
+
+def test_health_answers_at_once_while_the_model_works(serve, serving_fakes):
+    gate = threading.Event()
+    sampler = serving_fakes.FakeSampler(gate=gate)
+
+    async def test(client):
+        long = asyncio.create_task(client.post(URL, json=CHAT))
+        while not sampler.batches:
+            await asyncio.sleep(0.01)
+        started = time.monotonic()
+        health = await client.get("/health")
+        elapsed_s = time.monotonic() - started
+        gate.set()
+        await long
+        return health.json()["running"], elapsed_s
+
+    running, elapsed_s = serve(test, sampler)
+    assert running == 1
+    assert elapsed_s < 0.2
+
+
+def test_a_full_queue_answers_429_with_a_time(serve, serving_fakes):
+    gate = threading.Event()
+    sampler = serving_fakes.FakeSampler(gate=gate)
+
+    async def test(client):
+        first = asyncio.create_task(client.post(URL, json=CHAT))
+        while not sampler.batches:
+            await asyncio.sleep(0.01)
+        waiting = [asyncio.create_task(client.post(URL, json=CHAT)) for _ in range(2)]
+        while (await client.get("/health")).json()["waiting"] < 2:
+            await asyncio.sleep(0.01)
+        refused = [await client.post(URL, json=CHAT), await client.post(URL, json=CHAT | {"stream": True})]
+        gate.set()
+        return refused, await asyncio.gather(first, *waiting)
+
+    refused, answered = serve(test, sampler, max_queue=2)
+    for response in refused:
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+        assert int(response.headers["Retry-After"]) >= 1
+    assert [response.status_code for response in answered] == [200] * 3
+
+
+def test_a_request_that_takes_too_long_is_cancelled(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 500, step_s=0.01)
+
+    async def test(client):
+        plain = await client.post(URL, json=CHAT | {"max_tokens": 500})
+        streamed = await client.post(URL, json=CHAT | {"max_tokens": 500, "stream": True})
+        while (await client.get("/health")).json()["running"]:
+            await asyncio.sleep(0.01)
+        return plain, streamed
+
+    plain, streamed = serve(test, sampler, request_timeout_s=0.2)
+    assert (plain.status_code, plain.json()["error"]["type"]) == (504, "timeout_error")
+    assert "no answer within 0.2 s" in streamed.text
+    assert sampler.forwards < 500
+
+
+def test_a_client_that_leaves_frees_the_model(serving_fakes):
+    """Also one that leaves before its stream has begun."""
+
+    async def run(stream):
+        gate = threading.Event()
+        sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 500, step_s=0.005, gate=gate)
+        app = serving_fakes.make_app(sampler)
+        body = json.dumps(CHAT | {"max_tokens": 500, "stream": stream}).encode()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+        sent = []
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            while not sampler.batches:
+                await asyncio.sleep(0.01)
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": URL, "query_string": b"", "root_path": ""}
+        scope |= {"headers": [(b"content-type", b"application/json")], "asgi": {"spec_version": "2.3"}}
+        async with app.router.lifespan_context(app):
+            await asyncio.wait_for(app(scope, receive, send), 20)
+            gate.set()
+        return sampler.forwards
+
+    assert asyncio.run(run(False)) <= 1
+    assert asyncio.run(run(True)) <= 1
+
+
+def test_a_stream_has_openais_events(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda r: CODE.encode())
+    body = CHAT | {"stream": True, "max_tokens": 60, "stream_options": {"include_usage": True}, "seed": 5}
+    response = serve(post(URL, **body), sampler)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, last = events_of(response.text)
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(e["choices"][0]["delta"].get("content", "") for e in events) == CODE
+    assert [e["choices"][0]["finish_reason"] for e in events if e["choices"][0]["finish_reason"]] == ["stop"]
+    assert events[-1]["choices"][0]["delta"] == {}
+    assert len({e["id"] for e in [*events, last]}) == 1
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == len(CODE)
+    assert all("usage" not in e for e in events)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    text=st.text("ab \n\u00e9\u4e2d\U0001f600", max_size=10),
+    stop=st.lists(st.sampled_from(["\n", "ab", "\u4e2d ", "b\n"]), max_size=2),
+    seed=st.integers(0, 99),
+    n=st.integers(1, 3),
+    chat=st.booleans(),
+)
+def test_streamed_text_adds_up_to_the_plain_answer(serve, serving_fakes, text, stop, seed, n, chat):
+    sampler = serving_fakes.FakeSampler(script=lambda r: text.encode() + bytes([128 + r.seed % 5, 65]))
+    url, prompt = (URL, CHAT) if chat else ("/v1/completions", {"prompt": ["p", "q"]})
+    body = prompt | {"stop": stop, "seed": seed, "n": n, "max_tokens": 50}
+
+    async def test(client):
+        plain = await client.post(url, json=body)
+        return plain.json(), (await client.post(url, json=body | {"stream": True})).text
+
+    plain, stream = serve(test, sampler)
+    texts, reasons = {}, {}
+    for event in events_of(stream):
+        (choice,) = event["choices"]
+        piece = choice["delta"].get("content", "") if chat else choice["text"]
+        texts[choice["index"]] = texts.get(choice["index"], "") + piece
+        if choice["finish_reason"]:
+            reasons[choice["index"]] = choice["finish_reason"]
+    expected = {c["index"]: c["message"]["content"] if chat else c["text"] for c in plain["choices"]}
+    assert texts == expected
+    assert reasons == {c["index"]: c["finish_reason"] for c in plain["choices"]}
+
+
+def test_two_servers_in_one_process_share_nothing(serve, serving_fakes):
+    texts = [serve(post(URL, **CHAT), serving_fakes.FakeSampler(script=lambda r, t=t: t.encode())).json() for t in "ab"]
+    assert [t["choices"][0]["message"]["content"] for t in texts] == ["a", "b"]

@@ -1,0 +1,123 @@
+"""Served answers are the model's own, alone or in company."""
+
+import pytest
+import torch
+
+from coda_serving.sampler import ModelSampler, choose_device, choose_dtype
+from coda_serving.scheduler import CanvasRequest
+from CoDALanguageModel import CoDALanguageModel
+
+
+@pytest.fixture(scope="module")
+def sampler(model_folder):
+    return ModelSampler.load(str(model_folder), device="auto", dtype="auto")
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return CoDALanguageModel.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def ask(serving_fakes):
+    def make(prompt, max_tokens=12, seed=0, suffix=None, **options):
+        defaults = dict(steps=6, alg_temp=0.2, temperature=0.8, block_length=8)
+        return CanvasRequest(
+            prompt_ids=tuple(prompt),
+            suffix_ids=suffix,
+            max_tokens=max_tokens,
+            options=serving_fakes.sampling_options(**(defaults | options)),
+            seed=seed,
+        )
+
+    return make
+
+
+def run(sampler, requests):
+    """The last canvas that each row had masks to fill in, and the number of steps."""
+    seen = []
+    sampler.run(requests, lambda answers, n: seen.append((answers, n)) or True)
+    assert [n for _, n in seen] == list(range(1, len(seen) + 1))
+    return seen[-1][0]
+
+
+@pytest.mark.parametrize("options", [{}, {"alg": "p2"}, {"temperature": 0.0}, {"top_p": 0.5, "top_k": 20}])
+def test_answers_equal_the_offline_sampler_alone_and_in_a_ragged_batch(sampler, model, ask, options):
+    requests = [ask(range(10, 10 + length), seed=length, **options) for length in (1, 7, 3, 12)]
+    together = run(sampler, requests)
+    for request, answer in zip(requests, together, strict=True):
+        settings = dict(steps=6, alg="entropy", alg_temp=0.2, temperature=0.8, block_length=8) | options
+        prompt = torch.tensor([request.prompt_ids])
+        expected = model.diffusion_generate(prompt, max_new_tokens=12, seed=request.seed, **settings)
+        eos = model.config.eos_token_id
+        offline = expected[0, prompt.shape[1] :].tolist()
+        end = offline.index(eos) if eos in offline else len(offline)
+        assert answer[:end] == offline[:end]
+        alone = run(sampler, [request])[0]
+        assert alone[:end] == offline[:end]
+
+
+def test_gaps_of_different_length_share_a_batch(sampler, model, ask):
+    requests = [ask(range(10, 14), max_tokens=n, seed=n, suffix=tuple(range(20, 20 + n))) for n in (2, 5, 9)]
+    for request, answer in zip(requests, run(sampler, requests), strict=True):
+        row = [*request.prompt_ids, *[sampler.mask_token_id] * request.max_tokens, *request.suffix_ids]
+        expected = model.diffusion_generate(
+            torch.tensor([row]),
+            max_new_tokens=0,
+            seed=request.seed,
+            steps=6,
+            alg="entropy",
+            alg_temp=0.2,
+            temperature=0.8,
+            block_length=8,
+        )
+        assert answer == expected[0, 4 : 4 + request.max_tokens].tolist()
+
+
+def test_false_from_the_callback_stops_the_model(sampler, ask):
+    calls = []
+    sampler.run([ask(range(10, 14))], lambda answers, n: calls.append(n) or False)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_tokens": 511}, "do not fit in the context of 512"),
+        ({"steps": 1}, "steps must be at least the number of blocks"),
+        ({"alg": "greedy"}, "alg must be one of"),
+    ],
+)
+def test_what_cannot_be_denoised_is_refused(sampler, ask, changes, words):
+    with pytest.raises(ValueError, match=words):
+        sampler.check(ask([10, 11], **changes))
+    sampler.check(ask([10, 11]))
+
+
+def test_ids_outside_of_the_vocabulary_and_masks_are_refused(sampler, ask):
+    for bad in (-1, sampler.num_token_ids, sampler.mask_token_id):
+        with pytest.raises(ValueError, match="prompt ids must be in"):
+            sampler.check(ask([10, bad]))
+        with pytest.raises(ValueError, match="prompt ids must be in"):
+            sampler.check(ask([10], suffix=(bad,)))
+
+
+def test_devices_and_types_are_resolved():
+    assert choose_dtype("auto", "cpu") is torch.float32
+    assert choose_dtype("auto", "cuda:0") is torch.bfloat16
+    assert choose_dtype("float16", "cpu") is torch.float16
+    assert choose_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match=r"DEVICE=cuda:99: this machine has \d+ CUDA devices"):
+        choose_device("cuda:99")
+
+
+def test_dtype_is_the_type_of_the_weights(model_folder, sampler):
+    assert next(sampler._model.parameters()).dtype is torch.float32
+    half = ModelSampler.load(str(model_folder), device="cpu", dtype="bfloat16")
+    assert next(half._model.parameters()).dtype is torch.bfloat16
+
+
+def test_a_folder_without_weights_is_named(tmp_path, model_folder):
+    (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=f"MODEL_NAME={tmp_path}"):
+        ModelSampler.load(str(tmp_path), device="cpu", dtype="auto")
