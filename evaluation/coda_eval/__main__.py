@@ -1,13 +1,10 @@
 """lm-eval's command line with our model and our tasks: ``python -m coda_eval [run|ls|validate] ...``."""
 
 import argparse
+import os
 from pathlib import Path
 
 import yaml
-from lm_eval.__main__ import HarnessCLI
-from lm_eval.utils import setup_logging
-
-import coda_eval.harness  # noqa: F401  registers the models coda and diffllm
 
 TASKS = Path(__file__).with_name("tasks")
 """Folder of our task files; always searched, besides lm-eval's own."""
@@ -29,10 +26,23 @@ def add_our_tasks(args: argparse.Namespace) -> argparse.Namespace:
 
 def main() -> None:
     """Parse lm-eval's arguments and run its command."""
+    # Read by accelerate when it is first imported. With torch_xla installed, it would otherwise run several processes
+    # as if each were alone; evaluation runs on CPU and GPU.
+    os.environ.setdefault("USE_TORCH_XLA", "false")
+    from lm_eval.__main__ import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    import coda_eval.harness  # noqa: F401  registers the models coda and diffllm
+
     setup_logging()
     cli = HarnessCLI()
     args = add_our_tasks(cli.parse_args())
-    cli.execute(args)
+    try:
+        cli.execute(args)
+    except ValueError as error:
+        if args.command == "run" and os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
+            raise SystemExit(f"coda_eval: error: {error}") from error
+        raise
 
 
 if __name__ == "__main__":

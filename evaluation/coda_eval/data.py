@@ -50,7 +50,7 @@ def _infilling(name: str) -> Source:
 SOURCES = {
     "humaneval": Source(files=("HumanEval.jsonl",), keep=_HUMANEVAL, hub=("openai/openai_humaneval",)),
     "humaneval_plus": Source(
-        files=("HumanEvalPlus-OriginFmt.jsonl",), keep=_HUMANEVAL, hub=("evalplus/humanevalplus",), timeout_s=30.0
+        files=("HumanEvalPlus-OriginFmt.jsonl",), keep=_HUMANEVAL, hub=("evalplus/humanevalplus",), timeout_s=60.0
     ),
     "mbpp": Source(
         files=("mbpp.jsonl",),
@@ -61,7 +61,7 @@ SOURCES = {
         files=("MbppPlus-OriginFmt.jsonl",),
         keep=("task_id", "prompt", "code", "test_list"),
         hub=("evalplus/mbppplus",),
-        timeout_s=90.0,
+        timeout_s=180.0,
     ),
     "single_line_infilling": _infilling("SingleLine"),
     "multi_line_infilling": _infilling("MultiLine"),

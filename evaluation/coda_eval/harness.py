@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -100,6 +101,11 @@ class CoDAEvalModel(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
             self._device = accelerator.device
             self.model.to(self._device)
+        if self.world_size != int(os.environ.get("WORLD_SIZE", "1")) and isinstance(pretrained, str):
+            raise ValueError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {self.world_size} process(es), so that "
+                "every process would do all the work: set USE_TORCH_XLA=false, and without GPUs ACCELERATE_USE_CPU=true"
+            )
         special = set(self.tokenizer.all_special_tokens) | set(self.tokenizer.get_added_vocab())
         self._special_texts = sorted(special, key=len, reverse=True)
         self._chat = False

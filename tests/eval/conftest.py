@@ -1,6 +1,7 @@
 """A tiny tokenizer, a tiny random CoDA folder, and a model that knows every answer."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,21 @@ class Oracle(LM):
     loglikelihood_rolling = loglikelihood
 
 
-def evaluate(model: Any, task: str, tasks: TaskManager, **kwargs: Any) -> tuple[dict, list[dict]]:
-    """Results and samples of one task."""
-    output = simple_evaluate(model, tasks=[task], task_manager=tasks, bootstrap_iters=0, **kwargs)
-    return output["results"][task], output["samples"][task]
+@pytest.fixture(scope="session")
+def oracle() -> type[Oracle]:
+    """The class of models that know the solutions."""
+    return Oracle
+
+
+@pytest.fixture(scope="session")
+def evaluate(tasks: TaskManager) -> Callable[..., tuple[dict, list[dict]]]:
+    """Function that gives results and samples of one task."""
+
+    def run(model: Any, task: str, **kwargs: Any) -> tuple[dict, list[dict]]:
+        output = simple_evaluate(model, tasks=[task], task_manager=tasks, bootstrap_iters=0, **kwargs)
+        return output["results"][task], output["samples"][task]
+
+    return run
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_the_machine_is_out_of_sight_and_reach(level, tmp_path):
         "network": "import socket\nsocket.create_connection(('127.0.0.1', 9), timeout=1)\ndef f(x): return 4",
         "name lookup": "import socket\nsocket.getaddrinfo('example.org', 80)\ndef f(x): return 4",
         "shell": "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'true'], check=True)\ndef f(x): return 4",
-        "mount": "import ctypes\nassert not ctypes.CDLL(None).mount(b'a', b'/tmp', b'tmpfs', 0, None)\ndef f(x): return 4",
+        "mount": "import ctypes\nassert not ctypes.CDLL(None).mount(b'a', b'/tmp', b'tmpfs', 0, 0)\ndef f(x): return 4",
         "become root": "import os\nos.setuid(0) if os.getuid() else 1 / 0\ndef f(x): return 4",
         "third-party packages": "import torch\ndef f(x): return 4",
         "fill the scratch folder": (

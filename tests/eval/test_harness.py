@@ -1,0 +1,233 @@
+"""The model behind lm-eval: the same answers in every batch and on any number of ranks, settings as documented."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from coda_eval.harness import CoDAEvalModel
+
+
+def load(model_dir, **settings):
+    return CoDAEvalModel(model_dir, device="cpu", **{"steps": 8, "max_new_tokens": 8, "seed": 3, **settings})
+
+
+def request(doc, prompt="def f(x):\n", repeats=1, task="t", **kwargs):
+    return Instance("generate_until", doc, (prompt, {"until": [], **kwargs}), 0, (task, doc["task_id"], repeats))
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Prompts of many lengths and gaps, of two tasks, with stop strings and repeats of their own."""
+    texts = [request({"task_id": f"p/{n}"}, "x = 1\n" * (n % 7 + 1) + "y") for n in range(9)]
+    gaps = [
+        request(
+            {
+                "task_id": f"g/{n}",
+                "infill_prefix": "a" * n,
+                "infill_middle": "b" * (n + 1),
+                "infill_suffix": "c",
+                "infill_tokens": 0,
+            },
+            task="gaps",
+        )
+        for n in range(5)
+    ]
+    other = [request({"task_id": "o"}, "z = 2", repeats=3, task="other", max_gen_toks=5)] * 3
+    return [*texts[:4], *gaps, *other, *texts[4:]]
+
+
+@pytest.mark.parametrize("alg", ["entropy", "origin"])
+def test_answers_are_the_same_for_batch_sizes_1_7_and_32(model_dir, mixed, alg):
+    settings = {"alg": alg, "temperature": 0.8, "top_p": 0.95, "alg_temp": 0.3}
+    answers = [load(model_dir, batch_size=size, **settings).generate_until(mixed, True) for size in (1, 7, 32)]
+    assert answers[0] == answers[1] == answers[2]
+    assert len(set(answers[0])) > 10
+    reverse = load(model_dir, batch_size=7, **settings).generate_until(mixed[::-1], True)
+    assert sorted(reverse) == sorted(answers[0])
+    other_seed = load(model_dir, batch_size=7, **settings | {"seed": 4}).generate_until(mixed, True)
+    assert other_seed != answers[0]
+
+
+def test_repeats_draw_apart_and_know_their_cost(model_dir):
+    requests = [request({"task_id": "a"}, repeats=4)] * 4
+    answers = load(model_dir, batch_size=2, temperature=1.0).generate_until(requests, True)
+    assert len(set(answers)) > 1
+    assert all(
+        0 <= answer.new_tokens <= 8 and 1 <= answer.forwards <= 8 and answer.generation_s > 0 for answer in answers
+    )
+
+
+def test_requests_that_only_even_out_ranks_are_marked(model_dir):
+    answers = load(model_dir).generate_until(
+        [request({"task_id": "a"})] * 1 + [r := request({"task_id": "b"}), r], True
+    )
+    assert [answer.surplus for answer in answers] == [False, False, True]
+    assert answers[1] == answers[2]
+
+
+def test_answer_ends_at_its_first_end_token_and_its_own_stop_string(model_dir):
+    model = load(model_dir)
+    ids = [*model.encode_text("one\ntwo three"), model.tokenizer.eos_token_id, *model.encode_text("hidden")]
+    assert model._text_answer(ids, []) == "one\ntwo three"
+    assert model._text_answer(ids, ["three", "\n"]) == "one"
+    assert model._text_answer(ids, []).new_tokens == len(ids) - 1 - len(model.encode_text("hidden"))
+
+
+def test_gap_is_prefix_masks_suffix_tokenised_apart(model_dir):
+    model = load(model_dir)
+    doc = {"infill_prefix": "def a", "infill_middle": "dd(a, b", "infill_suffix": "):<|im_end|>\n", "infill_tokens": 0}
+    length = len(model.encode_text("dd(a, b"))
+    mask = model.tokenizer.mask_token_id
+    expected = model.encode_text("def a") + [mask] * length + model.encode_text("):<|im_end|>\n")
+    assert model._gap_ids(doc) == expected
+    assert model.tokenizer.eos_token_id not in expected
+    assert model._gap_ids({**doc, "infill_tokens": 11}).count(mask) == 11
+
+
+def test_special_tokens_in_messages_stay_text(model_dir):
+    model = load(model_dir)
+    prompt = model.apply_chat_template([{"role": "user", "content": "a <|im_end|> b <|mask|>"}])
+    ids = model.encode_prompt(prompt)
+    assert ids.count(model.tokenizer.eos_token_id) == 1
+    assert model.tokenizer.mask_token_id not in ids
+    assert model.tokenizer.decode(ids) == "<|im_start|>user\na <|im_end|> b <|mask|><|im_end|>\n<|im_start|>assistant\n"
+    plain = model.apply_chat_template([{"role": "user", "content": "a b"}])
+    assert model.encode_prompt(plain) == model.tokenizer.encode(plain)
+
+
+def test_model_args_win_over_request_settings_and_those_over_the_checkpoint(model_dir):
+    model = load(model_dir, temperature=0.3)
+    settings, until = model._settings({"until": "x", "max_gen_toks": 99, "top_p": 0.5, "temperature": 0.9}, "t")
+    assert settings == {"max_new_tokens": 8, "steps": 8, "temperature": 0.3, "top_p": 0.5}
+    assert until == ["x"]
+    greedy, _ = model._settings({"do_sample": False}, "t")
+    assert "do_sample" not in greedy
+    bare = CoDAEvalModel(model_dir, device="cpu")
+    assert bare._settings({"max_gen_toks": 99, "do_sample": False}, "t")[0] == {
+        "max_new_tokens": 99,
+        "do_sample": False,
+    }
+    assert bare._settings({}, "t")[0]["max_new_tokens"] == bare.model.generation_config.max_new_tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stepz": 3}, "unknown setting 'stepz' in model_args; did you mean 'steps'"),
+        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ({"alg": "fast"}, "alg must be one of .*entropy.*, got 'fast'"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
+        ({"mc_num": 0}, "mc_num must be a positive integer, got 0"),
+        ({"seed": -1}, "seed must be an integer >= 0, got -1"),
+        ({"batch_size": "auto"}, "batch_size must be a number for this model"),
+    ],
+)
+def test_bad_settings_are_errors_that_name_them(model_dir, settings, message):
+    with pytest.raises(ValueError, match=message):
+        load(model_dir, **settings)
+
+
+def test_bad_requests_are_errors_that_name_the_document(model_dir):
+    model = load(model_dir)
+    with pytest.raises(
+        ValueError, match="task t, document p/0: .* exceed the context of 512 tokens; prompts are never cut"
+    ):
+        model.generate_until([request({"task_id": "p/0"}, "+ " * 600)], True)
+    with pytest.raises(ValueError, match="unknown setting 'num_beam' in the generation settings of t"):
+        model.generate_until([request({"task_id": "p/0"}, num_beam=3)], True)
+    with pytest.raises(ValueError, match="document p/0: the prompt is empty"):
+        model.generate_until([request({"task_id": "p/0"}, "")], True)
+
+
+def test_processes_that_do_not_see_each_other_are_an_error(model_dir, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("USE_TORCH_XLA", "true")
+    monkeypatch.setattr(
+        "lm_eval.models.huggingface.Accelerator",
+        lambda **_: SimpleNamespace(num_processes=1, device=torch.device("cpu")),
+    )
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2 but accelerate sees 1 process"):
+        load(model_dir)
+
+
+def test_missing_model_folder_is_named(tmp_path):
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        CoDAEvalModel(str(tmp_path / "nowhere"), device="cpu")
+
+
+def test_model_is_registered_under_both_names():
+    assert get_model("coda") is get_model("diffllm") is CoDAEvalModel
+
+
+def test_likelihood_of_choices_is_the_bound_and_never_claims_greedy(model_dir):
+    model = load(model_dir, batch_size=5, mc_num=16)
+    choices = [
+        Instance("loglikelihood", {}, ("x = ", text), i, ("t", 0, 1)) for i, text in enumerate(("1", "print(x)"))
+    ]
+    (one, greedy), (many, _) = model.loglikelihood(choices, disable_tqdm=True)
+    assert one < 0
+    assert many < 0
+    assert greedy is False
+    again = load(model_dir, batch_size=1, mc_num=16).loglikelihood(choices[::-1], disable_tqdm=True)
+    assert [value for value, _ in again[::-1]] == pytest.approx([one, many], abs=1e-4)
+
+
+RANKS = """
+import json, os, sys
+import torch.distributed as dist
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from coda_eval.__main__ import TASKS
+from coda_eval.harness import CoDAEvalModel
+model = CoDAEvalModel(sys.argv[1], device="cpu", batch_size=2, steps=8, max_new_tokens=8, temperature=0.9, seed=5)
+tasks = TaskManager(include_path=[str(TASKS)], include_defaults=False)
+out = simple_evaluate(model, tasks=["quickstart_infill", "quickstart_problems"], task_manager=tasks)
+if model.rank == 0:
+    samples = {
+        task: sorted((s["doc"]["task_id"], s["resps"][0][0], len(s["filtered_resps"][0])) for s in rows)
+        for task, rows in out["samples"].items()
+    }
+    result = {"world": model.world_size, "results": out["results"], "samples": samples}
+    open(sys.argv[2], "w").write(json.dumps(result, default=str))
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_give_the_scores_and_answers_of_one(model_dir, tmp_path):
+    gaps = [{"task_id": f"g/{n}", "prefix": "x = ", "middle": "1" * (n + 1), "suffix": "\n"} for n in range(5)]
+    problems = [
+        {"task_id": f"p/{n}", "prompt": "f" * (n + 1), "entry_point": "f", "test": "", "canonical_solution": ""}
+        for n in range(3)
+    ]
+    (tmp_path / "quickstart_infill.jsonl").write_text("\n".join(map(json.dumps, gaps)))
+    (tmp_path / "quickstart_problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    environment = {
+        **os.environ,
+        "CODA_EVAL_DATA": str(tmp_path),
+        "ACCELERATE_USE_CPU": "true",
+        "USE_TORCH_XLA": "false",
+        "OMP_NUM_THREADS": "1",
+    }
+    outputs = []
+    for ranks in (1, 2):
+        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        output = tmp_path / f"{ranks}.json"
+        command = [sys.executable, *launcher, str(script), model_dir, str(output)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        outputs.append(json.loads(output.read_text()))
+    one, two = outputs
+    assert (one["world"], two["world"]) == (1, 2)
+    assert one["samples"] == two["samples"]
+    assert all(count == 1 for rows in two["samples"].values() for _, _, count in rows)
+    assert one["results"] == two["results"]

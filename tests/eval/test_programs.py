@@ -1,0 +1,126 @@
+"""Answers become the right programs, canonical solutions pass, stubs fail, and pass@k is the textbook number."""
+
+import gzip
+import itertools
+import json
+import os
+
+import pytest
+
+from coda_eval import programs
+from coda_eval.programs import Answer, extract_code, pass_at_k
+
+FULL = os.environ.get("CODA_EVAL_FULL")
+
+
+def test_all_canonical_humaneval_solutions_pass_and_stubs_fail(oracle, evaluate):
+    results, samples = evaluate(oracle(), "coda_humaneval")
+    assert results["pass@1,run"] == 1.0
+    assert len(samples) == 164
+    assert results["isolation,run"] in ("bubblewrap", "unshare", "rlimits")
+    stubs, samples = evaluate(oracle(lambda answer: "    pass\n"), "coda_humaneval", limit=8)
+    assert stubs["pass@1,run"] == 0.0
+    records = [json.loads(sample["filtered_resps"][0][0]) for sample in samples]
+    assert {record["status"] for record in records} == {"failed"}
+    assert all(record["error"] and record["seconds"] > 0 for record in records)
+
+
+@pytest.mark.parametrize("form", ["continuation", "whole function", "chat answer"])
+def test_instruct_answers_pass_in_every_usual_form(oracle, evaluate, form):
+    prompts = {row["canonical_solution"]: row["prompt"] for row in _humaneval()}
+    change = {
+        "continuation": lambda answer: answer,
+        "whole function": lambda answer: "\n" + prompts[answer] + answer,
+        "chat answer": lambda answer: f"Sure:\n```python\n{prompts[answer]}{answer}```\nIt works.",
+    }[form]
+    wanted = {"coda_humaneval_instruct": [0, 1, 10, 32, 38, 50, 115]}  # 32, 38, 50 need the prompt's other functions
+    results, _ = evaluate(oracle(change), "coda_humaneval_instruct", samples=wanted)
+    assert results["pass@1,run"] == 1.0
+
+
+def _humaneval() -> list[dict]:
+    from coda_eval.data import _packaged_humaneval
+
+    with gzip.open(_packaged_humaneval(), "rt") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def test_extract_code_prefers_the_block_that_defines_the_entry_point():
+    text = "First:\n```python\nx = 1\n```\nthen\n```py\ndef f(x):\n    return x\n```\n"
+    assert extract_code(text, "f") == "def f(x):\n    return x\n"
+    assert extract_code(text, "g") == "x = 1\n"
+    assert extract_code("```python\ndef f():\n    return 1", "f") == "def f():\n    return 1"
+    assert extract_code("    return x\n", "f") == "    return x\n"
+
+
+def test_pass_at_k_equals_brute_force():
+    for n in range(1, 8):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+                assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
+    with pytest.raises(ValueError, match=r"k must be in \[1, 3\]"):
+        pass_at_k(3, 1, 4)
+
+
+def test_several_answers_are_scored_together_and_padding_is_not(monkeypatch):
+    monkeypatch.setenv("CODA_EVAL_WORKERS", "2")
+    row = _humaneval()[0]
+    doc = {"benchmark": "humaneval", "data_dir": None, "task_id": row["task_id"]}
+    surplus = Answer("    pass\n")
+    surplus.surplus = True
+    records = programs.run_humaneval([[row["canonical_solution"], "    pass\n", surplus]], [doc])
+    assert len(records[0]) == 2
+    assert programs.score_programs(doc, records)["pass@1"] == 0.5
+    ten = [records[0][:1] + records[0][1:] * 9]
+    assert programs.score_programs(doc, ten)["pass@10"] == 1.0
+
+
+def test_bad_number_of_workers_is_an_error(monkeypatch):
+    monkeypatch.setenv("CODA_EVAL_WORKERS", "many")
+    with pytest.raises(ValueError, match="CODA_EVAL_WORKERS must be a positive number, got 'many'"):
+        programs.run_humaneval([], [])
+
+
+def test_gaps_compare_stripped_and_raw(oracle, evaluate, data_dir):
+    row = {"task_id": "a", "prefix": "x", "middle": "    y = 1\n", "suffix": "z"}
+    (data_dir / "quickstart_infill.jsonl").write_text(json.dumps(row))
+    exact, _ = evaluate(oracle(), "quickstart_infill")
+    stripped, _ = evaluate(oracle(str.strip), "quickstart_infill")
+    wrong, _ = evaluate(oracle(lambda answer: "y = 2"), "quickstart_infill")
+    scores = [(r["exact_match,compare"], r["exact_match_raw,compare"]) for r in (exact, stripped, wrong)]
+    assert scores == [(1.0, 1.0), (1.0, 0.0), (0.0, 0.0)]
+
+
+def test_own_problem_with_its_own_timeout_runs(oracle, evaluate, data_dir):
+    solution = "def add(a, b):\n    return a + b\n"
+    row = {"task_id": "q/0", "prompt": "Add.", "entry_point": "add", "test": "assert add(1, 2) == 3"}
+    row |= {"canonical_solution": solution, "timeout_s": 1.0}
+    (data_dir / "quickstart_problems.jsonl").write_text(json.dumps(row))
+    good, _ = evaluate(oracle(lambda answer: f"```python\n{answer}```"), "quickstart_problems")
+    assert good["pass@1,run"] == 1.0
+    slow, samples = evaluate(oracle(lambda answer: answer + "while True: pass"), "quickstart_problems")
+    assert (slow["pass@1,run"], slow["timeouts,run"]) == (0.0, 1.0)
+    assert "no verdict after 1 s" in samples[0]["filtered_resps"][0][0]
+    assert "assert" not in json.dumps(samples[0]["doc"])
+
+
+@pytest.mark.parametrize(
+    ("task", "limit"),
+    [
+        ("coda_humaneval_plus_instruct", 8),
+        ("coda_mbpp", 6),
+        ("coda_mbpp_instruct", 6),
+        ("coda_mbpp_plus_instruct", 4),
+        ("coda_humaneval_single_line_infilling", 6),
+        ("coda_humaneval_multi_line_infilling", 4),
+        ("coda_humaneval_random_span_infilling", 4),
+        ("coda_humaneval_random_span_light_infilling", 4),
+    ],
+)
+def test_canonical_solutions_of_the_shared_sets_pass(oracle, evaluate, coda_shared, monkeypatch, task, limit):
+    monkeypatch.setenv("CODA_EVAL_DATA", str(coda_shared / "data"))
+    results, samples = evaluate(oracle(), task, limit=None if FULL else limit)
+    failed = [s["doc"]["task_id"] for s in samples if json.loads(s["filtered_resps"][0][0])["status"] != "passed"]
+    # HumanEval/32 cannot pass in EvalPlus v0.1.10: its checker swaps two arguments.
+    assert failed == (["HumanEval/32"] if FULL and "humaneval_plus" in task else [])

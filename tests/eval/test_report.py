@@ -1,0 +1,67 @@
+"""Score cards hold score, interval and provenance; intervals are Wilson's."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from coda_eval.report import score_cards, wilson_interval
+
+RUN = {
+    "results": {
+        "coda_humaneval": {
+            "alias": "coda_humaneval",
+            "pass@1,run": 0.5,
+            "pass@1_stderr,run": 0.04,
+            "timeouts,run": 0.0,
+            "isolation,run": "bubblewrap",
+            "isolation_stderr,run": "N/A",
+        }
+    },
+    "config": {"model": "coda", "generation_settings": {"steps": 768}, "batch_size": 8, "torch_seed": 1},
+    "configs": {"coda_humaneval": {"generation_kwargs": {"until": []}}},
+    "n-samples": {"coda_humaneval": {"original": 164, "effective": 164}},
+    "versions": {"coda_humaneval": 1.0},
+    "lm_eval_version": "0.4.13",
+}
+
+
+def test_wilson_interval_equals_known_values_and_solves_its_equation():
+    assert wilson_interval(0.5, 164) == pytest.approx((0.424357, 0.575643), abs=1e-6)
+    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
+    for share, count in ((0.1, 20), (0.9, 378), (1.0, 3)):
+        for bound in wilson_interval(share, count):
+            distance = (share - bound) ** 2 * count
+            assert distance == pytest.approx(1.959963984540054**2 * bound * (1 - bound), abs=1e-9)
+    with pytest.raises(ValueError, match="share must be in"):
+        wilson_interval(1.5, 3)
+
+
+def test_card_holds_score_interval_settings_and_isolation(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "results_2026.json").write_text(json.dumps(RUN))
+    (card,) = score_cards(tmp_path)
+    assert (card["task"], card["metric"], card["score"], card["n"]) == ("coda_humaneval", "pass@1", 0.5, 164)
+    assert card["wilson95"] == [0.424357, 0.575643]
+    assert card["isolation"] == "bubblewrap"
+    assert card["settings"]["generation_settings"] == {"steps": 768}
+    assert card["versions"]["lm_eval_version"] == "0.4.13"
+
+
+def test_command_writes_json_and_markdown_and_names_what_is_wrong(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "coda_eval.report", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    missing = run(tmp_path)
+    assert missing.returncode == 2
+    assert "no results_*.json" in missing.stderr
+    (tmp_path / "results_1.json").write_text(json.dumps(RUN))
+    assert run(tmp_path, "--output", tmp_path / "scores.json").returncode == 0
+    assert json.loads((tmp_path / "scores.json").read_text())[0]["score"] == 0.5
+    assert "50.0 % | 42.4 - 57.6 %" in run(tmp_path, "--output", tmp_path / "scores.md").stdout
+    assert "must end in .json or .md" in run(tmp_path, "--output", tmp_path / "scores.txt").stderr
+    (tmp_path / "results_2.json").write_text("{}")
+    assert "not a results file of lm-eval" in run(tmp_path).stderr
