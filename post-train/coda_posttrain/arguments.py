@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 TAILS = ("eos", "pad", "none")
@@ -139,12 +139,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if "=" not in override or override.startswith("-"):
             raise ValueError(f"an override must look like key=value, got {override!r}")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_cli(list(overrides)))
-        config = OmegaConf.to_container(merged, resolve=True)
+        loaded = OmegaConf.load(file)
+        if not isinstance(loaded, DictConfig):
+            raise ValueError("it must hold key: value lines")
+        config = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_cli(list(overrides))), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         raise ValueError(f"cannot read {path} with overrides {list(overrides)}: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold key: value lines, got {type(config).__name__}")
     return config
 
 

@@ -47,9 +47,7 @@ class NumberedRows(Dataset):
                 name, num_cut, len(lengths), cutoff_len, "left out" if drop_cut else "cut, without their end",
             )  # fmt: skip
         if not len(kept):
-            raise ValueError(
-                f"{name}: no rows are left of {len(lengths)}; raise cutoff_len={cutoff_len} or check the data"
-            )
+            raise ValueError(f"{name}: none of {len(lengths)} rows is left; raise cutoff_len={cutoff_len}")
         if not ended.any():
             raise ValueError(
                 f"{name}: no row ends with the end token {eos_token_id}: the template does not fit the tokenizer, "

@@ -14,13 +14,32 @@ from transformers import AutoTokenizer
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "post-train/LLaMA-Factory/examples/train_full/quickstart.yaml"
 DRIVER = """
-import json, sys
+import json, pathlib, sys
 from coda_posttrain.__main__ import main
-for argv in json.loads(sys.argv[1]):
+commands, refused, model_dir = json.loads(sys.argv[1])
+for argv in commands:
     print("RUN", argv, flush=True)
     status = main(argv)
     if status:
         sys.exit(status)
+try:
+    main(refused)
+except ValueError as error:
+    pathlib.Path("refused.txt").write_text(str(error))
+
+from llamafactory.data.template import TEMPLATES
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(model_dir)
+turns = [{"role": role, "content": text} for role, text in (
+    ("user", "add 3 to x"), ("assistant", "def f(x):\\n    return x + 3"), ("user", " again\\n"), ("assistant", "ok"))]
+trained = {}
+for system in (None, "be brief"):
+    pairs = TEMPLATES["qwen3_nothink"].encode_multiturn(tokenizer, turns, system)
+    chat = ([{"role": "system", "content": system}] if system else []) + turns
+    expected = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    prompt = tokenizer.apply_chat_template(chat[:-3], tokenize=True, return_dict=False, add_generation_prompt=True)
+    trained[str(system)] = [sum((a + b for a, b in pairs), []), expected, pairs[0][0], prompt]
+pathlib.Path("tokens.json").write_text(json.dumps(trained))
 """
 
 
@@ -87,7 +106,7 @@ def runs(tmp_path_factory, model_dir, data_dir, environment) -> Path:
     merge = {"template": "qwen3_nothink", "finetuning_type": "lora", "infer_dtype": "float32"}
     (out / "merge.yaml").write_text(yaml.safe_dump(merge))
     result = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(commands)],
+        [sys.executable, "-c", DRIVER, json.dumps([commands, make("refused", learning_rat=1), str(model_dir)])],
         env=environment, cwd=out, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
@@ -137,6 +156,16 @@ def test_curriculum_follows_the_epochs(runs):
 def test_padding_up_to_cutoff_len_is_learned_with_the_published_tail(runs):
     lines = train_lines(runs / "annealed")
     assert lines[0]["tokens"] == 8 * 96
+
+
+def test_host_keys_that_nobody_knows_are_refused(runs):
+    assert "learning_rat" in (runs / "refused.txt").read_text()
+
+
+def test_template_gives_the_token_ids_of_the_chat_template(runs):
+    for trained, expected, first_prompt, generation_prompt in json.loads((runs / "tokens.json").read_text()).values():
+        assert trained == expected
+        assert first_prompt == generation_prompt
 
 
 def test_saved_folder_keeps_token_ids_decoding_settings_and_tokenizer(runs, model_dir):

@@ -1,0 +1,81 @@
+"""The script that runs configurations in order."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Stands for the interpreter: answers `get` from the YAML, records `train`, fails where it is told to.
+if [ "$1" = -c ]; then exit 0; fi
+shift 2
+if [ "$1" = get ]; then sed -n "s/^$2: //p" "$3"; exit 0; fi
+echo "$@" >> "$CALLS"
+case "$*" in *"$FAIL_AT"*) exit 3 ;; esac
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    fake = tmp_path / "python"
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.yaml").write_text("finetuning_type: full\n")
+
+    def call(*arguments: str, fail_at: str = "never") -> tuple[int, str, list[str]]:
+        calls = tmp_path / "calls"
+        calls.unlink(missing_ok=True)
+        environment = {**os.environ, "PYTHON": str(fake), "CALLS": str(calls), "FAIL_AT": fail_at}
+        result = subprocess.run(
+            ["bash", str(REPO / "run_sft.sh"), *arguments],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        lines = calls.read_text().splitlines() if calls.exists() else []
+        return result.returncode, result.stdout + result.stderr, lines
+
+    return call
+
+
+def test_default_is_stage_1_then_stage_2_from_its_output(run):
+    status, _, calls = run("model_name_or_path=M", "output_dir=out", "diffusion.t_min=0.01")
+    assert status == 0
+    assert [call.split()[1].rsplit("/", 1)[1] for call in calls] == ["coda_sft_stage1.yaml", "coda_sft_stage2.yaml"]
+    assert "model_name_or_path=M output_dir=out/coda_sft_stage1 diffusion.t_min=0.01" in calls[0]
+    assert "model_name_or_path=out/coda_sft_stage1 output_dir=out/coda_sft_stage2 diffusion.t_min=0.01" in calls[1]
+
+
+def test_one_configuration_gets_the_folder_itself(run, tmp_path):
+    status, output, calls = run("first.yaml", "model_name_or_path=M", "output_dir=out")
+    assert (status, len(calls)) == (0, 1)
+    assert calls[0].endswith("first.yaml model_name_or_path=M output_dir=out")
+    assert (tmp_path / "out/train.log").exists()
+
+
+def test_failure_names_the_stage_and_stops(run):
+    status, output, calls = run("first.yaml", "second.yaml", "model_name_or_path=M", "output_dir=o", fail_at="first")
+    assert (status, len(calls)) == (1, 1)
+    assert "FAILED in first (1 of 2)" in output
+
+
+def test_finished_runs_are_not_repeated_and_never_mixed_up(run):
+    arguments = ("first.yaml", "second.yaml", "model_name_or_path=M", "output_dir=o")
+    assert run(*arguments, fail_at="second.yaml")[0] == 1
+    status, output, calls = run(*arguments)
+    assert (status, len(calls)) == (0, 1)
+    assert "first (1 of 2) is already finished" in output
+    status, output, calls = run(*arguments, "learning_rate=1")
+    assert (status, calls) == (2, [])
+    assert "finished run with other settings" in output
+
+
+def test_bad_arguments_are_refused(run, tmp_path):
+    assert run("first")[0] == 2
+    assert "needs model_name_or_path" in run("first.yaml", "output_dir=o")[1]
+    (tmp_path / "first.yaml").write_text("finetuning_type: lora\n")
+    status, output, _ = run("first.yaml", "second.yaml", "model_name_or_path=M", "output_dir=o")
+    assert status == 2
+    assert "trains an adapter; merge it" in output
