@@ -118,7 +118,7 @@ def corrupt(
             f"got {tuple(uniforms.shape)}"
         )
 
-    start_probability = 1 - (1 - t) ** (1 / spans)  # (B,)
+    start_probability = -torch.expm1(torch.log1p(-t) / spans)  # (B,): 1 - (1-t)^(1/k), exact for small t too
     starts = uniforms < start_probability[:, None]  # (B, T + K - 1): does a run start K - 1 positions further left
     count = F.pad(starts.cumsum(dim=1), (1, 0))  # (B, T + K): starts before each position
     lead = width - seq_len + 1  # column of `count` just after position 0

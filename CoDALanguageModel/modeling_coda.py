@@ -350,15 +350,17 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
             if tied != kwargs["config"].tie_word_embeddings:
                 logger.info("tie_word_embeddings is %s in the weights of %s; the config is corrected", tied, path)
                 kwargs["config"].tie_word_embeddings = tied
-        try:
-            model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
-        except RuntimeError as error:
-            if "size" not in str(error) and "shape" not in str(error):
-                raise
-            raise ValueError(f"the weights of {path!r} do not fit its configuration: {error}") from error
+        # A misshapen weight is reported below by its name, as the others are.
+        allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            path, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
         faults = {name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys")}
-        if not kwargs.get("ignore_mismatched_sizes"):
-            faults["mismatched_keys"] = sorted(map(str, info.get("mismatched_keys") or ()))
+        if not allow_mismatch:
+            faults["mismatched_keys"] = [
+                f"{key} {tuple(found)} instead of {tuple(wanted)}"
+                for key, found, wanted in sorted(info.get("mismatched_keys") or ())
+            ]
         if any(faults.values()):
             report = "; ".join(
                 f"{len(keys)} {name.replace('_', ' ')}: {keys[:5]}" for name, keys in faults.items() if keys

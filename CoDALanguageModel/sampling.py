@@ -136,8 +136,13 @@ def propose(
 
     Returns:
         Tokens and confidences; confidences are those of the tempered and filtered distribution, as published.
+
+    Raises:
+        ValueError: scores are not finite, or uniforms are missing.
     """
     scores = logits.float()
+    if not bool(scores.amax(dim=-1).isfinite().all()):
+        raise ValueError("the model gave scores that are not finite: its weights or its precision are at fault")
     if temperature > 0:
         scores = scores / temperature
     scores = filter_scores(scores, top_p=top_p, top_k=top_k)

@@ -1,0 +1,223 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LEGACY = {
+    "sampling_eps": 0.001,
+    "mask_block_sizes": [2, 4, 8],
+    "prefix_probability": 0.01,
+    "attention_kernel": "splash",
+}
+
+
+def write_published(folder, model, *, without=(), **changes):
+    """The model as the published checkpoint is written: two shards, an index, a config with training keys."""
+    weights = {key: value.clone() for key, value in model.state_dict().items() if key not in without}
+    names = sorted(weights)
+    shards = {
+        "model-00001-of-00002.safetensors": names[: len(names) // 2],
+        "model-00002-of-00002.safetensors": names[len(names) // 2 :],
+    }
+    for file, keys in shards.items():
+        save_file({key: weights[key] for key in keys}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in shards.items() for key in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {**model.config.to_dict(), **LEGACY}
+    del config["tie_word_embeddings"]
+    config["auto_map"] = {
+        "AutoConfig": "model_config.CoDAConfig",
+        "AutoModel": "modeling_coda.CoDALanguageModel",
+    }
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def is_tied(model):
+    return model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=["no tie key", "tie key true"])
+def test_a_head_that_differs_from_the_embedding_survives_loading_whatever_the_config_says(
+    changes, model, tmp_path, tokens
+):
+    write_published(tmp_path, model, **changes)
+    loaded = CoDALanguageModel.from_pretrained(tmp_path)
+    assert same_weights(loaded, model)
+    assert not is_tied(loaded)
+    assert loaded.config.tie_word_embeddings is False
+    loaded.save_pretrained(tmp_path / "again")  # and it stays so
+    again = CoDALanguageModel.from_pretrained(tmp_path / "again")
+    assert same_weights(again, model)
+    assert torch.equal(again(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
+
+
+@pytest.mark.parametrize("tie", [None, True, False])
+def test_an_absent_head_is_the_embedding(tie, make_model, tmp_path):
+    model = make_model(tie_word_embeddings=True)
+    write_published(tmp_path, model, without=[HEAD], **({} if tie is None else {"tie_word_embeddings": tie}))
+    loaded = CoDALanguageModel.from_pretrained(tmp_path)
+    assert same_weights(loaded, model)
+    assert is_tied(loaded)
+
+
+def test_a_tied_checkpoint_that_holds_both_weights_stays_tied(make_model, tmp_path):
+    model = make_model(tie_word_embeddings=True)
+    write_published(tmp_path, model, tie_word_embeddings=True)
+    loaded = CoDALanguageModel.from_pretrained(tmp_path)
+    assert is_tied(loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    assert HEAD not in load_file(tmp_path / "again/model.safetensors")
+    assert is_tied(CoDALanguageModel.from_pretrained(tmp_path / "again"))
+
+
+def test_an_equal_head_stays_untied_where_the_config_does_not_tie(make_model, tmp_path):
+    write_published(tmp_path, make_model(tie_word_embeddings=True), tie_word_embeddings=False)
+    assert not is_tied(CoDALanguageModel.from_pretrained(tmp_path))
+
+
+def test_a_tied_model_trains_as_one_weight_after_loading(make_model, tmp_path, tokens):
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    loaded = CoDALanguageModel.from_pretrained(tmp_path)
+    ids = tokens(1, 4)
+    loaded(ids, labels=ids).loss.backward()
+    torch.optim.SGD(loaded.parameters(), lr=0.1).step()
+    assert torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("model.norm.weight"), r"1 missing keys: \['model.norm.weight'\]"),
+        (lambda w: w.update(extra=torch.zeros(2)), r"1 unexpected keys: \['extra'\]"),
+        (
+            lambda w: w.update({"model.norm.weight": torch.zeros(7)}),
+            r"1 mismatched keys: .*model.norm.weight \(7,\) instead of \(32,\)",
+        ),
+        (lambda w: w.pop(EMBEDDING), r"1 missing keys: \['model.embed_tokens.weight'\]"),
+        (lambda w: [w.pop(EMBEDDING), w.pop(HEAD)], "embed_tokens.weight"),
+    ],
+    ids=["missing", "unexpected", "misshapen", "no embedding", "neither embedding nor head"],
+)
+def test_weights_that_do_not_fit_are_an_error_that_names_them_and_the_folder(change, message, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    change_weights(tmp_path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        CoDALanguageModel.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
+    for path in (tmp_path / "nothing", str(tmp_path / "nothing"), "./nothing/at/all"):
+        with pytest.raises(ValueError, match="no model folder at .*nothing"):
+            CoDALanguageModel.from_pretrained(path)
+
+
+def test_loading_information_is_returned_when_asked_for(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded, info = CoDALanguageModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert same_weights(loaded, model)
+    assert not info["missing_keys"]
+
+
+def test_arguments_of_the_configuration_and_of_loading_pass_through(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = CoDALanguageModel.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, attn_implementation="eager", attention_dropout=0.25
+    )
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.config._attn_implementation == "eager"
+    assert loaded.config.attention_dropout == 0.25
+    config = CoDAConfig.from_pretrained(tmp_path, rms_norm_eps=0.5)
+    assert CoDALanguageModel.from_pretrained(tmp_path, config=config).model.norm.variance_epsilon == 0.5
+
+
+def test_token_ids_and_decoding_settings_survive_saving_and_loading(make_model, tmp_path):
+    model = make_model(eos_token_id=[65, 64])
+    model.generation_config = DiffusionGenerationConfig(steps=7, temperature=0.1, top_p=0.9, block_length=4)
+    model.save_pretrained(tmp_path)
+    loaded = CoDALanguageModel.from_pretrained(tmp_path)
+    assert loaded.generation_config.to_diff_dict() == model.generation_config.to_diff_dict()
+    ids = [getattr(loaded.config, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")]
+    assert ids == [64, [65, 64], 66, 67]
+
+
+# ---- the folder alone, without this repository
+
+ISOLATED = """
+import importlib.abc, json, os, sys
+folder, again, prompt = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+
+class Blocker(importlib.abc.MetaPathFinder):  # an editable installation may make the repository importable
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "CoDALanguageModel":
+            raise ModuleNotFoundError("blocked: " + name)
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import CoDALanguageModel
+    raise SystemExit("the repository can be imported: this test proves nothing")
+except ModuleNotFoundError:
+    pass
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+torch.set_num_threads(1)
+report = {}
+settings = {"max_new_tokens": 6, "steps": 6, "temperature": 0.8, "top_p": 0.9, "seed": 3}
+for auto in (AutoModel, AutoModelForCausalLM):
+    model = auto.from_pretrained(folder, trust_remote_code=True)
+    report[auto.__name__] = model.generate(torch.tensor(prompt), **settings).tolist()
+report["class"] = type(model).__module__.split(".")[0]
+report["default_steps"] = model.generation_config.steps
+model.save_pretrained(again)
+report["files"] = sorted(os.listdir(again))
+third = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+report["again"] = third.diffusion_generate(torch.tensor(prompt), **settings).tolist()
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+report["fresh"] = list(fresh(torch.tensor(prompt)).logits.shape)
+print(json.dumps(report))
+"""
+
+
+def test_a_saved_folder_loads_and_generates_in_a_process_without_this_repository(model, tmp_path, tokens, monkeypatch):
+    folder, prompt = tmp_path / "saved", tokens(2, 5)
+    model.save_pretrained(folder)
+    code_files = {file for file in ("configuration_coda", "modeling_coda", "diffusion", "sampling", "generation_coda")}
+    assert {file.stem for file in folder.glob("*.py")} == code_files
+    # The copy lies elsewhere, so that no path in it can lead back.
+    shutil.copytree(folder, tmp_path / "moved")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", ISOLATED, tmp_path / "moved", tmp_path / "again", json.dumps(prompt.tolist())],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    want = model.generate(prompt, max_new_tokens=6, steps=6, temperature=0.8, top_p=0.9, seed=3).tolist()
+    assert report["AutoModel"] == report["AutoModelForCausalLM"] == report["again"] == want
+    assert report["class"] == "transformers_modules"
+    assert report["fresh"] == [2, 5, 72]
+    assert report["files"] == sorted(file.name for file in folder.iterdir())
