@@ -200,7 +200,8 @@ def save_checkpoint(
             path.mkdir(parents=True)
         backend.barrier()
         writer = dcp.FileSystemWriter(path / "tensors", per_thread_copy_ahead=0)
-        dcp.save(dict(tensors), storage_writer=writer, planner=backend.save_planner())
+        alone = backend.num_processes == 1
+        dcp.save(dict(tensors), storage_writer=writer, planner=backend.save_planner(), no_dist=alone)
         if backend.is_main:
             _write(path / "state.json", json.dumps(asdict(state), indent=1))
             _write(path / "rng.json", json.dumps(_random_state()))
@@ -230,7 +231,8 @@ def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], *, backend: Backe
     """
     reader = dcp.FileSystemReader(path / "tensors")
     try:
-        dcp.load(dict(tensors), storage_reader=reader, planner=backend.load_planner())
+        alone = backend.num_processes == 1
+        dcp.load(dict(tensors), storage_reader=reader, planner=backend.load_planner(), no_dist=alone)
     except (RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise ValueError(
             f"the checkpoint {path} does not fit this run's model and optimizer: {_cause(error)}"

@@ -1,7 +1,7 @@
 """The run configuration: frozen dataclasses, YAML files merged in order, ``key=value`` overrides.
 
 A value can be wrong only loudly: an unknown key names the nearest known one, a wrong type or choice names what is
-allowed. The data and masking sections are declared by ``mixture.py`` and ``masking.py``. Not here: architecture
+allowed. ``mixture.py`` and ``masking_schedule.py`` declare the data and masking sections. Not here: architecture
 (``CoDAConfig``, whose fields ``model.config`` only carries) and anything that touches a device.
 
 No ``from __future__ import annotations`` in this file: field types must stay types.
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from .masking import MaskingConfig
+from .masking_schedule import MaskingConfig
 from .mixture import DataConfig
 from .plain_data import from_dict, merge, require_range
 

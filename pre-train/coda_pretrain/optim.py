@@ -54,8 +54,10 @@ def build_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Paramet
 def _initial_state(name: str, parameter: nn.Parameter, backend: Backend) -> dict[str, Tensor | int]:
     dims = tuple(range(parameter.dim()))
     if name == "adamw":
-        device = parameter.device if backend.capturable_optimizer or parameter.is_cuda else "cpu"
-        step = torch.zeros((), dtype=torch.float32).to(device)
+        if backend.capturable_optimizer:
+            step = backend.zeros(parameter, ())
+        else:
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return {"step": step, "exp_avg": backend.zeros(parameter, dims), "exp_avg_sq": backend.zeros(parameter, dims)}
     state: dict[str, Tensor | int] = {"step": 0, "RMS": 0}
     if parameter.dim() >= 2:

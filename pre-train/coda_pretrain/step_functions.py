@@ -15,6 +15,7 @@ from .backends.base import Backend
 from .batches import Batch
 
 MODEL_INPUTS = ("position_ids", "segment_ids", "labels", "loss_weights")
+DEVICE_ARRAYS = ("noised_ids", *MODEL_INPUTS)
 
 
 class Gradients(NamedTuple):
@@ -41,7 +42,7 @@ class StepFunctions:
 
     def gradients(self, parts: list[Batch]) -> Gradients:
         """Add up the gradients of the parts of a batch, and wait for the numbers."""
-        losses = [self._accumulate(self._backend.put(part)) for part in parts]
+        losses = [self._accumulate(self._put(part)) for part in parts]
         norm = self._norm()
         loss = sum(float(loss) for loss in losses)
         return Gradients(loss, float(norm.full_tensor() if isinstance(norm, DTensor) else norm), norm)
@@ -52,14 +53,16 @@ class StepFunctions:
 
     def loss(self, parts: list[Batch]) -> float:
         """The loss of this process's rows, without a gradient."""
-        losses = [self._evaluate(self._backend.put(part)) for part in parts]
+        losses = [self._evaluate(self._put(part)) for part in parts]
         return sum(float(loss) for loss in losses)
 
     def clear_gradients(self) -> None:
         """Set the gradients to zero, keeping their memory."""
         for parameter in self._parameters:
-            assert parameter.grad is not None, "gradients are allocated with the optimizer"
-            parameter.grad.zero_()
+            self._backend.clear_gradient(parameter)
+
+    def _put(self, part: Batch) -> dict[str, Tensor]:
+        return self._backend.put({name: part[name] for name in DEVICE_ARRAYS})
 
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
         with self._backend.autocast():

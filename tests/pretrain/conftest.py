@@ -3,11 +3,14 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -106,3 +109,33 @@ def run_config(tmp_path: Path, tokenizer_dir: Path, shards_dir: Path) -> dict[st
             "metrics": {"every": 1},
         }
     )
+
+
+@pytest.fixture
+def train_in_process(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """A function that trains a configuration through the command line in a fresh process and gives its metrics rows.
+
+    ``num_processes`` starts it under torchrun; ``environment`` is added to this process's one.
+    """
+
+    def train(
+        config: dict[str, Any], *, num_processes: int = 1, environment: dict[str, str] | None = None
+    ) -> list[dict[str, Any]]:
+        path = tmp_path / f"{Path(config['output_dir']).name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+        command = [
+            sys.executable,
+            *(launcher if num_processes > 1 else []),
+            "-m",
+            "coda_pretrain",
+            "--config",
+            str(path),
+        ]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", **(environment or {})}
+        result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-6000:]
+        lines = (Path(config["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return train

@@ -1,17 +1,289 @@
 """The loop: what a step does, what a restart does, what is refused."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from coda_pretrain.checkpoint import committed_checkpoints
 from coda_pretrain.config import RunConfig
 from coda_pretrain.metrics import read_rows
-from coda_pretrain.plain_data import from_dict
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.plain_data import from_dict, merge
+from coda_pretrain.trainer import Trainer, TrainingDiverged
 
 
-def losses(config):
+def trained(config):
     trainer = Trainer(from_dict(RunConfig, config))
     trainer.train()
     trainer.close()
-    return [row["loss"] for row in read_rows(trainer.output_dir / "metrics.jsonl") if "loss" in row]
+    return trainer
 
 
-def test_first(run_config):
-    print(losses(run_config))
+def rows_of(config):
+    return read_rows(Path(config["output_dir"]) / "metrics.jsonl")
+
+
+def losses_of(config):
+    return {row["step"]: row["loss"] for row in rows_of(config) if "loss" in row}
+
+
+def weights_of(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+
+
+def assert_same_weights(first, second, **tolerance):
+    for name, weight in weights_of(first).items():
+        torch.testing.assert_close(weights_of(second)[name], weight, **tolerance)
+
+
+def at(folder, config, **changes):
+    return merge({**config, "output_dir": str(folder)}, changes)
+
+
+def test_a_run_learns_and_reports_each_step(tmp_path, run_config):
+    config = at(tmp_path / "a", run_config, max_steps=30)
+    trained(config)
+    rows = rows_of(config)
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert sum(row["loss"] for row in rows[-5:]) < 0.75 * sum(row["loss"] for row in rows[:5])
+    assert rows[0]["learning_rate"] == 0.005
+    assert rows[-1]["tokens"] == 30 * 8 * 32
+    assert 0 < rows[-1]["masked_share"] < 1
+    assert rows[-1]["prefix_probability"] == rows[-1]["span_probability"] == 0.25
+    assert rows[-1]["grad_norm"] > 0
+    assert rows[-1]["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_resumed_run_has_bit_equal_losses_and_weights(tmp_path, run_config, optimizer):
+    config = merge(run_config, {"optimizer": {"name": optimizer}})
+    whole = trained(at(tmp_path / "whole", config))
+    interrupted = at(tmp_path / "parts", config, checkpoint={"every": 3})
+    first = Trainer(from_dict(RunConfig, interrupted))
+    original = first._step
+
+    def killed_after_four(reporter):
+        if first.state.step == 4:
+            raise KeyboardInterrupt
+        return original(reporter)
+
+    first._step = killed_after_four
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    first.close()
+    assert list(losses_of(interrupted)) == [1, 2, 3, 4]
+    second = trained(interrupted)
+    assert losses_of(interrupted) == losses_of(at(tmp_path / "whole", config))
+    assert_same_weights(whole, second, rtol=0, atol=0)
+
+
+def test_a_killed_process_resumes_to_the_same_losses(tmp_path, run_config, train_in_process):
+    long = merge(run_config, {"max_steps": 16, "seq_len": 64, "checkpoint": {"every": 2, "keep": 2}})
+    config = at(tmp_path / "killed", long)
+    path = tmp_path / "killed-first.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with subprocess.Popen(
+        [sys.executable, "-m", "coda_pretrain", "--config", str(path)], stderr=subprocess.DEVNULL
+    ) as process:
+        checkpoints = Path(config["output_dir"]) / "checkpoints"
+        while len(committed_checkpoints(checkpoints)) < 2 and process.poll() is None:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = len(losses_of(config))
+    assert 4 <= done < 16
+    whole = at(tmp_path / "whole", long)
+    trained(whole)
+    train_in_process(config)
+    assert losses_of(config) == losses_of(whole)
+    assert len(rows_of(config)) == 16
+    assert len(committed_checkpoints(checkpoints)) == 2
+
+
+def test_sigterm_saves_the_step_and_ends_cleanly(tmp_path, run_config):
+    config = at(tmp_path / "a", run_config)
+    trainer = Trainer(from_dict(RunConfig, config))
+    original = trainer._step
+
+    def terminated_in_second_step(reporter):
+        if trainer.state.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(reporter)
+
+    trainer._step = terminated_in_second_step
+    trainer.train()
+    trainer.close()
+    assert [path.name for path in committed_checkpoints(trainer.checkpoints)] == ["step-00000002"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    trained(config)
+    trained(at(tmp_path / "whole", run_config))
+    assert losses_of(config) == losses_of(at(tmp_path / "whole", run_config))
+
+
+def test_the_last_step_is_always_saved_and_a_finished_run_does_nothing(tmp_path, run_config):
+    config = at(tmp_path / "a", run_config, checkpoint={"every": 4})
+    trainer = trained(config)
+    assert [path.name for path in committed_checkpoints(trainer.checkpoints)] == ["step-00000004", "step-00000006"]
+    before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
+    again = trained(config)
+    assert again.state.step == 6
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, run_config):
+    whole = trained(at(tmp_path / "1x8", run_config))
+    parts = trained(at(tmp_path / "8x1", run_config, micro_batch_size=1))
+    first, second = losses_of(at(tmp_path / "1x8", run_config)), losses_of(at(tmp_path / "8x1", run_config))
+    assert list(second.values()) == pytest.approx(list(first.values()), abs=1e-5)
+    assert_same_weights(whole, parts, rtol=0, atol=2e-5)
+
+
+def test_evaluation_noise_is_the_same_each_time_and_does_not_touch_training(tmp_path, run_config, shards_dir):
+    held_out = {"every": 2, "batches": 2, "data": {"sources": [{"path": str(shards_dir / "validation")}]}}
+    with_evaluation = at(tmp_path / "a", run_config, evaluation=held_out, optimizer={"learning_rate": 1e-30})
+    trainer = trained(with_evaluation)
+    evaluated = {row["step"]: row["eval_loss"] for row in rows_of(with_evaluation) if "eval_loss" in row}
+    assert list(evaluated) == [2, 4, 6]
+    assert len(set(evaluated.values())) == 1  # the weights do not move, so neither does the loss
+    for key, array in trainer.evaluation.batch(0).items():
+        assert (array == trainer.evaluation.batch(0)[key]).all()
+    without = trained(at(tmp_path / "b", run_config, optimizer={"learning_rate": 1e-30}))
+    assert losses_of(with_evaluation) == losses_of({"output_dir": without.config.output_dir})
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, run_config):
+    config = at(tmp_path / "a", run_config)
+    trainer = Trainer(from_dict(RunConfig, config))
+    original = trainer.functions.gradients
+
+    def infinite_in_third_step(parts):
+        gradients = original(parts)
+        return gradients._replace(loss=float("nan")) if trainer.state.step == 2 else gradients
+
+    trainer.functions.gradients = infinite_in_third_step
+    before = []
+    update = trainer.functions.update
+    trainer.functions.update = lambda gradients: (before.append(trainer.state.step), update(gradients))
+    trainer.train()
+    trainer.close()
+    assert before == [0, 1, 3, 4, 5]
+    assert (trainer.state.skipped_steps, trainer.state.optimizer_steps) == (1, 5)
+    assert all((p.grad == 0).all() for p in trainer.parameters.values())
+    assert rows_of(config)[-1]["skipped_steps"] == 1
+
+
+def test_too_many_skipped_steps_end_the_run(run_config):
+    trainer = Trainer(from_dict(RunConfig, {**run_config, "max_skipped_steps": 2}))
+    original = trainer.functions.gradients
+    trainer.functions.gradients = lambda parts: original(parts)._replace(norm=float("inf"))
+    with pytest.raises(TrainingDiverged, match="2 steps in a row, up to step 2, had a loss or gradient"):
+        trainer.train()
+    trainer.close()
+
+
+def test_training_goes_on_from_an_earlier_checkpoint_and_sets_later_ones_aside(tmp_path, run_config):
+    config = at(tmp_path / "a", run_config, checkpoint={"every": 2})
+    trainer = trained(config)
+    earlier = trainer.checkpoints / "step-00000002"
+    expected = losses_of(config)
+    trained(merge(config, {"checkpoint": {"resume": str(earlier)}, "max_steps": 5}))
+    assert [path.name for path in committed_checkpoints(trainer.checkpoints)][-1] == "step-00000005"
+    assert (trainer.checkpoints / "step-00000006.abandoned").is_dir()
+    assert [row["step"] for row in rows_of(config)] == [1, 2, 3, 4, 5]
+    assert losses_of(config)[3] == expected[3]
+
+
+def test_bf16_trains_close_to_fp32_with_float32_weights(tmp_path, run_config):
+    full = trained(at(tmp_path / "fp32", run_config))
+    half = trained(at(tmp_path / "bf16", run_config, hardware={"precision": "bf16"}))
+    assert all(p.dtype == torch.float32 for p in half.parameters.values())
+    values = [losses_of({"output_dir": t.config.output_dir}) for t in (full, half)]
+    assert values[0] != values[1]
+    assert list(values[1].values()) == pytest.approx(list(values[0].values()), rel=0.02)
+
+
+def test_remat_changes_no_loss(tmp_path, run_config):
+    plain, remat = at(tmp_path / "plain", run_config), at(tmp_path / "remat", run_config, hardware={"remat": True})
+    trained(plain)
+    trained(remat)
+    assert list(losses_of(remat).values()) == pytest.approx(list(losses_of(plain).values()), abs=1e-5)
+
+
+def test_epochs_become_steps(run_config):
+    del run_config["max_steps"]
+    trainer = Trainer(from_dict(RunConfig, {**run_config, "num_epochs": 1.5}))
+    trainer.close()
+    samples = trainer.batches._mixture.num_samples
+    assert trainer.num_steps == int(1.5 * samples / 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 4}, r"seed is 4, but the run in .*step-00000006 was made with 3"),
+        ({"global_batch_size": 4}, r"global_batch_size is 4, but"),
+        ({"model": {"config": {"hidden_size": 64}}}, r"model\.config\.hidden_size is 64, but"),
+    ],
+)
+def test_a_resume_with_other_data_or_shapes_is_refused(tmp_path, run_config, change, message):
+    config = at(tmp_path / "a", run_config)
+    trained(config)
+    with pytest.raises(ValueError, match=message):
+        Trainer(from_dict(RunConfig, merge(merge(config, change), {"max_steps": 8})))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seq_len": 128}, "seq_len must be at most the model's max_position_embeddings 64, got 128"),
+        ({"max_steps": 1}, "schedule.warmup_steps must be at most the 1 steps of the run, got 2"),
+        ({"hardware": {"mesh": {"fsdp": 2}}}, r"hardware.mesh \(data, fsdp, tensor\) = \(1, 2, 1\) needs 2 devices"),
+        ({"model": {"config": {"hiden_size": 32}}}, "unknown key model.config.hiden_size"),
+        ({"model": {"tokenizer": "nowhere"}}, "model.tokenizer: no folder at 'nowhere'"),
+        ({"data": {"sources": [{"path": "nowhere"}]}}, "nowhere"),
+        ({"max_steps": None, "num_epochs": 0.001}, "is less than one step of global_batch_size 8"),
+    ],
+)
+def test_a_configuration_that_cannot_run_is_refused_before_training(run_config, change, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(from_dict(RunConfig, merge(run_config, change)))
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_refused():
+    from coda_pretrain.backends.torch_backend import TorchBackend
+    from coda_pretrain.config import HardwareConfig
+
+    backend = TorchBackend(HardwareConfig())
+    backend.mesh_shape = (2, 3, 1)
+    message = r"global_batch_size must be a multiple of the 6 devices .* data 2 x fsdp 3\), got 8"
+    with pytest.raises(ValueError, match=message):
+        backend.check_rows("global_batch_size", 8)
+
+
+def test_command_line_reports_bad_input_in_one_line_and_dry_run_prints_yaml(tmp_path, run_config):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_config))
+    command = [sys.executable, "-m", "coda_pretrain", "--config", str(path)]
+    dry = subprocess.run([*command, "--dry_run", "optimizer.learning_rate=3e-4"], capture_output=True, text=True)
+    assert dry.returncode == 0, dry.stderr
+    assert yaml.safe_load(dry.stdout)["optimizer"]["learning_rate"] == 3e-4
+    assert not Path(run_config["output_dir"]).exists()
+    wrong = subprocess.run([*command, "optimizer.learning_rat=1"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith(
+        "coda_pretrain: error: unknown key optimizer.learning_rat; did you mean 'learning_rate'?"
+    )
+
+
+def test_metrics_rows_are_json_objects_with_the_promised_keys(tmp_path, run_config):
+    config = at(tmp_path / "a", run_config, max_steps=2)
+    trained(config)
+    row = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"step", "loss", "learning_rate", "tokens", "tokens_per_s", "time_s", "grad_norm"} <= row.keys()

@@ -66,6 +66,11 @@ class Backend(ABC):
     def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
         """Float32 zeros of the shape ``[parameter.shape[d] for d in dims]``, placed like those dimensions of it."""
 
+    def clear_gradient(self, parameter: nn.Parameter) -> None:
+        """Set the gradient to zero, keeping its memory and placement. May be traced."""
+        assert parameter.grad is not None, "gradients are allocated with the optimizer"
+        parameter.grad.zero_()
+
     @abstractmethod
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of device tensors made ready to be called at every step. Its results may be lazy."""

@@ -88,9 +88,15 @@ class XlaBackend(Backend):
         # From the host: zeros made on the device are constants of the first graph and give the second step another one.
         zeros = torch.zeros([parameter.shape[d] for d in dims], dtype=torch.float32).to(self.device)
         spec = self._specs[id(parameter)]
-        if dims:
-            xs.mark_sharding(zeros, self._mesh, tuple(spec[d] for d in dims))
+        xs.mark_sharding(zeros, self._mesh, tuple(spec[d] for d in dims))
         return zeros
+
+    def clear_gradient(self, parameter: nn.Parameter) -> None:
+        """See ``Backend``. The zeros are a constant, which would come out of the graph whole on every device."""
+        super().clear_gradient(parameter)
+        assert parameter.grad is not None, "checked by the base class"
+        xs.clear_sharding(parameter.grad)
+        xs.mark_sharding(parameter.grad, self._mesh, self._specs[id(parameter)])
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """One graph of the whole function; reading a device value inside it is an error."""
@@ -99,7 +105,9 @@ class XlaBackend(Backend):
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
         """See ``Backend``."""
         tensors = host_tensors(batch)
-        specs = [xs.ShardingSpec(self._mesh, (("data", "fsdp"), *[None] * (t.dim() - 1))) for t in tensors.values()]
+        # Vectors go to every device: the transfer cannot split a tensor of one dimension over two axes.
+        layouts = [(("data", "fsdp"), *[None] * (t.dim() - 1)) if t.dim() > 1 else (None,) for t in tensors.values()]
+        specs = [xs.ShardingSpec(self._mesh, layout) for layout in layouts]
         placed = [
             xm.send_cpu_data_to_device([tensor], self.device, spec)[0]
             for tensor, spec in zip(tensors.values(), specs, strict=True)

@@ -1,0 +1,114 @@
+"""Checkpoint to safetensors, and weights back into a run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from coda_pretrain.config import RunConfig
+from coda_pretrain.export import main
+from coda_pretrain.plain_data import from_dict, merge
+from coda_pretrain.trainer import Trainer
+from CoDALanguageModel import CoDALanguageModel
+
+
+@pytest.fixture
+def finished(run_config):
+    trainer = Trainer(from_dict(RunConfig, merge(run_config, {"checkpoint": {"every": 3}})))
+    trainer.train()
+    trainer.close()
+    return trainer
+
+
+def arguments(source, target, *more):
+    return ["--checkpoint_dir", str(source), "--output_dir", str(target), *more]
+
+
+def test_the_export_holds_the_trained_weights_and_loads(finished, tmp_path, tokenizer_dir):
+    target = tmp_path / "export"
+    assert main(arguments(finished.output_dir, target)) == 0
+    weights = load_file(target / "model.safetensors")
+    assert weights.keys() == finished.parameters.keys()
+    assert "model.layers.1.self_attn.q_norm.weight" in weights
+    for name, weight in weights.items():
+        assert torch.equal(weight, finished.parameters[name])
+    model = CoDALanguageModel.from_pretrained(target)
+    assert model.config.mask_token_id == AutoTokenizer.from_pretrained(target).mask_token_id
+    assert json.loads((target / "config.json").read_text())["auto_map"]["AutoConfig"]
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".export")] == []
+
+
+def test_a_step_can_be_chosen_and_written_in_bf16(finished, tmp_path):
+    assert main(arguments(finished.output_dir, tmp_path / "a", "--step", "3", "--dtype", "bfloat16")) == 0
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert not torch.equal(weights["lm_head.weight"].float(), finished.parameters["lm_head.weight"])
+    assert main(arguments(finished.checkpoints / "step-00000003", tmp_path / "b", "--dtype", "bfloat16")) == 0
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_tied_weights_are_exported_once_and_stay_tied(run_config, tmp_path):
+    config = merge(run_config, {"model": {"config": {"tie_word_embeddings": True}}, "max_steps": 3})
+    trainer = Trainer(from_dict(RunConfig, config))
+    trainer.train()
+    trainer.close()
+    assert main(arguments(trainer.output_dir, tmp_path / "export")) == 0
+    assert "lm_head.weight" not in load_file(tmp_path / "export" / "model.safetensors")
+    model = CoDALanguageModel.from_pretrained(tmp_path / "export")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, trainer.parameters["model.embed_tokens.weight"])
+
+
+def test_an_export_starts_another_run(finished, run_config, tmp_path):
+    assert main(arguments(finished.output_dir, tmp_path / "export")) == 0
+    model = {"init_from": str(tmp_path / "export"), "config": None}
+    second = Trainer(from_dict(RunConfig, merge(run_config, {"model": model, "output_dir": str(tmp_path / "mid")})))
+    for name, parameter in second.parameters.items():
+        assert torch.equal(parameter, finished.parameters[name])
+    assert second.state.step == 0
+    second.close()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("qwen3", r"must be a CoDA folder .* got model_type 'qwen3'; convert it first: python save_hf_model\.py"),
+        (None, "no model folder"),
+    ],
+)
+def test_a_run_cannot_start_from_another_kind_of_folder(run_config, tmp_path, model_type, message):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    if model_type:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError, match=message):
+        Trainer(from_dict(RunConfig, merge(run_config, {"model": {"init_from": str(folder), "config": None}})))
+
+
+def test_bad_input_is_named(finished, tmp_path, capsys):
+    def message(*command):
+        assert main(arguments(*command)) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    run = finished.output_dir
+    assert "no folder at" in message(tmp_path / "nowhere", tmp_path / "e")
+    assert "holds no finished checkpoint" in message(tmp_path, tmp_path / "e")
+    assert "--step 4 is not in" in message(run, tmp_path / "e", "--step", "4")
+    assert "it has 3, 6" in message(run, tmp_path / "e", "--step", "4")
+    assert "exists and is not empty" in message(run, run)
+    assert "name it with --tokenizer" in message(run, tmp_path / "e", "--tokenizer", "gone")
+    tensors = finished.checkpoints / "step-00000006" / "tensors" / "__0_0.distcp"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    assert "step-00000006 is corrupt" in message(run, tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
+def test_the_export_imports_no_torch_xla():
+    code = "import sys; sys.modules['torch_xla'] = None; import coda_pretrain.export"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.cwd())
+    assert result.returncode == 0, result.stderr

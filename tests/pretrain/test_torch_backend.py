@@ -1,0 +1,51 @@
+"""Several processes with FSDP2 over gloo: same losses as one process, same checkpoints."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from coda_pretrain.backends.torch_backend import TorchBackend
+from coda_pretrain.config import HardwareConfig, RunConfig
+from coda_pretrain.metrics import read_rows
+from coda_pretrain.plain_data import from_dict, merge
+from coda_pretrain.trainer import Trainer
+
+
+def losses_of(rows):
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def trained_here(config):
+    trainer = Trainer(from_dict(RunConfig, config))
+    trainer.train()
+    trainer.close()
+    return losses_of(read_rows(trainer.output_dir / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_two_processes_train_like_one_and_their_checkpoint_continues_in_one(
+    tmp_path, run_config, train_in_process, optimizer
+):
+    config = merge(run_config, {"optimizer": {"name": optimizer}, "checkpoint": {"every": 3}, "micro_batch_size": 4})
+    alone = trained_here({**config, "output_dir": str(tmp_path / "alone")})
+    rows = train_in_process({**config, "output_dir": str(tmp_path / "pair")}, num_processes=2)
+    assert losses_of(rows) == pytest.approx(alone, abs=1e-5)
+    saved = Path("checkpoints") / "step-00000003"
+    shutil.copytree(tmp_path / "pair" / saved, tmp_path / "continued" / saved)
+    assert trained_here({**config, "output_dir": str(tmp_path / "continued")}) == pytest.approx(alone[3:], abs=1e-5)
+
+
+def test_processes_take_equal_parts_of_the_batch():
+    backend = TorchBackend(HardwareConfig())
+    backend.num_processes = 4
+    parts = []
+    for backend.rank in range(4):
+        parts += backend.rows_for_process(12)
+    assert parts == list(range(12))
+
+
+def test_a_missing_gpu_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"hardware\.backend 'cuda' needs a GPU"):
+        TorchBackend(HardwareConfig(backend="cuda"))
