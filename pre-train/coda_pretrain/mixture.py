@@ -5,6 +5,7 @@ exactly, and prefetching cannot disturb a position. Not here: bytes on disk (``s
 """
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .shards import TokenShards
+
+logger = logging.getLogger(__name__)
 
 FEISTEL_ROUNDS = 6
 MASK_64 = 2**64 - 1
@@ -171,6 +174,16 @@ class Mixture:
                     f"data.sources: {share.path} gets no sample in an epoch of {self.num_samples} (its share is "
                     f"{share.requested_share:.2g}); give it a larger weight or set data.epoch_samples higher"
                 )
+            logger.info(
+                "%s: %d of %d samples per epoch, %.4f of them (asked for %.4f), %.2f passes over its %d rows",
+                share.path,
+                share.epoch_samples,
+                self.num_samples,
+                share.achieved_share,
+                share.requested_share,
+                share.passes_per_epoch,
+                share.rows,
+            )
         self._first_slots = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     def _check_tokenizers(self) -> None:

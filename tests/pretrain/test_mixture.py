@@ -52,7 +52,8 @@ def test_each_epoch_has_another_order(folders):
     assert len(set(orders)) == 3
 
 
-def test_weights_are_honoured_exactly_in_every_epoch(folders):
+def test_weights_are_honoured_exactly_in_every_epoch_and_reported(folders, caplog):
+    caplog.set_level("INFO")
     mixture = mixture_of(folders, {"large": 1, "medium": 1, "small": 2}, epoch_samples=100)
     for epoch in range(4):
         counts = Counter(mixture.locate(epoch * 100 + i)[0] for i in range(100))
@@ -60,6 +61,7 @@ def test_weights_are_honoured_exactly_in_every_epoch(folders):
     assert [share.epoch_samples for share in mixture.shares] == [25, 25, 50]
     assert [share.achieved_share for share in mixture.shares] == [0.25, 0.25, 0.5]
     assert mixture.shares[2].passes_per_epoch == 50 / 7
+    assert "small: 50 of 100 samples per epoch, 0.5000 of them (asked for 0.5000), 7.14 passes" in caplog.text
 
 
 def test_rows_of_a_source_are_read_equally_often_at_the_end_of_each_epoch(folders):
