@@ -249,7 +249,7 @@ async def _unless_client_leaves(request: Request, generation: Generation) -> lis
 
 
 def _check_model(settings: ServerSettings, name: str | None) -> None:
-    if name is not None and name != settings.public_name:
+    if name is not None and not settings.is_served(name):
         raise ApiError(
             404,
             f"model {name!r} is not served here; the model is {settings.public_name!r}",

@@ -143,6 +143,10 @@ class ServerSettings(BaseSettings):
         """The model's name in the API."""
         return self.served_model_name or Path(self.model_name).resolve().name
 
+    def is_served(self, name: str) -> bool:
+        """Whether clients may ask for ``name``: the public name, or ``MODEL_NAME`` itself where no other is set."""
+        return name == self.public_name or (self.served_model_name is None and name == self.model_name)
+
 
 def is_loopback(host: str) -> bool:
     """True when only this machine can reach ``host``."""

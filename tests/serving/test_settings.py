@@ -177,3 +177,9 @@ def test_the_served_name_is_the_last_part_of_the_path(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert ServerSettings(model_name=str(tmp_path) + "/").public_name == tmp_path.name
     assert ServerSettings(model_name="org/model").public_name == "model"
+
+
+def test_clients_may_say_the_path_only_where_no_name_is_set():
+    plain, named = ServerSettings(model_name="org/model"), ServerSettings(model_name="org/model", served_model_name="m")
+    assert [plain.is_served(name) for name in ("model", "org/model", "m")] == [True, True, False]
+    assert [named.is_served(name) for name in ("model", "org/model", "m")] == [False, False, True]
