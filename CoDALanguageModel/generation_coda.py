@@ -98,6 +98,10 @@ class DiffusionGenerationConfig(GenerationConfig):
             if not right_type or not low <= value <= high:
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
+        # A setting of autoregressive decoding that was set as an attribute would otherwise have no effect, silently.
+        _refuse_unknown(
+            key for key, value in vars(self).items() if value is not None and key not in _METADATA and key[0] != "_"
+        )
         infinity = float("inf")
         tiny = 5e-324
         number("max_new_tokens", 0, infinity, "an integer >= 0", integer=True, none=False)

@@ -1,0 +1,548 @@
+import json
+import math
+import random
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+
+from CoDALanguageModel import CoDALanguageModel, DiffusionGenerationConfig
+from CoDALanguageModel.diffusion import named_rng
+
+ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy", "p2")
+BOS, EOS, PAD, MASK, UNDEFINED = 64, 65, 66, 67, (68, 69, 70, 71)
+
+
+# ---- an independent sampler: one row, dense logits, full sorts, python loops
+
+
+def textbook_counts(num_masked, steps, eps, alg):
+    """Tokens to commit (p2: to keep) at each step, zeros included."""
+    if alg == "p2":
+        return [num_masked - math.floor(num_masked * (1 - Fraction(i + 1, steps))) for i in range(steps)]
+    times = torch.linspace(1, eps, steps + 1).numpy()
+    counts, left = [], num_masked
+    for i in range(steps):
+        share = np.float32(1) - times[i + 1] / times[i]
+        counts.append(left if i == steps - 1 else int(np.float32(left) * share))
+        left -= counts[-1]
+    return counts
+
+
+def textbook_distribution(row, temperature, top_p, top_k):
+    """Probabilities after temperature and filters, in float64."""
+    scores = [value / temperature if temperature else value for value in row]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    weights = [math.exp(score - scores[order[0]]) for score in scores]
+    total = sum(weights)
+    kept, before = [], 0.0
+    for i in order:
+        if (top_p is not None and before / total > top_p) or (top_k is not None and len(kept) == top_k):
+            break
+        kept.append(i)
+        before += weights[i]
+    return [weights[i] / before if i in kept else 0.0 for i in range(len(row))]
+
+
+def textbook_decode(
+    model, prompt, *, max_new_tokens, steps, alg, seed=0, temperature=0.0, top_p=None, top_k=None, alg_temp=None,
+    block_length=None, eps=1e-3,
+):  # fmt: skip
+    """Decode one unpadded prompt to the very last step; returns the row and its history."""
+    canvas = list(prompt) + [MASK] * max_new_tokens
+    gaps = [p for p, token in enumerate(canvas) if token == MASK]
+    length = block_length or len(gaps)
+    blocks = [gaps[i : i + length] for i in range(0, len(gaps), length)]
+    step, history = 0, []
+    for b, block in enumerate(blocks):
+        block_steps = steps // len(blocks) + (1 if b < steps % len(blocks) else 0)
+        counts = textbook_counts(len(block), block_steps, eps, alg)
+        for i, count in enumerate(counts):
+            is_idle = count <= (counts[i - 1] if i else 0) if alg == "p2" else count == 0
+            if not is_idle:
+                textbook_step(model, canvas, block, count, step, alg, seed, temperature, top_p, top_k, alg_temp)
+                history.append(list(canvas))
+            step += 1
+    for p in range(len(prompt), len(canvas)):
+        if canvas[p] == EOS:
+            canvas[p + 1 :] = [PAD] * (len(canvas) - p - 1)
+            break
+    return canvas, history
+
+
+def textbook_step(model, canvas, block, count, step, alg, seed, temperature, top_p, top_k, alg_temp):
+    with torch.no_grad():
+        logits = model(torch.tensor([canvas])).logits[0].double()
+    logits[:, [PAD, MASK, *UNDEFINED]] = -torch.inf
+    token_draws = named_rng("token", seed, step).random(len(canvas))
+    order_draws = named_rng("order", seed, step).random(len(canvas))
+    proposals = {}
+    for p in block:
+        if alg != "p2" and canvas[p] != MASK:
+            continue
+        probabilities = textbook_distribution(logits[max(p - 1, 0)].tolist(), temperature, top_p, top_k)
+        if canvas[p] != MASK:
+            token = canvas[p]
+        elif temperature:
+            token = int(np.searchsorted(np.cumsum(probabilities), token_draws[p], side="right"))
+        else:
+            token = int(np.argmax(probabilities))
+        best, second = sorted(probabilities, reverse=True)[:2]
+        confidence = {
+            "origin": order_draws[p],
+            "maskgit_plus": probabilities[token],
+            "p2": probabilities[token],
+            "topk_margin": best - second,
+            "entropy": sum(q * math.log(q) for q in probabilities if q > 0),
+        }[alg]
+        if alg_temp and alg != "origin":
+            confidence = confidence / alg_temp - math.log(-math.log(order_draws[p]))
+        proposals[p] = (token, confidence)
+    chosen = sorted(proposals, key=lambda p: (-proposals[p][1], p))[:count]
+    for p in block:
+        if p in chosen:
+            canvas[p] = proposals[p][0]
+        elif alg == "p2":
+            canvas[p] = MASK
+
+
+def random_case(alg, index):
+    """A prompt with gaps and settings, from a seed that names the case."""
+    rng = random.Random(f"{alg} {index}")
+    # At least two tokens: in a canvas of masks alone all positions tie, but for the last bit.
+    prompt = [rng.choice([*range(64), BOS, EOS, PAD]) for _ in range(rng.randint(3, 9))]
+    max_new_tokens = rng.randint(0, 12)
+    for p in rng.sample(range(len(prompt)), min(len(prompt) - 2, rng.randint(0 if max_new_tokens else 1, 3))):
+        prompt[p] = MASK
+    num_masked = prompt.count(MASK) + max_new_tokens
+    block_length = rng.choice([None, None, 1, 3, 4, 50])
+    num_blocks = math.ceil(num_masked / (block_length or num_masked))
+    return prompt, {
+        "max_new_tokens": max_new_tokens,
+        "steps": num_blocks + rng.choice([0, 1, 3, 8, 40]),
+        "alg": alg,
+        "seed": rng.randint(0, 2**31),
+        "temperature": rng.choice([0.0, 0.0, 0.3, 1.0, 2.0]),
+        "top_p": rng.choice([None, 0.2, 0.9, 1.0]),
+        "top_k": rng.choice([None, None, 1, 5, 100]),
+        "alg_temp": rng.choice([None, None, 0.1, 1.0]),
+        "block_length": block_length,
+        "eps": rng.choice([1e-3, 1e-2]),
+    }
+
+
+@pytest.fixture(scope="module")
+def eos_model(make_model):
+    """A model that often ends: its end token is favoured."""
+    model = make_model(seed=5)
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + EOS_BIAS)
+    return model
+
+
+EOS_BIAS = torch.zeros(72)
+EOS_BIAS[EOS] = 6.0
+
+
+@pytest.mark.parametrize("alg", ALGORITHMS)
+def test_decoding_equals_an_independent_implementation(alg, model, eos_model):
+    ended = 0
+    for index in range(30):
+        prompt, arguments = random_case(alg, index)
+        decoder = (model, eos_model)[index % 2]
+        want, want_history = textbook_decode(decoder, prompt, **arguments)
+        inputs = torch.tensor([prompt], dtype=torch.long)
+        output = decoder.diffusion_generate(
+            inputs, **arguments, eos_early_stop=False, output_history=True, return_dict_in_generate=True
+        )
+        case = f"case {index}: {prompt} {arguments}"
+        assert output.sequences[0].tolist() == want, case
+        assert [canvas[0].tolist() for canvas in output.history] == want_history, case
+        assert output.num_forwards.tolist() == [len(want_history)], case
+        assert decoder.diffusion_generate(inputs, **arguments)[0].tolist() == want, case  # the early stop is lossless
+        ended += EOS in want[len(prompt) :]
+    assert ended >= 3  # the cases contain answers that end
+
+
+# ---- the same tokens in any batch
+
+
+@cache
+def alone(model, prompt, seed, items):
+    return model.diffusion_generate(torch.tensor([prompt], dtype=torch.long), seed=seed, **dict(items))[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def exact_models(make_model):
+    """In float64, so that a batched matrix product and one of a single row cannot round to different tokens."""
+    models = [make_model(seed=7).double(), make_model(seed=5).double()]
+    models[1].lm_head.register_forward_hook(lambda module, args, logits: logits + EOS_BIAS)
+    return models
+
+
+SETTINGS = [
+    {"steps": 8},
+    {"steps": 5, "temperature": 0.9, "top_p": 0.8},
+    {"steps": 30, "temperature": 0.7, "top_k": 9, "alg_temp": 0.5, "block_length": 3},
+    {"steps": 12, "block_length": 4, "alg_temp": 0.3},
+]
+PROMPTS = st.lists(st.sampled_from([*range(0, 64, 7), EOS, PAD, MASK]), max_size=7).map(tuple)
+
+
+@pytest.mark.parametrize("alg", ALGORITHMS)
+@given(
+    rows=st.lists(st.tuples(PROMPTS, st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=4),
+    choice=st.integers(0, 3),
+    which=st.integers(0, 1),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_a_row_gets_the_same_tokens_alone_and_in_any_ragged_batch(alg, exact_models, rows, choice, which):
+    """Each row is (prompt, seed, padding on its left); the rest of its padding is on the right."""
+    model, arguments = exact_models[which], {**SETTINGS[choice], "alg": alg, "max_new_tokens": 5}
+    width = max(len(prompt) + left for prompt, _, left in rows)
+    inputs, mask = torch.full((len(rows), width), PAD), torch.zeros(len(rows), width, dtype=torch.long)
+    for b, (prompt, _, left) in enumerate(rows):
+        inputs[b, left : left + len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+        mask[b, left : left + len(prompt)] = 1
+    seeds = [seed for _, seed, _ in rows]
+    batched = model.diffusion_generate(inputs, mask, seed=seeds, **arguments)
+    for b, (prompt, seed, left) in enumerate(rows):
+        got = batched[b].tolist()
+        want = alone(model, prompt, seed, tuple(arguments.items()))
+        assert got[left : left + len(prompt)] + got[width:] == want
+        padding = got[:left] + got[left + len(prompt) : width]
+        assert padding == [PAD] * len(padding)  # padding is left as it came
+
+
+def test_a_hole_of_padding_inside_a_prompt_changes_nothing(exact_models, tokens):
+    prompt = tokens(6).tolist()
+    inputs = torch.tensor([[*prompt[:3], PAD, PAD, *prompt[3:]]])
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]])
+    got = exact_models[0].diffusion_generate(inputs, mask, max_new_tokens=5, steps=5)
+    assert (
+        got[0, 8:].tolist() == list(alone(exact_models[0], tuple(prompt), 0, (("max_new_tokens", 5), ("steps", 5))))[6:]
+    )
+
+
+def test_an_unshifted_model_scores_each_position_by_its_own_row(make_model, tokens):
+    model = make_model(logits_shift=False)
+    prompt = torch.cat([tokens(1, 4), torch.tensor([[MASK]])], dim=1)
+    got = model.diffusion_generate(prompt, max_new_tokens=0, steps=1)
+    with torch.no_grad():
+        logits = model(prompt).logits[0, 4]
+    logits[[PAD, MASK, *UNDEFINED]] = -torch.inf
+    assert got[0, 4] == logits.argmax()
+
+
+def test_rows_with_the_same_seed_agree_and_other_seeds_differ(model, tokens):
+    prompt = tokens(1, 4).expand(3, -1)
+    out = model.diffusion_generate(prompt, max_new_tokens=16, steps=8, temperature=2.0, seed=[1, 2, 1])
+    assert torch.equal(out[0], out[2])
+    assert not torch.equal(out[0], out[1])
+    again = model.diffusion_generate(prompt[:1], max_new_tokens=16, steps=8, temperature=2.0, seed=2)
+    assert torch.equal(again[0], out[1])
+
+
+def test_the_global_random_state_has_no_influence_and_is_not_touched(model, tokens):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = model.diffusion_generate(tokens(1, 4), max_new_tokens=8, steps=8, temperature=1.0, alg="origin")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(
+        model.diffusion_generate(tokens(1, 4), max_new_tokens=8, steps=8, temperature=1.0, alg="origin"), first
+    )
+
+
+# ---- what comes out
+
+
+@pytest.mark.parametrize("alg", ALGORITHMS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_mask_pad_and_undefined_ids_never_come_out_and_prompts_never_change(alg, temperature, make_model, tokens):
+    model = make_model()
+    bias = torch.zeros(72)
+    bias[[MASK, PAD, *UNDEFINED]] = 50.0  # a model that wants nothing else
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
+    prompt = tokens(2, 6)
+    prompt[0, 1], prompt[1, :3] = MASK, torch.tensor([70, PAD, EOS])  # a gap, and odd ids that must stay
+    out = model.diffusion_generate(prompt, max_new_tokens=20, steps=7, alg=alg, temperature=temperature)
+    filled = torch.cat([out[0, 1:2], out[:, 6:].flatten()])
+    if EOS not in filled:
+        assert filled.max() < PAD
+    assert MASK not in out
+    kept = prompt != MASK
+    assert torch.equal(out[:, :6][kept], prompt[kept])
+
+
+def test_pads_come_only_behind_the_first_end_token_of_the_new_part(eos_model, tokens):
+    prompt = tokens(12, 5, seed=2)
+    prompt[:, 2] = EOS  # an end token in the prompt ends nothing
+    out = eos_model.diffusion_generate(prompt, max_new_tokens=12, steps=12, temperature=1.0, seed=list(range(12)))
+    assert torch.equal(out[:, :5], prompt)
+    ends = 0
+    for row in out[:, 5:].tolist():
+        first = row.index(EOS) if EOS in row else len(row)
+        assert PAD not in row[:first]
+        assert set(row[first + 1 :]) <= {PAD}
+        ends += first < len(row)
+    assert 0 < ends
+
+
+def test_any_of_several_end_tokens_ends_a_row(make_model, tokens):
+    model = make_model(eos_token_id=[EOS, 3])
+    bias = torch.zeros(72)
+    bias[3] = 50.0
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
+    out = model.diffusion_generate(tokens(1, 4), max_new_tokens=6, steps=6)
+    assert out[0, 4:].tolist() == [3, PAD, PAD, PAD, PAD, PAD]
+
+
+def test_a_pad_token_that_also_ends_answers_can_come_out(make_model, tokens):
+    model = make_model(eos_token_id=PAD)
+    bias = torch.zeros(72)
+    bias[PAD] = 50.0
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
+    assert model.diffusion_generate(tokens(1, 4), max_new_tokens=4, steps=4)[0, 4:].tolist() == [PAD] * 4
+
+
+@pytest.mark.parametrize("alg", ["entropy", "origin"])
+def test_the_early_stop_is_lossless_and_saves_forwards(alg, eos_model, tokens):
+    prompt = tokens(8, 5, seed=3)
+    arguments = {"max_new_tokens": 24, "steps": 24, "block_length": 4, "alg": alg, "return_dict_in_generate": True}
+    stopped = eos_model.diffusion_generate(prompt, **arguments)
+    full = eos_model.diffusion_generate(prompt, **arguments, eos_early_stop=False)
+    assert torch.equal(stopped.sequences, full.sequences)
+    assert full.num_forwards.tolist() == [18] * 8  # 6 blocks, of whose 4 steps one commits nothing
+    assert stopped.num_forwards.sum() < full.num_forwards.sum()
+    gap_behind = torch.cat([prompt, torch.full((8, 1), MASK)], dim=1)  # a gap in the prompt is filled before a stop
+    assert MASK not in eos_model.diffusion_generate(gap_behind, **arguments).sequences
+
+
+@pytest.mark.parametrize("alg", ALGORITHMS)
+def test_every_forward_changes_the_canvas_and_every_mask_is_filled(alg, model, tokens):
+    prompt = tokens(3, 6)
+    prompt[1, 2:4] = MASK
+    for steps, block_length in ((1, None), (7, None), (100, None), (20, 4)):
+        passes = []
+        hook = model.register_forward_hook(lambda module, args, out, passes=passes: passes.append(1))
+        output = model.diffusion_generate(
+            prompt,
+            max_new_tokens=10,
+            steps=steps,
+            block_length=block_length,
+            alg=alg,
+            output_history=True,
+            return_dict_in_generate=True,
+            eos_early_stop=False,
+        )
+        hook.remove()
+        assert len(passes) == len(output.history) == output.num_forwards.max() <= min(steps, 12)
+        canvas = torch.cat([prompt, torch.full((3, 10), MASK)], dim=1)
+        for num_pass, after in enumerate(output.history):
+            active = output.num_forwards > num_pass
+            assert (after != canvas).any(dim=1).tolist() == active.tolist()
+            if alg != "p2":  # p2 may take tokens back, the others never do
+                assert (after == canvas)[canvas != MASK].all()
+            assert (after[1] == MASK).sum() < (canvas[1] == MASK).sum() or not active[1]
+            canvas = after
+        assert not (canvas == MASK).any()
+        assert torch.equal(output.history[0][0, :6], prompt[0])
+
+
+def test_finished_rows_leave_the_batch(model, tokens):
+    prompt = tokens(2, 8)
+    prompt[1, 1:7] = MASK
+    sizes = []
+    hook = model.model.register_forward_hook(lambda module, args, out: sizes.append(len(out[0])))
+    output = model.diffusion_generate(prompt, max_new_tokens=2, steps=20, return_dict_in_generate=True)
+    hook.remove()
+    short, long = output.num_forwards.tolist()
+    assert 1 <= short < long
+    assert sizes == [2] * short + [1] * (long - short)
+
+
+def test_the_head_runs_on_masked_rows_of_the_block_only(model, tokens):
+    rows = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    model.diffusion_generate(tokens(2, 5), max_new_tokens=6, steps=6, block_length=3, eos_early_stop=False)
+    hook.remove()
+    assert rows == [6, 4, 6, 4]  # each row commits one, then two of a block
+
+
+def test_without_a_history_none_is_returned_and_forward_counts_always_are(model, tokens):
+    output = model.diffusion_generate(tokens(2, 3), max_new_tokens=2, steps=1, return_dict_in_generate=True)
+    assert output.history is None
+    assert output.num_forwards.tolist() == [1, 1]
+    assert output.cancelled is False
+
+
+def test_an_empty_prompt_and_an_empty_batch_are_fine(model):
+    assert model.diffusion_generate(torch.zeros(2, 0, dtype=torch.long), max_new_tokens=4, steps=4).shape == (2, 4)
+    assert model.diffusion_generate(torch.zeros(0, 3, dtype=torch.long), max_new_tokens=4, steps=4).shape == (0, 7)
+
+
+def test_a_callback_sees_every_canvas_and_can_cancel(model, tokens):
+    seen = []
+
+    def watch(canvas, step):
+        seen.append((step, canvas.clone()))
+        return step < 3
+
+    output = model.diffusion_generate(
+        tokens(2, 4), max_new_tokens=8, steps=8, step_callback=watch, return_dict_in_generate=True, eos_early_stop=False
+    )
+    assert [step for step, _ in seen] == [1, 2, 3]
+    assert output.cancelled is True
+    assert torch.equal(output.sequences, seen[-1][1])
+    assert (output.sequences == MASK).sum(dim=1).tolist() == [5, 5]
+    full = model.diffusion_generate(tokens(2, 4), max_new_tokens=8, steps=8, step_callback=lambda canvas, step: None)
+    committed = output.sequences != MASK
+    assert torch.equal(output.sequences[committed], full[committed])
+
+
+def test_do_sample_false_is_greedy(model, tokens):
+    arguments = {"max_new_tokens": 12, "steps": 12}
+    greedy = model.diffusion_generate(tokens(1, 4), **arguments)
+    sampled = model.diffusion_generate(tokens(1, 4), **arguments, temperature=3.0)
+    assert torch.equal(model.diffusion_generate(tokens(1, 4), **arguments, temperature=3.0, do_sample=False), greedy)
+    assert torch.equal(model.diffusion_generate(tokens(1, 4), **arguments, temperature=3.0, do_sample=True), sampled)
+    assert not torch.equal(sampled, greedy)
+
+
+def test_generate_is_diffusion_generate(model, tokens):
+    want = model.diffusion_generate(tokens(2, 4), max_new_tokens=5, steps=5)
+    mask = torch.ones(2, 4, dtype=torch.long)
+    assert torch.equal(model.generate(tokens(2, 4), max_new_tokens=5, steps=5), want)
+    assert torch.equal(model.generate(input_ids=tokens(2, 4), attention_mask=mask, max_new_tokens=5, steps=5), want)
+    config = DiffusionGenerationConfig(max_new_tokens=5, steps=5)
+    assert torch.equal(model.generate(tokens(2, 4), generation_config=config), want)
+    with pytest.raises(ValueError, match="inputs and input_ids are the same argument"):
+        model.generate(tokens(2, 4), input_ids=tokens(2, 4))
+
+
+# ---- settings
+
+
+def test_settings_round_trip_through_generation_config_json(tmp_path):
+    config = DiffusionGenerationConfig(
+        max_new_tokens=7, steps=9, alg="p2", alg_temp=0.2, temperature=0.6, top_p=0.95, top_k=40, block_length=8,
+        eps=0.01, seed=5, eos_early_stop=False, eos_token_id=[1, 2], do_sample=True,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    loaded = DiffusionGenerationConfig.from_pretrained(tmp_path)
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    for key in ("steps", "alg", "top_p", "block_length", "eps", "seed", "eos_early_stop"):
+        assert written[key] == getattr(config, key) == getattr(loaded, key)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stepz": 4}, "unknown generation setting 'stepz'; did you mean 'steps'"),
+        ({"temprature": 0.1}, "unknown generation setting 'temprature'; did you mean 'temperature'"),
+        ({"num_beams": 4}, "unknown generation setting 'num_beams'"),
+        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ({"steps": -3}, "steps must be an integer >= 1, got -3"),
+        ({"steps": 2.5}, "steps must be an integer >= 1, got 2.5"),
+        ({"steps": None}, "steps must be an integer >= 1, got None"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
+        ({"block_length": 0}, "block_length must be an integer >= 1 or None, got 0"),
+        ({"top_k": 0}, "top_k must be an integer >= 1 or None, got 0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\] or None, got 0.0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\] or None, got 1.5"),
+        ({"temperature": -0.1}, "temperature must be a number >= 0, got -0.1"),
+        ({"temperature": math.nan}, "temperature must be a number >= 0, got nan"),
+        ({"temperature": "hot"}, "temperature must be a number >= 0, got 'hot'"),
+        ({"alg_temp": -1}, "alg_temp must be a number >= 0 or None, got -1"),
+        ({"eps": 1.0}, r"eps must be in \(0, 1\), got 1.0"),
+        ({"alg": "greedy"}, "alg must be one of origin, maskgit_plus, topk_margin, entropy, p2, got 'greedy'"),
+        ({"seed": -1}, "seed must be an integer >= 0 or a list of them, one per row, got -1"),
+        ({"seed": [1, 2, 3]}, r"seed must hold one integer per row \(2\), got 3"),
+        ({"eos_early_stop": "yes"}, "eos_early_stop must be true or false, got 'yes'"),
+        ({"do_sample": "no"}, "do_sample must be true, false or None, got 'no'"),
+        ({"steps": 2, "block_length": 2, "max_new_tokens": 8}, "steps must be at least the number of blocks"),
+        ({"max_new_tokens": 0}, "nothing to fill: max_new_tokens is 0 and inputs hold no mask token"),
+        ({"max_new_tokens": 126}, "the prompt of 3 tokens and max_new_tokens=126 do not fit in the context of 128"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(model, tokens, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.diffusion_generate(tokens(2, 3), **arguments)
+    if "got" in message and "one integer per row" not in message or "unknown" in message:
+        with pytest.raises(ValueError, match=message):  # and in a file
+            DiffusionGenerationConfig(**arguments)
+        (tmp_path / "generation_config.json").write_text(json.dumps(arguments))
+        if arguments != {"steps": None}:
+            with pytest.raises(ValueError, match=message):
+                DiffusionGenerationConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "mask", "message"),
+    [
+        (None, None, "inputs must be .* got None"),
+        (torch.zeros(4).long(), None, r"inputs must be a \(B, T\) tensor of token ids, got torch.int64 \(4,\)"),
+        (torch.zeros(1, 4), None, "inputs must be .* got torch.float32"),
+        (torch.tensor([[1, 72]]), None, r"token ids must be in \[0, 72\), got 1 to 72"),
+        (torch.tensor([[-1, 3]]), None, r"token ids must be in \[0, 72\), got -1 to 3"),
+        (torch.ones(1, 3).long(), torch.ones(1, 2).long(), r"attention_mask must have the shape of inputs \(1, 3\)"),
+        (torch.ones(1, 3).long(), torch.full((1, 3), 2), "attention_mask must hold only 0 and 1"),
+        (torch.ones(1, 120).long(), None, "the prompt of 120 tokens and max_new_tokens=9 do not fit"),
+    ],
+)
+def test_bad_inputs_are_refused_by_name(model, inputs, mask, message):
+    with pytest.raises(ValueError, match=message):
+        model.diffusion_generate(inputs, mask, max_new_tokens=9, steps=9)
+
+
+def test_padding_does_not_count_towards_the_context(model, tokens):
+    mask = torch.cat([torch.zeros(1, 100), torch.ones(1, 20)], dim=1).long()
+    out = model.diffusion_generate(tokens(1, 120), mask, max_new_tokens=10, steps=2)
+    want = model.diffusion_generate(tokens(1, 120)[:, 100:], max_new_tokens=10, steps=2)
+    assert torch.equal(out[:, 120:], want[:, 20:])
+
+
+@pytest.mark.parametrize("alg", ALGORITHMS)
+def test_scores_that_are_not_finite_are_an_error(alg, make_model, tokens):
+    model = make_model()
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="scores that are not finite"):
+        model.diffusion_generate(tokens(1, 3), max_new_tokens=2, steps=2, alg=alg, temperature=0.5, top_p=0.9)
+
+
+def test_a_setting_that_a_trainer_adds_to_a_loaded_configuration_survives_or_is_refused(make_model, tmp_path, tokens):
+    model = make_model()
+    model.generation_config.do_sample = True  # as LLaMA-Factory does for models that sample
+    model.save_pretrained(tmp_path)
+    loaded = CoDALanguageModel.from_pretrained(tmp_path)
+    assert loaded.generation_config.do_sample is True
+    assert loaded.diffusion_generate(tokens(1, 3), max_new_tokens=2, steps=2).shape == (1, 5)
+    loaded.generation_config.num_beams = 4
+    with pytest.raises(ValueError, match="unknown generation setting 'num_beams'"):
+        loaded.diffusion_generate(tokens(1, 3), max_new_tokens=2, steps=2)
+    loaded.generation_config.num_beams = None
+    loaded.generation_config.steps = -2
+    with pytest.raises(ValueError, match="steps must be an integer >= 1, got -2"):
+        loaded.diffusion_generate(tokens(1, 3), max_new_tokens=2)
+
+
+def test_a_plain_generation_config_is_read_as_ours_or_refused(model, tokens):
+    plain = GenerationConfig(max_new_tokens=5, do_sample=False, temperature=0.9, top_p=0.9)
+    want = model.diffusion_generate(tokens(1, 3), max_new_tokens=5, steps=128)
+    assert torch.equal(model.generate(tokens(1, 3), generation_config=plain), want)
+    with pytest.raises(ValueError, match="unknown generation setting 'num_beams'"):
+        model.generate(tokens(1, 3), generation_config=GenerationConfig(num_beams=3, max_new_tokens=5))
+
+
+def test_a_folder_with_an_autoregressive_generation_config_names_the_setting_it_cannot_hold(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "repetition_penalty": 1.1}))
+    with pytest.raises(ValueError, match="unknown generation setting 'repetition_penalty'"):
+        CoDALanguageModel.from_pretrained(tmp_path)
