@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from coda_eval.harness import CoDAEvalModel
 
@@ -158,8 +160,33 @@ def test_processes_that_do_not_see_each_other_are_an_error(model_dir, monkeypatc
 
 
 def test_missing_model_folder_is_named(tmp_path):
-    with pytest.raises((ValueError, OSError), match="nowhere"):
+    with pytest.raises(ValueError, match="no model folder at .*nowhere"):
         CoDAEvalModel(str(tmp_path / "nowhere"), device="cpu")
+
+
+def test_autoregressive_models_run_the_same_tasks(model_dir, tmp_path, data_dir, tasks):
+    core = load(model_dir).tokenizer
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen3Config(vocab_size=304, num_key_value_heads=1, head_dim=16, max_position_embeddings=256, **shape)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "ar")
+    core.save_pretrained(tmp_path / "ar")
+    gap = {"task_id": "g", "prefix": "x = ", "middle": "1", "suffix": ""}
+    problem = {"task_id": "p", "prompt": "f", "entry_point": "f", "test": "assert 0", "canonical_solution": "x"}
+    (data_dir / "quickstart_infill.jsonl").write_text(json.dumps(gap))
+    (data_dir / "quickstart_problems.jsonl").write_text(json.dumps(problem))
+    names = ["quickstart_infill", "quickstart_problems"]
+    results = simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(tmp_path / "ar")},
+        device="cpu",
+        tasks=names,
+        task_manager=tasks,
+        bootstrap_iters=0,
+        gen_kwargs={"max_gen_toks": 8},
+        apply_chat_template=True,
+    )["results"]
+    assert results["quickstart_problems"]["pass@1,run"] == 0.0
+    assert 0.0 <= results["quickstart_infill"]["exact_match,compare"] <= 1.0
 
 
 def test_model_is_registered_under_both_names():
