@@ -1,7 +1,9 @@
 """The network that a run starts from: weights of a folder, or random ones that depend on the seed alone."""
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -10,6 +12,9 @@ from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.diffusion import named_rng
 
 from .config import ModelConfig
+from .tokenization import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer_folder(folder: str) -> PreTrainedTokenizerBase:
@@ -95,4 +100,28 @@ def _check_tokens(config: CoDAConfig, tokenizer: PreTrainedTokenizerBase, folder
         raise ValueError(
             f"model.tokenizer {folder!r} has {len(tokenizer)} tokens, more than the model's vocab_size "
             f"{config.vocab_size}"
+        )
+
+
+def check_shards(shards: dict[str, Any], config: CoDAConfig, tokenizer_dir: str) -> None:
+    """Compare what token shards say about their tokenizer with the run's model and tokenizer.
+
+    Args:
+        shards: the tokenizer facts of the shards' manifests (``Mixture.tokenizer``).
+        config: the model's.
+        tokenizer_dir: ``model.tokenizer``.
+
+    Raises:
+        ValueError: the shards may hold ids that the model has no row for.
+    """
+    if shards["vocab_size"] > config.vocab_size:
+        raise ValueError(
+            f"the token shards were made with a tokenizer of {shards['vocab_size']} ids, more than the model's "
+            f"vocab_size {config.vocab_size}: prepare them with model.tokenizer {tokenizer_dir!r}"
+        )
+    if load_tokenizer(tokenizer_dir, shards["document_end"]).fingerprint != shards["fingerprint"]:
+        logger.warning(
+            "the token shards were made with another tokenizer than model.tokenizer %r; that is right only if both "
+            "give ordinary text the same ids, as when a mask token was added later",
+            tokenizer_dir,
         )

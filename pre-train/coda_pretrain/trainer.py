@@ -24,7 +24,7 @@ from .checkpoint import (
 )
 from .config import RunConfig
 from .evaluation import Evaluation
-from .initial_model import initial_model
+from .initial_model import check_shards, initial_model
 from .metrics import Reporter
 from .mixture import Mixture
 from .optim import build_optimizer, set_learning_rate, set_step_count, state_tensors
@@ -70,6 +70,7 @@ class Trainer:
                 f"seq_len must be at most the model's max_position_embeddings "
                 f"{model.config.max_position_embeddings}, got {config.seq_len}"
             )
+        check_shards(mixture.tokenizer, model.config, config.model.tokenizer)
         model = self.backend.prepare_model(model)
         self.parameters = dict(model.named_parameters())
         self.optimizer = build_optimizer(config.optimizer, self.parameters, self.backend)

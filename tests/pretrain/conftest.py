@@ -133,7 +133,7 @@ def train_in_process(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
             str(path),
         ]
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", **(environment or {})}
-        result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, result.stderr[-6000:]
         lines = (Path(config["output_dir"]) / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,6 +266,23 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused():
     message = r"global_batch_size must be a multiple of the 6 devices .* data 2 x fsdp 3\), got 8"
     with pytest.raises(ValueError, match=message):
         backend.check_rows("global_batch_size", 8)
+
+
+def test_shards_of_another_tokenizer_are_refused_or_warned_about(tmp_path, run_config, shards_dir, caplog):
+    def with_manifest(name, **facts):
+        shutil.copytree(shards_dir, tmp_path / name)
+        manifest = json.loads((shards_dir / "manifest.json").read_text())
+        manifest["tokenizer"] |= facts
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+        return from_dict(RunConfig, merge(run_config, {"data": {"sources": [{"path": str(tmp_path / name)}]}}))
+
+    with pytest.raises(ValueError, match="a tokenizer of 1000 ids, more than the model's vocab_size 320"):
+        Trainer(with_manifest("large", vocab_size=1000))
+    Trainer(with_manifest("other", fingerprint="other")).close()
+    assert "made with another tokenizer than model.tokenizer" in caplog.text
+    caplog.clear()
+    Trainer(with_manifest("same")).close()
+    assert "another tokenizer" not in caplog.text
 
 
 def test_command_line_reports_bad_input_in_one_line_and_dry_run_prints_yaml(tmp_path, run_config):
