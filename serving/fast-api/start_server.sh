@@ -19,7 +19,7 @@ if ! command -v "$PYTHON" > /dev/null; then
   exit 2
 fi
 if ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("coda_serving", "fastapi"))))'; then
-  echo "error: $PYTHON has no coda_serving; install it: $PYTHON -m pip install -e '$repository[serving]'" >&2
+  echo "error: $PYTHON has no coda_serving; install it: $PYTHON -m pip install -e '${repository}[serving]'" >&2
   exit 2
 fi
 if [[ -z "${ENV_FILE:-}" && -f "$here/.env" ]]; then

@@ -1,5 +1,6 @@
 """A server without a model, whose answers are written in the test; and a tiny random model in a live server."""
 
+import asyncio
 import contextlib
 import os
 import random
@@ -282,3 +283,18 @@ def live_server(model_folder, tmp_path_factory) -> Iterator[LiveServer]:
 def serving_fakes():
     """This module's makers of fakes, for tests that need more than a fixture."""
     return sys.modules[__name__]
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """Run a coroutine function with a client of an app around a fake sampler."""
+
+    def run(test, sampler=None, *, headers=None, **settings_changes):
+        async def inner():
+            app = make_app(sampler or FakeSampler(), **settings_changes)
+            async with open_client(app, headers=headers) as client:
+                return await test(client)
+
+        return asyncio.run(inner())
+
+    return run
