@@ -181,6 +181,10 @@ class DiffusionGenerationMixin(GenerationMixin):
         except OSError:  # the folder has none: the defaults hold
             self.generation_config = DiffusionGenerationConfig()
 
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
+        """A pipeline asks with defaults for autoregressive models; it gets our own settings. Arguments pass through."""
+        return copy.deepcopy(self.generation_config), kwargs
+
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
         """`diffusion_generate` under the name and with the arguments that transformers' callers use."""
         if "input_ids" in kwargs:

@@ -9,7 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from CoDALanguageModel import CoDALanguageModel, DiffusionGenerationConfig
 from CoDALanguageModel.diffusion import named_rng
@@ -423,6 +426,21 @@ def test_generate_is_diffusion_generate(model, tokens):
     assert torch.equal(model.generate(tokens(2, 4), generation_config=config), want)
     with pytest.raises(ValueError, match="inputs and input_ids are the same argument"):
         model.generate(tokens(2, 4), input_ids=tokens(2, 4))
+
+
+def test_a_text_generation_pipeline_decodes_with_the_settings_of_the_model(make_model):
+    vocabulary = {chr(33 + i): i for i in range(64)} | {"<pad>": PAD}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="!"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    model = make_model()
+    model.generation_config = DiffusionGenerationConfig(max_new_tokens=5, steps=5)
+    ask = pipeline("text-generation", model=model, tokenizer=fast, device="cpu")
+    prompt = fast("ABCD", return_tensors="pt").input_ids
+    for arguments in ({}, {"max_new_tokens": 3, "temperature": 0.5, "seed": 4}):
+        (answer,) = ask("ABCD", return_full_text=False, **arguments)
+        want = model.diffusion_generate(prompt, **arguments)[0, 4:]
+        assert answer["generated_text"].strip() == fast.decode(want, skip_special_tokens=True)
 
 
 # ---- settings
