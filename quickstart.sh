@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The whole CoDA loop on two CPU cores: data, tokenizer, pre-, mid- and post-training, evaluation, server, report.
+#
+#   bash quickstart.sh                 runs what is not done yet, in runs/quickstart
+#   bash quickstart.sh --fresh         starts over
+#   bash quickstart.sh --serve         leaves the server running at the end
+#   bash quickstart.sh --run_dir DIR   another run folder
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$root"
+case "${1:-}" in
+    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
+bash setup_env.sh
+export USE_TORCH_XLA=0   # the loop trains on plain PyTorch; torch_xla would take the devices over
+exec .venv/bin/python -m coda_quickstart run "$@"

@@ -1,0 +1,135 @@
+"""``python -m coda_quickstart``: the whole loop, or one of the steps that the loop runs as separate processes."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: ``run`` is the loop, the others are its steps."""
+    parser = argparse.ArgumentParser(prog="python -m coda_quickstart", description="The small CoDA loop on two cores.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="all stages; those that are done and valid are skipped")
+    run.add_argument("--run_dir", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
+    run.add_argument("--config_dir", type=Path, help="settings of the stages (default: quickstart/configs)")
+    run.add_argument("--fresh", action="store_true", help="remove the run folder and start over")
+    run.add_argument("--serve", action="store_true", help="leave the server running at the end")
+    data = commands.add_parser("data", help="corpus, tokenizer, instruction set and held-out problems")
+    data.add_argument("--config", type=Path, required=True)
+    data.add_argument("--output_dir", type=Path, required=True)
+    data.add_argument("--corpus_dir", type=Path, help="folder of Python files (default: the standard library)")
+    denoise = commands.add_parser("denoise", help="record one answer step by step")
+    denoise.add_argument("--run_dir", type=Path, required=True)
+    denoise.add_argument("--config", type=Path, required=True)
+    chat = commands.add_parser("chat", help="start the server, ask twice, stop it")
+    chat.add_argument("--run_dir", type=Path, required=True)
+    report = commands.add_parser("report", help="write report.html, report.md and summary.json")
+    report.add_argument("--run_dir", type=Path, required=True)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 1 when a stage failed, 2 when the input is at fault."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return {"run": _run, "data": _data, "denoise": _denoise, "chat": _chat, "report": _report}[arguments.command](
+            arguments
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from coda_quickstart.report import write_report
+    from coda_quickstart.runner import Runner, start_over
+    from coda_quickstart.stages import build_stages
+
+    started = time.monotonic()
+    run_dir = arguments.run_dir.resolve()
+    if arguments.fresh:
+        start_over(run_dir)
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    configs = (arguments.config_dir or REPOSITORY / "quickstart" / "configs").resolve()
+    # Room processes are single and share no cores; the tokenizers' own threads would fight with the workers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    stages = build_stages(REPOSITORY, run_dir, configs, _yaml(configs / "eval.yaml"))
+    seconds = Runner(run_dir, REPOSITORY, show=_show).run(stages)
+    (run_dir / "times.json").write_text(json.dumps(seconds, indent=2) + "\n")
+    for answer in json.loads((run_dir / "answers.json").read_text()):
+        _show(f"\n{answer['kind']} request:\n{answer['question'].rstrip()}\nanswer:\n{answer['answer'].rstrip()}")
+    _show(f"\n{write_report(run_dir)}")
+    _show(f"report: {run_dir / 'report.html'}")
+    _show(f"this call: {time.monotonic() - started:.0f} s; all stages together: {sum(seconds.values()):.0f} s")
+    if arguments.serve:
+        _leave_serving(run_dir)
+    return 0
+
+
+def _leave_serving(run_dir: Path) -> None:
+    from coda_quickstart.chat import MODEL_NAME, free_port, start_server
+
+    port = free_port()
+    server = start_server(REPOSITORY, run_dir / "model", port, run_dir / "logs" / "server.log")
+    _show(f"server: http://127.0.0.1:{port}/v1 (model {MODEL_NAME}), process {server.pid}; stop it: kill {server.pid}")
+    _show(f"chat: python serving/fast-api/chat_cli.py --base-url http://127.0.0.1:{port}/v1 --model {MODEL_NAME}")
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from coda_quickstart.prepare import load_settings, prepare
+
+    summary = prepare(load_settings(arguments.config), arguments.output_dir, arguments.corpus_dir)
+    _show(json.dumps(summary))
+    return 0
+
+
+def _denoise(arguments: argparse.Namespace) -> int:
+    from coda_quickstart.denoise import record_denoising
+
+    record = record_denoising(arguments.run_dir, _yaml(arguments.config)["generation"])
+    (arguments.run_dir / "denoise.json").write_text(json.dumps(record) + "\n")
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from coda_quickstart.chat import ask, running_server
+
+    run_dir = arguments.run_dir
+    with running_server(REPOSITORY, run_dir / "model", run_dir / "logs" / "server.log") as base_url:
+        answers = ask(base_url, run_dir)
+    (run_dir / "answers.json").write_text(json.dumps(answers, indent=2) + "\n")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from coda_quickstart.report import write_report
+
+    _show(write_report(arguments.run_dir.resolve()))
+    return 0
+
+
+def _yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _show(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Starts the server on the fine-tuned model and asks it one chat and one infill question with the official client."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from openai import OpenAI
+from transformers import AutoTokenizer
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 30.0
+MODEL_NAME = "coda-quickstart"
+ANSWER_TOKENS = 48
+BLOCK_LENGTH = 8
+
+
+class ServerFailed(RuntimeError):
+    """The server ended, or did not answer in time; the message holds the end of its log."""
+
+
+def free_port() -> int:
+    """A loopback port that nothing listens on at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_server(repository: Path, model_dir: Path, port: int, log_path: Path) -> subprocess.Popen:
+    """Start the server in a session of its own and wait until it is healthy.
+
+    Raises:
+        ServerFailed: it ended, or was not healthy within three minutes.
+    """
+    environment = {
+        "MODEL_NAME": str(model_dir),
+        "SERVED_MODEL_NAME": MODEL_NAME,
+        "HOST": "127.0.0.1",
+        "PORT": str(port),
+        "MAX_TOKENS": str(ANSWER_TOKENS),
+        "STEPS": str(ANSWER_TOKENS),
+        "ALG_TEMP": "0",
+        "BLOCK_LENGTH": str(BLOCK_LENGTH),
+    }
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("w", encoding="utf-8") as log:
+        server = subprocess.Popen(
+            ("bash", str(repository / "serving" / "fast-api" / "start_server.sh")),
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_healthy(server, port, log_path)
+    except BaseException:
+        stop_server(server)
+        raise
+    return server
+
+
+def _wait_until_healthy(server: subprocess.Popen, port: int, log_path: Path) -> None:
+    started = time.monotonic()
+    while True:
+        if server.poll() is not None:
+            reason = f"ended with exit status {server.returncode}"
+            break
+        if time.monotonic() - started > START_TIMEOUT_S:
+            reason = f"was not healthy after {START_TIMEOUT_S:.0f} s"
+            break
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):  # not listening yet, or still loading the model
+            time.sleep(0.5)
+    tail = "\n".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+    raise ServerFailed(f"the server {reason}:\n{tail}")
+
+
+def stop_server(server: subprocess.Popen) -> None:
+    """End the server and everything it started."""
+    if server.poll() is not None:
+        return
+    os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@contextmanager
+def running_server(repository: Path, model_dir: Path, log_path: Path) -> Iterator[str]:
+    """The base URL of a server that ends with the block, also when this process is asked to end."""
+    port = free_port()
+    server = start_server(repository, model_dir, port, log_path)
+    previous = signal.signal(signal.SIGTERM, _raise_exit)
+    try:
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        stop_server(server)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _raise_exit(signal_number: int, frame: object) -> None:
+    raise SystemExit(128 + signal_number)
+
+
+def ask(base_url: str, run_dir: Path) -> list[dict[str, str | float]]:
+    """One chat request and one infill request about held-out text.
+
+    Returns:
+        Two rows of kind, question, answer, expected and seconds.
+    """
+    client = OpenAI(base_url=base_url, api_key="none", timeout=120)
+    problem = _first_row(run_dir / "benchmarks" / "quickstart_problems.jsonl")
+    gap = _first_row(run_dir / "benchmarks" / "quickstart_infill.jsonl")
+    started = time.monotonic()
+    chat = client.chat.completions.create(
+        model=MODEL_NAME, messages=[{"role": "user", "content": problem["prompt"]}], max_tokens=ANSWER_TOKENS
+    )
+    between = time.monotonic()
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer")
+    num_tokens = len(tokenizer(gap["middle"], add_special_tokens=False)["input_ids"])
+    infill = client.completions.create(
+        model=MODEL_NAME, prompt=gap["prefix"], suffix=gap["suffix"], max_tokens=num_tokens
+    )
+    ended = time.monotonic()
+    return [
+        {
+            "kind": "chat",
+            "question": problem["prompt"],
+            "answer": chat.choices[0].message.content or "",
+            "expected": problem["canonical_solution"],
+            "seconds": between - started,
+        },
+        {
+            "kind": "infill",
+            "question": f"{gap['prefix']}[{num_tokens} tokens missing]{gap['suffix']}",
+            "answer": infill.choices[0].text,
+            "expected": gap["middle"],
+            "seconds": ended - between,
+        },
+    ]
+
+
+def _first_row(path: Path) -> dict[str, str]:
+    with path.open(encoding="utf-8") as file:
+        return json.loads(file.readline())

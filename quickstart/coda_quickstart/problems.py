@@ -1,0 +1,227 @@
+"""Short functions made from the grammar: training rows, held-out problems with asserts, held-out infilling gaps.
+
+A composition is the unordered set of a program's filter, map and aggregate. A fixed hash decides once and for all
+which compositions are held out, so no sampling order, seed or count can move one into the training data. Constants,
+names and wordings vary on both sides. Not here: the primitives (grammar.py) and data cut from real code (corpus.py).
+"""
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from coda_quickstart.grammar import AGGREGATES, FILTERS, MAPS, SOURCES, Aggregate, Filter, Map, Source
+
+HELD_OUT_SHARE = 0.1
+FUNCTION_NAMES = ("solve", "compute", "process", "answer", "result", "evaluate")
+VARIABLES = {"number": "x", "word": "w", "char": "c"}
+WORD_POOL = (
+    "level noon radar otto rotor ana stats Anna apple orange tiny lion stone RIVER Salt trail eel ion tone iris nest "
+    "letter senior noise 7 42 2048 1331 555 a Lent EAST 90210 raisin toe listens in on rose oil tea sir ESSAY less "
+    "north orient street ten tin a1 isotope elation trio solo art era ace nine Nile ease loan also into tartan"
+).split()
+
+
+@dataclass(frozen=True)
+class Program:
+    """One function of the grammar, down to its names and wording."""
+
+    source: Source
+    filter: Filter
+    map: Map
+    aggregate: Aggregate
+    filter_constant: str
+    map_constant: str
+    function_name: str
+    parameter: str
+    docstring: str
+
+    @property
+    def composition(self) -> frozenset[str]:
+        """The unordered set of primitives that the held-out rule looks at."""
+        return composition_of(self.filter, self.map, self.aggregate)
+
+    @property
+    def expression(self) -> str:
+        """The Python expression that the function returns."""
+        variable = VARIABLES[self.source.element]
+        mapped = self.map.code.format(x=variable, k=self.map_constant)
+        condition = self.filter.code.format(x=variable, k=self.filter_constant)
+        iterable = self.source.code.format(p=self.parameter)
+        return self.aggregate.code.format(g=f"{mapped} for {variable} in {iterable} if {condition}")
+
+    @property
+    def prompt(self) -> str:
+        """Signature and docstring, ending in a newline."""
+        return f'def {self.function_name}({self.parameter}):\n    """{self.docstring}"""\n'
+
+    @property
+    def body(self) -> str:
+        """What completes the prompt, ending in a newline."""
+        return f"    return {self.expression}\n"
+
+    @property
+    def answer(self) -> str:
+        """The whole function without its docstring: what the model learns to answer."""
+        return f"def {self.function_name}({self.parameter}):\n{self.body}".rstrip("\n")
+
+
+def composition_of(filter_: Filter, map_: Map, aggregate: Aggregate) -> frozenset[str]:
+    """The unordered set of the three primitives' names."""
+    return frozenset((f"filter {filter_.name}", f"map {map_.name}", f"aggregate {aggregate.name}"))
+
+
+def is_held_out(composition: frozenset[str]) -> bool:
+    """Whether this composition is kept away from all training data: a fixed tenth of all compositions, by hash."""
+    digest = hashlib.sha256(", ".join(sorted(composition)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+
+
+def all_compositions() -> list[tuple[str, Filter, Map, Aggregate]]:
+    """Every combination that fits by type, as (element type, filter, map, aggregate), in a fixed order."""
+    return [
+        (filter_.element, filter_, map_, aggregate)
+        for filter_ in FILTERS
+        for map_ in MAPS
+        if map_.element == filter_.element
+        for aggregate in AGGREGATES
+        if aggregate.accepts in ("any", map_.result)
+    ]
+
+
+def training_programs(num_programs: int, seed: int) -> list[Program]:
+    """Distinct programs whose compositions are not held out.
+
+    Args:
+        num_programs: how many to draw.
+        seed: names the draw; the same seed gives the same list.
+
+    Raises:
+        ValueError: ``num_programs`` is negative.
+    """
+    if num_programs < 0:
+        raise ValueError(f"num_programs must be at least 0, got {num_programs}")
+    rng = random.Random(f"training programs {seed}")
+    compositions = [entry for entry in all_compositions() if not is_held_out(composition_of(*entry[1:]))]
+    programs: dict[str, Program] = {}
+    while len(programs) < num_programs:
+        program = _draw_program(rng, *rng.choice(compositions))
+        programs.setdefault(program.prompt, program)
+    return list(programs.values())
+
+
+def held_out_programs(num_programs: int, seed: int) -> list[Program]:
+    """Programs of held-out compositions, each composition at most once.
+
+    Raises:
+        ValueError: more programs are asked for than there are held-out compositions.
+    """
+    rng = random.Random(f"held-out programs {seed}")
+    compositions = [entry for entry in all_compositions() if is_held_out(composition_of(*entry[1:]))]
+    if not 0 <= num_programs <= len(compositions):
+        raise ValueError(f"num_programs must be in [0, {len(compositions)}], got {num_programs}")
+    return [_draw_program(rng, *entry) for entry in rng.sample(compositions, num_programs)]
+
+
+def _draw_program(rng: random.Random, element: str, filter_: Filter, map_: Map, aggregate: Aggregate) -> Program:
+    source = rng.choice([source for source in SOURCES if source.element == element])
+    parameter = rng.choice(source.parameters)
+    filter_constant = rng.choice(filter_.constants or ("",))
+    map_constant = rng.choice(map_.constants or ("",))
+    noun = source.noun.format(p=parameter)
+    if filter_.before and (not filter_.after or rng.random() < 0.5):
+        kept = f"the {rng.choice(filter_.before)} {noun}"
+    else:
+        kept = f"the {noun} {rng.choice(filter_.after).format(k=filter_constant)}"
+    gathered = rng.choice(aggregate.nouns)
+    if rng.random() < 0.5:
+        docstring = f"Return {gathered} {rng.choice(map_.nouns).format(k=map_constant)} {kept}."
+    else:
+        verb = rng.choice(map_.verbs).format(k=map_constant)
+        docstring = f"Take {kept}, {verb} and return {gathered} the results."
+    function_name = rng.choice(FUNCTION_NAMES)
+    return Program(source, filter_, map_, aggregate, filter_constant, map_constant, function_name, parameter, docstring)
+
+
+def problem_row(program: Program, index: int, seed: int) -> dict[str, str]:
+    """The program as a problem in HumanEval's format, with eight asserts.
+
+    Returns:
+        task_id, prompt, entry_point, test (defines ``check(candidate)``) and canonical_solution.
+    """
+    rng = random.Random(f"arguments {seed} {index}")
+    function = _compile(program)
+    lines = ["def check(candidate):"]
+    for argument in _arguments(rng, program.source):
+        expected = _literal(function(argument))
+        lines.append(f"    assert candidate({argument!r}) == {expected}")
+    return {
+        "task_id": f"quickstart/{index}",
+        "prompt": program.prompt,
+        "entry_point": program.function_name,
+        "test": "\n".join(lines) + "\n",
+        "canonical_solution": program.body,
+    }
+
+
+def infill_row(
+    program: Program, index: int, seed: int, splits_cleanly: Callable[[str, str, str], bool]
+) -> dict[str, str] | None:
+    """A gap in the program's return line: its filter, its mapped element, its iterable or the whole expression.
+
+    Args:
+        program: the function to cut.
+        index: names the gap together with ``seed``.
+        seed: see ``index``.
+        splits_cleanly: whether prefix, middle and suffix tokenized apart give the tokens of the whole.
+
+    Returns:
+        task_id, prefix, middle and suffix, whose concatenation is the whole function; None when no gap splits cleanly.
+    """
+    variable = VARIABLES[program.source.element]
+    text = program.prompt + program.body
+    condition = program.filter.code.format(x=variable, k=program.filter_constant)
+    mapped = program.map.code.format(x=variable, k=program.map_constant)
+    iterable = program.source.code.format(p=program.parameter)
+    gaps = [
+        (text.rindex(f" if {condition}"), f" if {condition}"),
+        (text.rindex(f"{mapped} for {variable} in "), mapped),
+        (text.rindex(f" {iterable} if {condition}"), f" {iterable}"),
+        (text.rindex(f" {program.expression}"), f" {program.expression}"),
+    ]
+    random.Random(f"gap {seed} {index}").shuffle(gaps)
+    for start, middle in gaps:
+        prefix, suffix = text[:start], text[start + len(middle) :]
+        if splits_cleanly(prefix, middle, suffix):
+            return {"task_id": f"composition/{index}", "prefix": prefix, "middle": middle, "suffix": suffix}
+    return None
+
+
+def instruction_row(program: Program) -> dict[str, str]:
+    """The program as an Alpaca row: the prompt is the instruction, the whole function the output."""
+    return {"instruction": program.prompt, "input": "", "output": program.answer}
+
+
+def _compile(program: Program) -> Any:
+    namespace: dict[str, Any] = {}
+    exec(program.prompt + program.body, namespace)  # our own text, built from the grammar above
+    return namespace[program.function_name]
+
+
+def _literal(value: Any) -> str:
+    """Python text of ``value``; sets are written in sorted order so that the same value gives the same text."""
+    if isinstance(value, set):
+        return "{" + ", ".join(map(repr, sorted(value))) + "}" if value else "set()"
+    return repr(value)
+
+
+def _arguments(rng: random.Random, source: Source) -> list[Any]:
+    if source.name == "list":
+        return [[rng.randint(-12, 24) for _ in range(rng.randint(6, 12))] for _ in range(7)] + [[]]
+    if source.name == "range":
+        return [*rng.sample(range(3, 40), 7), 0]
+    if source.name == "digits":
+        return [rng.randint(10**4, 10**9) for _ in range(7)] + [0]
+    words = [[rng.choice(WORD_POOL) for _ in range(rng.randint(6, 14))] for _ in range(7)]
+    return [*words, []] if source.name == "strings" else [*map(" ".join, words), ""]

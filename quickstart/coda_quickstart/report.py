@@ -1,0 +1,257 @@
+"""The report of a run: report.html (self-contained), report.md and summary.json, from the files of the stages.
+
+Not here: the pictures (pictures.py) and the numbers' own files, which the rooms write.
+"""
+
+import html
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+import transformers
+
+from coda_quickstart.pictures import denoising_html, denoising_text, loss_curves_svg, masking_html, masking_text
+
+STAGES = (("pretrain", "Pre-training"), ("midtrain", "Mid-training"), ("model", "Fine-tuning"))
+TIME_TITLES = {
+    "data": "corpus, tokenizer, instruction set, held-out problems",
+    "shards": "token shards",
+    "pretrain": "pre-training and export",
+    "midtrain": "mid-training and export",
+    "convert": "Hugging Face folder",
+    "sft": "fine-tuning",
+    "evaluate": "evaluation",
+    "denoise": "one answer step by step",
+    "serve": "server and two requests",
+}
+
+
+def wilson_interval(num_passed: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a binomial share (Wilson 1927), each end in [0, 1].
+
+    Raises:
+        ValueError: ``count`` is below 1 or ``num_passed`` not in [0, count].
+    """
+    if count < 1 or not 0 <= num_passed <= count:
+        raise ValueError(f"num_passed must be in [0, count] with count >= 1, got {num_passed} of {count}")
+    share = num_passed / count
+    scale = 1 + z * z / count
+    middle = (share + z * z / (2 * count)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(step, loss) of training and of validation; the validation key may carry the data set's name."""
+    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    validation = [
+        (row["step"], value)
+        for row in rows
+        for key, value in row.items()
+        if key.startswith("eval_") and key.endswith("loss")
+    ]
+    return training, validation
+
+
+def read_scores(run_dir: Path) -> list[dict[str, Any]]:
+    """One row per benchmark (infilling split by where the gaps come from): name, passed, count, interval.
+
+    Raises:
+        ValueError: the evaluation left no samples.
+    """
+    groups: dict[str, list[bool]] = {}
+    names = {
+        "quickstart_problems": "held-out problems, pass@1",
+        "composition": "infilling, held-out generated functions, exact match",
+        "stdlib": "infilling, held-out standard library lines, exact match",
+        "coda_humaneval_instruct": "HumanEval, first 3 problems, pass@1 (0 % expected at this size)",
+    }
+    samples = sorted((run_dir / "evaluation").rglob("samples_*.jsonl"))
+    if not samples:
+        raise ValueError(f"no samples_*.jsonl below {run_dir / 'evaluation'}; run the evaluation first")
+    for path in samples:
+        task = next((name for name in (*names, "quickstart_infill") if f"samples_{name}_" in path.name), None)
+        for row in read_metrics(path):
+            group = row["doc"]["task_id"].split("/")[0] if task == "quickstart_infill" else task
+            if group in names:
+                passed = row["exact_match"] if task == "quickstart_infill" else row["pass@1"]
+                groups.setdefault(group, []).append(bool(passed))
+    rows = []
+    for group, name in names.items():
+        if group in groups:
+            passed, count = sum(groups[group]), len(groups[group])
+            low, high = wilson_interval(passed, count)
+            share = passed / count
+            rows.append({"name": name, "passed": passed, "count": count, "share": share, "low": low, "high": high})
+    return rows
+
+
+def training_table(run_dir: Path) -> list[dict[str, Any]]:
+    """Per stage: steps, tokens seen, tokens per second, last training and validation loss."""
+    rows = []
+    for folder, title in STAGES:
+        metrics = read_metrics(run_dir / folder / "metrics.jsonl")
+        logged = [row for row in metrics if "loss" in row]
+        training, validation = curves(metrics)
+        speeds = sorted(row["tokens_per_s"] for row in logged if row.get("tokens_per_s"))
+        rows.append(
+            {
+                "stage": title,
+                "steps": training[-1][0],
+                "tokens": logged[-1]["tokens"],
+                "tokens_per_s": speeds[len(speeds) // 2] if speeds else 0.0,
+                "loss": training[-1][1],
+                "validation_loss": validation[-1][1] if validation else None,
+            }
+        )
+    return rows
+
+
+def write_report(run_dir: Path) -> str:
+    """Write report.html, report.md and summary.json.
+
+    Returns:
+        The score and time tables as Markdown.
+
+    Raises:
+        ValueError: a stage's file is missing.
+    """
+    try:
+        scores, training = read_scores(run_dir), training_table(run_dir)
+        times = json.loads((run_dir / "times.json").read_text())
+        denoised = json.loads((run_dir / "denoise.json").read_text())
+        answers = json.loads((run_dir / "answers.json").read_text())
+        config = json.loads((run_dir / "model" / "config.json").read_text())
+        data = json.loads((run_dir / "data" / "summary.json").read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"the report needs all stages; missing: {error.filename}") from error
+    config["parameters"] = num_parameters(run_dir / "model" / "model.safetensors")
+    summary = {"scores": scores, "training": training, "times_s": times, "data": data}
+    summary |= {"parameters": config["parameters"], "machine": machine()}
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    tables = markdown_tables(summary)
+    runs = [(title, *curves(read_metrics(run_dir / folder / "metrics.jsonl"))) for folder, title in STAGES]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "tokenizer")
+    svg = loss_curves_svg(runs)
+    (run_dir / "losses.svg").write_text(svg, encoding="utf-8")
+    page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
+        scores=_score_rows(scores),
+        headline=f"{100 * scores[0]['share']:.1f} %",
+        headline_detail=f"{scores[0]['passed']} of {scores[0]['count']} held-out problems",
+        total_minutes=f"{sum(times.values()) / 60:.1f} min",
+        parameters=f"{config['parameters'] / 1e6:.1f} M",
+        tokens=f"{sum(row['tokens'] for row in training) / 1e6:.1f} M",
+        losses=svg[svg.index("<svg") :],
+        masking=masking_html(tokenizer),
+        prompt=html.escape(denoised["prompt"].rstrip()),
+        denoising=denoising_html(denoised["steps"]),
+        answers=_answer_blocks(answers),
+        training=_training_rows(training),
+        times=_time_rows(times),
+        settings=html.escape(json.dumps({"model": _shape(config), "data": data, "machine": machine()}, indent=2)),
+    )
+    (run_dir / "report.html").write_text(page, encoding="utf-8")
+    sections = [
+        "# CoDA quickstart",
+        tables,
+        "## Losses\n\n![loss curves](losses.svg)",
+        f"## Masking strategies\n\n```text\n{masking_text(tokenizer)}\n```",
+        f"## One answer, step by step\n\n```python\n{denoised['prompt'].rstrip()}\n```\n\n"
+        f"```text\n{denoising_text(denoised['steps'])}\n```",
+        "## Server\n\n" + "\n\n".join(_answer_markdown(answer) for answer in answers),
+        f"## Settings\n\n```json\n{json.dumps({'model': _shape(config), 'data': data}, indent=2)}\n```",
+    ]
+    (run_dir / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return tables
+
+
+def markdown_tables(summary: Mapping[str, Any]) -> str:
+    """Scores, training and times as Markdown tables."""
+    lines = ["| benchmark | score | 95 % interval | n |", "|---|---:|---|---:|"]
+    for row in summary["scores"]:
+        interval = f"{100 * row['low']:.1f} - {100 * row['high']:.1f} %"
+        lines.append(f"| {row['name']} | {100 * row['share']:.1f} % | {interval} | {row['count']} |")
+    lines += ["", "| training | steps | tokens | tokens/s | loss | validation loss |", "|---|---:|---:|---:|---:|---:|"]
+    for row in summary["training"]:
+        validation = "" if row["validation_loss"] is None else f"{row['validation_loss']:.2f}"
+        speed = f"{row['tokens_per_s']:,.0f}"
+        cells = (row["stage"], row["steps"], f"{row['tokens']:,}", speed, f"{row['loss']:.2f}", validation)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "| stage | seconds |", "|---|---:|"]
+    lines += [f"| {TIME_TITLES.get(name, name)} | {seconds:.0f} |" for name, seconds in summary["times_s"].items()]
+    lines += [f"| **all** | **{sum(summary['times_s'].values()):.0f}** |"]
+    lines += ["", f"{summary['parameters'] / 1e6:.2f} M parameters; {summary['machine']}."]
+    return "\n".join(lines)
+
+
+def num_parameters(weights: Path) -> int:
+    """Parameters stored in a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def machine() -> str:
+    """The machine and the versions, in words."""
+    return (
+        f"{torch.get_num_threads()} CPU threads, {platform.machine()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("parameters", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {name: config[name] for name in (*names, "num_key_value_heads", "head_dim", "vocab_size")}
+
+
+def _score_rows(scores: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(
+        f"<tr><td>{html.escape(row['name'])}</td><td class=n>{100 * row['share']:.1f} %</td>"
+        f"<td><span class=range><i style='left:{100 * row['low']:.1f}%;width:{100 * (row['high'] - row['low']):.1f}%'>"
+        f"</i><b style='left:{100 * row['share']:.1f}%'></b></span></td>"
+        f"<td class=n>{100 * row['low']:.1f} - {100 * row['high']:.1f} %</td>"
+        f"<td class=n>{row['passed']} / {row['count']}</td></tr>"
+        for row in scores
+    )
+
+
+def _training_rows(training: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(
+        f"<tr><td>{row['stage']}</td><td class=n>{row['steps']}</td><td class=n>{row['tokens']:,}</td>"
+        f"<td class=n>{row['tokens_per_s']:,.0f}</td><td class=n>{row['loss']:.2f}</td>"
+        f"<td class=n>{'' if row['validation_loss'] is None else format(row['validation_loss'], '.2f')}</td></tr>"
+        for row in training
+    )
+
+
+def _time_rows(times: Mapping[str, float]) -> str:
+    longest = max(times.values(), default=1.0) or 1.0
+    return "\n".join(
+        f"<tr><td>{TIME_TITLES.get(name, name)}</td><td class=n>{seconds:.0f} s</td>"
+        f"<td><span class=bar style='width:{100 * seconds / longest:.1f}%'></span></td></tr>"
+        for name, seconds in times.items()
+    )
+
+
+def _answer_blocks(answers: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(
+        f"<h3>{answer['kind']} request, {answer['seconds']:.1f} s</h3><pre>{html.escape(answer['question'].rstrip())}"
+        f"</pre><pre class=answer>{html.escape(answer['answer'].strip(chr(10)))}</pre>"
+        for answer in answers
+    )
+
+
+def _answer_markdown(answer: Mapping[str, Any]) -> str:
+    question, text = answer["question"].rstrip(), answer["answer"].strip("\n")
+    return f"{answer['kind']} request:\n\n```text\n{question}\n```\n\nanswer:\n\n```python\n{text}\n```"
