@@ -408,11 +408,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mask_token", help=f"default: the tokenizer's own, else {DEFAULT_MASK_TOKEN}")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
     options = parser.parse_args(arguments)
-    # force: libraries log while they are imported, which configures the root logger before this line.
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
-    logger.setLevel(logging.INFO)
-    if not sys.stderr.isatty():
-        disable_progress_bar()
     try:
         convert(
             options.checkpoint_dir,
@@ -429,4 +424,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # force: libraries log while they are imported, which configures the root logger before this line.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    logger.setLevel(logging.INFO)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     sys.exit(main())
