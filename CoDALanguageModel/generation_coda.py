@@ -83,8 +83,8 @@ class DiffusionGenerationConfig(GenerationConfig):
             setattr(self, key, settings[key])
         super().__init__(**settings)
 
-    def validate(self, strict: bool = False) -> None:
-        """Check every value; `strict` is transformers' and changes nothing, since every fault is an error.
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        """Check every value; the arguments are transformers' and change nothing, since every fault is an error.
 
         Raises:
             ValueError: naming the setting, the allowed values and the value got.

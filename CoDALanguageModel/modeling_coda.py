@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -339,7 +339,8 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
         path = str(pretrained_model_name_or_path)
         if not HUB_ID.fullmatch(path) and not Path(path).is_dir():
             raise ValueError(f"no model folder at {path!r}")
-        if not isinstance(kwargs.get("config"), CoDAConfig):
+        # Not CoDAConfig: transformers may import a folder's configuration apart from its model, as another class.
+        if not isinstance(kwargs.get("config"), PreTrainedConfig):
             source = kwargs.pop("config", None) or path
             # The configuration has a dtype too and would keep the argument for itself.
             dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
