@@ -3,10 +3,21 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_coda import CoDAConfig
-from .generation_coda import DiffusionGenerationConfig, DiffusionGenerationOutput
+from .generation_coda import DiffusionGenerationOutput
+from .generation_config_coda import DiffusionGenerationConfig
+from .infilling import InfillOutput
 from .modeling_coda import CoDALanguageModel, CoDAOutput
+from .scoring import DecodingCost
 
-__all__ = ["CoDAConfig", "CoDALanguageModel", "CoDAOutput", "DiffusionGenerationConfig", "DiffusionGenerationOutput"]
+__all__ = [
+    "CoDAConfig",
+    "CoDALanguageModel",
+    "CoDAOutput",
+    "DecodingCost",
+    "DiffusionGenerationConfig",
+    "DiffusionGenerationOutput",
+    "InfillOutput",
+]
 
 AutoConfig.register(CoDAConfig.model_type, CoDAConfig)
 AutoModel.register(CoDAConfig, CoDALanguageModel)

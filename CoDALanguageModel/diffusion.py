@@ -31,8 +31,10 @@ def named_rng(name: str, *indices: int) -> np.random.Generator:
         A counter-based Philox generator (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405).
 
     Raises:
-        ValueError: an index is negative.
+        ValueError: an index is negative, or the name holds a colon, which separates it from the indices.
     """
+    if ":" in name:
+        raise ValueError(f"the name of a generator must not hold ':', got {name!r}")
     if any(index < 0 for index in indices):
         raise ValueError(f"indices of a named generator must be >= 0, got {indices} for {name!r}")
     text = ":".join([name, *(str(int(index)) for index in indices)])

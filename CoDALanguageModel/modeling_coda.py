@@ -27,8 +27,16 @@ from transformers.utils import ModelOutput, cached_file, logging
 
 from .configuration_coda import CoDAConfig
 from .diffusion import IGNORE_INDEX, chunked_cross_entropy
-from .generation_coda import DiffusionGenerationConfig, DiffusionGenerationMixin
-from .sampling import Candidates as Candidates  # imported so that a saved folder carries every file of the model
+from .generation_coda import DiffusionGenerationMixin
+from .generation_config_coda import DiffusionGenerationConfig
+
+# transformers copies the files that this one imports into a saved folder, so every file of the model is named here.
+from .cache import CanvasCache as CanvasCache  # isort: skip
+from .canvas import Canvas as Canvas  # isort: skip
+from .decoder import Decoder as Decoder  # isort: skip
+from .infilling import InfillOutput as InfillOutput  # isort: skip
+from .sampling import Candidates as Candidates  # isort: skip
+from .scoring import Scorer as Scorer  # isort: skip
 
 logger = logging.get_logger(__name__)
 

@@ -36,13 +36,22 @@ class Commit(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """A proposed token for each scored position."""
+    """A proposed token for each scored position, judged under the tempered and filtered distribution."""
 
     tokens: Tensor
     """(N,) int64."""
 
     confidence: Tensor
     """(N,) float32, higher is committed earlier."""
+
+    probability: Tensor
+    """(N,) float32, of the token."""
+
+    entropy: Tensor | None
+    """(N,) float32, in nats; when asked for."""
+
+    margin: Tensor | None
+    """(N,) float32, how far the choice is from another token, in probability; when asked for."""
 
 
 @lru_cache(maxsize=4096)
@@ -122,6 +131,8 @@ def propose(
     top_k: int | None = None,
     uniforms: Tensor | None = None,
     present: Tensor | None = None,
+    with_entropy: bool = False,
+    with_margin: bool = False,
 ) -> Candidates:
     """Choose a token for each scored position and say how confident the model is in it.
 
@@ -133,6 +144,8 @@ def propose(
         top_k: keep the k most probable tokens; ties are kept.
         uniforms: (N,) in [0, 1), one draw per position; needed when the temperature is not 0.
         present: (N,) int64, for `p2`: the committed token whose confidence is asked for, -1 where masked.
+        with_entropy: also give the entropies.
+        with_margin: also give the margins.
 
     Returns:
         Tokens and confidences; confidences are those of the tempered and filtered distribution, as published.
@@ -147,26 +160,36 @@ def propose(
         scores = scores / temperature
     scores = filter_scores(scores, top_p=top_p, top_k=top_k)
     probabilities = scores.softmax(dim=-1)
+    margin = entropy = None
     if temperature > 0:
         if uniforms is None:
             raise ValueError(f"uniforms are needed with temperature {temperature}")
         cdf = probabilities.double().cumsum(dim=-1)
-        threshold = uniforms.to(cdf.device)[:, None] * cdf[:, -1:]
-        tokens = torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)
+        threshold = uniforms.to(cdf)[:, None] * cdf[:, -1:]
+        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (N, 1)
+        if with_margin:
+            below = (tokens - 1).clamp(min=0)
+            to_previous = torch.where(tokens > 0, threshold - cdf.gather(1, below), torch.inf)
+            margin = torch.minimum(to_previous, cdf.gather(1, tokens) - threshold).squeeze(1).float()
+        tokens = tokens.squeeze(1)
     else:
         tokens = probabilities.argmax(dim=-1)
+        if with_margin:
+            margin = -probabilities.topk(2, dim=-1).values.diff(dim=-1).squeeze(1)
     if present is not None:
         tokens = torch.where(present >= 0, present, tokens)
+    probability = probabilities.gather(1, tokens[:, None]).squeeze(1)
+    if with_entropy or alg == "entropy":
+        entropy = torch.special.entr(probabilities).sum(dim=-1)
     if alg == "origin":
-        confidence = torch.zeros(len(scores), device=scores.device)
+        confidence = torch.zeros_like(probability)
     elif alg in ("maskgit_plus", "p2"):
-        confidence = probabilities.gather(1, tokens[:, None]).squeeze(1)
+        confidence = probability
     elif alg == "topk_margin":
-        best = probabilities.topk(2, dim=-1).values
-        confidence = best[:, 0] - best[:, 1]
+        confidence = -probabilities.topk(2, dim=-1).values.diff(dim=-1).squeeze(1)
     else:
-        confidence = -torch.special.entr(probabilities).sum(dim=-1)
-    return Candidates(tokens, confidence)
+        confidence = -entropy
+    return Candidates(tokens, confidence, probability, entropy, margin)
 
 
 def filter_scores(scores: Tensor, *, top_p: float | None, top_k: int | None) -> Tensor:
@@ -214,11 +237,11 @@ def order_scores(confidence: Tensor, alg: str, alg_temp: float | None, uniforms:
         (N,) scores, higher first.
     """
     if alg == "origin":
-        return uniforms.to(confidence)
+        return uniforms.to(confidence.device)
     if not alg_temp:
         return confidence
     gumbel = -(-uniforms.clamp(min=1e-300).log()).log()
-    return (confidence.double() / alg_temp + gumbel.to(confidence.device)).to(confidence.dtype)
+    return confidence.double() / alg_temp + gumbel.to(confidence.device)
 
 
 def choose(scores: Tensor, counts: Tensor) -> Tensor:
@@ -235,3 +258,35 @@ def choose(scores: Tensor, counts: Tensor) -> Tensor:
     rank = torch.empty_like(order)
     rank.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
     return (rank < counts[:, None]) & (scores > -torch.inf)
+
+
+def accept(rule: str, bound: float, probability: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mark the positions that a parallel rule commits at once.
+
+    `threshold`: probability of at least `bound` (Fast-dLLM, https://arxiv.org/abs/2505.22618). `factor`: the n most
+    probable ones as long as the n-th has at least `1 - bound / (n + 1)` (ibid.). `entropy_bound`: the most certain
+    ones as long as their entropies without the largest sum to at most `bound` nats (EB-Sampler,
+    https://arxiv.org/abs/2505.24857).
+
+    Args:
+        rule: `threshold`, `factor` or `entropy_bound`.
+        bound: its parameter.
+        probability: (R, T) float32, of the proposed token; -inf where there is none.
+        entropy: (R, T) float32, inf where there is none; for `entropy_bound`.
+
+    Returns:
+        (R, T) bool, and (R,) how far the nearest position is from being decided the other way.
+    """
+    if rule == "threshold":
+        return probability >= bound, (probability - bound).abs().amin(dim=1)
+    if rule == "factor":
+        ordered, order = probability.sort(dim=1, descending=True, stable=True)
+        n = torch.arange(1, probability.shape[1] + 1, device=probability.device)
+        distance = ordered - (1 - bound / (n + 1))
+    else:
+        ordered, order = entropy.sort(dim=1, stable=True)
+        distance = bound - (ordered.cumsum(dim=1) - ordered)
+        distance = torch.where(ordered.isinf(), -torch.inf, distance)
+    # The bound tightens and the candidates worsen along the order, so what is accepted is a prefix.
+    accepted = torch.zeros_like(probability, dtype=torch.bool).scatter_(1, order, distance >= 0)
+    return accepted, distance.abs().amin(dim=1)

@@ -561,6 +561,6 @@ def test_a_plain_generation_config_is_read_as_ours_or_refused(model, tokens):
 
 def test_a_folder_with_an_autoregressive_generation_config_names_the_setting_it_cannot_hold(model, tmp_path):
     model.save_pretrained(tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "repetition_penalty": 1.1}))
-    with pytest.raises(ValueError, match="unknown generation setting 'repetition_penalty'"):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "num_beams": 4}))
+    with pytest.raises(ValueError, match="unknown generation setting 'num_beams'"):
         CoDALanguageModel.from_pretrained(tmp_path)

@@ -1,0 +1,130 @@
+"""Filling gaps in a text: several at once, of known or unknown length. The text around them never changes."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MAX_CANDIDATES = 64
+"""Most combinations of lengths that are tried for one text: each is a row of the batch."""
+
+
+@dataclass
+class InfillOutput:
+    """A text with its gaps filled.
+
+    Attributes:
+        gaps: the tokens of each gap.
+        ids: the whole text, pieces and gaps in turn.
+        score: mean log-probability of the filled tokens when they were committed, in nats.
+        gap_lengths: the masks that each gap had.
+        candidates: score of every combination of lengths that was tried.
+        cost: the `DecodingCost` of all candidates together.
+    """
+
+    gaps: list[list[int]]
+    ids: list[int]
+    score: float
+    gap_lengths: tuple[int, ...]
+    candidates: dict[tuple[int, ...], float]
+    cost: Any
+
+
+def infill(
+    model: Any,
+    pieces: Sequence[Sequence[int]],
+    *,
+    gap_lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    end_of_gap: bool = False,
+    **settings,
+) -> InfillOutput:
+    """Fill the gaps between consecutive pieces of a text.
+
+    Args:
+        model: a `CoDALanguageModel`.
+        pieces: n + 1 lists of token ids around n gaps; outer pieces may be empty, a literal mask id may not occur.
+        gap_lengths: masks of each gap, where the lengths are known.
+        lengths: candidate lengths, where they are not: every combination over the gaps is decoded as a row of one
+            batch, and the one with the highest mean log-probability per filled token is kept, the first of equals.
+        end_of_gap: cut each gap at its first end token, which marks the end of a gap that was given too many masks.
+        **settings: decoding settings, see `DiffusionGenerationConfig`.
+
+    Raises:
+        ValueError: not exactly one of `gap_lengths` and `lengths`, lengths that are not positive, or too many
+            combinations.
+    """
+    num_gaps = len(pieces) - 1
+    if num_gaps < 1:
+        raise ValueError(f"pieces must hold at least 2 lists, one on each side of a gap, got {len(pieces)}")
+    if (gap_lengths is None) == (lengths is None):
+        raise ValueError("give exactly one of gap_lengths (known) and infill_lengths (candidates)")
+    if gap_lengths is not None and len(gap_lengths) != num_gaps:
+        raise ValueError(f"gap_lengths must hold one length per gap ({num_gaps}), got {len(gap_lengths)}")
+    for name, values in (("gap_lengths", gap_lengths), ("infill_lengths", lengths)):
+        if values is not None and (not values or min(values) < 1):
+            raise ValueError(f"{name} must be integers >= 1, got {list(values)}")
+    for name in ("max_new_tokens", "num_return_sequences", "output_scores", "return_dict_in_generate"):
+        if name in settings:
+            raise ValueError(f"{name} is set by infill itself")
+    mask_id = model.config.mask_token_id
+    if any(mask_id in piece for piece in pieces):
+        raise ValueError(f"pieces must not hold the mask token {mask_id}: gaps stand between the pieces")
+    if gap_lengths is not None:
+        combinations = [tuple(gap_lengths)]
+    else:
+        if len(set(lengths)) ** num_gaps > MAX_CANDIDATES:
+            raise ValueError(
+                f"infill_lengths give {len(set(lengths))}^{num_gaps} combinations for {num_gaps} gaps, more than "
+                f"{MAX_CANDIDATES}: give fewer lengths, or fill fewer gaps at a time"
+            )
+        combinations = list(itertools.product(dict.fromkeys(lengths), repeat=num_gaps))
+
+    rows = [_with_masks(pieces, combination, mask_id) for combination in combinations]
+    width = max(map(len, rows))
+    inputs = torch.full((len(rows), width), model.config.pad_token_id or 0)
+    attention_mask = torch.zeros_like(inputs)
+    for i, row in enumerate(rows):
+        inputs[i, width - len(row) :], attention_mask[i, width - len(row) :] = torch.tensor(row), 1
+    output = model.diffusion_generate(
+        inputs, attention_mask, max_new_tokens=0, output_scores=True, return_dict_in_generate=True, **settings
+    )
+    filled = (inputs == mask_id) & attention_mask.bool()
+    mean = (output.scores.cpu() * filled).sum(dim=1) / filled.sum(dim=1)
+    best = int(mean.argmax())
+    ids = output.sequences[best, width - len(rows[best]) :].tolist()
+    gaps = _gaps(ids, pieces, combinations[best])
+    if end_of_gap:
+        eos = model.config.eos_token_id
+        ends = set(eos if isinstance(eos, (list, tuple)) else [eos])
+        gaps = [list(itertools.takewhile(lambda token: token not in ends, gap)) for gap in gaps]
+        parts = itertools.zip_longest(pieces, gaps, fillvalue=())
+        ids = [token for piece, gap in parts for token in (*piece, *gap)]
+    return InfillOutput(
+        gaps=gaps,
+        ids=ids,
+        score=float(mean[best]),
+        gap_lengths=combinations[best],
+        candidates=dict(zip(combinations, mean.tolist(), strict=True)),
+        cost=output.cost,
+    )
+
+
+def _with_masks(pieces: Sequence[Sequence[int]], lengths: Sequence[int], mask_id: int) -> list[int]:
+    """The pieces joined by runs of masks."""
+    row = list(pieces[0])
+    for piece, length in zip(pieces[1:], lengths, strict=True):
+        row += [mask_id] * length + list(piece)
+    return row
+
+
+def _gaps(ids: list[int], pieces: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """The runs between the pieces."""
+    gaps, start = [], 0
+    for piece, length in zip(pieces, lengths, strict=False):
+        start += len(piece)
+        gaps.append(ids[start : start + length])
+        start += length
+    return gaps

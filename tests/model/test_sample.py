@@ -1,0 +1,62 @@
+"""Facts of sampling from the shell: views, recordings, gaps and options."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from PIL import Image
+
+from CoDALanguageModel.sample import Recording, parse, read_gaps, token_texts
+
+MASK = 9
+
+
+class Letters:
+    """One character per token; 10 and 11 are the two halves of one character."""
+
+    def decode(self, ids):
+        return "".join({8: "\n", 10: "\ufffd", 11: "\ufffd"}.get(i, chr(97 + i)) for i in ids).replace(
+            "\ufffd\ufffd", "\u00e9"
+        )
+
+
+@pytest.fixture
+def recording():
+    record = Recording(Letters(), [0, MASK, MASK, MASK], MASK, hidden={7})
+    record.add([0, MASK, 8, MASK])
+    record.add([0, 2, 8, 7])
+    return record
+
+
+def test_masks_are_shades_end_tokens_nothing_and_split_characters_whole():
+    assert token_texts(Letters(), [0, MASK, 10, 11, 7, 1], MASK, {7}) == ["a", "\u2591", "", "\u00e9", "", "b"]
+
+
+def test_the_view_is_the_text_of_the_canvas(recording):
+    assert recording.view(0).plain == "a\u2591\u2591\u2591"
+    assert recording.view().plain == "ac\n"
+
+
+def test_steps_are_written_as_lines_as_a_moving_picture_and_as_gif(recording, tmp_path):
+    for name in ("h.jsonl", "h.svg", "h.gif"):
+        recording.save(tmp_path / name)
+    rows = [json.loads(line) for line in (tmp_path / "h.jsonl").read_text().splitlines()]
+    assert [row["masks_left"] for row in rows] == [3, 2, 0]
+    groups = ElementTree.parse(tmp_path / "h.svg").getroot().findall("{http://www.w3.org/2000/svg}g")
+    assert len(groups) == 3
+    assert Image.open(tmp_path / "h.gif").n_frames == 3
+    with pytest.raises(ValueError, match=r"must end in \.jsonl, \.svg, \.gif"):
+        recording.save(tmp_path / "h.txt")
+
+
+def test_gaps_are_read_with_their_lengths():
+    assert read_gaps("a<gap>b<gap:3>", 16) == (["a", "b", ""], [16, 3])
+    with pytest.raises(ValueError, match="holds no <gap>"):
+        read_gaps("nothing", 16)
+
+
+def test_every_decoding_setting_is_an_option_and_others_are_refused():
+    options, settings = parse(["--model", "m", "--prompt", "p", "--steps", "4", "--kv_cache=dual"])
+    assert (options.prompt, settings) == ("p", {"steps": 4, "kv_cache": "dual"})
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
+        parse(["--model", "m", "--prompt", "p", "--stepz", "4"])
