@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
 MODEL_NAME = "coda-quickstart"
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 40
 BLOCK_LENGTH = 8
 
 

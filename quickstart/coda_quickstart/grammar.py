@@ -8,7 +8,7 @@ else fits. Not here: which combinations are drawn, held out, rendered or tested 
 from dataclasses import dataclass
 
 DIGITS = tuple("23456789")
-LETTERS = tuple("aeilnorst")
+LETTERS = tuple("aeinorst")
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Source:
 
     name: str
     element: str
-    """Type of the elements: "number", "word" or "char"."""
+    """Type of the elements: "number" or "word"."""
     code: str
     """Python expression of the iterable; ``{p}`` is the parameter."""
     noun: str
     """Plural noun phrase of the elements; ``{p}`` is the parameter."""
-    parameters: tuple[str, ...]
-    """Names that the parameter may have."""
+    parameter: str
+    """Name of the function's parameter."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,6 @@ class Map:
     code: str
     nouns: tuple[str, ...]
     """Plural noun phrases that end before the elements: "the squares of"."""
-    verbs: tuple[str, ...]
-    """Imperatives for each element: "square each of them"."""
     constants: tuple[str, ...] = ()
 
 
@@ -71,103 +69,52 @@ class Aggregate:
     """Noun phrases that end before the mapped elements: "the sum of"."""
 
 
-def _number_sources() -> list[Source]:
-    lists = ("numbers", "values", "items", "data")
-    return [
-        Source("list", "number", "{p}", "numbers in {p}", lists),
-        Source("range", "number", "range(1, {p} + 1)", "numbers from 1 to {p}", ("n", "limit", "size")),
-        Source("digits", "number", "map(int, str({p}))", "digits of {p}", ("n", "number", "code")),
-    ]
-
-
-def _text_sources() -> list[Source]:
-    texts = ("text", "line", "sentence", "s")
-    return [
-        Source("words", "word", "{p}.split()", "words in {p}", texts),
-        Source("strings", "word", "{p}", "strings in {p}", ("words", "names", "strings")),
-        Source("chars", "char", "{p}", "characters in {p}", texts),
-    ]
-
-
-SOURCES = (*_number_sources(), *_text_sources())
+SOURCES = (
+    Source("list", "number", "{p}", "numbers in {p}", "numbers"),
+    Source("range", "number", "range(1, {p} + 1)", "numbers from 1 to {p}", "n"),
+    Source("digits", "number", "map(int, str({p}))", "digits of {p}", "number"),
+    Source("words", "word", "{p}.split()", "words in {p}", "text"),
+    Source("strings", "word", "{p}", "strings in {p}", "words"),
+)
 
 FILTERS = (
     Filter("even", "number", "{x} % 2 == 0", before=("even",), after=("that are even",)),
     Filter("odd", "number", "{x} % 2 == 1", before=("odd",), after=("that are odd",)),
     Filter("positive", "number", "{x} > 0", before=("positive",), after=("above zero",)),
-    Filter("nonzero", "number", "{x} != 0", before=("nonzero",), after=("that are not zero",)),
     Filter("above", "number", "{x} > {k}", after=("greater than {k}", "above {k}"), constants=DIGITS),
     Filter("below", "number", "{x} < {k}", after=("less than {k}", "below {k}"), constants=DIGITS),
-    Filter("at_least", "number", "{x} >= {k}", after=("that are at least {k}",), constants=DIGITS),
-    Filter("at_most", "number", "{x} <= {k}", after=("that are at most {k}",), constants=DIGITS),
     Filter("divisible", "number", "{x} % {k} == 0", after=("divisible by {k}",), constants=DIGITS[1:]),
     Filter("indivisible", "number", "{x} % {k} != 0", after=("not divisible by {k}",), constants=DIGITS[1:]),
     Filter("other_than", "number", "{x} != {k}", after=("other than {k}", "different from {k}"), constants=DIGITS),
     Filter("longer", "word", "len({x}) > {k}", after=("longer than {k} letters",), constants=DIGITS[:5]),
     Filter("shorter", "word", "len({x}) < {k}", after=("shorter than {k} letters",), constants=DIGITS[1:6]),
-    Filter("exact", "word", "len({x}) == {k}", after=("of exactly {k} letters",), constants=DIGITS[:5]),
     Filter("starts", "word", '{x}.startswith("{k}")', after=("that start with '{k}'",), constants=LETTERS),
     Filter("ends", "word", '{x}.endswith("{k}")', after=("that end with '{k}'",), constants=LETTERS),
     Filter("contains", "word", '"{k}" in {x}', after=("that contain '{k}'", "with letter '{k}'"), constants=LETTERS),
     Filter("lacks", "word", '"{k}" not in {x}', after=("without the letter '{k}'",), constants=LETTERS),
     Filter("numeric", "word", "{x}.isdigit()", before=("numeric",), after=("made of digits",)),
-    Filter("alphabetic", "word", "{x}.isalpha()", before=("alphabetic",), after=("made of letters",)),
     Filter("palindrome", "word", "{x} == {x}[::-1]", before=("palindromic",), after=("that are palindromes",)),
-    Filter("vowel", "char", '{x} in "aeiou"', after=("that are vowels",)),
-    Filter("non_vowel", "char", '{x} not in "aeiou"', after=("that are not vowels",)),
-    Filter("digit", "char", "{x}.isdigit()", after=("that are digits",)),
-    Filter("letter", "char", "{x}.isalpha()", after=("that are letters",)),
-    Filter("upper_case", "char", "{x}.isupper()", before=("uppercase",), after=("in upper case",)),
-    Filter("lower_case", "char", "{x}.islower()", before=("lowercase",), after=("in lower case",)),
-    Filter("not_space", "char", '{x} != " "', after=("that are not spaces",)),
-    Filter("differs", "char", '{x} != "{k}"', after=("other than '{k}'", "different from '{k}'"), constants=LETTERS),
-    Filter("before", "char", '{x} < "{k}"', after=("that sort before '{k}'",), constants=LETTERS),
 )
 
 MAPS = (
-    Map("square", "number", "number", "{x} * {x}", ("the squares of",), ("square each of them",)),
-    Map("cube", "number", "number", "{x} ** 3", ("the cubes of",), ("cube each of them",)),
-    Map("double", "number", "number", "2 * {x}", ("the doubles of",), ("double each of them",)),
-    Map("negate", "number", "number", "-{x}", ("the negatives of",), ("negate each of them",)),
-    Map("absolute", "number", "number", "abs({x})", ("the absolute values of",), ("take absolute values",)),
-    Map(
-        "halve",
-        "number",
-        "number",
-        "{x} // 2",
-        ("the halves, rounded down, of",),
-        ("halve each of them, rounding down",),
-    ),
-    Map("last_digit", "number", "number", "abs({x}) % 10", ("the last digits of",), ("take their last digits",)),
-    Map("add", "number", "number", "{x} + {k}", ("{k} more than",), ("add {k} to each",), DIGITS),
-    Map("subtract", "number", "number", "{x} - {k}", ("{k} less than",), ("subtract {k} from each",), DIGITS),
-    Map("times", "number", "number", "{x} * {k}", ("{k} times",), ("multiply each by {k}",), DIGITS),
-    Map(
-        "modulo",
-        "number",
-        "number",
-        "{x} % {k}",
-        ("the remainders by {k} of",),
-        ("take remainders by {k}",),
-        DIGITS[1:],
-    ),
-    Map("size", "word", "number", "len({x})", ("the lengths of",), ("measure each of them",)),
-    Map("count", "word", "number", '{x}.count("{k}")', ("counts of '{k}' in",), ("count '{k}' in each",), LETTERS),
-    Map("upper", "word", "text", "{x}.upper()", ("the uppercase forms of",), ("put them in upper case",)),
-    Map("lower", "word", "text", "{x}.lower()", ("the lowercase forms of",), ("put them in lower case",)),
-    Map("capitalize", "word", "text", "{x}.capitalize()", ("the capitalized forms of",), ("capitalize each of them",)),
-    Map("reverse", "word", "text", "{x}[::-1]", ("the reversals of",), ("reverse each of them",)),
-    Map("first", "word", "text", "{x}[0]", ("the first letters of",), ("take their first letters",)),
-    Map("last", "word", "text", "{x}[-1]", ("the last letters of",), ("take their last letters",)),
-    Map("head", "word", "text", "{x}[:{k}]", ("the first {k} letters of",), ("cut each to {k} letters",), DIGITS[:4]),
-    Map("twice", "word", "text", "{x} * 2", ("the repetitions of",), ("repeat each twice",)),
-    Map("code", "char", "number", "ord({x})", ("the code points of",), ("take their code points",)),
-    Map("char_upper", "char", "text", "{x}.upper()", ("the uppercase forms of",), ("put them in upper case",)),
-    Map("char_lower", "char", "text", "{x}.lower()", ("the lowercase forms of",), ("put them in lower case",)),
-    Map("swap", "char", "text", "{x}.swapcase()", ("the swapped cases of",), ("swap their case",)),
-    Map("char_twice", "char", "text", "{x} * 2", ("the repetitions of",), ("repeat each twice",)),
-    Map("char_times", "char", "text", "{x} * {k}", ("{k} copies of",), ("copy each {k} times",), DIGITS[1:]),
-    Map("mark", "char", "text", '{x} + "{k}"', ("the '{k}' extensions of",), ("add '{k}' to each",), LETTERS),
+    Map("square", "number", "number", "{x} * {x}", ("the squares of",)),
+    Map("cube", "number", "number", "{x} ** 3", ("the cubes of",)),
+    Map("negate", "number", "number", "-{x}", ("the negatives of",)),
+    Map("absolute", "number", "number", "abs({x})", ("the absolute values of",)),
+    Map("halve", "number", "number", "{x} // 2", ("the halves, rounded down, of",)),
+    Map("last_digit", "number", "number", "abs({x}) % 10", ("the last digits of",)),
+    Map("add", "number", "number", "{x} + {k}", ("{k} more than",), DIGITS),
+    Map("subtract", "number", "number", "{x} - {k}", ("{k} less than",), DIGITS),
+    Map("times", "number", "number", "{x} * {k}", ("{k} times",), DIGITS),
+    Map("size", "word", "number", "len({x})", ("the lengths of",)),
+    Map("upper", "word", "text", "{x}.upper()", ("the uppercase forms of",)),
+    Map("lower", "word", "text", "{x}.lower()", ("the lowercase forms of",)),
+    Map("capitalize", "word", "text", "{x}.capitalize()", ("the capitalized forms of",)),
+    Map("reverse", "word", "text", "{x}[::-1]", ("the reversals of",)),
+    Map("first", "word", "text", "{x}[0]", ("the first letters of",)),
+    Map("last", "word", "text", "{x}[-1]", ("the last letters of",)),
+    Map("head", "word", "text", "{x}[:{k}]", ("the first {k} letters of",), DIGITS[:4]),
+    Map("twice", "word", "text", "{x} * 2", ("the repetitions of",)),
 )
 
 AGGREGATES = (
@@ -178,8 +125,6 @@ AGGREGATES = (
     Aggregate("set", "any", "{{{g}}}", ("a set of", "the set of")),
     Aggregate("tuple", "any", "tuple({g})", ("a tuple of",)),
     Aggregate("sorted", "any", "sorted({g})", ("a sorted list of", "the sorted list of")),
-    Aggregate("descending", "any", "sorted(({g}), reverse=True)", ("a descending list of",)),
-    Aggregate("backwards", "any", "[{g}][::-1]", ("a backwards list of",)),
     Aggregate("distinct", "any", "len({{{g}}})", ("the number of distinct values among",)),
     Aggregate("joined", "text", '"".join({g})', ("the concatenation of",)),
     Aggregate("spaced", "text", '" ".join({g})', ("the text joined by spaces of",)),

@@ -13,9 +13,9 @@ from typing import Any
 
 from coda_quickstart.grammar import AGGREGATES, FILTERS, MAPS, SOURCES, Aggregate, Filter, Map, Source
 
-HELD_OUT_SHARE = 0.1
-FUNCTION_NAMES = ("solve", "compute", "process", "answer", "result", "evaluate")
-VARIABLES = {"number": "x", "word": "w", "char": "c"}
+HELD_OUT_SHARE = 0.12
+FUNCTION_NAME = "solve"
+VARIABLES = {"number": "x", "word": "w"}
 WORD_POOL = (
     "level noon radar otto rotor ana stats Anna apple orange tiny lion stone RIVER Salt trail eel ion tone iris nest "
     "letter senior noise 7 42 2048 1331 555 a Lent EAST 90210 raisin toe listens in on rose oil tea sir ESSAY less "
@@ -33,9 +33,12 @@ class Program:
     aggregate: Aggregate
     filter_constant: str
     map_constant: str
-    function_name: str
-    parameter: str
     docstring: str
+
+    @property
+    def parameter(self) -> str:
+        """Name of the function's parameter."""
+        return self.source.parameter
 
     @property
     def composition(self) -> frozenset[str]:
@@ -54,7 +57,7 @@ class Program:
     @property
     def prompt(self) -> str:
         """Signature and docstring, ending in a newline."""
-        return f'def {self.function_name}({self.parameter}):\n    """{self.docstring}"""\n'
+        return f'def {FUNCTION_NAME}({self.parameter}):\n    """{self.docstring}"""\n'
 
     @property
     def body(self) -> str:
@@ -64,7 +67,7 @@ class Program:
     @property
     def answer(self) -> str:
         """The whole function without its docstring: what the model learns to answer."""
-        return f"def {self.function_name}({self.parameter}):\n{self.body}".rstrip("\n")
+        return f"def {FUNCTION_NAME}({self.parameter}):\n{self.body}".rstrip("\n")
 
 
 def composition_of(filter_: Filter, map_: Map, aggregate: Aggregate) -> frozenset[str]:
@@ -73,7 +76,7 @@ def composition_of(filter_: Filter, map_: Map, aggregate: Aggregate) -> frozense
 
 
 def is_held_out(composition: frozenset[str]) -> bool:
-    """Whether this composition is kept away from all training data: a fixed tenth of all compositions, by hash."""
+    """Whether this composition is kept away from all training data: a fixed share of all compositions, by hash."""
     digest = hashlib.sha256(", ".join(sorted(composition)).encode()).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
 
@@ -126,22 +129,16 @@ def held_out_programs(num_programs: int, seed: int) -> list[Program]:
 
 def _draw_program(rng: random.Random, element: str, filter_: Filter, map_: Map, aggregate: Aggregate) -> Program:
     source = rng.choice([source for source in SOURCES if source.element == element])
-    parameter = rng.choice(source.parameters)
     filter_constant = rng.choice(filter_.constants or ("",))
     map_constant = rng.choice(map_.constants or ("",))
-    noun = source.noun.format(p=parameter)
+    noun = source.noun.format(p=source.parameter)
     if filter_.before and (not filter_.after or rng.random() < 0.5):
         kept = f"the {rng.choice(filter_.before)} {noun}"
     else:
         kept = f"the {noun} {rng.choice(filter_.after).format(k=filter_constant)}"
-    gathered = rng.choice(aggregate.nouns)
-    if rng.random() < 0.5:
-        docstring = f"Return {gathered} {rng.choice(map_.nouns).format(k=map_constant)} {kept}."
-    else:
-        verb = rng.choice(map_.verbs).format(k=map_constant)
-        docstring = f"Take {kept}, {verb} and return {gathered} the results."
-    function_name = rng.choice(FUNCTION_NAMES)
-    return Program(source, filter_, map_, aggregate, filter_constant, map_constant, function_name, parameter, docstring)
+    mapped = rng.choice(map_.nouns).format(k=map_constant)
+    docstring = f"Return {rng.choice(aggregate.nouns)} {mapped} {kept}."
+    return Program(source, filter_, map_, aggregate, filter_constant, map_constant, docstring)
 
 
 def problem_row(program: Program, index: int, seed: int) -> dict[str, str]:
@@ -159,7 +156,7 @@ def problem_row(program: Program, index: int, seed: int) -> dict[str, str]:
     return {
         "task_id": f"quickstart/{index}",
         "prompt": program.prompt,
-        "entry_point": program.function_name,
+        "entry_point": FUNCTION_NAME,
         "test": "\n".join(lines) + "\n",
         "canonical_solution": program.body,
     }
@@ -206,7 +203,7 @@ def instruction_row(program: Program) -> dict[str, str]:
 def _compile(program: Program) -> Any:
     namespace: dict[str, Any] = {}
     exec(program.prompt + program.body, namespace)  # our own text, built from the grammar above
-    return namespace[program.function_name]
+    return namespace[FUNCTION_NAME]
 
 
 def _literal(value: Any) -> str:

@@ -239,7 +239,7 @@ def _time_rows(times: Mapping[str, float]) -> str:
     longest = max(times.values(), default=1.0) or 1.0
     return "\n".join(
         f"<tr><td>{TIME_TITLES.get(name, name)}</td><td class=n>{seconds:.0f} s</td>"
-        f"<td><span class=bar style='width:{100 * seconds / longest:.1f}%'></span></td></tr>"
+        f"<td class=wide><span class=bar style='width:{100 * seconds / longest:.1f}%'></span></td></tr>"
         for name, seconds in times.items()
     )
 

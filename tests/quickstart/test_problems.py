@@ -7,7 +7,7 @@ import pytest
 from coda_quickstart import problems
 from coda_quickstart.grammar import AGGREGATES, FILTERS, MAPS
 
-TRAINING = problems.training_programs(3000, seed=0)
+TRAINING = problems.training_programs(4000, seed=0)
 HELD_OUT = problems.held_out_programs(120, seed=0)
 
 
@@ -48,7 +48,7 @@ def test_asserts_tell_a_composition_from_its_neighbours():
                 except AssertionError:
                     caught += 1
     # Some neighbours mean the same for some sources (numbers from 1 to n are all positive), so not every one differs.
-    assert total > 500
+    assert total > 400
     assert caught / total > 0.85
 
 

@@ -1,0 +1,95 @@
+"""The report: its numbers are those of the stages' files, and it needs nothing but itself."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from coda_quickstart import report
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run_dir(tmp_path, tokenizer):
+    for folder, key in (("pretrain", "eval_loss"), ("midtrain", "eval_loss"), ("model", "eval_held_out_loss")):
+        rows = [
+            {"step": step, "loss": 5.0 / step, "tokens": 1000 * step, "tokens_per_s": 2000.0} for step in range(1, 6)
+        ]
+        write_lines(tmp_path / folder / "metrics.jsonl", [*rows, {"step": 5, key: 1.25}])
+    samples = tmp_path / "evaluation" / "model"
+    problems = [{"doc": {"task_id": f"quickstart/{i}"}, "pass@1": float(i < 9)} for i in range(10)]
+    write_lines(samples / "samples_quickstart_problems_2026.jsonl", problems)
+    gaps = [{"doc": {"task_id": f"composition/{i}"}, "exact_match": 1.0} for i in range(3)]
+    gaps += [{"doc": {"task_id": f"stdlib/a.py:{i}"}, "exact_match": 0.0} for i in range(4)]
+    write_lines(samples / "samples_quickstart_infill_2026.jsonl", gaps)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    shape |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 600}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(shape))
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "times.json").write_text(json.dumps({"data": 10.0, "pretrain": 50.0}))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "summary.json").write_text(json.dumps({"training_programs": 4000}))
+    steps = [[None, None, " y"], [" <x", None, " y"], [" <x", "\n", " y"]]
+    (tmp_path / "denoise.json").write_text(json.dumps({"prompt": "def f(a):\n", "steps": steps}))
+    answer = {"kind": "chat", "question": "def f(a):", "answer": "a < b", "expected": "", "seconds": 0.5}
+    (tmp_path / "answers.json").write_text(json.dumps([answer]))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return tmp_path
+
+
+def test_scores_are_counted_per_kind_of_gap(run_dir):
+    rows = {row["name"].split(",")[1].strip(): row for row in report.read_scores(run_dir)[1:]}
+    problems = report.read_scores(run_dir)[0]
+    assert (problems["passed"], problems["count"], problems["share"]) == (9, 10, 0.9)
+    assert (rows["held-out generated functions"]["passed"], rows["held-out generated functions"]["count"]) == (3, 3)
+    assert rows["held-out standard library lines"]["share"] == 0.0
+
+
+def test_the_report_shows_scores_times_and_answers_and_loads_nothing(run_dir):
+    tables = report.write_report(run_dir)
+    assert "| held-out problems, pass@1 | 90.0 % | 59.6 - 98.2 % | 10 |" in tables
+    assert "| pre-training and export | 50 |" in tables
+    assert "| **all** | **60** |" in tables
+    page = (run_dir / "report.html").read_text()
+    assert "9 of 10 held-out problems" in page
+    assert "a &lt; b" in page
+    assert "$" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.S)
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?https?:", page)
+    assert tables in (run_dir / "report.md").read_text()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["parameters"] == 17
+    assert summary["training"][2] == {
+        "stage": "Fine-tuning",
+        "steps": 5,
+        "tokens": 5000,
+        "tokens_per_s": 2000.0,
+        "loss": 1.0,
+        "validation_loss": 1.25,
+    }
+
+
+def test_a_missing_stage_is_named(run_dir):
+    (run_dir / "answers.json").unlink()
+    with pytest.raises(ValueError, match=r"the report needs all stages; missing: .*answers.json"):
+        report.write_report(run_dir)
+
+
+def test_without_samples_there_is_no_report(tmp_path):
+    with pytest.raises(ValueError, match="no samples_.*run the evaluation first"):
+        report.read_scores(tmp_path)
+
+
+@pytest.mark.parametrize(("passed", "count", "low", "high"), [(0, 10, 0.0, 0.2775), (81, 100, 0.7222, 0.8749)])
+def test_wilson_interval_equals_published_values(passed, count, low, high):
+    assert report.wilson_interval(passed, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_interval_refuses_impossible_counts():
+    with pytest.raises(ValueError, match="got 3 of 2"):
+        report.wilson_interval(3, 2)

@@ -1,0 +1,94 @@
+"""Stages run once, run again when something they depend on changed, and fail with the end of their log."""
+
+import sys
+
+import pytest
+
+from coda_quickstart.runner import Runner, Stage, StageFailed, last_line, start_over
+
+
+@pytest.fixture
+def shown():
+    return []
+
+
+@pytest.fixture
+def make(tmp_path, shown):
+    (tmp_path / "in.txt").write_text("one")
+
+    def run(code="open('out.txt', 'a').write(open('in.txt').read())", outputs=("out.txt",), environment=None):
+        stage = Stage(
+            name="copy",
+            title="Copy",
+            commands=((sys.executable, "-S", "-c", code),),
+            inputs=(tmp_path / "in.txt",),
+            outputs=tuple(tmp_path / name for name in outputs),
+            replaces=(tmp_path / "out.txt",),
+            environment=environment or {},
+        )
+        return Runner(tmp_path / "run", tmp_path, show=shown.append, progress_every_s=0.1).run([stage])
+
+    return run
+
+
+def test_a_finished_stage_is_skipped_and_its_time_remembered(make, shown, tmp_path):
+    first = make()
+    assert (tmp_path / "out.txt").read_text() == "one"
+    assert make() == first
+    assert "already done" in shown[-1]
+
+
+@pytest.mark.parametrize("change", ["input", "command", "environment", "output", "missing"])
+def test_a_stage_runs_again_when_something_changed(make, shown, tmp_path, change):
+    make()
+    arguments = {}
+    if change == "input":
+        (tmp_path / "in.txt").write_text("two")
+    elif change == "command":
+        arguments["code"] = "open('out.txt', 'w').write('other')"
+    elif change == "environment":
+        arguments["environment"] = {"A": "1"}
+    elif change == "output":
+        (tmp_path / "out.txt").write_text("damaged")
+    else:
+        (tmp_path / "out.txt").unlink()
+    shown.clear()
+    make(**arguments)
+    assert not any("already done" in line for line in shown)
+    expected = {"input": "two", "command": "other"}.get(change, "one")
+    assert (tmp_path / "out.txt").read_text() == expected
+
+
+def test_a_failed_command_stops_the_run_with_the_end_of_its_log(make):
+    with pytest.raises(StageFailed, match="(?s)no such thing.*exit status 3; see .*copy.log"):
+        make(code="print('no such thing'); raise SystemExit(3)")
+    with pytest.raises(StageFailed):  # a failed stage is not remembered as done
+        make(code="print('no such thing'); raise SystemExit(3)")
+
+
+def test_a_stage_that_leaves_an_output_out_fails(make):
+    with pytest.raises(StageFailed, match="finished without writing .*other.txt"):
+        make(outputs=("out.txt", "other.txt"))
+
+
+def test_progress_shows_the_last_line_of_the_log(make, shown):
+    make(code="import time; print('step 7', flush=True); time.sleep(1.2); open('out.txt', 'w').write('x')")
+    assert any("step 7" in line for line in shown)
+
+
+def test_the_last_line_of_a_progress_bar_is_its_newest_state(tmp_path):
+    (tmp_path / "log").write_bytes(b"start\n 10%\r 20%\r\n\n")
+    assert last_line(tmp_path / "log") == "20%"
+
+
+def test_fresh_removes_a_run_and_refuses_anything_else(tmp_path):
+    run_dir = tmp_path / "run"
+    (run_dir / "logs").mkdir(parents=True)
+    start_over(run_dir)
+    assert not run_dir.exists()
+    start_over(run_dir)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="--fresh would delete .* which is no quickstart run"):
+        start_over(tmp_path / "home")
+    assert (tmp_path / "home" / "letter.txt").exists()

@@ -1,0 +1,80 @@
+"""The stages fit together: every file that one reads, an earlier one writes, and the rooms accept the settings."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coda_quickstart.__main__ import REPOSITORY, build_parser, main
+from coda_quickstart.prepare import load_settings
+from coda_quickstart.stages import build_stages
+
+CONFIGS = REPOSITORY / "quickstart" / "configs"
+
+
+@pytest.fixture
+def stages(tmp_path):
+    return build_stages(REPOSITORY, tmp_path, CONFIGS, yaml.safe_load((CONFIGS / "eval.yaml").read_text()))
+
+
+def test_every_input_is_a_file_of_the_repository_or_written_by_an_earlier_stage(stages, tmp_path):
+    written: set[Path] = set()
+    for stage in stages:
+        for path in stage.inputs:
+            assert path in written if path.is_relative_to(tmp_path) else path.is_file(), (stage.name, path)
+        written |= set(stage.outputs)
+
+
+def test_rooms_are_only_called_by_command_line(stages):
+    modules = [command[2] for stage in stages for command in stage.commands if command[1] == "-m"]
+    assert {"coda_pretrain.data", "coda_pretrain", "coda_pretrain.export", "coda_eval"} <= set(modules)
+    scripts = [Path(command[1]).name for stage in stages for command in stage.commands if command[1] != "-m"]
+    assert scripts == ["save_hf_model.py", "run_sft.sh"]
+
+
+def test_a_stage_removes_no_file_of_another_stage(stages):
+    for stage in stages:
+        for other in stages:
+            for path in other.outputs if other is not stage else ():
+                assert not any(path.is_relative_to(folder) for folder in stage.replaces), (stage.name, path)
+
+
+def test_the_masking_follows_the_report():
+    pretrain = yaml.safe_load((CONFIGS / "pretrain.yaml").read_text())["masking"]
+    assert [pretrain[f"{name}_probability"] for name in ("prefix", "truncate", "span")] == [0.01, 0.01, 0.01]
+    midtrain = yaml.safe_load((CONFIGS / "midtrain.yaml").read_text())
+    assert midtrain["masking"]["per_epoch"] == [
+        [0.01, 0.01, 0.05],
+        [0.05, 0.05, 0.10],
+        [0.10, 0.10, 0.15],
+        [0.15, 0.15, 0.20],
+        [0.20, 0.20, 0.25],
+    ]
+    epochs = midtrain["max_steps"] * midtrain["global_batch_size"] / midtrain["data"]["epoch_samples"]
+    assert epochs == 5
+
+
+def test_the_instruction_set_is_as_large_as_promised():
+    settings = load_settings(CONFIGS / "data.yaml")
+    assert settings.training_programs >= 2000
+    assert settings.problems >= 100
+
+
+def test_the_pretraining_room_accepts_the_configs(stages, capsys):
+    from coda_pretrain.config import load_config
+
+    for name in ("pretrain", "midtrain"):
+        command = next(stage for stage in stages if stage.name == name).commands[0]
+        config = load_config([command[4]], list(command[5:]))
+        assert config.output_dir.endswith(name)
+
+
+def test_unknown_arguments_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["run", "--frsh"])
+    assert "--frsh" in capsys.readouterr().err
+
+
+def test_bad_input_is_a_message_and_a_status(capsys, tmp_path):
+    assert main(["data", "--config", str(tmp_path / "no.yaml"), "--output_dir", str(tmp_path)]) == 2
+    assert "no such file" in capsys.readouterr().err
