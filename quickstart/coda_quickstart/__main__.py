@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; run again to go on with the stage that was running", file=sys.stderr)
+        return 130
 
 
 def _run(arguments: argparse.Namespace) -> int:

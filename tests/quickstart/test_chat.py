@@ -1,0 +1,93 @@
+"""The server is started, asked and stopped; one that cannot start says why."""
+
+import json
+import sys
+import urllib.request
+
+import pytest
+
+from coda_quickstart.chat import ServerFailed, ask, running_server
+
+FAKE_SERVER = """
+import json, os
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+
+class Handler(BaseHTTPRequestHandler):
+    def reply(self, body):
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.reply({"status": "ok", "model": os.environ["MODEL_NAME"]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = f"{body['prompt']}|{body['max_tokens']}|{body['suffix']}" if "prompt" in body else "an answer"
+        choice = {"index": 0, "finish_reason": "stop", "text": text, "message": {"role": "assistant", "content": text}}
+        self.reply({"id": "1", "object": "x", "created": 0, "model": body["model"], "choices": [choice]})
+
+    def log_message(self, *arguments):
+        pass
+
+
+HTTPServer((os.environ["HOST"], int(os.environ["PORT"])), Handler).serve_forever()
+"""
+
+
+def install(repository, script):
+    folder = repository / "serving" / "fast-api"
+    folder.mkdir(parents=True)
+    (folder / "start_server.sh").write_text(script)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    (tmp_path / "fake.py").write_text(FAKE_SERVER)
+    install(tmp_path, f"exec {sys.executable} -S {tmp_path / 'fake.py'}\n")
+    return tmp_path
+
+
+def test_both_requests_are_about_held_out_text_and_the_server_ends_with_the_block(repository, tokenizer):
+    tokenizer.save_pretrained(repository / "tokenizer")
+    rows = {
+        "problems": {"prompt": "def f(x):\n", "canonical_solution": "    return x\n"},
+        "infill": {"prefix": "a = ", "middle": " x", "suffix": "\n"},
+    }
+    for name, row in rows.items():
+        path = repository / "benchmarks" / f"quickstart_{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(row) + "\n")
+    with running_server(repository, repository / "model", repository / "logs" / "server.log") as base_url:
+        with urllib.request.urlopen(base_url.removesuffix("/v1") + "/health") as response:
+            assert json.load(response)["model"] == str(repository / "model")
+        chat, infill = ask(base_url, repository)
+    assert (chat["kind"], chat["question"], chat["answer"]) == ("chat", "def f(x):\n", "an answer")
+    num_tokens = len(tokenizer(" x")["input_ids"])
+    assert infill["answer"] == f"a = |{num_tokens}|\n"
+    assert infill["question"] == f"a = [{num_tokens} tokens missing]\n"
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(base_url.removesuffix("/v1") + "/health")
+
+
+def test_the_server_ends_also_when_a_request_fails(repository):
+    with (
+        pytest.raises(KeyError, match="lost"),
+        running_server(repository, repository, repository / "server.log") as base_url,
+    ):
+        raise KeyError("lost")
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(base_url.removesuffix("/v1") + "/health")
+
+
+def test_a_server_that_ends_early_shows_its_log(tmp_path):
+    install(tmp_path, "echo no model here >&2; exit 2\n")
+    with (
+        pytest.raises(ServerFailed, match="(?s)exit status 2:.*no model here"),
+        running_server(tmp_path, tmp_path, tmp_path / "server.log"),
+    ):
+        pass
