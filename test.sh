@@ -73,5 +73,6 @@ for argument in "$@"; do
         tests=()
     fi
 done
-stage pytest "$venv/bin/python" -m pytest --durations=15 "${tests[@]}" "$@"
+# One worker per core; a file's tests stay together, since they share models, servers and training runs.
+stage pytest "$venv/bin/python" -m pytest -n "$(nproc)" --dist loadfile --durations=15 "${tests[@]}" "$@"
 finish
