@@ -7,9 +7,6 @@ else fits. Not here: which combinations are drawn, held out, rendered or tested 
 
 from dataclasses import dataclass
 
-DIGITS = tuple("23456789")
-LETTERS = tuple("aeinorst")
-
 
 @dataclass(frozen=True)
 class Source:
@@ -33,13 +30,11 @@ class Filter:
     name: str
     element: str
     code: str
-    """Boolean Python expression; ``{x}`` is the element, ``{k}`` the constant."""
+    """Boolean Python expression; ``{x}`` is the element."""
     before: tuple[str, ...] = ()
     """Adjectives that stand before the noun."""
     after: tuple[str, ...] = ()
     """Clauses that follow the noun."""
-    constants: tuple[str, ...] = ()
-    """What ``{k}`` may be; empty where the code has none."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,6 @@ class Map:
     code: str
     nouns: tuple[str, ...]
     """Plural noun phrases that end before the elements: "the squares of"."""
-    constants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,39 +75,42 @@ FILTERS = (
     Filter("even", "number", "{x} % 2 == 0", before=("even",), after=("that are even",)),
     Filter("odd", "number", "{x} % 2 == 1", before=("odd",), after=("that are odd",)),
     Filter("positive", "number", "{x} > 0", before=("positive",), after=("above zero",)),
-    Filter("above", "number", "{x} > {k}", after=("greater than {k}", "above {k}"), constants=DIGITS),
-    Filter("below", "number", "{x} < {k}", after=("less than {k}", "below {k}"), constants=DIGITS),
-    Filter("divisible", "number", "{x} % {k} == 0", after=("divisible by {k}",), constants=DIGITS[1:]),
-    Filter("indivisible", "number", "{x} % {k} != 0", after=("not divisible by {k}",), constants=DIGITS[1:]),
-    Filter("other_than", "number", "{x} != {k}", after=("other than {k}", "different from {k}"), constants=DIGITS),
-    Filter("longer", "word", "len({x}) > {k}", after=("longer than {k} letters",), constants=DIGITS[:5]),
-    Filter("shorter", "word", "len({x}) < {k}", after=("shorter than {k} letters",), constants=DIGITS[1:6]),
-    Filter("starts", "word", '{x}.startswith("{k}")', after=("that start with '{k}'",), constants=LETTERS),
-    Filter("ends", "word", '{x}.endswith("{k}")', after=("that end with '{k}'",), constants=LETTERS),
-    Filter("contains", "word", '"{k}" in {x}', after=("that contain '{k}'", "with letter '{k}'"), constants=LETTERS),
-    Filter("lacks", "word", '"{k}" not in {x}', after=("without the letter '{k}'",), constants=LETTERS),
+    Filter("not_one", "number", "{x} != 1", after=("other than one", "different from one")),
+    Filter("above", "number", "{x} > 5", after=("above five", "greater than five")),
+    Filter("below", "number", "{x} < 7", after=("below seven", "less than seven")),
+    Filter("divisible", "number", "{x} % 3 == 0", after=("divisible by three", "that are multiples of three")),
+    Filter("indivisible", "number", "{x} % 4 != 0", after=("not divisible by four", "that are no multiples of four")),
+    Filter("at_most", "number", "{x} <= 9", after=("that are at most nine", "of nine or less")),
+    Filter("longer", "word", "len({x}) > 4", before=("long",), after=("of more than four letters",)),
+    Filter("shorter", "word", "len({x}) < 4", before=("short",), after=("of less than four letters",)),
+    Filter("vowel", "word", '{x}[0] in "aeiou"', after=("that start with a vowel", "with a vowel in front")),
+    Filter("ends", "word", '{x}.endswith("e")', after=("that end with 'e'", "with 'e' at the end")),
+    Filter("contains", "word", '"a" in {x}', after=("that contain 'a'", "with the letter 'a'")),
+    Filter("lacks", "word", '"o" not in {x}', after=("that lack 'o'", "without the letter 'o'")),
     Filter("numeric", "word", "{x}.isdigit()", before=("numeric",), after=("made of digits",)),
+    Filter("alphabetic", "word", "{x}.isalpha()", before=("alphabetic",), after=("made of letters",)),
     Filter("palindrome", "word", "{x} == {x}[::-1]", before=("palindromic",), after=("that are palindromes",)),
 )
 
 MAPS = (
     Map("square", "number", "number", "{x} * {x}", ("the squares of",)),
-    Map("cube", "number", "number", "{x} ** 3", ("the cubes of",)),
+    Map("cube", "number", "number", "{x} ** 3", ("the cubes of", "the third powers of")),
+    Map("double", "number", "number", "2 * {x}", ("the doubles of", "twice")),
+    Map("triple", "number", "number", "3 * {x}", ("the triples of", "three times")),
     Map("negate", "number", "number", "-{x}", ("the negatives of",)),
-    Map("absolute", "number", "number", "abs({x})", ("the absolute values of",)),
+    Map("absolute", "number", "number", "abs({x})", ("the absolute values of", "the magnitudes of")),
     Map("halve", "number", "number", "{x} // 2", ("the halves, rounded down, of",)),
     Map("last_digit", "number", "number", "abs({x}) % 10", ("the last digits of",)),
-    Map("add", "number", "number", "{x} + {k}", ("{k} more than",), DIGITS),
-    Map("subtract", "number", "number", "{x} - {k}", ("{k} less than",), DIGITS),
-    Map("times", "number", "number", "{x} * {k}", ("{k} times",), DIGITS),
-    Map("size", "word", "number", "len({x})", ("the lengths of",)),
+    Map("next", "number", "number", "{x} + 1", ("the successors of", "one more than")),
+    Map("previous", "number", "number", "{x} - 1", ("the predecessors of", "one less than")),
+    Map("size", "word", "number", "len({x})", ("the lengths of", "the sizes of")),
     Map("upper", "word", "text", "{x}.upper()", ("the uppercase forms of",)),
     Map("lower", "word", "text", "{x}.lower()", ("the lowercase forms of",)),
     Map("capitalize", "word", "text", "{x}.capitalize()", ("the capitalized forms of",)),
-    Map("reverse", "word", "text", "{x}[::-1]", ("the reversals of",)),
-    Map("first", "word", "text", "{x}[0]", ("the first letters of",)),
+    Map("reverse", "word", "text", "{x}[::-1]", ("the reversals of", "the mirror images of")),
+    Map("first", "word", "text", "{x}[0]", ("the first letters of", "the initials of")),
     Map("last", "word", "text", "{x}[-1]", ("the last letters of",)),
-    Map("head", "word", "text", "{x}[:{k}]", ("the first {k} letters of",), DIGITS[:4]),
+    Map("head", "word", "text", "{x}[:3]", ("the first three letters of",)),
     Map("twice", "word", "text", "{x} * 2", ("the repetitions of",)),
 )
 

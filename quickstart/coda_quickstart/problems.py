@@ -1,8 +1,8 @@
 """Short functions made from the grammar: training rows, held-out problems with asserts, held-out infilling gaps.
 
 A composition is the unordered set of a program's filter, map and aggregate. A fixed hash decides once and for all
-which compositions are held out, so no sampling order, seed or count can move one into the training data. Constants,
-names and wordings vary on both sides. Not here: the primitives (grammar.py) and data cut from real code (corpus.py).
+which compositions are held out, so no sampling order, seed or count can move one into the training data. Sources and
+wordings vary on both sides. Not here: the primitives (grammar.py) and data cut from real code (corpus.py).
 """
 
 import hashlib
@@ -31,8 +31,6 @@ class Program:
     filter: Filter
     map: Map
     aggregate: Aggregate
-    filter_constant: str
-    map_constant: str
     docstring: str
 
     @property
@@ -49,8 +47,8 @@ class Program:
     def expression(self) -> str:
         """The Python expression that the function returns."""
         variable = VARIABLES[self.source.element]
-        mapped = self.map.code.format(x=variable, k=self.map_constant)
-        condition = self.filter.code.format(x=variable, k=self.filter_constant)
+        mapped = self.map.code.format(x=variable)
+        condition = self.filter.code.format(x=variable)
         iterable = self.source.code.format(p=self.parameter)
         return self.aggregate.code.format(g=f"{mapped} for {variable} in {iterable} if {condition}")
 
@@ -129,16 +127,14 @@ def held_out_programs(num_programs: int, seed: int) -> list[Program]:
 
 def _draw_program(rng: random.Random, element: str, filter_: Filter, map_: Map, aggregate: Aggregate) -> Program:
     source = rng.choice([source for source in SOURCES if source.element == element])
-    filter_constant = rng.choice(filter_.constants or ("",))
-    map_constant = rng.choice(map_.constants or ("",))
     noun = source.noun.format(p=source.parameter)
     if filter_.before and (not filter_.after or rng.random() < 0.5):
         kept = f"the {rng.choice(filter_.before)} {noun}"
     else:
-        kept = f"the {noun} {rng.choice(filter_.after).format(k=filter_constant)}"
-    mapped = rng.choice(map_.nouns).format(k=map_constant)
+        kept = f"the {noun} {rng.choice(filter_.after)}"
+    mapped = rng.choice(map_.nouns)
     docstring = f"Return {rng.choice(aggregate.nouns)} {mapped} {kept}."
-    return Program(source, filter_, map_, aggregate, filter_constant, map_constant, docstring)
+    return Program(source, filter_, map_, aggregate, docstring)
 
 
 def problem_row(program: Program, index: int, seed: int) -> dict[str, str]:
@@ -178,8 +174,8 @@ def infill_row(
     """
     variable = VARIABLES[program.source.element]
     text = program.prompt + program.body
-    condition = program.filter.code.format(x=variable, k=program.filter_constant)
-    mapped = program.map.code.format(x=variable, k=program.map_constant)
+    condition = program.filter.code.format(x=variable)
+    mapped = program.map.code.format(x=variable)
     iterable = program.source.code.format(p=program.parameter)
     gaps = [
         (text.rindex(f" if {condition}"), f" if {condition}"),

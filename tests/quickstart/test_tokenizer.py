@@ -37,7 +37,7 @@ def test_text_comes_back_byte_for_byte(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_digits_are_single_tokens_so_that_constants_can_be_copied(tokenizer):
+def test_digits_are_single_tokens(tokenizer):
     assert len(tokenizer("2048")["input_ids"]) == 4
 
 
