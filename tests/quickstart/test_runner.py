@@ -1,6 +1,10 @@
 """Stages run once, run again when something they depend on changed, and fail with the end of their log."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -92,3 +96,30 @@ def test_fresh_removes_a_run_and_refuses_anything_else(tmp_path):
     with pytest.raises(ValueError, match="--fresh would delete .* which is no quickstart run"):
         start_over(tmp_path / "home")
     assert (tmp_path / "home" / "letter.txt").exists()
+
+
+def test_a_stage_ends_with_the_run_that_started_it(tmp_path):
+    """The stage's process writes its id and sleeps; ending the run with SIGTERM must end it as well."""
+    script = f"""
+from pathlib import Path
+from coda_quickstart import __main__ as program
+from coda_quickstart.runner import Runner, Stage
+code = "import os, time; open('id', 'w').write(str(os.getpid())); time.sleep(60)"
+stage = Stage(name="wait", title="Wait", commands=(({sys.executable!r}, "-S", "-c", code),), inputs=(), outputs=())
+program._report = lambda arguments: Runner(Path("run").resolve(), Path.cwd()).run([stage])
+program.main(["report", "--run_dir", "run"])
+"""
+    run = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while not ((tmp_path / "id").exists() and (tmp_path / "id").read_text()):
+            assert time.monotonic() < deadline
+            assert run.poll() is None
+            time.sleep(0.05)
+        stage_process = int((tmp_path / "id").read_text())
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(30) == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.kill(stage_process, 0)
+    finally:
+        run.kill()
