@@ -19,7 +19,6 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
 MODEL_NAME = "coda-quickstart"
 ANSWER_TOKENS = 40
-BLOCK_LENGTH = 8
 
 
 class ServerFailed(RuntimeError):
@@ -46,8 +45,9 @@ def start_server(repository: Path, model_dir: Path, port: int, log_path: Path) -
         "PORT": str(port),
         "MAX_TOKENS": str(ANSWER_TOKENS),
         "STEPS": str(ANSWER_TOKENS),
+        "ALG": "topk_margin",  # as in eval.yaml
         "ALG_TEMP": "0",
-        "BLOCK_LENGTH": str(BLOCK_LENGTH),
+        "BLOCK_LENGTH": "none",
     }
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w", encoding="utf-8") as log:
