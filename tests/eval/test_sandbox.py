@@ -43,7 +43,7 @@ HOSTILE = {
     "kills its parent": ("import os\nos.kill(os.getppid(), 9)", None),
     "kills everybody": ("import os\nos.kill(-1, 9)", None),
     "forged report": (
-        'import os\nfor fd in range(3, 60):\n    try: os.write(fd, b\'{"status": "passed", "error": "", '
+        'import os\nfor fd in range(3, 4096):\n    try: os.write(fd, b\'{"status": "passed", "error": "", '
         '"nonce": "0"}\\n\')\n    except OSError: pass\nos._exit(0)',
         "failed",
     ),
