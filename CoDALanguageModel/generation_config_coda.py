@@ -12,6 +12,8 @@ from .sampling import ALGORITHMS
 
 KV_CACHES = ("none", "prefix", "dual")
 PARALLEL_RULES = ("threshold", "factor", "entropy_bound")
+OPTIONAL_INTEGERS = {"block_length": 1, "top_k": 1, "refresh_interval": 1, "refresh_window": 0, "suffix_window": 0}
+"""Settings that may be None, with their least value."""
 
 DEFAULTS: dict[str, Any] = {
     # how much, and in which order
@@ -36,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "eos_early_stop": True,
     "kv_cache": "none",
     "refresh_interval": None,
+    "refresh_window": None,
     "cache_drift": None,
     "drift_interval": 4,
     "threshold": None,
@@ -87,7 +90,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         num_return_sequences: answers per row, drawn with the seeds `seed`, `seed + 1`, ...
         eos_early_stop: stop a row when an end token is committed and no mask is left of it. The text is the same.
         kv_cache: `prefix` keeps keys and values left of the block, `dual` on both sides, `none` computes all anew.
-        refresh_interval: compute everything anew at every n-th step of a block; None only at its first.
+        refresh_interval: refresh the cache at every n-th step of a block; None only at its first.
+        refresh_window: a refresh computes anew the block and this many tokens on both sides of it, and keeps the rest
+            of the cache (dInfer's vicinity refresh), so that the cost of a block does not grow with the text; None
+            computes everything. The first pass of a row always does.
         cache_drift: budget in nats: at every `drift_interval`-th step the cached distributions are compared with
             fresh ones, and where the mean KL over the masked tokens is above the budget the cache is refreshed.
         drift_interval: steps between two comparisons.
@@ -153,7 +159,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         integers = {"max_new_tokens": 0, "steps": 1, "drift_interval": 1, "speculate": 0, "num_return_sequences": 1}
         for name, low in integers.items():
             self._check_number(name, low, math.inf, f"an integer >= {low}", integer=True)
-        for name, low in {"block_length": 1, "top_k": 1, "refresh_interval": 1, "suffix_window": 0}.items():
+        for name, low in OPTIONAL_INTEGERS.items():
             if getattr(self, name) is not None:
                 self._check_number(name, low, math.inf, f"an integer >= {low} or None", integer=True)
         self._check_number("temperature", 0, 1e6, "a number >= 0")
@@ -212,7 +218,7 @@ class DiffusionGenerationConfig(GenerationConfig):
                 raise ValueError(f"{name} cannot be used with {cause}: it needs commits that are final")
         if self.speculate and self.kv_cache != "none":
             raise ValueError(f"speculate is lossless and kv_cache={self.kv_cache!r} is not: use one of them")
-        for name in ("refresh_interval", "cache_drift"):
+        for name in ("refresh_interval", "refresh_window", "cache_drift"):
             if getattr(self, name) is not None and self.kv_cache == "none":
                 raise ValueError(f"{name} needs kv_cache 'prefix' or 'dual', got 'none'")
         if self.suffix_window is not None and self.block_length is None:

@@ -80,6 +80,7 @@ class Scorer:
         self.cache = CanvasCache(*canvas.ids.shape) if config.kv_cache != "none" else None
         self.cached_block = [-1] * len(canvas.ids)
         self.cache_age = [0] * len(canvas.ids)
+        self.is_cached = torch.zeros_like(canvas.ids, dtype=torch.bool)  # columns whose keys and values are stored
         banned = {config.mask_token_id, *(config.suppress_tokens or ())}
         if config.pad_token_id is not None and config.pad_token_id not in canvas.eos_ids.tolist():
             banned.add(config.pad_token_id)
@@ -116,7 +117,7 @@ class Scorer:
             self.cache_age[row] += 1
         if refresh:
             self.cost.cache_refreshes += len(step.rows)
-            return self.forward(step, ids, window, self.cache)
+            return self.forward(step, ids, window, self.cache, computed=self._refresh_window(step, window))
         cached = self.forward(step, ids, window, self.cache, computed=self._cached_window(step, window))
         if self.config.cache_drift is None:
             return cached
@@ -139,6 +140,7 @@ class Scorer:
             return cached
         self.cost.cache_refreshes += len(over)
         self.cache.adopt(trial, due_step.index[over], ids.new_tensor(over))
+        self.is_cached[due_step.index[over]] |= self._visible(due_step)[over]
         for i in over:
             self.cache_age[due_step.rows[i]] = 1
         replaced = [due[i] for i in over]
@@ -161,6 +163,21 @@ class Scorer:
             index = torch.arange(columns.shape[1], device=columns.device)
             columns = (index >= first) & canvas.take(canvas.attention_mask, step).bool()
         return columns & self._visible(step)
+
+    def _refresh_window(self, step: Step, window: Tensor) -> Tensor | None:
+        """(R, T) bool: columns that a refresh computes: around the block and what was never stored; None for all."""
+        visible = self._visible(step)
+        stored = self.is_cached[step.index]
+        self.is_cached[step.index] = stored | visible
+        if self.config.refresh_window is None:
+            return None
+        needed = self._cached_window(step, window)
+        position = self.canvas.take(self.canvas.position_ids, step)
+        last = position.masked_fill(~needed, -1).amax(dim=1, keepdim=True)
+        first = position.masked_fill(~needed, position.shape[1]).amin(dim=1, keepdim=True)
+        width = self.config.refresh_window
+        near = (position >= first - width) & (position <= last + width)
+        return visible & (near | needed | ~stored)
 
     def _visible(self, step: Step) -> Tensor:
         """(R, T) bool: real positions, without the masks that `suffix_window` forgets."""

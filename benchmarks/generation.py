@@ -1,15 +1,19 @@
-"""Decoding measured side by side: `python benchmarks/generation.py [--case NAME ...] [--model FOLDER]`.
+"""Decoding measured side by side: `python benchmarks/generation.py [--case NAME ...] [--run_dir FOLDER]`.
 
 Every case runs its contenders interleaved in one process on the same weights, and reports medians and their ratios to
-the first one, the baseline. Results go to `benchmarks/RESULTS.md` and `benchmarks/generation.json`.
+the first one, the baseline. Results go to `benchmarks/RESULTS.md`, `generation.json` and `generation.png`; a case that
+is not run keeps the result that it has there.
 """
 
 import argparse
 import json
+import logging
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from rich.table import Table
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 
 HERE = Path(__file__).parent
+BEGIN, END = "<!-- generation:begin -->", "<!-- generation:end -->"
 console = Console()
 
 
@@ -108,21 +113,40 @@ def case_sampled(repeats: int) -> dict[str, Any]:
     return {"rows": rows, "facts": {}, "goal": ">= 8x"}
 
 
+def faster_dtype() -> torch.dtype:
+    """bfloat16, unless this CPU multiplies matrices of it more slowly than float32."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(192, 2048, dtype=dtype)
+        b = torch.ones(2048, 512, dtype=dtype)
+        a @ b
+        start = time.perf_counter()
+        a @ b
+        seconds[dtype] = time.perf_counter() - start
+    return min(seconds, key=seconds.get)
+
+
 def case_published_shape(repeats: int) -> dict[str, Any]:
-    """Published 1.7B shape, random weights, bf16, prompt 128, 64 new, 8 steps."""
-    model = random_model(torch.bfloat16)
+    """Published 1.7B shape, random weights, bf16 (fp32 where bf16 is slower), prompt 128, 64 new, 8 steps."""
+    dtype = faster_dtype()
+    model = random_model(dtype)
     x = prompts(model, 1, 128)
     settings = {"max_new_tokens": 64, "steps": 8, "alg": "entropy"}
     cached = {"kv_cache": "dual", "block_length": 32}
+    near = {"refresh_window": 32}
     rows = measure(
         {
             "published": lambda: published_generate(model, x, **settings),
             "exact": lambda: model.diffusion_generate(x, eos_early_stop=False, **settings),
             "dual cache, block 32": lambda: model.diffusion_generate(x, eos_early_stop=False, **settings, **cached),
+            "dual cache, block 32, refresh window 32": lambda: model.diffusion_generate(
+                x, eos_early_stop=False, **settings, **cached, **near
+            ),
         },
-        repeats,
+        min(repeats, 3),
     )
-    return {"rows": rows, "facts": profile_share(model, x), "goal": "exact >= 1.35x, dual >= 4x, other <= 15 %"}
+    facts = {"bits of a weight": float(torch.finfo(dtype).bits), **profile_share(model, x)}
+    return {"rows": rows, "facts": facts, "goal": "exact >= 1.35x, dual >= 4x, share outside <= 15 %"}
 
 
 def profile_share(model: CoDALanguageModel, x: torch.Tensor) -> dict[str, float]:
@@ -130,9 +154,64 @@ def profile_share(model: CoDALanguageModel, x: torch.Tensor) -> dict[str, float]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model.diffusion_generate(x, max_new_tokens=64, steps=1)
     total = sum(event.self_cpu_time_total for event in profile.key_averages())
-    heavy = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "mkldnn", "onednn", "linear")
+    heavy = ("aten::mm", "aten::addmm", "aten::bmm", "scaled_dot_product", "mkldnn", "onednn", "aten::linear")
     inside = sum(e.self_cpu_time_total for e in profile.key_averages() if any(word in e.key for word in heavy))
     return {"share outside of matrix products and attention": 1 - inside / total}
+
+
+def case_quickstart(repeats: int, run_dir: Path) -> dict[str, Any] | None:
+    """Quickstart's model on its held-out problems, 128 new tokens: one token a step against cache and threshold."""
+    from transformers import AutoTokenizer
+
+    from coda_eval.sandbox import Program, run_programs
+
+    problems_file = run_dir / "benchmarks" / "quickstart_problems.jsonl"
+    if not (run_dir / "model" / "config.json").is_file() or not problems_file.is_file():
+        console.print(f"quickstart: not measured, {run_dir} holds no model (bash quickstart.sh makes it)")
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    model = CoDALanguageModel.from_pretrained(run_dir / "model").eval()
+    problems = [json.loads(line) for line in problems_file.read_text().splitlines()]
+    inputs = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": problem["prompt"]}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )["input_ids"]
+        for problem in problems
+    ]
+    costs: dict[str, Any] = {}
+
+    def answer_all(name: str, **options: Any) -> list[str]:
+        costs[name] = 0
+        answers = []
+        for x in inputs:
+            output = model.diffusion_generate(
+                x, max_new_tokens=128, steps=128, alg="topk_margin", return_dict_in_generate=True, **options
+            )
+            costs[name] += output.cost.tokens_evaluated
+            answers.append(tokenizer.decode(output.sequences[0, x.shape[1] :], skip_special_tokens=True))
+        return answers
+
+    fast = {"block_length": 32, "kv_cache": "dual", "threshold": 0.9, "refresh_window": 32, "suffix_window": 0}
+    rows = measure(
+        {
+            "exact, one token a step": lambda: answer_all("exact"),
+            "dual cache, threshold 0.9": lambda: answer_all("fast", **fast),
+        },
+        1,
+    )
+    facts = {"tokens evaluated, exact / cached": costs["exact"] / costs["fast"]}
+    for name, row in rows.items():
+        programs = [
+            Program(candidate=answer, tests=f"{problem['test']}\ncheck({problem['entry_point']})")
+            for answer, problem in zip(row["result"], problems, strict=True)
+        ]
+        verdicts = run_programs(programs)
+        facts[f"pass@1 in %, {name}"] = 100 * sum(verdict.passed for verdict in verdicts) / len(verdicts)
+    goal = ">= 10x fewer tokens evaluated, >= 5x, pass@1 within 1 point"
+    return {"rows": rows, "facts": facts, "goal": goal}
 
 
 def case_batch(repeats: int) -> dict[str, Any]:
@@ -158,7 +237,7 @@ def case_batch(repeats: int) -> dict[str, Any]:
 
 
 def case_length(repeats: int) -> dict[str, Any]:
-    """Time against new tokens 64 to 1024, four tokens a step: stepwise and with the dual cache."""
+    """Time against new tokens 64 to 1024, four tokens a step: stepwise, with the dual cache, and with windows too."""
     model = random_model(
         vocab_size=4096,
         hidden_size=256,
@@ -174,46 +253,95 @@ def case_length(repeats: int) -> dict[str, Any]:
     )
     x = prompts(model, 1, 64)
     lengths = [64, 128, 256, 512, 1024]
-    rows: dict[str, Any] = {}
-    for name, options in {"stepwise": {}, "dual cache": {"kv_cache": "dual"}}.items():
-        for n in lengths:
-            settings = {"max_new_tokens": n, "steps": n // 4, "block_length": 32, "eos_early_stop": False, **options}
-            start = time.perf_counter()
-            model.diffusion_generate(x, **settings)
-            seconds = time.perf_counter() - start
-            rows[f"{name}, {n} tokens"] = {"median_s": seconds, "speedup": float("nan"), "result": None}
+    windows = {"kv_cache": "dual", "refresh_window": 32, "suffix_window": 64}
+    regimes = {"stepwise": {}, "dual cache": {"kv_cache": "dual"}, "dual cache, windows": windows}
+    runs = {
+        f"{name}, {n} tokens": partial(
+            model.diffusion_generate,
+            x,
+            max_new_tokens=n,
+            steps=n // 4,
+            block_length=32,
+            eos_early_stop=False,
+            **options,
+        )
+        for name, options in regimes.items()
+        for n in lengths
+    }
+    rows = measure(runs, repeats)
     facts = {}
-    for name in ("stepwise", "dual cache"):
-        seconds = torch.tensor([rows[f"{name}, {n} tokens"]["median_s"] for n in lengths]).log()
-        n = torch.tensor(lengths, dtype=torch.float32).log()
-        slope = float(((n - n.mean()) * (seconds - seconds.mean())).sum() / ((n - n.mean()) ** 2).sum())
-        facts[f"{name}: exponent of time against tokens"] = slope
+    for name in regimes:
+        seconds = [rows[f"{name}, {n} tokens"]["median_s"] for n in lengths]
+        facts[f"{name}: exponent of time against tokens, 256 to 1024"] = exponent(lengths[2:], seconds[2:])
+    for row in rows.values():
+        row["speedup"] = float("nan")  # other lengths are other work
     return {"rows": rows, "facts": facts, "goal": "cached about 1, stepwise about 2"}
+
+
+def exponent(x: list[int], y: list[float]) -> float:
+    """Slope of the least-squares line through (log x, log y)."""
+    logs = torch.tensor([x, y], dtype=torch.float64).log()
+    centred = logs - logs.mean(dim=1, keepdim=True)
+    return float((centred[0] * centred[1]).sum() / centred[0].square().sum())
 
 
 CASES = {
     "greedy": case_greedy,
     "sampled": case_sampled,
     "published_shape": case_published_shape,
+    "quickstart": case_quickstart,
     "batch": case_batch,
     "length": case_length,
 }
 
 
-def report(name: str, case: dict[str, Any], description: str) -> list[str]:
+def section(name: str, case: dict[str, Any]) -> list[str]:
     """Markdown of one case, also printed as a table."""
     table = Table("contender", "median s", "speed-up", title=name)
-    lines = [f"### {name}", "", description, "", "| contender | median s | speed-up |", "| --- | --- | --- |"]
+    lines = [f"### {name}", "", case["description"], "", "| contender | median s | speed-up |", "| --- | --- | --- |"]
     for contender, row in case["rows"].items():
-        speedup = "" if row["speedup"] != row["speedup"] else f"{row['speedup']:.2f}x"
+        speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
         table.add_row(contender, f"{row['median_s']:.3f}", speedup)
         lines.append(f"| {contender} | {row['median_s']:.3f} | {speedup} |")
     console.print(table)
     lines.append("")
     for fact, value in case["facts"].items():
-        console.print(f"{fact}: {value:.4f}")
-        lines.append(f"{fact}: {value:.4f}  ")
-    return [*lines, f"Goal: {case['goal']}.", ""]
+        console.print(f"{fact}: {value:.4g}")
+        lines.append(f"- {fact}: {value:.4g}")
+    return [*lines, f"- goal: {case['goal']}", f"- {case['where']}", ""]
+
+
+def draw(numbers: dict[str, Any], path: Path) -> None:
+    """Speed-ups of all cases, and time against length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bars = [
+        (f"{name}: {contender}", row["speedup"])
+        for name, case in numbers.items()
+        for contender, row in case["rows"].items()
+        if row["speedup"] is not None and row["speedup"] != 1
+    ]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    labels, values = [b[0] for b in bars][::-1], [b[1] for b in bars][::-1]
+    left.bar_label(left.barh(labels, values, color="#4477aa"), fmt=" %.1fx")
+    left.axvline(1, color="black", linewidth=0.8)
+    left.set_xscale("log")
+    left.set_xlim(0.8, 2 * max([1, *values]))
+    left.set_xlabel("speed-up over the baseline of the case")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for contender, row in numbers.get("length", {"rows": {}})["rows"].items():
+        name, _, n = contender.removesuffix(" tokens").rpartition(", ")
+        curves.setdefault(name, []).append((int(n), row["median_s"]))
+    for name, points in curves.items():
+        right.plot(*zip(*points, strict=True), marker="o", label=name)
+    right.set(xscale="log", yscale="log", xlabel="new tokens", ylabel="seconds")
+    right.grid(alpha=0.3)
+    if curves:
+        right.legend()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -221,25 +349,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--run_dir", type=Path, default=HERE.parent / "runs" / "quickstart", help="of quickstart.sh")
     options = parser.parse_args()
-    sections, numbers = [], {}
+    logging.getLogger("coda_eval").setLevel(logging.ERROR)
+    where = f"CPU {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    stored = HERE / "generation.json"
+    numbers = json.loads(stored.read_text()) if stored.is_file() else {}
     for name in options.case:
-        case = CASES[name](options.repeats)
-        sections += report(name, case, CASES[name].__doc__.splitlines()[0])
-        measured = {k: {"median_s": v["median_s"], "speedup": v["speedup"]} for k, v in case["rows"].items()}
-        numbers[name] = {"rows": measured, "facts": case["facts"]}
-    where = (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    head = [
-        "## Decoding",
-        "",
-        f"`python benchmarks/generation.py`, CPU: {where}; medians of {options.repeats} runs.",
-        "",
-    ]
-    options.output.write_text("\n".join(["# Benchmark results", "", *head, *sections]))
-    (HERE / "generation.json").write_text(json.dumps(numbers, indent=2) + "\n")
+        run = partial(CASES[name], run_dir=options.run_dir) if name == "quickstart" else CASES[name]
+        case = run(options.repeats)
+        if case is None:
+            continue
+        for row in case["rows"].values():
+            row.pop("result")
+            row["speedup"] = row["speedup"] if row["speedup"] == row["speedup"] else None
+        case["description"] = CASES[name].__doc__.splitlines()[0]
+        case["where"] = f"{where}; medians of {options.repeats} runs" if name != "quickstart" else f"{where}; one run"
+        numbers[name] = case
+        section(name, case)
+        stored.write_text(json.dumps(numbers, indent=2) + "\n")
+    numbers = {name: numbers[name] for name in CASES if name in numbers}
+    draw(numbers, HERE / "generation.png")
+    lines = [BEGIN, "## Decoding", "", "`python benchmarks/generation.py`; on a GPU: not measured.", ""]
+    lines += ["![speed-ups and time against length](generation.png)", ""]
+    with console.capture():
+        for name, case in numbers.items():
+            lines += section(name, case)
+    results = HERE / "RESULTS.md"
+    text = results.read_text() if results.is_file() else f"# Benchmark results\n\n{BEGIN}\n{END}\n"
+    if BEGIN not in text:
+        text += f"\n{BEGIN}\n{END}\n"
+    block = "\n".join([*lines, END])
+    results.write_text(re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: block, text, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,12 @@ def model(make_model) -> CoDALanguageModel:
 
 
 @pytest.fixture(scope="session")
+def double_model(make_model) -> CoDALanguageModel:
+    """The same in float64."""
+    return make_model().double()
+
+
+@pytest.fixture(scope="session")
 def tokens() -> Callable[..., torch.Tensor]:
     """Give a function that draws ordinary token ids."""
 

@@ -9,12 +9,16 @@ from hypothesis import strategies as st
 
 NEW = 12
 ORDERS = ["origin", "maskgit_plus", "topk_margin", "entropy"]
+FINAL_ONLY = {"threshold", "factor", "entropy_bound", "speculate", "remask"}  # not with p2, which takes commits back
 REGIMES = [
     {},
     {"kv_cache": "prefix"},
     {"kv_cache": "dual"},
     {"kv_cache": "dual", "refresh_interval": 2},
     {"kv_cache": "dual", "cache_drift": 1e-3, "drift_interval": 2},
+    {"block_length": 4, "kv_cache": "dual", "refresh_window": 2},
+    {"block_length": 3, "kv_cache": "prefix", "refresh_window": 1, "suffix_window": 2, "threshold": 0.3},
+    {"block_length": 4, "kv_cache": "dual", "refresh_window": 2, "cache_drift": 1e-3, "drift_interval": 2},
     {"threshold": 0.3},
     {"factor": 1.0},
     {"entropy_bound": 1.5},
@@ -44,10 +48,11 @@ row_lists = st.lists(st.lists(st.integers(0, 63), min_size=1, max_size=9), min_s
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=row_lists, data=st.data())
-def test_a_row_gets_the_same_tokens_alone_and_in_any_ragged_batch_in_every_regime(model, rows, data):
+def test_a_row_gets_the_same_tokens_alone_and_in_any_ragged_batch_in_every_regime(model, double_model, rows, data):
+    model = data.draw(st.sampled_from([model, double_model]))
     regime = data.draw(st.sampled_from(REGIMES))
     options = {
-        "alg": data.draw(st.sampled_from(ORDERS)),
+        "alg": data.draw(st.sampled_from(ORDERS if FINAL_ONLY & set(regime) else [*ORDERS, "p2"])),
         "block_length": data.draw(st.sampled_from([None, 5])),
         **regime,
     }
@@ -79,6 +84,27 @@ def test_the_dual_cache_computes_fewer_tokens_than_the_prefix_cache_and_both_few
         for kv_cache in ("none", "prefix", "dual")
     }
     assert cost["dual"] < cost["prefix"] < cost["none"]
+
+
+def test_a_refresh_window_as_wide_as_the_text_is_the_whole_refresh(model, tokens):
+    rows = [tokens(5).tolist(), [*tokens(3, seed=1).tolist(), 67, 67, *tokens(2, seed=2).tolist()]]
+    for options in ({"kv_cache": "dual"}, {"kv_cache": "prefix", "refresh_interval": 2}):
+        options = {"block_length": 4, "steps": NEW, **options}
+        whole = decode(model, rows, [0, 1], **options)
+        wide = decode(model, rows, [0, 1], refresh_window=40, **options)
+        assert wide.sequences.tolist() == whole.sequences.tolist()
+        assert wide.cost.tokens_evaluated <= whole.cost.tokens_evaluated
+
+
+def test_with_windows_the_cost_of_a_block_does_not_grow_with_the_text(model, tokens):
+    options = {"kv_cache": "dual", "block_length": 4, "refresh_window": 4, "suffix_window": 4, "eos_early_stop": False}
+    evaluated = [
+        decode(model, [tokens(6).tolist()], [0], max_new_tokens=n, steps=n, **options).cost.tokens_evaluated
+        for n in (16, 24, 32, 40)
+    ]
+    growth = [b - a for a, b in itertools.pairwise(evaluated)]
+    # Two more blocks of one refresh (block, scoring row, 4 on both sides) and two cached passes (block, scoring row).
+    assert max(growth) <= 2 * ((4 + 1 + 4 + 4) + 2 * (4 + 1))
 
 
 def test_the_first_step_of_a_block_is_exact_with_a_cache(model, tokens):
@@ -258,6 +284,53 @@ def test_the_cost_counts_passes_rows_and_tokens(model, tokens):
     assert cost.as_dict()["tokens_per_forward"] == pytest.approx(cost.tokens_committed / 4)
 
 
+@pytest.mark.parametrize("regime", [{}, {"kv_cache": "dual"}, {"threshold": 0.3}, {"speculate": 2}])
+def test_prompts_full_of_special_tokens_stay_as_they_are_and_end_nothing(model, tokens, regime):
+    """End, start and padding ids inside a prompt are text: only the mask id is a gap."""
+    hostile = [65, 64, 66, *tokens(2).tolist(), 66, 65, 64, 65]
+    options = {"block_length": 4, "steps": NEW, "eos_early_stop": True, **regime}
+    alone = decode(model, [hostile], [3], **options)
+    batch = decode(model, [tokens(4).tolist(), hostile, [65]], [1, 3, 2], (1, 0, 2), **options)
+    assert alone.sequences[0, -NEW:].tolist() == batch.sequences[1, -NEW:].tolist()
+    assert alone.sequences[0, 2:-NEW].tolist() == hostile
+    as_text = model.diffusion_generate(
+        torch.tensor([hostile]), max_new_tokens=NEW, seed=3, **{**options, "eos_early_stop": False}
+    )[0, -NEW:].tolist()
+    answer = alone.sequences[0, -NEW:].tolist()
+    end = answer.index(65) + 1 if 65 in answer else NEW
+    assert answer[:end] == as_text[:end]
+    assert 67 not in answer
+
+
+def test_forced_and_banned_ids_of_transformers_processors_hold_in_every_regime(model, tokens):
+    from transformers import SuppressTokensLogitsProcessor
+
+    banned = list(range(40))
+    for regime in ({}, {"kv_cache": "dual"}, {"threshold": 0.2}, {"speculate": 2}, {"remask": "conf"}, {"alg": "p2"}):
+        answer = model.diffusion_generate(
+            tokens(1, 5),
+            max_new_tokens=NEW,
+            steps=NEW,
+            temperature=1.0,
+            logits_processor=[SuppressTokensLogitsProcessor(banned)],
+            **regime,
+        )[0, 5:]
+        assert not set(answer.tolist()) & set(banned)
+        forced = model.diffusion_generate(
+            tokens(1, 5), max_new_tokens=3, steps=3, suppress_tokens=[i for i in range(66) if i != 9], **regime
+        )
+        assert forced[0, 5:].tolist() == [9, 9, 9]
+
+
+def test_a_compiled_network_gives_the_same_tokens(make_model, tokens):
+    model = make_model(seed=3)
+    rows = [tokens(5).tolist(), tokens(8, seed=1).tolist()]
+    regimes = ({}, {"kv_cache": "dual", "block_length": 4}, {"threshold": 0.3})
+    plain = [decode(model, rows, [0, 1], **regime).sequences.tolist() for regime in regimes]
+    model.model.compile(dynamic=True, backend="aot_eager")
+    assert [decode(model, rows, [0, 1], **regime).sequences.tolist() for regime in regimes] == plain
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -268,6 +341,8 @@ def test_the_cost_counts_passes_rows_and_tokens(model, tokens):
         ({"kv_cache": "dual", "speculate": 1}, "speculate is lossless and kv_cache='dual' is not"),
         ({"refresh_interval": 2}, "refresh_interval needs kv_cache"),
         ({"cache_drift": 0.1}, "cache_drift needs kv_cache"),
+        ({"refresh_window": 3}, "refresh_window needs kv_cache"),
+        ({"kv_cache": "dual", "refresh_window": -1}, "refresh_window must be an integer >= 0 or None"),
         ({"suffix_window": 4}, "suffix_window needs block_length"),
         ({"eta": 0.5}, "eta needs remask"),
         ({"kv_cache": "both"}, "kv_cache must be one of none, prefix, dual, got 'both'"),
