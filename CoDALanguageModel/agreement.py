@@ -19,10 +19,12 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from .modeling_coda import CoDALanguageModel
+from .prompts import encode, encode_chat
 
 REGIME_SETTINGS = (
     "kv_cache",
     "refresh_interval",
+    "refresh_window",
     "cache_drift",
     "drift_interval",
     "threshold",
@@ -138,11 +140,7 @@ def read_prompts(path: Path, tokenizer: Any, *, chat: bool) -> list[list[int]]:
             if "prompt" not in row:
                 raise ValueError(f"each line of {path} must have the key 'prompt', got {', '.join(row)}")
             text = row["prompt"]
-        if chat:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-        prompts.append(tokenizer(text, add_special_tokens=False).input_ids)
+        prompts.append((encode_chat if chat else encode)(tokenizer, text))
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts

@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -23,8 +24,9 @@ from rich.text import Text
 from transformers import AutoTokenizer
 
 from .agreement import parse_settings
-from .generation_config_coda import refuse_unknown
+from .generation_config_coda import DEFAULTS, refuse_unknown
 from .modeling_coda import CoDALanguageModel
+from .prompts import encode, encode_chat
 
 GAP = re.compile(r"<gap(?::(\d+))?>")
 MASK_SIGN = "\u2591"
@@ -180,11 +182,6 @@ def read_gaps(text: str, default_length: int) -> tuple[list[str], list[int]]:
     return pieces, [int(mark[1]) if mark[1] else default_length for mark in marks]
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text in which special tokens are ordinary text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-
 def build_canvas(options: argparse.Namespace, tokenizer: Any, model: Any, settings: dict[str, Any]) -> list[int]:
     """The ids to decode from: a prompt, or a text with gaps."""
     if options.infill is not None:
@@ -196,15 +193,16 @@ def build_canvas(options: argparse.Namespace, tokenizer: Any, model: Any, settin
         return ids
     if options.raw or not tokenizer.chat_template:
         return encode(tokenizer, options.prompt)
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": options.prompt}], add_generation_prompt=True, return_dict=False
-    )
+    return encode_chat(tokenizer, options.prompt)
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Our own options, and the decoding settings among the others."""
     parser = argparse.ArgumentParser(
-        prog="python -m CoDALanguageModel.sample", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m CoDALanguageModel.sample",
+        description=__doc__,
+        epilog="decoding settings, each as --name value:\n  " + "\n  ".join(textwrap.wrap(", ".join(DEFAULTS), 100)),
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="folder of a CoDA model with its tokenizer")
     source = parser.add_mutually_exclusive_group(required=True)
