@@ -27,6 +27,7 @@ from coda_quickstart.tokenizer import train_tokenizer
 logger = logging.getLogger(__name__)
 
 FUNCTIONS_PER_DOCUMENT = 4
+PLAIN_INSTRUCTION = "Write a function."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class DataSettings:
     """Longest input of the model, recorded in the tokenizer."""
     training_programs: int
     """Generated rows of the instruction set."""
+    plain_functions: int
+    """Further generated rows whose answer is a whole documented function: they keep the skill of infilling alive."""
     corpus_pairs: int
     """Docstring -> function rows cut from the corpus."""
     max_pair_characters: int
@@ -154,6 +157,11 @@ def _write_instructions(
     """The instruction set in Alpaca format, with the dataset_info.json that LLaMA-Factory looks it up in."""
     rows = [instruction_row(program) for program in programs]
     rows += [{"instruction": prompt + "\n", "input": "", "output": function} for prompt, function in pairs]
+    plain = training_programs(settings.plain_functions, settings.seed + 1)
+    rows += [
+        {"instruction": PLAIN_INSTRUCTION, "input": "", "output": (program.prompt + program.body).rstrip("\n")}
+        for program in plain
+    ]
     random.Random(f"rows {settings.seed}").shuffle(rows)
     held_out = held_out_programs(settings.validation_programs, settings.seed + 1)
     write_rows(folder / "train.jsonl", rows)

@@ -11,6 +11,7 @@ SMALL = {
     "vocab_size": 700,
     "context_tokens": 256,
     "training_programs": 300,
+    "plain_functions": 30,
     "corpus_pairs": 5,
     "max_pair_characters": 400,
     "validation_programs": 12,
@@ -43,7 +44,7 @@ def test_counts_are_those_asked_for(run_dir):
     summary = json.loads((run_dir / "data" / "summary.json").read_text())
     assert summary["corpus_files"] + summary["validation_files"] == 120
     assert summary["validation_files"] > 0
-    assert len(rows(run_dir / "data" / "instructions" / "train.jsonl")) == 305
+    assert len(rows(run_dir / "data" / "instructions" / "train.jsonl")) == 335
     assert len(rows(run_dir / "data" / "instructions" / "validation.jsonl")) == 12
     assert len(rows(run_dir / "benchmarks" / "quickstart_problems.jsonl")) == 20
     assert len(rows(run_dir / "benchmarks" / "quickstart_infill.jsonl")) == 19
@@ -68,7 +69,8 @@ def test_validation_files_are_not_in_the_corpus(run_dir):
 
 
 def test_a_question_is_worded_the_same_in_training_and_in_the_benchmark(run_dir):
-    trained = rows(run_dir / "data" / "instructions" / "train.jsonl")[0]["instruction"]
+    instructions = [row["instruction"] for row in rows(run_dir / "data" / "instructions" / "train.jsonl")]
+    trained = next(text for text in instructions if text.startswith("def solve("))
     asked = rows(run_dir / "benchmarks" / "quickstart_problems.jsonl")[0]["prompt"]
     assert trained.endswith('"""\n')
     assert asked.endswith('"""\n')
