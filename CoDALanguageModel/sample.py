@@ -151,10 +151,10 @@ class Recording:
         path.write_text("\n".join([*lines, "</svg>"]) + "\n")
 
     def _save_gif(self, path: Path) -> None:
-        from PIL import Image, ImageDraw, ImageFont  # only this format needs it
+        from PIL import Image, ImageDraw  # only this format needs it
 
         frames = [self._cells(i) for i in range(len(self.frames))]
-        font = ImageFont.load_default(size=13)
+        font = monospace_font(13)
         images = []
         for cells in frames:
             image = Image.new("RGB", self._size(frames), "white")
@@ -166,6 +166,18 @@ class Recording:
                     draw.text((x, 10 + line * LINE_HEIGHT), drawn, font=font, fill=colour)
             images.append(image)
         images[0].save(path, save_all=True, append_images=images[1:], duration=int(FRAME_S * 1000), loop=0)
+
+
+def monospace_font(size: int) -> Any:
+    """A font of the machine in which all characters are equally wide, or Pillow's own, which is proportional."""
+    from PIL import ImageFont
+
+    for name in ("DejaVuSansMono.ttf", "LiberationMono-Regular.ttf", "NotoSansMono-Regular.ttf", "Menlo.ttc"):
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue  # not installed: the next one
+    return ImageFont.load_default(size=size)
 
 
 def read_gaps(text: str, default_length: int) -> tuple[list[str], list[int]]:
