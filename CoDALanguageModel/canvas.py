@@ -50,7 +50,7 @@ class Decision(NamedTuple):
     """(R, T) float32: of the proposed token."""
 
     margin: Tensor | None
-    """(R,) float32: how near the closest choice was to falling the other way."""
+    """(R,) float32: the least error of the logits, in nats, that could have changed the decision."""
 
 
 class Canvas:

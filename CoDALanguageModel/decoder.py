@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .canvas import Canvas, Decision, Step
 from .generation_config_coda import DiffusionGenerationConfig
-from .sampling import accept, choose, order_scores, propose, row_uniforms
+from .sampling import accept, choose, nats, order_scores, propose, row_uniforms
 from .scoring import Scorer, Scores
 
 
@@ -57,7 +57,8 @@ class Decoder:
         chosen = choose(ranking, counts)
         margin = None
         if guarded:
-            margin = _ranking_margin(ranking, counts)
+            scale = config.alg_temp or 1.0
+            margin = _ranking_margin(ranking, spread(candidates.sensitivity / scale, 0.0), counts)
             margin = torch.minimum(margin, spread(candidates.margin, torch.inf).masked_fill(~chosen, torch.inf).amin(1))
         if rule is not None:
             probability = spread(candidates.probability, -torch.inf)
@@ -197,9 +198,12 @@ class SpeculativeDecoder(Decoder):
         return drafts
 
 
-def _ranking_margin(ranking: Tensor, counts: Tensor) -> Tensor:
-    """(R,) gap between the last position that is chosen and the first that is not."""
-    ordered = ranking.sort(dim=1, descending=True).values
-    last = ordered.gather(1, (counts - 1).clamp(min=0)[:, None])
-    following = torch.nn.functional.pad(ordered, (0, 1), value=-torch.inf).gather(1, counts[:, None])
-    return (last - following).squeeze(1).float()
+def _ranking_margin(ranking: Tensor, sensitivity: Tensor, counts: Tensor) -> Tensor:
+    """(R,) the error of the logits, in nats, that could swap the last position chosen and the first one that is not."""
+    ordered, order = ranking.sort(dim=1, descending=True, stable=True)
+    moved = sensitivity.gather(1, order)
+    last, following = (counts - 1).clamp(min=0)[:, None], counts.clamp(max=ranking.shape[1] - 1)[:, None]
+    gap = ordered.gather(1, last) - ordered.gather(1, following)
+    margin = nats(gap.float(), moved.gather(1, last) + moved.gather(1, following))
+    nothing_left = (counts[:, None] >= ranking.shape[1]) | ordered.gather(1, following).isinf()
+    return margin.masked_fill(nothing_left, torch.inf).squeeze(1)

@@ -104,7 +104,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         suffix_window: forget the masks that lie more than this many masked tokens behind the block.
         speculate: draft this many steps ahead and verify them in one pass; the tokens are those of the stepwise
             sampler.
-        near_tie: with `speculate`, a choice that is closer than this is computed again with the row alone.
+        near_tie: with `speculate`, a choice that an error of this many nats in the logits could change is computed
+            again with the row alone. The default suits float32; bfloat16 needs about 0.05.
         remask: `conf` masks doubtful tokens again while decoding (ReMDM); None never does.
         eta: strength of the remasking, in (0, 1]; by default 1.
         output_history: also return the canvas after each forward pass.

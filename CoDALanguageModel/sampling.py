@@ -18,6 +18,9 @@ ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy", "p2")
 """Orders in which tokens are committed: at random, by probability of the token, by margin over the second best, by
 negative entropy; and `p2`, which scores all tokens anew at each step and masks the worst again."""
 
+ROUNDING = 1e-10
+"""Far less than the spacing of float32 numbers near 1 (6e-8)."""
+
 FIRST_SELECTION = 256
 """Tokens that the search for a top-p nucleus looks at first."""
 
@@ -51,7 +54,10 @@ class Candidates(NamedTuple):
     """(N,) float32, in nats; when asked for."""
 
     margin: Tensor | None
-    """(N,) float32, how far the choice is from another token, in probability; when asked for."""
+    """(N,) float32, the error of the logits, in nats, that could give another token; when asked for."""
+
+    sensitivity: Tensor | None
+    """(N,) float32, bound on the change of the confidence per nat of error of the logits; when asked for."""
 
 
 @lru_cache(maxsize=4096)
@@ -160,7 +166,7 @@ def propose(
         scores = scores / temperature
     scores = filter_scores(scores, top_p=top_p, top_k=top_k)
     probabilities = scores.softmax(dim=-1)
-    margin = entropy = None
+    margin = entropy = sensitivity = None
     if temperature > 0:
         if uniforms is None:
             raise ValueError(f"uniforms are needed with temperature {temperature}")
@@ -170,26 +176,46 @@ def propose(
         if with_margin:
             below = (tokens - 1).clamp(min=0)
             to_previous = torch.where(tokens > 0, threshold - cdf.gather(1, below), torch.inf)
-            margin = torch.minimum(to_previous, cdf.gather(1, tokens) - threshold).squeeze(1).float()
+            # A nat of error moves a cumulative probability F by at most 2 F (1 - F), which is at most 1 / 2.
+            margin = 2 * torch.minimum(to_previous, cdf.gather(1, tokens) - threshold).squeeze(1).float()
         tokens = tokens.squeeze(1)
     else:
         tokens = probabilities.argmax(dim=-1)
         if with_margin:
-            margin = -probabilities.topk(2, dim=-1).values.diff(dim=-1).squeeze(1)
+            margin = -scores.topk(2, dim=-1).values.diff(dim=-1).squeeze(1) / 2
     if present is not None:
         tokens = torch.where(present >= 0, present, tokens)
     probability = probabilities.gather(1, tokens[:, None]).squeeze(1)
     if with_entropy or alg == "entropy":
         entropy = torch.special.entr(probabilities).sum(dim=-1)
+    best = probabilities.topk(2, dim=-1).values if alg == "topk_margin" else None
     if alg == "origin":
         confidence = torch.zeros_like(probability)
     elif alg in ("maskgit_plus", "p2"):
         confidence = probability
     elif alg == "topk_margin":
-        confidence = -probabilities.topk(2, dim=-1).values.diff(dim=-1).squeeze(1)
+        confidence = -best.diff(dim=-1).squeeze(1)
     else:
         confidence = -entropy
-    return Candidates(tokens, confidence, probability, entropy, margin)
+    if with_margin:
+        # |dp| <= 2 p (1 - p) and |dH| <= 2 H per nat, from dp_i = p_i (e_i - sum_j p_j e_j).
+        if alg == "origin":
+            sensitivity = torch.zeros_like(probability)
+        elif alg == "entropy":
+            sensitivity = 2 * entropy
+        else:
+            judged = probability[:, None] if best is None else best
+            sensitivity = (2 * judged * (1 - judged)).sum(dim=-1)
+    return Candidates(tokens, confidence, probability, entropy, margin, sensitivity)
+
+
+def nats(distance: Tensor, sensitivity: Tensor) -> Tensor:
+    """The error of the logits, in nats, that could bridge a distance.
+
+    Near certainty many float32 confidences are rounded to the same number, which a small error does not change: there
+    an exact tie is as safe as any other order.
+    """
+    return (distance + ROUNDING) / sensitivity.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def filter_scores(scores: Tensor, *, top_p: float | None, top_k: int | None) -> Tensor:
@@ -275,18 +301,22 @@ def accept(rule: str, bound: float, probability: Tensor, entropy: Tensor | None)
         entropy: (R, T) float32, inf where there is none; for `entropy_bound`.
 
     Returns:
-        (R, T) bool, and (R,) how far the nearest position is from being decided the other way.
+        (R, T) bool, and (R,) the error of the logits, in nats, that could decide some position the other way.
     """
     if rule == "threshold":
-        return probability >= bound, (probability - bound).abs().amin(dim=1)
+        accepted = probability >= bound
+        margin = nats((probability - bound).abs(), 2 * probability * (1 - probability))
+        return accepted, margin.masked_fill(probability.isinf(), torch.inf).amin(dim=1)
     if rule == "factor":
         ordered, order = probability.sort(dim=1, descending=True, stable=True)
         n = torch.arange(1, probability.shape[1] + 1, device=probability.device)
         distance = ordered - (1 - bound / (n + 1))
+        margin = nats(distance.abs(), 2 * ordered * (1 - ordered))
     else:
         ordered, order = entropy.sort(dim=1, stable=True)
-        distance = bound - (ordered.cumsum(dim=1) - ordered)
-        distance = torch.where(ordered.isinf(), -torch.inf, distance)
+        before = ordered.cumsum(dim=1) - ordered
+        distance = torch.where(ordered.isinf(), -torch.inf, bound - before)
+        margin = nats(distance.abs(), 2 * before)
     # The bound tightens and the candidates worsen along the order, so what is accepted is a prefix.
     accepted = torch.zeros_like(probability, dtype=torch.bool).scatter_(1, order, distance >= 0)
-    return accepted, distance.abs().amin(dim=1)
+    return accepted, margin.masked_fill(ordered.isinf(), torch.inf).amin(dim=1)

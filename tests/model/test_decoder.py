@@ -164,6 +164,20 @@ def test_near_ties_are_computed_again_alone_and_counted(model, tokens):
     assert guarded.sequences.tolist() == decode(model, rows, [0, 0]).sequences.tolist()
 
 
+@pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])
+def test_certainty_is_no_near_tie_and_speculation_saves_passes(make_model, tokens, alg):
+    """Confidences of a sure model differ by next to nothing; that must not send every step to the guard."""
+    model = make_model(seed=1)
+    model.lm_head.weight.data *= 6
+    rows = [tokens(6).tolist()]
+    options = {"alg": alg, "max_new_tokens": 24, "steps": 24, "eos_early_stop": False}
+    stepwise = decode(model, rows, [0], **options)
+    speculative = decode(model, rows, [0], speculate=4, **options)
+    assert speculative.sequences.tolist() == stepwise.sequences.tolist()
+    assert speculative.cost.guard_hits <= 2
+    assert speculative.cost.forwards < stepwise.cost.forwards
+
+
 @pytest.mark.parametrize(("rule", "never", "always"), [("threshold", 1.0, 1e-9), ("entropy_bound", 0.0, 1e9)])
 def test_parallel_rules_only_add_commits_to_the_schedule(model, tokens, rule, never, always):
     rows = [tokens(5).tolist()]

@@ -257,3 +257,20 @@ def test_draws_of_a_row_depend_on_its_seed_and_step_alone():
     assert not torch.equal(together[0], together[2])
     assert not torch.equal(row_uniforms("order", [3], [0], 6)[0], together[0])
     assert together.dtype == torch.float64
+
+
+@pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])
+@pytest.mark.parametrize("width", [0.3, 3.0, 30.0])
+def test_an_error_of_the_logits_moves_confidences_by_no_more_than_their_sensitivity(alg, width):
+    generator = torch.Generator().manual_seed(0)
+    logits = width * torch.randn(400, 50, generator=generator, dtype=torch.float64)
+    error = 1e-3
+    noise = error * (2 * torch.rand(400, 50, generator=generator, dtype=torch.float64) - 1)
+    before = propose(logits, alg=alg, with_margin=True)
+    after = propose(logits + noise, alg=alg)
+    safe = before.margin > error
+    assert safe.any()
+    assert torch.equal(before.tokens[safe], after.tokens[safe])
+    moved = (after.confidence - before.confidence).abs()[safe]
+    assert (moved <= 1.01 * error * before.sensitivity[safe] + 1e-6).all()
+    assert (before.sensitivity[safe] * error).max() > 1e-7, "the bound says nothing"
