@@ -1,7 +1,9 @@
-"""Partition specs by weight name: which mesh axis splits which dimension. No tensor is touched here."""
+"""What lies where on a mesh: partition specs by name, rows of a batch by device. No tensor is touched here."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+
+import numpy as np
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -59,3 +61,21 @@ def partition_specs(
             )
         specs[name] = tuple(table[pattern])
     return specs
+
+
+def rows_of_devices(num_rows: int, device_mesh: np.ndarray, devices: Collection[int]) -> list[int]:
+    """The rows of a batch that lie on some devices, when rows are split over the axes data and fsdp.
+
+    Args:
+        num_rows: rows of the batch, a multiple of data * fsdp.
+        device_mesh: (data, fsdp, tensor) ids of all devices. The devices of one tensor group hold the same rows.
+        devices: ids, those of one process say. They need not be neighbours in the mesh.
+
+    Returns:
+        Row numbers, ascending.
+    """
+    groups = device_mesh.reshape(-1, device_mesh.shape[-1])  # (data * fsdp, tensor)
+    assert num_rows % len(groups) == 0, "the number of rows is checked when the configuration is read"
+    size = num_rows // len(groups)
+    shards = np.flatnonzero(np.isin(groups, list(devices)).any(axis=1))
+    return [int(shard) * size + row for shard in shards for row in range(size)]
