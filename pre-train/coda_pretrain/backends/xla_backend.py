@@ -19,7 +19,9 @@ from torch_xla.utils.checkpoint import checkpoint
 
 from ..config import HardwareConfig
 from .base import Backend, host_tensors
+from .segment_attention import SPLASH_KERNEL, register_segment_attention
 from .sharding import AXES, Spec, partition_specs, rows_of_devices
+from .xla_layers import LayerScan, partition_function
 
 
 class EachShardOnceSavePlanner(SPMDSavePlanner):
@@ -88,7 +90,12 @@ class XlaBackend(Backend):
         for name, parameter in model.named_parameters():
             self._specs[id(parameter)] = specs[name]
             xs.mark_sharding(parameter, self._mesh, specs[name])
-        if self.config.remat:
+        if self.config.layers == "scan":
+            if model.config._attn_implementation != SPLASH_KERNEL:
+                model.config._attn_implementation = register_segment_attention()
+            partition = partition_function(remat=self.config.remat, offload=self.config.offload)
+            model.model.run_layers = LayerScan(model.model, partition=partition)
+        elif self.config.remat:
             model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=checkpoint)
         torch_xla.sync()
         return model
