@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from .base import Backend, host_tensors
 from .segment_attention import SPLASH_KERNEL, register_segment_attention
 from .sharding import AXES, Spec, partition_specs, rows_of_devices
 from .xla_layers import LayerScan, partition_function
+from .xla_loss import chunk_positions, looped_cross_entropy
 
 
 class EachShardOnceSavePlanner(SPMDSavePlanner):
@@ -97,8 +99,17 @@ class XlaBackend(Backend):
             model.model.run_layers = LayerScan(model.model, partition=partition)
         elif self.config.remat:
             model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=checkpoint)
+        model.weighted_cross_entropy = partial(self._cross_entropy, model, z_loss)
         torch_xla.sync()
         return model
+
+    def _cross_entropy(self, model: nn.Module, z_loss: float, *arrays: Tensor) -> Tensor:
+        hidden, labels, weights = arrays
+        data, fsdp, tensor = self.mesh_shape
+        rows = -(-len(hidden) // (data * fsdp))
+        vocab_size = -(-model.config.vocab_size // tensor)
+        chunk = chunk_positions(rows, vocab_size, hidden.shape[1], self.config.loss_chunk)
+        return looped_cross_entropy(hidden, labels, weights, model.lm_head.weight, chunk=chunk, z_loss=z_loss)
 
     def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
         """See ``Backend``."""
