@@ -62,6 +62,7 @@ class Trainer:
         resume_from = checkpoint_to_resume(config.checkpoint.resume, self.checkpoints)
         if resume_from is not None:
             check_same_run(config, resume_from)
+        self.backend.prepare_kernel(config.model.attn_implementation)
         model = initial_model(config.model, seed=config.seed)
         self.model_config = model.config
         if config.seq_len > model.config.max_position_embeddings:

@@ -69,6 +69,16 @@ class Backend(ABC):
     def rows_of_part(self, num_rows: int) -> list[int]:
         """Which of ``num_rows`` rows that go through the model at once this process supplies, in ascending order."""
 
+    def prepare_kernel(self, name: str) -> None:  # noqa: B027 (most backends take those of transformers)
+        """Make the attention kernel of that name known before a model is built.
+
+        Args:
+            name: ``model.attn_implementation``.
+
+        Raises:
+            ValueError: the devices cannot run it.
+        """
+
     @abstractmethod
     def prepare_model(self, model: nn.Module, *, z_loss: float = 0.0) -> nn.Module:
         """Move, shard, wrap or compile a model built on the CPU in float32. Weight names do not change.

@@ -20,7 +20,7 @@ from torch_xla.utils.checkpoint import checkpoint
 
 from ..config import HardwareConfig
 from .base import Backend, host_tensors
-from .segment_attention import SPLASH_KERNEL, register_segment_attention
+from .segment_attention import SPLASH_KERNEL, register_segment_attention, register_splash
 from .sharding import AXES, Spec, partition_specs, rows_of_devices
 from .xla_layers import LayerScan, partition_function
 from .xla_loss import chunk_positions, looped_cross_entropy
@@ -56,6 +56,9 @@ class XlaBackend(Backend):
         xr.use_spmd()
         num_devices = xr.global_runtime_device_count()  # creates the client, which autograd must find when it starts
         self.device = torch_xla.device()
+        self._on_tpu = xm.xla_device_hw(self.device) == "TPU"
+        if config.offload and not self._on_tpu:
+            raise ValueError("hardware.offload needs TPUs: virtual CPU devices have no memory apart from the host's")
         self.rank, self.num_processes = xr.process_index(), xr.process_count()
         self.mesh_shape = config.global_mesh_shape(num_devices)
         self._mesh = self._build_mesh(num_devices)
@@ -70,7 +73,7 @@ class XlaBackend(Backend):
     def _build_mesh(self, num_devices: int) -> xs.Mesh:
         """Devices in the order of their ids within a slice; slices along ``data``, for TPUs by what they report."""
         slices = self.config.dcn_mesh.data
-        if slices == 1 or xm.xla_device_hw(self.device) != "TPU":  # virtual devices: equal runs of ids are the slices
+        if slices == 1 or not self._on_tpu:  # virtual devices: equal runs of ids are the slices
             return xs.Mesh(np.arange(num_devices), self.mesh_shape, AXES)
         within = self.config.mesh.shape(num_devices // slices)
         return xs.HybridMesh(ici_mesh_shape=within, dcn_mesh_shape=(slices, 1, 1), axis_names=AXES)
@@ -78,6 +81,11 @@ class XlaBackend(Backend):
     def rows_of_part(self, num_rows: int) -> list[int]:
         """The rows whose shards lie on this process's devices."""
         return rows_of_devices(num_rows, self._device_mesh, self._local_devices)
+
+    def prepare_kernel(self, name: str) -> None:
+        """See ``Backend``."""
+        if name == SPLASH_KERNEL:
+            register_splash(self._mesh, on_tpu=self._on_tpu, interpret=self.config.interpret_kernels)
 
     def prepare_model(self, model: nn.Module, *, z_loss: float = 0.0) -> nn.Module:
         """Move to the device and give every weight its partition spec.
