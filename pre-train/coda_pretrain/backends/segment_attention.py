@@ -1,7 +1,7 @@
 """Attention kernels that take segment ids themselves, registered with transformers for the xla backend.
 
 ``segments`` is torch's scaled dot-product attention with the mask made inside the layer, where a scan does not keep
-it. ``splash`` is the TPU's kernel: no mask and no attention weights in memory, and key and value heads are not repeated.
+it. ``splash`` is the TPU's kernel: no mask and no attention weights in memory, and key heads are not repeated.
 """
 
 import functools
@@ -70,7 +70,9 @@ def block_length(seq_len: int, head_dim: int) -> int:
     """
     for name, value in (("seq_len", seq_len), ("the model's head_dim", head_dim)):
         if value % LANES:
-            raise ValueError(f"model.attn_implementation 'splash' needs {name} to be a multiple of {LANES}, got {value}")
+            raise ValueError(
+                f"model.attn_implementation 'splash' needs {name} to be a multiple of {LANES}, got {value}"
+            )
     lengths = range(LANES, min(seq_len, LONGEST_BLOCK) + 1, LANES)
     return max(length for length in lengths if seq_len % length == 0)
 
@@ -104,8 +106,8 @@ def register_splash(mesh: Any, *, on_tpu: bool, interpret: bool) -> None:
     if interpret:
         if jax.device_count() < num_devices:
             raise ValueError(
-                f"hardware.interpret_kernels needs {num_devices} devices in jax too, it has {jax.device_count()}: start "
-                f"the run with XLA_FLAGS=--xla_force_host_platform_device_count={num_devices}"
+                f"hardware.interpret_kernels needs {num_devices} devices in jax too, it has {jax.device_count()}: "
+                f"start the run with XLA_FLAGS=--xla_force_host_platform_device_count={num_devices}"
             )
         # torch_xla's wrapper has no way to say it.
         make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)

@@ -21,7 +21,7 @@ from torch_xla.utils.checkpoint import checkpoint
 from ..config import HardwareConfig
 from .base import Backend, host_tensors
 from .segment_attention import SPLASH_KERNEL, register_segment_attention, register_splash
-from .sharding import AXES, Spec, partition_specs, rows_of_devices
+from .sharding import AXES, ActivationSpec, Spec, activation_specs, partition_specs, rows_of_devices
 from .xla_layers import LayerScan, partition_function
 from .xla_loss import chunk_positions, looped_cross_entropy
 
@@ -39,6 +39,11 @@ class EachShardOnceSavePlanner(SPMDSavePlanner):
         return replace(
             plan, items=list({(i.index.fqn, i.index.offset): i for i in reversed(plan.items)}.values())[::-1]
         )
+
+
+def _pin_output(mesh: xs.Mesh, spec: ActivationSpec, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A module's output, and later its gradient, split over the mesh as ``spec`` says."""
+    return xs.mark_sharding_with_gradients(output, mesh, spec)
 
 
 class XlaBackend(Backend):
@@ -100,6 +105,10 @@ class XlaBackend(Backend):
         for name, parameter in model.named_parameters():
             self._specs[id(parameter)] = specs[name]
             xs.mark_sharding(parameter, self._mesh, specs[name])
+        if self.config.activation_rules is not None:
+            modules = dict(model.named_modules())
+            for name, spec in activation_specs(modules, self.config.activation_rules).items():
+                modules[name].register_forward_hook(partial(_pin_output, self._mesh, spec))
         if self.config.layers == "scan":
             if model.config._attn_implementation != SPLASH_KERNEL:
                 model.config._attn_implementation = register_segment_attention()

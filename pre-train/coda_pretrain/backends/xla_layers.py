@@ -126,4 +126,3 @@ class LayerScan:
         arguments = {"attention_mask": None, "position_embeddings": angles, "segment_ids": segments}
         hidden = functional_call(self._layer, weights, (hidden,), arguments)
         return (hidden, positions, segments, frequencies), None
-
