@@ -126,7 +126,9 @@ class XlaBackend(Backend):
         rows = -(-len(hidden) // (data * fsdp))
         vocab_size = -(-model.config.vocab_size // tensor)
         chunk = chunk_positions(rows, vocab_size, hidden.shape[1], self.config.loss_chunk)
-        return looped_cross_entropy(hidden, labels, weights, model.lm_head.weight, chunk=chunk, z_loss=z_loss)
+        return looped_cross_entropy(
+            hidden, labels, weights, model.lm_head.weight, chunk=chunk, z_loss=z_loss, mesh=self._mesh
+        )
 
     def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
         """See ``Backend``."""
