@@ -178,7 +178,13 @@ def masked_diffusion_loss(logits: Tensor, target_ids: Tensor, masked: Tensor, t:
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, labels: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int
+    hidden: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    *,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Weighted sum of the cross-entropies of the labelled rows, without ever holding all their logits.
 
@@ -191,15 +197,18 @@ def chunked_cross_entropy(
         weights: (B, T) float32, weight of each position.
         head: the language-model head, (..., hidden_size) -> (..., vocab_size).
         vocab_size: V, to size the chunks.
+        z_loss: c; adds `c * log(Z_i)^2` to `CE_i`, Z being the sum of the exponentiated logits, which keeps logits
+            from drifting (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, section 5).
 
     Returns:
         0-d float32 tensor, `sum_i weights_i * CE_i` in nats.
     """
 
     def chunk_loss(rows: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        nll = F.cross_entropy(
-            head(rows).float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        )
+        logits = head(rows).float().flatten(0, -2)
+        nll = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+        if z_loss:
+            nll = nll + z_loss * logits.logsumexp(-1).square()  # ignored rows have the weight 0
         return (nll * weight.flatten()).sum()
 
     if hidden.device.type == "xla" or torch.compiler.is_compiling():

@@ -149,19 +149,48 @@ class CoDAModel(CoDAPreTrainedModel):
         if position_ids is None:
             position_ids = default_position_ids(hidden, attention_mask, segment_ids)
         layer_mask, kernel_arguments = self._layer_mask(hidden, attention_mask, segment_ids)
+        hidden, all_hidden = self.run_layers(
+            hidden,
+            position_ids,
+            past_key_values=past_key_values,
+            output_hidden_states=output_hidden_states,
+            attention_mask=layer_mask,
+            **kernel_arguments,
+        )
+        return self.norm(hidden), all_hidden
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor,
+        *,
+        past_key_values: Cache | None = None,
+        output_hidden_states: bool = False,
+        **layer_arguments: Any,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Run the layers one after another.
+
+        A trainer may put a function of its own here, on one model, that gives the same numbers in another way.
+
+        Args:
+            hidden: (B, T, hidden_size) embeddings.
+            position_ids: (B, T) or (1, T) int64.
+            past_key_values: see `CoDALanguageModel.forward`.
+            output_hidden_states: also give the hidden states before the first layer and after each.
+            **layer_arguments: mask and kernel arguments, as `_layer_mask` gives them.
+
+        Returns:
+            The output of the last layer, before the norm, and all hidden states when asked for.
+        """
         position_embeddings = self.rotary_emb(hidden, position_ids)
         all_hidden = [hidden] if output_hidden_states else None
         for layer in self.layers:
             hidden = layer(
-                hidden,
-                attention_mask=layer_mask,
-                position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
-                **kernel_arguments,
+                hidden, position_embeddings=position_embeddings, past_key_values=past_key_values, **layer_arguments
             )
             if all_hidden is not None:
                 all_hidden.append(hidden)
-        return self.norm(hidden), tuple(all_hidden) if all_hidden is not None else None
+        return hidden, tuple(all_hidden) if all_hidden is not None else None
 
     def _layer_mask(
         self, hidden: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None
@@ -331,6 +360,13 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
         if loss_weights is None:
             loss_weights = scored / scored.sum().clamp(min=1)
         weights = torch.where(scored, loss_weights.float(), 0.0)
+        return self.weighted_cross_entropy(hidden, labels, weights)
+
+    def weighted_cross_entropy(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Apply the head and sum the cross-entropies; see `chunked_cross_entropy` for arguments and result.
+
+        A trainer may put a function of its own here, on one model.
+        """
         return chunked_cross_entropy(hidden, labels, weights, self.lm_head, self.config.vocab_size)
 
     @classmethod

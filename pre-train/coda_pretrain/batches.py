@@ -3,6 +3,7 @@
 A batch is a pure function of (configuration, step), so what was prepared ahead and never used leaves no trace.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -22,7 +23,7 @@ class Batches:
         config: RunConfig,
         mixture: Mixture,
         *,
-        rows: range,
+        rows: Sequence[int],
         num_steps: int,
         mask_token_id: int,
         pad_token_id: int,

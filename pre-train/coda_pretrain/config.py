@@ -31,8 +31,8 @@ class ModelConfig:
     tokenizer: str
     """The tokenizer folder; names the mask and pad ids and is copied into exports."""
 
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """The attention kernel, by its name in transformers."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention", "splash"] = "sdpa"
+    """The attention kernel, by its name in transformers; ``splash`` (xla) is the TPU's."""
 
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.config is None):
@@ -62,11 +62,22 @@ class OptimizerConfig:
     decay_rate: float = -0.8
     """Adafactor only: exponent of the running average's decay, ``1 - step ** decay_rate``."""
 
+    z_loss: float = 0.0
+    """c adds ``c * log(Z) ** 2`` to each cross-entropy (1e-4 in PaLM), Z being the sum of the exponentiated logits;
+    the reported loss holds it. 0 leaves it out."""
+
+    ema_decay: float | None = None
+    """Share that an average of the weights keeps at each update, e.g. 0.999. The average is saved in checkpoints and
+    exported with ``--weights ema``. Null keeps none."""
+
     def __post_init__(self) -> None:
         require_range("optimizer.learning_rate", self.learning_rate, above=0.0)
         require_range("optimizer.weight_decay", self.weight_decay, at_least=0.0)
         require_range("optimizer.clip_threshold", self.clip_threshold, above=0.0)
         require_range("optimizer.decay_rate", self.decay_rate, below=0.0)
+        require_range("optimizer.z_loss", self.z_loss, at_least=0.0)
+        if self.ema_decay is not None:
+            require_range("optimizer.ema_decay", self.ema_decay, above=0.0, below=1.0)
         if self.eps is not None:
             require_range("optimizer.eps", self.eps, above=0.0)
         for beta in self.betas:
@@ -170,6 +181,17 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DcnMeshConfig:
+    """How slices, joined by the data centre's network, are used. Within a slice ``MeshConfig`` holds."""
+
+    data: int = 1
+    """Number of slices. Each holds a copy of the model and sees its own rows."""
+
+    def __post_init__(self) -> None:
+        require_range("hardware.dcn_mesh.data", self.data, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class HardwareConfig:
     """The machine: nothing here changes what is learnt, up to rounding."""
 
@@ -190,15 +212,68 @@ class HardwareConfig:
     num_threads: int | None = None
     """cpu: threads of one matrix product; null leaves torch's choice."""
 
+    dcn_mesh: DcnMeshConfig = field(default_factory=DcnMeshConfig)
+    """xla: several slices. ``mesh`` is then the mesh of one slice."""
+
+    layers: Literal["loop", "scan"] = "loop"
+    """``scan`` (xla) compiles one layer and runs it in a loop on the device: a compilation does not grow with depth,
+    and ``remat`` frees what a compiler may otherwise keep. ``loop`` is one graph of all layers."""
+
+    offload: bool = False
+    """xla on TPU, with ``layers: scan`` and ``remat``: each layer's input waits in the host's memory for the backward
+    pass."""
+
+    loss_chunk: int | None = None
+    """xla: positions of each row whose logits are held at a time; null takes what makes 2**26 logits on a device."""
+
+    activation_rules: dict[str, list[str | list[str] | None]] | None = None
+    """xla: fnmatch pattern of a module's name -> mesh axis, or axes, of each dimension of its output; null pins
+    nothing and leaves it to the compiler."""
+
+    interpret_kernels: bool = False
+    """xla on virtual CPU devices: run TPU kernels (``splash``) in their interpreter. Exact and very slow: for tests."""
+
+    def global_mesh_shape(self, num_devices: int) -> tuple[int, int, int]:
+        """The (data, fsdp, tensor) sizes over all slices.
+
+        Raises:
+            ValueError: the devices do not fit the mesh.
+        """
+        slices = self.dcn_mesh.data
+        if num_devices % slices:
+            raise ValueError(f"hardware.dcn_mesh.data must divide the {num_devices} devices of the run, got {slices}")
+        data, fsdp, tensor = self.mesh.shape(num_devices // slices)
+        return slices * data, fsdp, tensor
+
     def __post_init__(self) -> None:
         if self.num_threads is not None:
             require_range("hardware.num_threads", self.num_threads, at_least=1)
         if self.compile and self.backend == "xla":
             raise ValueError("hardware.compile is for cpu and cuda; the xla backend always compiles, leave it false")
-        if self.sharding_rules is not None and self.backend != "xla":
-            raise ValueError(f"hardware.sharding_rules has no effect on backend {self.backend!r}, only on 'xla'")
+        for name, default in XLA_SETTINGS.items():
+            if self.backend != "xla" and getattr(self, name) != default:
+                raise ValueError(f"hardware.{name} has no effect on backend {self.backend!r}, only on 'xla'")
+        if self.loss_chunk is not None:
+            require_range("hardware.loss_chunk", self.loss_chunk, at_least=1)
+        if self.offload and not (self.layers == "scan" and self.remat):
+            raise ValueError(
+                "hardware.offload needs hardware.layers 'scan' and hardware.remat true: only then is the layer's input "
+                f"all that is kept, got layers {self.layers!r} and remat {self.remat}"
+            )
         if self.mesh.tensor not in (1, -1) and self.backend != "xla":
             raise ValueError(f"hardware.mesh.tensor > 1 needs backend 'xla', got backend {self.backend!r}")
+
+
+GPU_KERNELS = ("flash_attention_2", "flex_attention")
+XLA_SETTINGS: dict[str, Any] = {
+    "sharding_rules": None,
+    "dcn_mesh": DcnMeshConfig(),
+    "layers": "loop",
+    "offload": False,
+    "loss_chunk": None,
+    "activation_rules": None,
+    "interpret_kernels": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,9 +352,19 @@ class RunConfig:
             require_range("num_epochs", self.num_epochs, above=0.0)
         if self.max_grad_norm is not None:
             require_range("max_grad_norm", self.max_grad_norm, above=0.0)
+        self._check_kernel()
         if self.global_batch_size % self.rows_per_micro_batch:
             raise ValueError(
                 f"micro_batch_size must divide global_batch_size {self.global_batch_size}, got {self.micro_batch_size}"
+            )
+
+    def _check_kernel(self) -> None:
+        kernel, backend = self.model.attn_implementation, self.hardware.backend
+        allowed = ("sdpa", "eager", "splash") if backend == "xla" else ("sdpa", "eager", *GPU_KERNELS)
+        if kernel not in allowed:
+            raise ValueError(
+                f"model.attn_implementation must be one of {', '.join(allowed)} on hardware.backend {backend!r}, "
+                f"got {kernel!r}"
             )
 
     @property

@@ -1,5 +1,7 @@
 """Validation loss: held-out rows under noise that is the same at every evaluation and in every run."""
 
+from collections.abc import Sequence
+
 from .batches import Batch
 from .config import RunConfig
 from .masking import MaskingConfig, noise_batch
@@ -12,7 +14,7 @@ NOISE_SEED = 0
 class Evaluation:
     """The held-out batches of a run, for one process. Noise is plain: no prefix, truncation or spans."""
 
-    def __init__(self, config: RunConfig, *, rows: range, mask_token_id: int, pad_token_id: int) -> None:
+    def __init__(self, config: RunConfig, *, rows: Sequence[int], mask_token_id: int, pad_token_id: int) -> None:
         """Open the held-out shards.
 
         Raises:

@@ -26,7 +26,8 @@ from .checkpoint import committed_checkpoints, intact_checkpoint, step_folder, s
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHT_PREFIX = "model."
+WEIGHT_NAMES = {"model": ("model.", ""), "ema": ("optim.", ".ema")}
+"""Prefix and suffix of the names of tensors in a checkpoint."""
 
 
 def find_checkpoint(folder: Path, step: int | None) -> Path:
@@ -57,17 +58,28 @@ def find_checkpoint(folder: Path, step: int | None) -> Path:
     return intact_checkpoint(wanted)
 
 
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint, whole and on the CPU, under their published names."""
+def read_weights(checkpoint: Path, kind: str = "model") -> dict[str, Tensor]:
+    """The weights of a checkpoint, whole and on the CPU, under their published names.
+
+    Args:
+        checkpoint: its folder.
+        kind: ``model``, or ``ema`` for the averages that ``optimizer.ema_decay`` keeps.
+
+    Raises:
+        ValueError: the checkpoint has no averages.
+    """
     reader = dcp.FileSystemReader(checkpoint / "tensors")
     entries = reader.read_metadata().state_dict_metadata
+    prefix, suffix = WEIGHT_NAMES[kind]
     weights = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
-        if name.startswith(WEIGHT_PREFIX)
+        if name.startswith(prefix) and name.endswith(suffix)
     }
+    if not weights:
+        raise ValueError(f"--weights {kind}: {checkpoint} holds none; a run with optimizer.ema_decay keeps averages")
     dcp.load(weights, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(WEIGHT_PREFIX): tensor for name, tensor in weights.items()}
+    return {name.removeprefix(prefix).removesuffix(suffix): tensor for name, tensor in weights.items()}
 
 
 def check_names(weights: dict[str, Tensor], config: CoDAConfig) -> None:
@@ -89,7 +101,12 @@ def check_names(weights: dict[str, Tensor], config: CoDAConfig) -> None:
 
 
 def export(
-    checkpoint: Path, output_dir: Path, *, dtype: torch.dtype = torch.float32, tokenizer: str | None = None
+    checkpoint: Path,
+    output_dir: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | None = None,
+    weights_kind: str = "model",
 ) -> None:
     """Write the folder; it appears under its name only when it is whole.
 
@@ -98,6 +115,7 @@ def export(
         output_dir: must not exist, or be empty.
         dtype: of the written weights.
         tokenizer: the tokenizer folder; the one that the run's configuration names when None.
+        weights_kind: ``model`` or ``ema``; see ``read_weights``.
 
     Raises:
         ValueError: the output exists, the tokenizer is missing, or the weights do not fit.
@@ -110,7 +128,7 @@ def export(
         raise ValueError(f"the run's tokenizer folder {str(tokenizer_dir)!r} is not here; name it with --tokenizer")
     config = CoDAConfig.from_dict(json.loads((checkpoint / "model_config.json").read_text(encoding="utf-8")))
     config.dtype = str(dtype).removeprefix("torch.")
-    weights = read_weights(checkpoint)
+    weights = read_weights(checkpoint, weights_kind)
     check_names(weights, config)
     partial = output_dir.with_name(f".{output_dir.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -140,13 +158,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_dir", required=True, help="folder to create")
     parser.add_argument("--step", type=int, help="which step of the run (default: the newest)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: float32)")
+    parser.add_argument(
+        "--weights",
+        choices=sorted(WEIGHT_NAMES),
+        default="model",
+        help="the weights or their averages (default: model)",
+    )
     parser.add_argument("--tokenizer", help="tokenizer folder, if it is not where the run's configuration says")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         checkpoint = find_checkpoint(Path(arguments.checkpoint_dir), arguments.step)
         dtype = DTYPES[arguments.dtype]
-        export(checkpoint, Path(arguments.output_dir), dtype=dtype, tokenizer=arguments.tokenizer)
+        export(
+            checkpoint,
+            Path(arguments.output_dir),
+            dtype=dtype,
+            tokenizer=arguments.tokenizer,
+            weights_kind=arguments.weights,
+        )
     except ValueError as error:
         sys.stderr.write(f"coda_pretrain.export: error: {error}\n")
         return 2

@@ -64,7 +64,7 @@ def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
     return np.where(segment_ids > 0, places - start_places, 0).astype(np.int64)
 
 
-def noise_levels(rows: range, global_batch_size: int, *, seed: int, step: int, t_min: float) -> np.ndarray:
+def noise_levels(rows: Sequence[int], global_batch_size: int, *, seed: int, step: int, t_min: float) -> np.ndarray:
     """(len(rows),) float32 in [t_min, 1]: this process's part of the levels stratified over the global batch.
 
     The strata are dealt to the rows at random: in row order, one host would always hold the nearly clean rows and
@@ -72,7 +72,7 @@ def noise_levels(rows: range, global_batch_size: int, *, seed: int, step: int, t
     """
     rng = named_rng("noise-levels", seed, step)
     levels = stratified_noise_levels(global_batch_size, rng.random(), t_min=t_min)
-    return np.asarray(levels, dtype=np.float32)[rng.permutation(global_batch_size)[rows.start : rows.stop]]
+    return np.asarray(levels, dtype=np.float32)[rng.permutation(global_batch_size)[np.asarray(rows)]]
 
 
 def noise_batch(
@@ -84,7 +84,7 @@ def noise_batch(
     step: int,
     progress: float,
     epoch: int,
-    rows: range,
+    rows: Sequence[int],
     global_batch_size: int,
     mask_token_id: int,
     pad_token_id: int,
@@ -123,7 +123,7 @@ def noise_batch(
         raise ValueError(
             f"samples, sample_ids and rows must be equally many, got {len(samples)}, {len(sample_ids)}, {len(rows)}"
         )
-    if rows.step != 1 or not 0 <= rows.start < rows.stop <= global_batch_size:
+    if len(set(rows)) != len(rows) or not 0 <= min(rows) <= max(rows) < global_batch_size:
         raise ValueError(f"rows must be a part of range(global_batch_size = {global_batch_size}), got {rows}")
     input_ids = np.stack([sample.input_ids for sample in samples]).astype(np.int64)
     segment_ids = np.stack([sample.segment_ids for sample in samples]).astype(np.int64)

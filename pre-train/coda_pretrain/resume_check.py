@@ -11,7 +11,7 @@ from .plain_data import to_plain
 
 logger = logging.getLogger(__name__)
 
-FIXED = ("seed", "global_batch_size", "seq_len", "data", "model.config", "optimizer.name")
+FIXED = ("seed", "global_batch_size", "seq_len", "data", "model.config", "optimizer.name", "optimizer.ema_decay")
 """Changing one of these would silently train on other data, or cannot fit the tensors."""
 
 MACHINE = ("output_dir", "hardware", "checkpoint", "metrics", "micro_batch_size", "data.root")

@@ -1,7 +1,6 @@
 """The one training loop for CPU, GPU and TPU. The backend places tensors; noise comes from the host in the batch."""
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -27,11 +26,11 @@ from .evaluation import Evaluation
 from .initial_model import check_shards, initial_model
 from .metrics import Reporter
 from .mixture import Mixture
-from .optim import build_optimizer, set_learning_rate, set_step_count, state_tensors
+from .optim import build_optimizer, set_step_count, state_tensors
 from .plain_data import to_plain, to_yaml
 from .resume_check import check_same_run
 from .schedules import learning_rate
-from .step_functions import Gradients, StepFunctions
+from .step_functions import StepFunctions, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +62,7 @@ class Trainer:
         resume_from = checkpoint_to_resume(config.checkpoint.resume, self.checkpoints)
         if resume_from is not None:
             check_same_run(config, resume_from)
+        self.backend.prepare_kernel(config.model.attn_implementation)
         model = initial_model(config.model, seed=config.seed)
         self.model_config = model.config
         if config.seq_len > model.config.max_position_embeddings:
@@ -71,15 +71,22 @@ class Trainer:
                 f"{model.config.max_position_embeddings}, got {config.seq_len}"
             )
         check_shards(mixture.tokenizer, model.config, config.model.tokenizer)
-        model = self.backend.prepare_model(model)
+        model = self.backend.prepare_model(model, z_loss=config.optimizer.z_loss)
         self.parameters = dict(model.named_parameters())
         self.optimizer = build_optimizer(config.optimizer, self.parameters, self.backend)
         self.state = TrainState()
         if resume_from is not None:
             self.state = load_checkpoint(resume_from, self._tensors(), backend=self.backend)
             set_step_count(self.optimizer, self.state.optimizer_steps)
-        self.functions = StepFunctions(model, self.optimizer, max_grad_norm=config.max_grad_norm, backend=self.backend)
-        rows = self.backend.rows_for_process(config.global_batch_size)
+        self.functions = StepFunctions(
+            model,
+            self.optimizer,
+            max_grad_norm=config.max_grad_norm,
+            ema_decay=config.optimizer.ema_decay,
+            backend=self.backend,
+        )
+        num_parts = config.global_batch_size // config.rows_per_micro_batch
+        rows = self.backend.rows_for_process(config.global_batch_size, num_parts)
         ids = {"mask_token_id": model.config.mask_token_id, "pad_token_id": model.config.pad_token_id}
         self.batches = Batches(config, mixture, rows=rows, num_steps=self.num_steps, **ids)
         self.evaluation = Evaluation(config, rows=rows, **ids) if config.evaluation.every is not None else None
@@ -157,20 +164,18 @@ class Trainer:
         started = time.perf_counter()
         batch = self.batches.get(state.step)
         data_wait_s = time.perf_counter() - started
-        gradients = self.functions.gradients(self._parts(batch))
-        loss, stop = self.backend.sum_over_processes([gradients.loss, float(self._stop_requested)])
         rate = self._rate(state.step)
-        if math.isfinite(loss) and math.isfinite(gradients.norm):
-            set_learning_rate(self.optimizer, rate)
-            self.functions.update(gradients)
+        result = self.functions.step(self._parts(batch), learning_rate=rate, count=state.optimizer_steps + 1)
+        stop = self.backend.any_process(self._stop_requested)
+        if result.is_finite:
             state.optimizer_steps += 1
             state.skipped_in_a_row = 0
         else:
-            self._skip(loss, gradients)
+            self._skip(result)
         state.step += 1
         state.tokens += config.global_batch_size * config.seq_len
         state.add_to_row(
-            loss=loss,
+            loss=result.loss,
             masked_share=float(np.mean(batch["labels"] != IGNORED_LABEL)),
             seconds=time.perf_counter() - started,
             data_wait_s=data_wait_s,
@@ -178,18 +183,17 @@ class Trainer:
         if reporter is not None:
             reporter.step(state.step)
         if self._is_due(config.metrics.every) or state.step == self.num_steps:
-            row = self._row(rate, gradients.norm)
+            row = self._row(rate, result.norm)
             if reporter is not None:
                 reporter.row(row)
-        return stop > 0
+        return stop
 
-    def _skip(self, loss: float, gradients: Gradients) -> None:
-        """Drop a step that is not finite: weights, optimizer state and its count stay as they are."""
+    def _skip(self, result: StepResult) -> None:
+        """Count a step that was not finite; weights, optimizer state and its count are as they were."""
         state, limit = self.state, self.config.max_skipped_steps
-        self.functions.clear_gradients()
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
-        logger.warning("step %d is skipped: loss %g, gradient norm %g", state.step + 1, loss, gradients.norm)
+        logger.warning("step %d is skipped: loss %g, gradient norm %g", state.step + 1, result.loss, result.norm)
         if state.skipped_in_a_row >= limit:
             raise TrainingDiverged(
                 f"{limit} steps in a row, up to step {state.step + 1}, had a loss or gradient that is not finite "
@@ -225,7 +229,6 @@ class Trainer:
     def _evaluate(self, reporter: Reporter | None, evaluation: Evaluation) -> None:
         started = time.perf_counter()
         total = sum(self.functions.loss(self._parts(evaluation.batch(i))) for i in range(evaluation.num_batches))
-        (total,) = self.backend.sum_over_processes([total])
         if reporter is not None:
             loss, seconds = total / evaluation.num_batches, time.perf_counter() - started
             reporter.row({"step": self.state.step, "eval_loss": loss, "eval_s": seconds})

@@ -18,6 +18,9 @@ from coda_pretrain.shards import ShardWriter, build_manifest
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 
+FAST_XLA = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+"""Graphs of the CPU compile in a sixth of the time, and run a little slower."""
+
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
 
 
@@ -132,7 +135,8 @@ def train_in_process(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
             "--config",
             str(path),
         ]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", **(environment or {})}
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", **FAST_XLA}
+        variables |= environment or {}
         result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, result.stderr[-6000:]
         lines = (Path(config["output_dir"]) / "metrics.jsonl").read_text().splitlines()

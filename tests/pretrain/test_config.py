@@ -49,6 +49,18 @@ def test_the_resolved_configuration_reads_back_equal(run_config):
         ({"model": 3}, "model must be a mapping, got 3"),
         ({"hardware": {"compile": True, "backend": "xla"}}, "the xla backend always compiles"),
         ({"hardware": {"mesh": {"tensor": 2}}}, "hardware.mesh.tensor > 1 needs backend 'xla', got backend 'cpu'"),
+        ({"hardware": {"layers": "scan"}}, "hardware.layers has no effect on backend 'cpu', only on 'xla'"),
+        ({"hardware": {"dcn_mesh": {"data": 2}}}, "hardware.dcn_mesh has no effect on backend 'cpu'"),
+        ({"hardware": {"backend": "xla", "offload": True}}, "hardware.offload needs hardware.layers 'scan'"),
+        (
+            {"model": {"attn_implementation": "splash"}},
+            "must be one of sdpa, eager, flash_attention_2, flex_attention on",
+        ),
+        (
+            {"model": {"attn_implementation": "flex_attention"}, "hardware": {"backend": "xla"}},
+            "must be one of sdpa, eager, splash on hardware.backend 'xla', got 'flex_attention'",
+        ),
+        ({"optimizer": {"ema_decay": 1.0}}, "optimizer.ema_decay must be > 0 and < 1, got 1.0"),
         ({"hardware": {"sharding_rules": {"*": ["fsdp"]}}}, "hardware.sharding_rules has no effect on backend 'cpu'"),
         ({"hardware": {"mesh": {"data": -1}}}, "at most one -1"),
     ],

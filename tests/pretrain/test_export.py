@@ -112,3 +112,18 @@ def test_the_export_imports_no_torch_xla():
     code = "import sys; sys.modules['torch_xla'] = None; import coda_pretrain.export"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.cwd())
     assert result.returncode == 0, result.stderr
+
+
+def test_averages_are_exported_by_name_and_refused_where_there_are_none(finished, run_config, tmp_path, capsys):
+    config = {"output_dir": str(tmp_path / "averaged"), "optimizer": {"ema_decay": 0.5}}
+    trainer = Trainer(from_dict(RunConfig, merge(run_config, config)))
+    trainer.train()
+    trainer.close()
+    assert main(arguments(trainer.output_dir, tmp_path / "export", "--weights", "ema")) == 0
+    weights = load_file(tmp_path / "export" / "model.safetensors")
+    assert weights.keys() == trainer.parameters.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, trainer.optimizer.state[trainer.parameters[name]]["ema"])
+        assert not torch.equal(weight, trainer.parameters[name])
+    assert main(arguments(finished.output_dir, tmp_path / "none", "--weights", "ema")) == 2
+    assert "a run with optimizer.ema_decay keeps averages" in capsys.readouterr().err

@@ -36,13 +36,21 @@ def test_two_processes_train_like_one_and_their_checkpoint_continues_in_one(
     assert trained_here({**config, "output_dir": str(tmp_path / "continued")}) == pytest.approx(alone[3:], abs=1e-5)
 
 
-def test_processes_take_equal_parts_of_the_batch():
+def test_weights_sharded_over_two_and_copied_over_two_train_like_one_process(tmp_path, run_config, train_in_process):
+    alone = trained_here({**run_config, "output_dir": str(tmp_path / "alone")})
+    config = merge(run_config, {"hardware": {"mesh": {"data": 2, "fsdp": 2}}})
+    assert losses_of(train_in_process(config, num_processes=4)) == pytest.approx(alone, abs=1e-5)
+
+
+def test_processes_take_equal_parts_of_the_batch_and_of_each_part_of_it():
     backend = TorchBackend(HardwareConfig())
     backend.num_processes = 4
-    parts = []
+    whole, halves = [], []
     for backend.rank in range(4):
-        parts += backend.rows_for_process(12)
-    assert parts == list(range(12))
+        whole.append(backend.rows_for_process(16))
+        halves.append(backend.rows_for_process(16, num_parts=2))
+    assert whole == [list(range(4 * i, 4 * i + 4)) for i in range(4)]
+    assert halves == [[2 * i, 2 * i + 1, 8 + 2 * i, 8 + 2 * i + 1] for i in range(4)]
 
 
 def test_a_missing_gpu_is_named(monkeypatch):

@@ -25,8 +25,8 @@ class Backend(ABC):
     gradient_scale: float = 1.0
     """The loss is multiplied by this before the backward pass, to undo an average over processes."""
 
-    capturable_optimizer: bool = False
-    """The optimizer step is traced, so the step count must live on the device."""
+    traces_steps: bool = False
+    """A step is traced and runs as a device graph: it reads no value of the device, and skips itself if not finite."""
 
     def __init__(self, config: HardwareConfig) -> None:
         """Reach the devices and lay out the mesh.
@@ -54,22 +54,55 @@ class Backend(ABC):
                 f"(hardware.mesh data {data} x fsdp {fsdp}), got {rows}"
             )
 
-    @abstractmethod
-    def rows_for_process(self, num_rows: int) -> range:
-        """Which rows of a global batch this process has to supply."""
+    def rows_for_process(self, num_rows: int, num_parts: int = 1) -> list[int]:
+        """Which rows of a global batch this process has to supply.
+
+        Args:
+            num_rows: rows of the global batch.
+            num_parts: the batch goes through the model in so many equal runs of rows. This process's share of each
+                run comes after its share of the run before, so ``split_rows`` gives the parts.
+        """
+        size = num_rows // num_parts
+        return [part * size + row for part in range(num_parts) for row in self.rows_of_part(size)]
 
     @abstractmethod
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Move, shard, wrap or compile a model built on the CPU in float32. Weight names do not change."""
+    def rows_of_part(self, num_rows: int) -> list[int]:
+        """Which of ``num_rows`` rows that go through the model at once this process supplies, in ascending order."""
+
+    def prepare_kernel(self, name: str) -> None:  # noqa: B027 (most backends take those of transformers)
+        """Make the attention kernel of that name known before a model is built.
+
+        Args:
+            name: ``model.attn_implementation``.
+
+        Raises:
+            ValueError: the devices cannot run it.
+        """
+
+    @abstractmethod
+    def prepare_model(self, model: nn.Module, *, z_loss: float = 0.0) -> nn.Module:
+        """Move, shard, wrap or compile a model built on the CPU in float32. Weight names do not change.
+
+        Args:
+            model: a ``CoDALanguageModel``.
+            z_loss: see ``OptimizerConfig``.
+        """
 
     @abstractmethod
     def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
         """Float32 zeros of the shape ``[parameter.shape[d] for d in dims]``, placed like those dimensions of it."""
 
+    def copy(self, parameter: nn.Parameter) -> Tensor:
+        """A copy of the weight, placed like it, that is no weight."""
+        return parameter.detach().clone()
+
     def clear_gradient(self, parameter: nn.Parameter) -> None:
-        """Set the gradient to zero, keeping its memory and placement. May be traced."""
-        assert parameter.grad is not None, "gradients are allocated with the optimizer"
-        parameter.grad.zero_()
+        """Forget the gradient."""
+        parameter.grad = None
+
+    def numbers(self, values: list[float]) -> list[float] | list[Tensor]:
+        """Numbers of the host as a step can use them without becoming another step."""
+        return values
 
     @abstractmethod
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,6 +119,10 @@ class Backend(ABC):
     @abstractmethod
     def sum_over_processes(self, values: list[float]) -> list[float]:
         """Element-wise sums over all processes, the same on each of them."""
+
+    @abstractmethod
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is set on some process; the same on each of them."""
 
     @abstractmethod
     def barrier(self) -> None:

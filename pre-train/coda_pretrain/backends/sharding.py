@@ -1,11 +1,15 @@
-"""Partition specs by weight name: which mesh axis splits which dimension. No tensor is touched here."""
+"""What lies where on a mesh: partition specs by name, rows of a batch by device. No tensor is touched here."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
 
 AXES = ("data", "fsdp", "tensor")
 
 Spec = tuple[str | None, ...]
+ActivationSpec = tuple[str | tuple[str, ...] | None, ...]
 
 DEFAULT_RULES: dict[str, Spec] = {
     "model.embed_tokens.weight": ("tensor", "fsdp"),
@@ -43,11 +47,7 @@ def partition_specs(
     """
     table = DEFAULT_RULES if rules is None else rules
     for pattern, spec in table.items():
-        for axis in spec:
-            if axis is not None and axis not in AXES:
-                raise ValueError(
-                    f"hardware.sharding_rules[{pattern!r}] must name {', '.join(AXES)} or null, got {axis!r}"
-                )
+        _check_axes("sharding_rules", pattern, spec)
     specs: dict[str, Spec] = {}
     for name, num_dims in shapes:
         pattern = next((p for p in table if fnmatchcase(name, p)), None)
@@ -59,3 +59,52 @@ def partition_specs(
             )
         specs[name] = tuple(table[pattern])
     return specs
+
+
+def activation_specs(names: Iterable[str], rules: Mapping[str, Sequence[Any]]) -> dict[str, ActivationSpec]:
+    """The spec of the output of each module that a pattern covers; the first matching pattern decides.
+
+    Args:
+        names: of the model's modules.
+        rules: fnmatch pattern -> mesh axis, axes or None of each dimension, of (B, T, features) as a rule.
+
+    Raises:
+        ValueError: an unknown axis, or a pattern that covers no module.
+    """
+    for pattern, spec in rules.items():
+        _check_axes("activation_rules", pattern, spec)
+    specs: dict[str, ActivationSpec] = {}
+    unused = set(rules)
+    for name in names:
+        pattern = next((p for p in rules if fnmatchcase(name, p)), None)
+        if pattern is not None:
+            unused.discard(pattern)
+            specs[name] = tuple(tuple(axes) if isinstance(axes, (list, tuple)) else axes for axes in rules[pattern])
+    if unused:
+        raise ValueError(f"hardware.activation_rules[{min(unused)!r}] covers no module of the model")
+    return specs
+
+
+def _check_axes(setting: str, pattern: str, spec: Sequence[Any]) -> None:
+    for entry in spec:
+        for axis in entry if isinstance(entry, (list, tuple)) else (entry,):
+            if axis is not None and axis not in AXES:
+                raise ValueError(f"hardware.{setting}[{pattern!r}] must name {', '.join(AXES)} or null, got {axis!r}")
+
+
+def rows_of_devices(num_rows: int, device_mesh: np.ndarray, devices: Collection[int]) -> list[int]:
+    """The rows of a batch that lie on some devices, when rows are split over the axes data and fsdp.
+
+    Args:
+        num_rows: rows of the batch, a multiple of data * fsdp.
+        device_mesh: (data, fsdp, tensor) ids of all devices. The devices of one tensor group hold the same rows.
+        devices: ids, those of one process say. They need not be neighbours in the mesh.
+
+    Returns:
+        Row numbers, ascending.
+    """
+    groups = device_mesh.reshape(-1, device_mesh.shape[-1])  # (data * fsdp, tensor)
+    assert num_rows % len(groups) == 0, "the number of rows is checked when the configuration is read"
+    size = num_rows // len(groups)
+    shards = np.flatnonzero(np.isin(groups, list(devices)).any(axis=1))
+    return [int(shard) * size + row for shard in shards for row in range(size)]

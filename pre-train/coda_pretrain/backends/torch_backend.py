@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
+
+from CoDALanguageModel.diffusion import chunked_cross_entropy
 
 from ..config import HardwareConfig
 from .base import Backend, host_tensors, process_environment
@@ -48,13 +51,17 @@ class TorchBackend(Backend):
                 self.num_processes
             )  # FSDP2 averages; the losses of processes are parts of a sum
 
-    def rows_for_process(self, num_rows: int) -> range:
+    def rows_of_part(self, num_rows: int) -> list[int]:
         """An equal run of rows for each process."""
         share = num_rows // self.num_processes
-        return range(self.rank * share, (self.rank + 1) * share)
+        return list(range(self.rank * share, (self.rank + 1) * share))
 
-    def prepare_model(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module, *, z_loss: float = 0.0) -> nn.Module:
         """Move to the device; checkpoint and compile each layer if asked; shard if there are several processes."""
+        if z_loss:
+            model.weighted_cross_entropy = partial(
+                chunked_cross_entropy, head=model.lm_head, vocab_size=model.config.vocab_size, z_loss=z_loss
+            )
         model.to(self.device)
         if self.config.remat:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -102,10 +109,22 @@ class TorchBackend(Backend):
         dist.all_reduce(total)
         return total.tolist()
 
+    def any_process(self, flag: bool) -> bool:
+        """See ``Backend``."""
+        return self.sum_over_processes([float(flag)])[0] > 0
+
     def barrier(self) -> None:
         """See ``Backend``."""
         if self.num_processes > 1:
             dist.barrier()
+
+    def compile_count(self) -> int | None:
+        """Graphs that ``torch.compile`` has made of the layers; None without ``hardware.compile``."""
+        if not self.config.compile:
+            return None
+        from torch._dynamo.utils import counters  # takes a second, and only compiled runs have it loaded anyway
+
+        return counters["stats"]["unique_graphs"]
 
     def save_planner(self) -> SavePlanner:
         """See ``Backend``."""

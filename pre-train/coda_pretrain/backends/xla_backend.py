@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,10 @@ from torch_xla.utils.checkpoint import checkpoint
 
 from ..config import HardwareConfig
 from .base import Backend, host_tensors
-from .sharding import AXES, Spec, partition_specs
+from .segment_attention import SPLASH_KERNEL, register_segment_attention, register_splash
+from .sharding import AXES, ActivationSpec, Spec, activation_specs, partition_specs, rows_of_devices
+from .xla_layers import LayerScan, partition_function
+from .xla_loss import chunk_positions, looped_cross_entropy
 
 
 class EachShardOnceSavePlanner(SPMDSavePlanner):
@@ -37,10 +41,15 @@ class EachShardOnceSavePlanner(SPMDSavePlanner):
         )
 
 
+def _pin_output(mesh: xs.Mesh, spec: ActivationSpec, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A module's output, and later its gradient, split over the mesh as ``spec`` says."""
+    return xs.mark_sharding_with_gradients(output, mesh, spec)
+
+
 class XlaBackend(Backend):
     """SPMD over (data, fsdp, tensor). The process sees one big device; XLA splits it."""
 
-    capturable_optimizer = True
+    traces_steps = True
 
     def __init__(self, config: HardwareConfig) -> None:
         """See ``Backend``. Must run before anything starts torch's autograd engine in this process.
@@ -52,20 +61,38 @@ class XlaBackend(Backend):
         xr.use_spmd()
         num_devices = xr.global_runtime_device_count()  # creates the client, which autograd must find when it starts
         self.device = torch_xla.device()
+        self._on_tpu = xm.xla_device_hw(self.device) == "TPU"
+        if config.offload and not self._on_tpu:
+            raise ValueError("hardware.offload needs TPUs: virtual CPU devices have no memory apart from the host's")
         self.rank, self.num_processes = xr.process_index(), xr.process_count()
-        self.mesh_shape = config.mesh.shape(num_devices)
-        self._mesh = xs.Mesh(np.arange(num_devices), self.mesh_shape, AXES)
+        self.mesh_shape = config.global_mesh_shape(num_devices)
+        self._mesh = self._build_mesh(num_devices)
+        self._device_mesh = np.asarray(self._mesh.device_ids).reshape(self.mesh_shape)
+        self._local_devices = [int(name.split(":")[1]) for name in torch_xla._XLAC._xla_get_runtime_devices()]
+        data, fsdp, _ = self.mesh_shape
+        self._shards_of_rows = data * fsdp
+        self._local_shards_of_rows = len(self.rows_of_part(data * fsdp))
         self._specs: dict[int, Spec] = {}
+        self._graphs_of_setup = 0
 
-    def rows_for_process(self, num_rows: int) -> range:
-        """All rows: each process passes the global batch and keeps the shards of its own devices.
+    def _build_mesh(self, num_devices: int) -> xs.Mesh:
+        """Devices in the order of their ids within a slice; slices along ``data``, for TPUs by what they report."""
+        slices = self.config.dcn_mesh.data
+        if slices == 1 or not self._on_tpu:  # virtual devices: equal runs of ids are the slices
+            return xs.Mesh(np.arange(num_devices), self.mesh_shape, AXES)
+        within = self.config.mesh.shape(num_devices // slices)
+        return xs.HybridMesh(ici_mesh_shape=within, dcn_mesh_shape=(slices, 1, 1), axis_names=AXES)
 
-        That is right for every mesh. Loading only a process's own rows needs a mesh whose batch axes follow the
-        processes.
-        """
-        return range(num_rows)
+    def rows_of_part(self, num_rows: int) -> list[int]:
+        """The rows whose shards lie on this process's devices."""
+        return rows_of_devices(num_rows, self._device_mesh, self._local_devices)
 
-    def prepare_model(self, model: nn.Module) -> nn.Module:
+    def prepare_kernel(self, name: str) -> None:
+        """See ``Backend``."""
+        if name == SPLASH_KERNEL:
+            register_splash(self._mesh, on_tpu=self._on_tpu, interpret=self.config.interpret_kernels)
+
+    def prepare_model(self, model: nn.Module, *, z_loss: float = 0.0) -> nn.Module:
         """Move to the device and give every weight its partition spec.
 
         Raises:
@@ -78,10 +105,30 @@ class XlaBackend(Backend):
         for name, parameter in model.named_parameters():
             self._specs[id(parameter)] = specs[name]
             xs.mark_sharding(parameter, self._mesh, specs[name])
-        if self.config.remat:
+        if self.config.activation_rules is not None:
+            modules = dict(model.named_modules())
+            for name, spec in activation_specs(modules, self.config.activation_rules).items():
+                modules[name].register_forward_hook(partial(_pin_output, self._mesh, spec))
+        if self.config.layers == "scan":
+            if model.config._attn_implementation != SPLASH_KERNEL:
+                model.config._attn_implementation = register_segment_attention()
+            partition = partition_function(remat=self.config.remat, offload=self.config.offload)
+            model.model.run_layers = LayerScan(model.model, partition=partition)
+        elif self.config.remat:
             model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=checkpoint)
+        model.weighted_cross_entropy = partial(self._cross_entropy, model, z_loss)
         torch_xla.sync()
         return model
+
+    def _cross_entropy(self, model: nn.Module, z_loss: float, *arrays: Tensor) -> Tensor:
+        hidden, labels, weights = arrays
+        data, fsdp, tensor = self.mesh_shape
+        rows = -(-len(hidden) // (data * fsdp))
+        vocab_size = -(-model.config.vocab_size // tensor)
+        chunk = chunk_positions(rows, vocab_size, hidden.shape[1], self.config.loss_chunk)
+        return looped_cross_entropy(
+            hidden, labels, weights, model.lm_head.weight, chunk=chunk, z_loss=z_loss, mesh=self._mesh
+        )
 
     def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
         """See ``Backend``."""
@@ -91,28 +138,44 @@ class XlaBackend(Backend):
         xs.mark_sharding(zeros, self._mesh, tuple(spec[d] for d in dims))
         return zeros
 
+    def copy(self, parameter: nn.Parameter) -> Tensor:
+        """See ``Backend``."""
+        copied = super().copy(parameter)
+        xs.mark_sharding(copied, self._mesh, self._specs[id(parameter)])
+        return copied
+
     def clear_gradient(self, parameter: nn.Parameter) -> None:
-        """See ``Backend``. The zeros are a constant, which would come out of the graph whole on every device."""
-        super().clear_gradient(parameter)
-        assert parameter.grad is not None, "checked by the base class"
+        """Set it to zero, keeping memory and placement: zeros alone are a constant, whole on every device."""
+        assert parameter.grad is not None, "gradients are allocated before the first step"
+        parameter.grad.zero_()
         xs.clear_sharding(parameter.grad)
         xs.mark_sharding(parameter.grad, self._mesh, self._specs[id(parameter)])
 
+    def numbers(self, values: list[float]) -> list[Tensor]:
+        """0-d tensors: Python numbers would be constants of the graph wherever they happen to be 0 or 1."""
+        return xm.send_cpu_data_to_device([torch.tensor(value) for value in values], self.device)
+
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """One graph of the whole function; reading a device value inside it is an error."""
+        torch_xla.sync()
+        self._graphs_of_setup = self._graphs()
         return torch_xla.compile(function, full_graph=True)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
         """See ``Backend``."""
-        tensors = host_tensors(batch)
-        # Vectors go to every device: the transfer cannot split a tensor of one dimension over two axes.
-        layouts = [(("data", "fsdp"), *[None] * (t.dim() - 1)) if t.dim() > 1 else (None,) for t in tensors.values()]
-        specs = [xs.ShardingSpec(self._mesh, layout) for layout in layouts]
-        placed = [
-            xm.send_cpu_data_to_device([tensor], self.device, spec)[0]
-            for tensor, spec in zip(tensors.values(), specs, strict=True)
-        ]
-        return dict(zip(tensors, placed, strict=True))
+        return {name: self._put_rows(tensor) for name, tensor in host_tensors(batch).items()}
+
+    def _put_rows(self, rows: Tensor) -> Tensor:
+        """This process's rows of one part as a tensor of all rows, of which each device gets its share."""
+        if self.num_processes > 1:
+            # The runtime takes the shards of its own devices out of a tensor of the global shape, whatever the mesh;
+            # the other rows are never read.
+            num_rows = len(rows) * self._shards_of_rows // self._local_shards_of_rows
+            whole = rows.new_zeros((num_rows, *rows.shape[1:]))
+            whole[self.rows_of_part(num_rows)] = rows
+            rows = whole
+        layout = (("data", "fsdp"), *[None] * (rows.dim() - 1))
+        return xm.send_cpu_data_to_device([rows], self.device, xs.ShardingSpec(self._mesh, layout))[0]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """See ``Backend``."""
@@ -121,6 +184,14 @@ class XlaBackend(Backend):
     def sum_over_processes(self, values: list[float]) -> list[float]:
         """The values: a number read from a sharded program is already global."""
         return values
+
+    def any_process(self, flag: bool) -> bool:
+        """See ``Backend``. One flag for each device, so that each process can set its own."""
+        if self.num_processes == 1:
+            return flag
+        flags = torch.full((len(self._device_mesh.flatten()), 1), float(flag))
+        spec = xs.ShardingSpec(self._mesh, (AXES, None))
+        return bool(xm.send_cpu_data_to_device([flags], self.device, spec)[0].sum().item() > 0)
 
     def barrier(self) -> None:
         """See ``Backend``."""
@@ -136,5 +207,8 @@ class XlaBackend(Backend):
         return SPMDLoadPlanner()
 
     def compile_count(self) -> int:
-        """See ``Backend``."""
+        """See ``Backend``. Graphs made while the run was set up (copies of weights, say) are not among them."""
+        return self._graphs() - self._graphs_of_setup
+
+    def _graphs(self) -> int:
         return int(met.counter_value("UncachedCompile") or 0)
