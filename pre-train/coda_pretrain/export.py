@@ -21,7 +21,8 @@ from torch import Tensor
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 
-from .checkpoint import committed_checkpoints, intact_checkpoint, step_folder, step_of
+from .checkpoint import committed_checkpoints, intact_checkpoint, step_folder, step_of, tensor_reader
+from .storage import Place, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 WEIGHT_PREFIX = "model."
 
 
-def find_checkpoint(folder: Path, step: int | None) -> Path:
+def find_checkpoint(folder: Place, step: int | None) -> Place:
     """The verified checkpoint to export.
 
     Args:
-        folder: a run folder, its ``checkpoints`` folder, or one checkpoint.
+        folder: a run folder, its ``checkpoints`` folder, or one checkpoint; local or behind a URL.
         step: which step of the run; None for the newest.
 
     Raises:
@@ -57,9 +58,9 @@ def find_checkpoint(folder: Path, step: int | None) -> Path:
     return intact_checkpoint(wanted)
 
 
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+def read_weights(checkpoint: Place) -> dict[str, Tensor]:
     """The weights of a checkpoint, whole and on the CPU, under their published names."""
-    reader = dcp.FileSystemReader(checkpoint / "tensors")
+    reader = tensor_reader(checkpoint)
     entries = reader.read_metadata().state_dict_metadata
     weights = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -89,7 +90,7 @@ def check_names(weights: dict[str, Tensor], config: CoDAConfig) -> None:
 
 
 def export(
-    checkpoint: Path, output_dir: Path, *, dtype: torch.dtype = torch.float32, tokenizer: str | None = None
+    checkpoint: Place, output_dir: Path, *, dtype: torch.dtype = torch.float32, tokenizer: str | None = None
 ) -> None:
     """Write the folder; it appears under its name only when it is whole.
 
@@ -136,7 +137,9 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 on success, 2 when the input is at fault."""
     parser = argparse.ArgumentParser(prog="python -m coda_pretrain.export", description="Checkpoint to safetensors.")
-    parser.add_argument("--checkpoint_dir", required=True, help="a run folder or one of its checkpoints")
+    parser.add_argument(
+        "--checkpoint_dir", required=True, help="a run folder, its checkpoints or one of them; a path or URL"
+    )
     parser.add_argument("--output_dir", required=True, help="folder to create")
     parser.add_argument("--step", type=int, help="which step of the run (default: the newest)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: float32)")
@@ -144,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        checkpoint = find_checkpoint(Path(arguments.checkpoint_dir), arguments.step)
+        checkpoint = find_checkpoint(place_of(arguments.checkpoint_dir), arguments.step)
         dtype = DTYPES[arguments.dtype]
         export(checkpoint, Path(arguments.output_dir), dtype=dtype, tokenizer=arguments.tokenizer)
     except ValueError as error:

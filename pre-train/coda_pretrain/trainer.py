@@ -18,8 +18,6 @@ from .checkpoint import (
     TrainState,
     checkpoint_to_resume,
     load_checkpoint,
-    remove_old_checkpoints,
-    save_checkpoint,
     set_aside_later_checkpoints,
 )
 from .config import RunConfig
@@ -30,8 +28,10 @@ from .mixture import Mixture
 from .optim import build_optimizer, set_learning_rate, set_step_count, state_tensors
 from .plain_data import to_plain, to_yaml
 from .resume_check import check_same_run
+from .saver import Saver, Snapshot, snapshot
 from .schedules import learning_rate
 from .step_functions import Gradients, StepFunctions
+from .storage import Place, is_url, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ class Trainer:
             ValueError: the configuration does not fit the devices, the data, the model or the checkpoint.
         """
         self.config = config
-        self.output_dir = Path(config.output_dir)
-        self.checkpoints = self.output_dir / "checkpoints"
+        self.output_dir, self.checkpoints = run_folders(config)
         self.backend: Backend = create_backend(config.hardware)
         rows_name = "global_batch_size" if config.micro_batch_size is None else "micro_batch_size"
         self.backend.check_rows(rows_name, config.rows_per_micro_batch)
@@ -83,6 +82,8 @@ class Trainer:
         ids = {"mask_token_id": model.config.mask_token_id, "pad_token_id": model.config.pad_token_id}
         self.batches = Batches(config, mixture, rows=rows, num_steps=self.num_steps, **ids)
         self.evaluation = Evaluation(config, rows=rows, **ids) if config.evaluation.every is not None else None
+        keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
+        self._saver = Saver(self.checkpoints, backend=self.backend, keep=keep, asynchronous=asynchronous)
         self._stop_requested = False
 
     def train(self) -> TrainState:
@@ -109,29 +110,31 @@ class Trainer:
                 if last or stop or self._is_due(config.checkpoint.every):
                     self.save()
                 if stop and not last:
-                    logger.warning("SIGTERM: stopped after step %d of %d, which is saved", state.step, self.num_steps)
+                    logger.warning("SIGTERM: stopped after step %d of %d", state.step, self.num_steps)
                     break
+            self._saver.wait()
         return state
 
     def save(self) -> None:
-        """Write the checkpoint of the current step and remove the oldest ones.
+        """Copy the state of the current step and start to write its checkpoint.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: an earlier one could not be written, or this one if saving is not asynchronous.
         """
-        save_checkpoint(
-            self.checkpoints,
+        self._saver.save(self._snapshot)
+
+    def _snapshot(self) -> Snapshot:
+        return snapshot(
             self._tensors(),
             self.state,
             run_config=to_yaml(self.config),
             model_config=self.model_config.to_dict(),
             backend=self.backend,
         )
-        if self.backend.is_main:
-            remove_old_checkpoints(self.checkpoints, self.config.checkpoint.keep)
 
     def close(self) -> None:
-        """Stop reading ahead and leave the devices."""
+        """Let a save end, stop reading ahead and leave the devices."""
+        self._saver.close()
         self.batches.close()
         self.backend.close()
 
@@ -158,7 +161,10 @@ class Trainer:
         batch = self.batches.get(state.step)
         data_wait_s = time.perf_counter() - started
         gradients = self.functions.gradients(self._parts(batch))
-        loss, stop = self.backend.sum_over_processes([gradients.loss, float(self._stop_requested)])
+        (loss,) = self.backend.sum_over_processes([gradients.loss])
+        stop, save_failed = self.backend.any_over_processes([self._stop_requested, self._saver.failed])
+        if save_failed:
+            self._saver.wait()  # raises: a failed save fails on every process
         rate = self._rate(state.step)
         if math.isfinite(loss) and math.isfinite(gradients.norm):
             set_learning_rate(self.optimizer, rate)
@@ -181,7 +187,7 @@ class Trainer:
             row = self._row(rate, gradients.norm)
             if reporter is not None:
                 reporter.row(row)
-        return stop > 0
+        return stop
 
     def _skip(self, loss: float, gradients: Gradients) -> None:
         """Drop a step that is not finite: weights, optimizer state and its count stay as they are."""
@@ -251,6 +257,21 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGTERM, previous)
+
+
+def run_folders(config: RunConfig) -> tuple[Path, Place]:
+    """The local folder of a run and the place of its checkpoints.
+
+    Raises:
+        ValueError: ``output_dir`` is a URL, or the one of the checkpoints cannot be served.
+    """
+    if is_url(config.output_dir):
+        raise ValueError(
+            f"output_dir must be a local folder, since rows are appended to its metrics.jsonl; got {config.output_dir}:"
+            f" put the checkpoints there with checkpoint.folder={config.output_dir}"
+        )
+    folder = config.checkpoint.folder
+    return Path(config.output_dir), place_of(folder) if folder else Path(config.output_dir) / "checkpoints"
 
 
 def number_of_steps(config: RunConfig, samples_per_epoch: int) -> int:

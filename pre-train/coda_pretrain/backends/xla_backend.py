@@ -1,20 +1,23 @@
 """torch_xla SPMD: one program over a mesh of devices, TPU or virtual CPU ones (``CPU_NUM_DEVICES``)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 import torch_xla.distributed.spmd as xs
+import torch_xla.distributed.xla_backend  # noqa: F401 (makes xla:// known to torch.distributed)
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner
 from torch_xla.experimental.distributed_checkpoint import SPMDLoadPlanner, SPMDSavePlanner
+from torch_xla.experimental.distributed_checkpoint._helpers import _sharded_cpu_state_dict
 from torch_xla.utils.checkpoint import checkpoint
 
 from ..config import HardwareConfig
@@ -56,6 +59,11 @@ class XlaBackend(Backend):
         self.mesh_shape = config.mesh.shape(num_devices)
         self._mesh = xs.Mesh(np.arange(num_devices), self.mesh_shape, AXES)
         self._specs: dict[int, Spec] = {}
+        self._saving_group: dist.ProcessGroup | None = None
+        if self.num_processes > 1:  # one process per host; what is not on the devices goes between them over gloo
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", init_method="xla://")
+            self._saving_group = dist.new_group(backend="gloo")
 
     def rows_for_process(self, num_rows: int) -> range:
         """All rows: each process passes the global batch and keeps the shards of its own devices.
@@ -122,10 +130,26 @@ class XlaBackend(Backend):
         """The values: a number read from a sharded program is already global."""
         return values
 
+    def any_over_processes(self, flags: list[bool]) -> list[bool]:
+        """See ``Backend``. The flags are of the hosts, not of the devices."""
+        if self.num_processes == 1:
+            return flags
+        raised = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in raised.tolist()]
+
     def barrier(self) -> None:
         """See ``Backend``."""
         if self.num_processes > 1:
             xm.rendezvous("coda_pretrain")
+
+    def host_copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """See ``Backend``."""
+        return _sharded_cpu_state_dict({name: tensor.detach() for name, tensor in tensors.items()})
+
+    def saving_group(self) -> dist.ProcessGroup | None:
+        """See ``Backend``."""
+        return self._saving_group
 
     def save_planner(self) -> SavePlanner:
         """See ``Backend``."""
