@@ -23,7 +23,8 @@ class ModelConfig:
     """Where the network comes from: a folder with weights, or fields of ``CoDAConfig`` and random weights."""
 
     init_from: str | None = None
-    """A CoDA folder (an export of this package or a Hugging Face folder) whose weights start the run."""
+    """A folder whose weights start the run: a CoDA one (an export of this package or a Hugging Face folder), or an
+    autoregressive Qwen3, Qwen2 (Qwen2.5) or Llama one, which attends in both directions from the first step on."""
 
     config: dict[str, Any] | None = None
     """Fields of ``CoDAConfig`` for a model that starts from random weights. Give this or ``init_from``."""

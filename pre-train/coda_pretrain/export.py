@@ -18,8 +18,10 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+from CoDALanguageModel.conversion import complete_tokenizer
 
 from .checkpoint import committed_checkpoints, intact_checkpoint, step_folder, step_of, tensor_reader
 from .storage import Place, place_of
@@ -118,9 +120,7 @@ def export(
     try:
         converted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
         save_file(converted, str(partial / "model.safetensors"), metadata={"format": "pt"})
-        for file in sorted(tokenizer_dir.iterdir()):
-            if file.is_file() and file.suffix in TOKENIZER_SUFFIXES and file.name not in MODEL_FILES:
-                shutil.copyfile(file, partial / file.name)
+        write_tokenizer(tokenizer_dir, partial, mask_token_id=config.mask_token_id)
         config.save_pretrained(partial)
         if output_dir.exists():
             output_dir.rmdir()
@@ -128,6 +128,27 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     logger.info("wrote %s: %d weights of %s", output_dir, len(weights), checkpoint)
+
+
+def write_tokenizer(source: Path, target: Path, *, mask_token_id: int | None) -> None:
+    """Copy a tokenizer's files; where the run added the mask token to an autoregressive model's, write that one.
+
+    Raises:
+        ValueError: the tokenizer has another mask token than the model.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.mask_token_id is None:
+        complete_tokenizer(tokenizer, None)
+        tokenizer.save_pretrained(target)
+    else:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.suffix in TOKENIZER_SUFFIXES and file.name not in MODEL_FILES:
+                shutil.copyfile(file, target / file.name)
+    if tokenizer.mask_token_id != mask_token_id:
+        raise ValueError(
+            f"the tokenizer in {source} has the mask token id {tokenizer.mask_token_id}, the model {mask_token_id}: "
+            "name the run's own with --tokenizer"
+        )
 
 
 TOKENIZER_SUFFIXES = (".json", ".txt", ".jinja", ".model")

@@ -165,6 +165,10 @@ class Trainer:
         stop, save_failed = self.backend.any_over_processes([self._stop_requested, self._saver.failed])
         if save_failed:
             self._saver.wait()  # raises: a failed save fails on every process
+        if state.step == 0 and config.model.init_from is not None:
+            logger.info("loss of the weights that the run starts from: %.4f", loss)
+            if reporter is not None:
+                reporter.row({"step": 0, "initial_loss": loss})
         rate = self._rate(state.step)
         if math.isfinite(loss) and math.isfinite(gradients.norm):
             set_learning_rate(self.optimizer, rate)
