@@ -78,6 +78,11 @@ class ShardWriter:
         self._files: dict[str, BinaryIO] = {}  # opened by the first document, so that no document means no file
         self._documents = self._tokens = 0
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens added so far."""
+        return self._tokens
+
     def _write(self, suffix: str, array: np.ndarray) -> None:
         if suffix not in self._files:
             self._files[suffix] = self._temporary[suffix].open("wb")
