@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 LISTED_PROBLEMS = 10  # files with problems named in the log; all are in the manifest
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; its options are the fields of ``PrepareConfig``."""
+def build_parser(*, tokenizes: bool = True) -> argparse.ArgumentParser:
+    """The command line; its options are the fields of ``PrepareConfig``, of which a download needs only the output."""
     parser = argparse.ArgumentParser(prog="python -m coda_pretrain.data", description="Turn text into token shards.")
     source = parser.add_argument_group("input")
     source.add_argument(
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="fetch the data sets that these files of configs/data describe into folders of OUTPUT, and do no more",
     )
-    parser.add_argument("--tokenizer", help="tokenizer folder (required, except with --download)")
+    parser.add_argument("--tokenizer", required=tokenizes, help="tokenizer folder")
     parser.add_argument("--document_end", default="<|endoftext|>", help="token after each document")
     parser.add_argument("--output", required=True, help="folder for shards and manifest.json")
     parser.add_argument(
@@ -68,11 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 2 for bad input, 1 when the work could not be done (a full disk, a worker that died); the message
         is the last line on stderr, and what is finished is kept for the next call.
     """
-    parser = build_parser()
-    arguments = vars(parser.parse_args(argv))
+    given = sys.argv[1:] if argv is None else argv
+    arguments = vars(build_parser(tokenizes="--download" not in given).parse_args(given))
     descriptions = arguments.pop("download")
-    if descriptions is None and arguments["tokenizer"] is None:
-        parser.error("--tokenizer is required")
     for name in ("inputs", "exclude", "text_suffixes"):
         arguments[name] = tuple(arguments[name])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -32,6 +32,7 @@ from .checkpoint import (
     random_state,
     remove_old_checkpoints,
     step_folder,
+    tensor_reader,
 )
 from .storage import Place, files_below, remove_tree, sha256_of, size_of, write_durably
 
@@ -159,8 +160,14 @@ class Saver:
         Raises:
             CheckpointError: the save before, or this one if it was waited for, could not be written.
         """
+        asked = time.perf_counter()
         self.wait()
         started = time.perf_counter()
+        if started - asked > 1.0:
+            logger.warning(
+                "training waited %.1f s for the checkpoint before: a save takes longer than checkpoint.every steps",
+                started - asked,
+            )
         content = take()
         copied = time.perf_counter()
         self._running = self._thread.submit(self._write, content, copied - started)
@@ -224,9 +231,15 @@ def _tensor_writer(path: Place) -> dcp.FileSystemWriter:
 def _commit(path: Place, content: Snapshot) -> None:
     for name, text in content.texts.items():
         write_durably(path / name, text)
-    listed = {
-        name: {"size": size_of(file), "sha256": sha256_of(file)} for name, file in sorted(files_below(path).items())
-    }
+    found = sorted(files_below(path).items())
+    stored = tensor_reader(path).read_metadata().storage_data.values()
+    absent = {f"tensors/{entry.relative_path}" for entry in stored} - dict(found).keys()
+    if absent:
+        raise OSError(
+            f"{', '.join(sorted(absent))} of other processes cannot be seen from here: checkpoint.folder must be a "
+            "folder or URL that all machines share"
+        )
+    listed = {name: {"size": size_of(file), "sha256": sha256_of(file)} for name, file in found}
     marker = {"version": FORMAT_VERSION, "step": content.step, "files": listed}
     write_durably(path / MARKER, json.dumps(marker, indent=1))
 

@@ -8,9 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from coda_pretrain.checkpoint import committed_checkpoints
 from coda_pretrain.config import RunConfig
+from coda_pretrain.export import main as export_main
 from coda_pretrain.metrics import read_rows
 from coda_pretrain.plain_data import from_dict, merge
 from coda_pretrain.trainer import Trainer
@@ -137,6 +140,12 @@ def trained_here(run):
     trainer.close()
 
 
+def exported_from(run, output):
+    """The weights of a run's newest checkpoint, by the command line, in this process, which has no devices of XLA."""
+    assert export_main(["--checkpoint_dir", str(run), "--output_dir", str(output)]) == 0
+    return load_file(output / "model.safetensors")
+
+
 def losses_in(folder):
     return {row["step"]: row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row}
 
@@ -164,6 +173,11 @@ def test_each_backend_stops_at_a_signal_and_goes_on_from_the_checkpoint_of_each_
     for source in HARDWARE:
         assert [path.name for path in committed_checkpoints(tmp_path / source / "checkpoints")] == ["step-00000003"]
         assert losses_in(tmp_path / source) == pytest.approx({s: whole[s] for s in range(1, STOPPED + 1)}, abs=1e-5)
+    exported = {source: exported_from(tmp_path / source, tmp_path / f"export-{source}") for source in HARDWARE}
+    for source in HARDWARE:
+        assert exported[source].keys() == exported["cpu"].keys()
+        for name, weight in exported["cpu"].items():
+            torch.testing.assert_close(exported[source][name], weight, rtol=0, atol=2e-5)
     for source in others("cpu"):
         trained_here(continued("cpu", source))
     drive([continued("pair", source) for source in others("pair")], num_processes=2)

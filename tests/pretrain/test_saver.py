@@ -112,6 +112,16 @@ def test_a_save_that_fails_at_the_end_of_the_run_fails_the_run(run_config, monke
         train(run_config)
 
 
+def test_a_folder_that_is_not_shared_by_all_machines_is_no_checkpoint(tmp_path, backend, monkeypatch):
+    monkeypatch.setattr("coda_pretrain.saver.files_below", lambda path: {})  # as if another host had written the file
+    saver = saver_into(tmp_path, backend, asynchronous=False)
+    message = r"tensors/__0_0\.distcp of other processes cannot be seen from here: checkpoint\.folder must be"
+    with pytest.raises(CheckpointError, match=message):
+        saver.save(lambda: take(1, torch.ones(4), backend))
+    assert committed_checkpoints(tmp_path) == []
+    saver.close()
+
+
 def test_a_store_behind_a_url_keeps_every_promise_of_a_folder(store, backend):
     saver = saver_into(store, backend, keep=3, asynchronous=False)
     for step in (1, 2, 3):
