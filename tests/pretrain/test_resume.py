@@ -177,7 +177,8 @@ def test_each_backend_stops_at_a_signal_and_goes_on_from_the_checkpoint_of_each_
     for source in HARDWARE:
         assert exported[source].keys() == exported["cpu"].keys()
         for name, weight in exported["cpu"].items():
-            torch.testing.assert_close(exported[source][name], weight, rtol=0, atol=2e-5)
+            # AdamW makes much of rounding where a gradient is nearly zero; one step moves a weight by 1e-2.
+            torch.testing.assert_close(exported[source][name], weight, rtol=0, atol=1e-3)
     for source in others("cpu"):
         trained_here(continued("cpu", source))
     drive([continued("pair", source) for source in others("pair")], num_processes=2)
