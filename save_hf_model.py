@@ -20,30 +20,27 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import CoDALanguageModel as model_room
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
+from CoDALanguageModel.conversion import (
+    DEFAULT_MASK_TOKEN,
+    build_model,
+    complete_tokenizer,
+    load_source,
+    number_of_ids,
+)
 
 logger = logging.getLogger("save_hf_model")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AUTOREGRESSIVE_TYPES = ("qwen3", "qwen2", "llama")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-DEFAULT_MASK_TOKEN = "<|mask|>"
-# Tokens that the known families keep for padding, in the order in which they are taken.
-PAD_TOKENS = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<unk>")
-CHATML_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-EMBEDDING_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
 CHECK_TEXT = "def add(a, b):\n    return a + b\n"
 # Largest difference of two computations of the same logits, relative to the largest logit.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -100,62 +97,6 @@ def find_checkpoint(checkpoint_dir: str) -> tuple[Path, dict[str, str]]:
     )
 
 
-def coda_config_of(source: PreTrainedConfig) -> dict[str, Any]:
-    """Give the `CoDAConfig` arguments that make the same network as an autoregressive config, token ids aside.
-
-    Raises:
-        ValueError: a type without a CoDA counterpart, or attention windows in use.
-    """
-    if source.model_type not in AUTOREGRESSIVE_TYPES:
-        supported = ", ".join((CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES))
-        raise ValueError(f"model_type must be one of {supported}, got {source.model_type!r}")
-    windowed = [kind for kind in getattr(source, "layer_types", None) or () if kind != "full_attention"]
-    if windowed:
-        raise ValueError(
-            f"sliding windows must be off (use_sliding_window: false), got {len(windowed)} of "
-            f"{source.num_hidden_layers} layers with {windowed[0]}: CoDA attends to the whole canvas in every layer"
-        )
-    same = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-        "max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_dropout bos_token_id"
-    ).split()
-    arguments = {name: getattr(source, name) for name in same}
-    arguments["head_dim"] = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
-    arguments["rope_parameters"] = dict(source.rope_parameters)
-    has_bias = source.model_type == "qwen2" or bool(source.attention_bias)
-    return arguments | {
-        "attention_bias": has_bias,
-        "attention_output_bias": has_bias and source.model_type != "qwen2",
-        "mlp_bias": bool(getattr(source, "mlp_bias", False)),
-        "qk_norm": source.model_type == "qwen3",
-        "logits_shift": True,
-    }
-
-
-def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, torch.dtype]:
-    """Load a CoDA or autoregressive model in float32; also give the dtype that it was stored in.
-
-    Raises:
-        ValueError: unsupported type, or weights that are missing, left over or of another shape.
-    """
-    config = AutoConfig.from_pretrained(folder, **gguf)
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    if config.model_type == CoDAConfig.model_type:
-        return CoDALanguageModel.from_pretrained(folder, dtype=torch.float32).eval(), stored
-    coda_config_of(config)  # refuse before the weights are read
-    # Mismatched sizes are let through here to be named with the other faults below.
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **gguf
-    )
-    # A GGUF file also holds tables that its loader turns into buffers; they are no weights.
-    kinds = ("missing_keys", "mismatched_keys") if gguf else ("missing_keys", "unexpected_keys", "mismatched_keys")
-    faults = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
-    if faults:
-        report = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}: {keys[:5]}" for kind, keys in faults.items())
-        raise ValueError(f"the weights of {str(folder)!r} do not fit its config.json: {report}")
-    return model.eval(), stored
-
-
 def load_tokenizer(folder: Path, gguf: dict[str, str]) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder.
 
@@ -167,88 +108,6 @@ def load_tokenizer(folder: Path, gguf: dict[str, str]) -> PreTrainedTokenizerBas
             f"{str(folder)!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)}): name its folder with --tokenizer"
         )
     return AutoTokenizer.from_pretrained(folder, **gguf)
-
-
-def number_of_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of ids up to the largest one that the tokenizer defines."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, mask_token: str | None) -> None:
-    """Give the tokenizer, in place, what decoding needs: mask, end and padding tokens, and a chat template.
-
-    The end token is the end of a chat turn where the vocabulary has one (`<|im_end|>`). Padding is never the end
-    token, since a model must be able to learn where an answer ends.
-    """
-    vocabulary = tokenizer.get_vocab()
-    mask_token = mask_token or tokenizer.mask_token or DEFAULT_MASK_TOKEN
-    logger.info("mask token: %s (%s)", mask_token, "of the tokenizer" if mask_token in vocabulary else "added")
-    tokenizer.add_special_tokens({"mask_token": mask_token})
-
-    speaks_chatml = "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary
-    if speaks_chatml and tokenizer.eos_token != "<|im_end|>":
-        logger.info("end token: <|im_end|>, the end of a chat turn, instead of %s", tokenizer.eos_token)
-        tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
-
-    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        taken = (tokenizer.eos_token, mask_token)
-        candidates = (*PAD_TOKENS, tokenizer.unk_token)
-        pad_token = next((t for t in candidates if t in vocabulary and t not in taken), "<|pad|>")
-        logger.info("padding token: %s (%s)", pad_token, "of the tokenizer" if pad_token in vocabulary else "added")
-        tokenizer.add_special_tokens({"pad_token": pad_token})
-
-    if tokenizer.chat_template is None and speaks_chatml:
-        logger.info("chat template: ChatML (the tokenizer has its tokens and no template)")
-        tokenizer.chat_template = CHATML_TEMPLATE
-
-
-def grow_vocabulary(weights: dict[str, Tensor], num_rows: int) -> dict[str, Tensor]:
-    """Add rows to embedding and head until they have `num_rows`; a new row is the mean of the existing ones."""
-    grown = dict(weights)
-    for name in (EMBEDDING_WEIGHT, HEAD_WEIGHT):
-        rows = grown.get(name)
-        if rows is not None and len(rows) < num_rows:
-            mean = rows.mean(dim=0, keepdim=True)
-            grown[name] = torch.cat([rows, mean.expand(num_rows - len(rows), -1)])
-    return grown
-
-
-def build_model(source: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> CoDALanguageModel:
-    """Put the weights of `source` into a CoDA model whose ids are those of the tokenizer. float32.
-
-    Raises:
-        ValueError: a CoDA source was trained with another mask id.
-    """
-    is_coda = source.config.model_type == CoDAConfig.model_type
-    if is_coda and source.config.mask_token_id != tokenizer.mask_token_id:
-        raise ValueError(
-            f"mask_token_id must be {source.config.mask_token_id}, which the model was trained with, got "
-            f"{tokenizer.mask_token_id} ({tokenizer.mask_token}): pass the tokenizer of the training with --tokenizer, "
-            "or its mask token with --mask_token"
-        )
-    arguments = source.config.to_dict() if is_coda else coda_config_of(source.config)
-    num_token_ids = number_of_ids(tokenizer)
-    num_rows = max(arguments["vocab_size"], num_token_ids)
-    spare, grown = arguments["vocab_size"] - num_token_ids, num_rows - arguments["vocab_size"]
-    logger.info("vocabulary: %d ids, %d spare rows, %d rows added", num_token_ids, max(spare, 0), grown)
-    arguments |= {
-        "vocab_size": num_rows,
-        "num_token_ids": num_token_ids,
-        "mask_token_id": tokenizer.mask_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    for written_anew in ("auto_map", "architectures", "transformers_version", "dtype", "model_type"):
-        arguments.pop(written_anew, None)
-    with torch.device("meta"):
-        model = CoDALanguageModel(CoDAConfig(**arguments))
-    weights = grow_vocabulary(source.state_dict(), num_rows)
-    if model.config.tie_word_embeddings:
-        weights[HEAD_WEIGHT] = weights[EMBEDDING_WEIGHT]
-    model.load_state_dict(weights, assign=True, strict=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its tables are no weights
-    model.tie_weights()
-    return model.eval()
 
 
 def check_input(num_ids: int) -> Tensor:
@@ -426,7 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     # force: libraries log while they are imported, which configures the root logger before this line.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
-    logger.setLevel(logging.INFO)
+    for name in (logger.name, "CoDALanguageModel.conversion"):
+        logging.getLogger(name).setLevel(logging.INFO)
     if not sys.stderr.isatty():
         disable_progress_bar()
     sys.exit(main())

@@ -28,7 +28,7 @@ ROOMS = {
     "coda_quickstart": REPO / "quickstart/coda_quickstart",
 }
 EXTRAS = {
-    "coda_pretrain": {"pretrain", "wandb"},
+    "coda_pretrain": {"pretrain", "datatrove", "wandb"},
     "coda_posttrain": {"posttrain", "deepspeed"},
     "coda_eval": {"eval"},
     "coda_serving": {"serving"},

@@ -46,7 +46,7 @@ class Batches:
         size = self._config.global_batch_size
         ids = [step * size + row for row in self._rows]
         return noise_batch(
-            [self._mixture.sample(i) for i in ids],
+            self._mixture.samples(ids),
             ids,
             config=self._config.masking,
             seed=self._config.seed,

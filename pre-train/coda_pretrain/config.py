@@ -23,7 +23,8 @@ class ModelConfig:
     """Where the network comes from: a folder with weights, or fields of ``CoDAConfig`` and random weights."""
 
     init_from: str | None = None
-    """A CoDA folder (an export of this package or a Hugging Face folder) whose weights start the run."""
+    """A folder whose weights start the run: a CoDA one (an export of this package or a Hugging Face folder), or an
+    autoregressive Qwen3, Qwen2 (Qwen2.5) or Llama one, which attends in both directions from the first step on."""
 
     config: dict[str, Any] | None = None
     """Fields of ``CoDAConfig`` for a model that starts from random weights. Give this or ``init_from``."""
@@ -110,9 +111,17 @@ class CheckpointConfig:
     keep: int | None = 3
     """Newest checkpoints kept; null keeps all."""
 
-    resume: str = "auto"
-    """``auto`` continues from the newest checkpoint of ``output_dir`` if there is one, ``never`` refuses a folder that
-    already holds one, and a path names the checkpoint to continue from."""
+    resume: str | int = "auto"
+    """``auto`` continues from the newest checkpoint of the folder if there is one, ``latest`` insists that there is
+    one, ``never`` refuses a folder that already holds one, a number is the step to continue from, and a path or URL
+    the checkpoint."""
+
+    folder: str | None = None
+    """Where checkpoints go: a local folder or any fsspec URL (gs://, s3://, ...); null is ``output_dir``/checkpoints.
+    Several machines need one that all of them see."""
+
+    asynchronous: bool = True
+    """Write the files while training goes on. The tensors are copied into the host's memory at the step."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep"):

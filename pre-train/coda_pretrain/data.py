@@ -1,7 +1,7 @@
 """``python -m coda_pretrain.data``: text to token shards. Also the names through which the trainer reads them.
 
-The work is in ``documents`` (reading text), ``prepare`` (tokenizing it into shards), ``shards`` (the format) and
-``mixture`` (the order of a run).
+The work is in ``hub`` (fetching text), ``documents`` (reading it), ``prepare`` (tokenizing it into shards), ``shards``
+(the format) and ``mixture`` (the order of a run).
 """
 
 import argparse
@@ -10,7 +10,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
+from .hub import describe, download, load_corpus
 from .mixture import DataConfig, Mixture, Sample, SourceConfig, SourceShare
 from .prepare import PrepareConfig, prepare
 from .shards import TokenShards
@@ -21,8 +23,8 @@ logger = logging.getLogger(__name__)
 LISTED_PROBLEMS = 10  # files with problems named in the log; all are in the manifest
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; its options are the fields of ``PrepareConfig``."""
+def build_parser(*, tokenizes: bool = True) -> argparse.ArgumentParser:
+    """The command line; its options are the fields of ``PrepareConfig``, of which a download needs only the output."""
     parser = argparse.ArgumentParser(prog="python -m coda_pretrain.data", description="Turn text into token shards.")
     source = parser.add_argument_group("input")
     source.add_argument(
@@ -39,7 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--hf_config", help="configuration (subset) of the data set")
     source.add_argument("--hf_split", default="train", help="split of the data set (default: train)")
     source.add_argument("--text_key", default="text", help="field or column that holds the text (default: text)")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
+    source.add_argument(
+        "--download",
+        nargs="+",
+        help="fetch the data sets that these files of configs/data describe into folders of OUTPUT, and do no more",
+    )
+    parser.add_argument("--tokenizer", required=tokenizes, help="tokenizer folder")
     parser.add_argument("--document_end", default="<|endoftext|>", help="token after each document")
     parser.add_argument("--output", required=True, help="folder for shards and manifest.json")
     parser.add_argument(
@@ -61,11 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 2 for bad input, 1 when the work could not be done (a full disk, a worker that died); the message
         is the last line on stderr, and what is finished is kept for the next call.
     """
-    arguments = vars(build_parser().parse_args(argv))
+    given = sys.argv[1:] if argv is None else argv
+    arguments = vars(build_parser(tokenizes="--download" not in given).parse_args(given))
+    descriptions = arguments.pop("download")
     for name in ("inputs", "exclude", "text_suffixes"):
         arguments[name] = tuple(arguments[name])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --num_workers says how many cores are used
+    if descriptions is not None:
+        return download_all(descriptions, Path(arguments["output"]), arguments["num_workers"])
     started = time.perf_counter()
     try:
         summary = prepare(PrepareConfig(**arguments))
@@ -88,6 +99,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for split, path in summary["manifests"].items():
         print(f"{split}: {path}")
+    return 0
+
+
+def download_all(descriptions: Sequence[str], output: Path, num_workers: int) -> int:
+    """Fetch the described data sets; see ``main`` for what is returned."""
+    try:
+        for corpus in [load_corpus(path) for path in descriptions]:
+            print(describe(corpus, download(corpus, output, num_workers=num_workers)), flush=True)
+    except ValueError as error:
+        logger.error("error: %s", error)
+        return 2
+    except OSError as error:
+        logger.error("error: %s; the same command continues from here", error)
+        return 1
     return 0
 
 

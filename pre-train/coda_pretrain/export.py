@@ -18,10 +18,13 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+from CoDALanguageModel.conversion import complete_tokenizer
 
-from .checkpoint import committed_checkpoints, intact_checkpoint, step_folder, step_of
+from .checkpoint import committed_checkpoints, intact_checkpoint, step_folder, step_of, tensor_reader
+from .storage import Place, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +33,11 @@ WEIGHT_NAMES = {"model": ("model.", ""), "ema": ("optim.", ".ema")}
 """Prefix and suffix of the names of tensors in a checkpoint."""
 
 
-def find_checkpoint(folder: Path, step: int | None) -> Path:
+def find_checkpoint(folder: Place, step: int | None) -> Place:
     """The verified checkpoint to export.
 
     Args:
-        folder: a run folder, its ``checkpoints`` folder, or one checkpoint.
+        folder: a run folder, its ``checkpoints`` folder, or one checkpoint; local or behind a URL.
         step: which step of the run; None for the newest.
 
     Raises:
@@ -58,7 +61,7 @@ def find_checkpoint(folder: Path, step: int | None) -> Path:
     return intact_checkpoint(wanted)
 
 
-def read_weights(checkpoint: Path, kind: str = "model") -> dict[str, Tensor]:
+def read_weights(checkpoint: Place, kind: str = "model") -> dict[str, Tensor]:
     """The weights of a checkpoint, whole and on the CPU, under their published names.
 
     Args:
@@ -68,7 +71,7 @@ def read_weights(checkpoint: Path, kind: str = "model") -> dict[str, Tensor]:
     Raises:
         ValueError: the checkpoint has no averages.
     """
-    reader = dcp.FileSystemReader(checkpoint / "tensors")
+    reader = tensor_reader(checkpoint)
     entries = reader.read_metadata().state_dict_metadata
     prefix, suffix = WEIGHT_NAMES[kind]
     weights = {
@@ -101,7 +104,7 @@ def check_names(weights: dict[str, Tensor], config: CoDAConfig) -> None:
 
 
 def export(
-    checkpoint: Path,
+    checkpoint: Place,
     output_dir: Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -135,9 +138,7 @@ def export(
     try:
         converted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
         save_file(converted, str(partial / "model.safetensors"), metadata={"format": "pt"})
-        for file in sorted(tokenizer_dir.iterdir()):
-            if file.is_file() and file.suffix in TOKENIZER_SUFFIXES and file.name not in MODEL_FILES:
-                shutil.copyfile(file, partial / file.name)
+        write_tokenizer(tokenizer_dir, partial, mask_token_id=config.mask_token_id)
         config.save_pretrained(partial)
         if output_dir.exists():
             output_dir.rmdir()
@@ -147,6 +148,27 @@ def export(
     logger.info("wrote %s: %d weights of %s", output_dir, len(weights), checkpoint)
 
 
+def write_tokenizer(source: Path, target: Path, *, mask_token_id: int | None) -> None:
+    """Copy a tokenizer's files; where the run added the mask token to an autoregressive model's, write that one.
+
+    Raises:
+        ValueError: the tokenizer has another mask token than the model.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.mask_token_id is None:
+        complete_tokenizer(tokenizer, None)
+        tokenizer.save_pretrained(target)
+    else:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.suffix in TOKENIZER_SUFFIXES and file.name not in MODEL_FILES:
+                shutil.copyfile(file, target / file.name)
+    if tokenizer.mask_token_id != mask_token_id:
+        raise ValueError(
+            f"the tokenizer in {source} has the mask token id {tokenizer.mask_token_id}, the model {mask_token_id}: "
+            "name the run's own with --tokenizer"
+        )
+
+
 TOKENIZER_SUFFIXES = (".json", ".txt", ".jinja", ".model")
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
@@ -154,7 +176,9 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 on success, 2 when the input is at fault."""
     parser = argparse.ArgumentParser(prog="python -m coda_pretrain.export", description="Checkpoint to safetensors.")
-    parser.add_argument("--checkpoint_dir", required=True, help="a run folder or one of its checkpoints")
+    parser.add_argument(
+        "--checkpoint_dir", required=True, help="a run folder, its checkpoints or one of them; a path or URL"
+    )
     parser.add_argument("--output_dir", required=True, help="folder to create")
     parser.add_argument("--step", type=int, help="which step of the run (default: the newest)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: float32)")
@@ -168,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        checkpoint = find_checkpoint(Path(arguments.checkpoint_dir), arguments.step)
+        checkpoint = find_checkpoint(place_of(arguments.checkpoint_dir), arguments.step)
         dtype = DTYPES[arguments.dtype]
         export(
             checkpoint,

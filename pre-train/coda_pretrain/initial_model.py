@@ -1,4 +1,8 @@
-"""The network that a run starts from: weights of a folder, or random ones that depend on the seed alone."""
+"""The network that a run starts from: weights of a folder, or random ones that depend on the seed alone.
+
+A folder is a CoDA one or an autoregressive Qwen3, Qwen2 or Llama one, whose weights are kept and whose tokenizer gets
+the mask and pad tokens it lacks.
+"""
 
 import json
 import logging
@@ -9,6 +13,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+from CoDALanguageModel.conversion import (
+    AUTOREGRESSIVE_TYPES,
+    build_model,
+    complete_tokenizer,
+    load_source,
+    number_of_ids,
+)
 from CoDALanguageModel.diffusion import named_rng
 
 from .config import ModelConfig
@@ -17,8 +28,12 @@ from .tokenization import load_tokenizer
 logger = logging.getLogger(__name__)
 
 
-def load_tokenizer_folder(folder: str) -> PreTrainedTokenizerBase:
+def load_tokenizer_folder(folder: str, *, complete: bool = False) -> PreTrainedTokenizerBase:
     """Load the run's tokenizer.
+
+    Args:
+        folder: ``model.tokenizer``.
+        complete: add the mask and pad tokens that an autoregressive model's tokenizer lacks.
 
     Raises:
         ValueError: the folder is missing or holds no tokenizer, or it has no mask or no pad token.
@@ -29,27 +44,36 @@ def load_tokenizer_folder(folder: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model.tokenizer {folder!r} cannot be loaded as a tokenizer folder: {error}") from error
+    if complete:
+        complete_tokenizer(tokenizer, None)
     for name in ("mask_token", "pad_token"):
         if getattr(tokenizer, f"{name}_id") is None:
             raise ValueError(
                 f"model.tokenizer {folder!r} has no {name}; masked diffusion needs one: name it in its config "
-                "(save_hf_model.py adds what is missing when it converts an autoregressive folder)"
+                "(what is missing is added when model.init_from is an autoregressive folder)"
             )
     return tokenizer
 
 
 def initial_model(config: ModelConfig, *, seed: int) -> CoDALanguageModel:
-    """Build the network on the CPU in float32, in training mode.
+    """Build the network on the CPU in float32, in training mode. Its attention is bidirectional, whatever it was.
 
     Raises:
         ValueError: a missing folder, a folder of another model type, unknown fields, or ids that the tokenizer does
             not agree with.
     """
-    tokenizer = load_tokenizer_folder(config.tokenizer)
     if config.init_from is not None:
-        model = _from_folder(config.init_from, config.attn_implementation)
+        model_type = _type_of(config.init_from)
+        tokenizer = load_tokenizer_folder(config.tokenizer, complete=model_type in AUTOREGRESSIVE_TYPES)
+        if model_type in AUTOREGRESSIVE_TYPES:
+            model = _from_autoregressive(config, tokenizer)
+        else:
+            attention = config.attn_implementation
+            folder = config.init_from
+            model = CoDALanguageModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     else:
         assert config.config is not None, "ModelConfig holds init_from or config"
+        tokenizer = load_tokenizer_folder(config.tokenizer)
         coda_config = _coda_config(config.config, tokenizer)
         coda_config._attn_implementation = config.attn_implementation
         with torch.random.fork_rng(devices=[]):
@@ -59,17 +83,35 @@ def initial_model(config: ModelConfig, *, seed: int) -> CoDALanguageModel:
     return model.float().train()
 
 
-def _from_folder(folder: str, attn_implementation: str) -> CoDALanguageModel:
+def _type_of(folder: str) -> str:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"model.init_from: no model folder (with a config.json) at {folder!r}")
     model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if model_type != CoDAConfig.model_type:
+    supported = (CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES)
+    if model_type not in supported:
         raise ValueError(
-            f"model.init_from {folder!r} must be a CoDA folder (model_type {CoDAConfig.model_type!r}), got model_type "
-            f"{model_type!r}; convert it first: python save_hf_model.py --checkpoint_dir {folder} --output_dir FOLDER"
+            f"model.init_from {folder!r} must be a folder of type {', '.join(supported)}, got model_type {model_type!r}"
         )
-    return CoDALanguageModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attn_implementation)
+    return model_type
+
+
+def _from_autoregressive(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> CoDALanguageModel:
+    assert config.init_from is not None, "the caller checks"
+    try:
+        source, _ = load_source(Path(config.init_from), {})
+        known = number_of_ids(AutoTokenizer.from_pretrained(config.tokenizer))  # without the tokens added here
+        if known > source.config.vocab_size:
+            raise ValueError(
+                f"it has {source.config.vocab_size} rows, fewer than the {known} ids of model.tokenizer "
+                f"{config.tokenizer!r}"
+            )
+        model = build_model(source, tokenizer)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model.init_from {config.init_from!r}: {error}") from error
+    model.set_attn_implementation(config.attn_implementation)
+    logger.info("the weights of %s, a %s model, start the run", config.init_from, source.config.model_type)
+    return model
 
 
 def _coda_config(fields: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> CoDAConfig:

@@ -20,6 +20,7 @@ from .mixture import Sample
 __all__ = ["MaskingConfig", "MaskingProbabilities", "noise_batch", "noise_levels", "plan_row"]
 
 IGNORED_LABEL = -100
+ROWS_AT_ONCE = 4
 
 
 class RowPlan(NamedTuple):
@@ -73,6 +74,29 @@ def noise_levels(rows: Sequence[int], global_batch_size: int, *, seed: int, step
     rng = named_rng("noise-levels", seed, step)
     levels = stratified_noise_levels(global_batch_size, rng.random(), t_min=t_min)
     return np.asarray(levels, dtype=np.float32)[rng.permutation(global_batch_size)[np.asarray(rows)]]
+
+
+def corrupt_rows(
+    input_ids: np.ndarray,
+    maskable: np.ndarray,
+    t: np.ndarray,
+    uniforms: np.ndarray,
+    spans: np.ndarray,
+    *,
+    mask_token_id: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """``diffusion.corrupt`` a few rows at a time, so that what it needs in between stays small.
+
+    Returns:
+        The noised ids (B, T) int64 and where they are masked (B, T) bool.
+    """
+    noised_ids, masked = np.empty_like(input_ids), np.empty(input_ids.shape, dtype=bool)
+    for start in range(0, len(input_ids), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        arrays = [torch.from_numpy(array[part]) for array in (input_ids, maskable, t, uniforms)]
+        result = corrupt(*arrays, mask_token_id=mask_token_id, span=torch.from_numpy(spans[part]))
+        noised_ids[part], masked[part] = result.noised_ids.numpy(), result.masked.numpy()
+    return noised_ids, masked
 
 
 def noise_batch(
@@ -145,17 +169,10 @@ def noise_batch(
     input_ids[~real] = pad_token_id
     maskable &= real & ~segment_starts(segment_ids)
     t = noise_levels(rows, global_batch_size, seed=seed, step=step, t_min=config.t_min)
-    noised_ids, masked = corrupt(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(maskable),
-        torch.from_numpy(t),
-        torch.from_numpy(uniforms),
-        mask_token_id=mask_token_id,
-        span=torch.from_numpy(spans),
-    )
+    noised_ids, masked = corrupt_rows(input_ids, maskable, t, uniforms, spans, mask_token_id=mask_token_id)
     return {
-        "noised_ids": noised_ids.numpy(),
-        "labels": np.where(masked.numpy(), input_ids, IGNORED_LABEL),
+        "noised_ids": noised_ids,
+        "labels": np.where(masked, input_ids, IGNORED_LABEL),
         "loss_weights": (1.0 / (t.astype(np.float64) * global_batch_size * seq_len)).astype(np.float32),
         "position_ids": segment_positions(segment_ids),
         "segment_ids": segment_ids,

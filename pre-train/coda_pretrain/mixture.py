@@ -6,6 +6,8 @@ exactly, and prefetching cannot disturb a position. Not here: bytes on disk (``s
 
 import hashlib
 import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .shards import TokenShards
+from .storage import Place, is_url, place_of
 
 logger = logging.getLogger(__name__)
 
 FEISTEL_ROUNDS = 6
+REQUESTS = 16  # to a store at once
 MASK_64 = 2**64 - 1
 
 
@@ -25,7 +29,7 @@ class SourceConfig:
     """One folder of token shards and how much of the mixture it is."""
 
     path: str
-    """Folder written by ``python -m coda_pretrain.data``, relative to ``data.root``."""
+    """Folder written by ``python -m coda_pretrain.data``, relative to ``data.root``, or an fsspec URL of one."""
 
     weight: float | None = None
     """Share of the samples, relative to the other sources' weights (token counts, percentages, ...). Give it for all
@@ -51,11 +55,15 @@ class DataConfig:
     """Folders of token shards, all made with one tokenizer."""
 
     root: str | None = None
-    """Folder that relative source paths start from; null is the working directory."""
+    """Folder or fsspec URL (gs://, s3://, ...) that relative source paths start from; null is the working directory."""
 
     epoch_samples: int | None = None
     """Samples in an epoch; by default the rows of all sources together, so that unweighted sources are read exactly
     once. With weights, a small source is read more than once in an epoch and a large one less than once."""
+
+    cache: str | None = None
+    """Local folder for copies of shards behind URLs: each is copied when first needed and verified by its hash, and
+    needs as much room as the sources. Null reads rows straight from the store, without copies."""
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -128,6 +136,13 @@ def split_by_weight(total: int, weights: list[float]) -> list[int]:
     return counts
 
 
+def source_place(root: str | None, path: str) -> Place:
+    """Where a source lies: a URL and an absolute path stand for themselves, others are below ``root``."""
+    if is_url(path) or not root:
+        return place_of(path)
+    return place_of(root) / path if is_url(root) else Path(root) / path
+
+
 class Mixture:
     """All sources of a run in one endless order.
 
@@ -157,7 +172,9 @@ class Mixture:
         if seq_len < 2:
             raise ValueError(f"seq_len must be at least 2, got {seq_len}")
         self.seq_len, self.seed = seq_len, seed
-        self._sources = [TokenShards(Path(config.root or "") / source.path) for source in config.sources]
+        places = [source_place(config.root, source.path) for source in config.sources]
+        self._sources = [TokenShards(place, config.cache) for place in places]
+        self._has_remote = any(source.is_remote for source in self._sources)
         self._check_tokenizers()
         self.tokenizer: dict[str, Any] = self._sources[0].tokenizer
         rows = [source.num_rows(seq_len) for source in self._sources]
@@ -224,3 +241,10 @@ class Mixture:
         """
         source, row = self.locate(index)
         return Sample(*self._sources[source].read(row * self.seq_len, self.seq_len))
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        """Several samples in the given order; rows behind URLs are requested at once."""
+        if not self._has_remote:
+            return [self.sample(index) for index in indices]
+        with ThreadPoolExecutor(REQUESTS, thread_name_prefix="rows") as pool:
+            return list(pool.map(self.sample, indices))

@@ -307,12 +307,7 @@ def write_manifests(config: PrepareConfig, facts: TokenizerFacts, progress: Prog
             dtype=token_dtype(facts.vocab_size - 1),
             shards=shards,
             validation_fraction=config.validation_fraction,
-            tokenizer={
-                "fingerprint": facts.fingerprint,
-                "vocab_size": facts.vocab_size,
-                "document_end": facts.document_end,
-                "document_end_id": facts.document_end_id,
-            },
+            tokenizer=facts.manifest_entry(),
             input_totals=totals,
             input_files={path: {name: counts[name] for name in names} for path, counts in sorted(files.items())},
         )

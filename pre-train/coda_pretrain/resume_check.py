@@ -1,24 +1,24 @@
 """Whether a checkpoint may be continued under a configuration: what decides order and shapes must not have changed."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .config import RunConfig
 from .plain_data import to_plain
+from .storage import Place
 
 logger = logging.getLogger(__name__)
 
 FIXED = ("seed", "global_batch_size", "seq_len", "data", "model.config", "optimizer.name", "optimizer.ema_decay")
 """Changing one of these would silently train on other data, or cannot fit the tensors."""
 
-MACHINE = ("output_dir", "hardware", "checkpoint", "metrics", "micro_batch_size", "data.root")
+MACHINE = ("output_dir", "hardware", "checkpoint", "metrics", "micro_batch_size", "data.root", "data.cache")
 """These change nothing that is learnt."""
 
 
-def check_same_run(config: RunConfig, checkpoint: Path) -> None:
+def check_same_run(config: RunConfig, checkpoint: Place) -> None:
     """Compare with the configuration in the checkpoint; differences that are allowed are logged.
 
     Raises:

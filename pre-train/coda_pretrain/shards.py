@@ -22,6 +22,9 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from .remote_shards import RangedArray, cached_file, verified_array
+from .storage import Place, place_of, sha256_of, size_of
+
 MANIFEST_NAME = "manifest.json"
 FORMAT = "coda-token-shards"
 VERSION = 1
@@ -50,12 +53,6 @@ def token_dtype(largest_id: int) -> str:
     return "uint16" if largest_id < 2**16 else "uint32"
 
 
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def replace_with_json(path: Path, data: Any) -> None:
     """Write ``data`` so that ``path`` holds either its old content or all of the new one, whenever the process dies."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -80,6 +77,11 @@ class ShardWriter:
         self._hashes = {suffix: hashlib.sha256() for suffix in self._temporary}
         self._files: dict[str, BinaryIO] = {}  # opened by the first document, so that no document means no file
         self._documents = self._tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens added so far."""
+        return self._tokens
 
     def _write(self, suffix: str, array: np.ndarray) -> None:
         if suffix not in self._files:
@@ -130,10 +132,10 @@ class ShardWriter:
         self._discard()  # does nothing after commit
 
 
-def shard_is_intact(folder: Path, record: ShardRecord) -> bool:
+def shard_is_intact(folder: Place, record: ShardRecord) -> bool:
     """Whether both files of a shard exist with the recorded hashes."""
     files = {folder / f"{record.name}.bin": record.tokens_sha256, folder / f"{record.name}.ends": record.ends_sha256}
-    return all(path.is_file() and file_sha256(path) == expected for path, expected in files.items())
+    return all(path.is_file() and sha256_of(path) == expected for path, expected in files.items())
 
 
 def build_manifest(*, split: str, dtype: str, shards: list[ShardRecord], **facts: Any) -> dict[str, Any]:
@@ -153,19 +155,29 @@ def build_manifest(*, split: str, dtype: str, shards: list[ShardRecord], **facts
 class TokenShards:
     """A folder of token shards, read as one stream of tokens through memory maps.
 
+    A folder behind a URL is read in one of two ways: with a cache folder, whole shards are copied there when they are
+    first needed, verified by their hash, and mapped; without one, each row is a ranged read of the store.
+
     Attributes:
         num_tokens: length of the stream.
+        is_remote: whether reading a row is a request to a store, so that several are worth making at once.
         tokenizer: the manifest's facts about the tokenizer (``fingerprint``, ``vocab_size``, ``document_end_id``).
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Place, cache: str | Path | None = None) -> None:
         """Read the manifest of ``folder`` and check that every shard file has the recorded size.
+
+        Args:
+            folder: a local folder or an fsspec URL.
+            cache: local folder for copies of remote shards; one folder serves any number of sources and runs.
 
         Raises:
             ValueError: there is no finished manifest, it is of another format, or a shard is missing or of another
                 size. Hashes are not read here (``verify`` does), so that opening stays fast at any size.
         """
-        self.folder = Path(folder)
+        self.folder = place_of(folder)
+        self.cache = Path(cache) if cache is not None and not isinstance(self.folder, Path) else None
+        self.is_remote = not isinstance(self.folder, Path) and cache is None
         manifest_path = self.folder / MANIFEST_NAME
         if not manifest_path.is_file():
             raise ValueError(
@@ -189,21 +201,37 @@ class TokenShards:
     def _check_sizes(self) -> None:
         if not self.shards:
             raise ValueError(f"{self.folder / MANIFEST_NAME} lists no shards")
+        sizes = self._sizes()
         for shard in self.shards:
-            sizes = {".bin": shard.tokens * self.dtype.itemsize, ".ends": shard.documents * ENDS_DTYPE.itemsize}
-            for suffix, expected in sizes.items():
-                path = self.folder / f"{shard.name}{suffix}"
-                got = path.stat().st_size if path.is_file() else None
+            for suffix, expected in self._expected_sizes(shard).items():
+                got = sizes.get(f"{shard.name}{suffix}")
                 if got != expected:
                     found = "it is missing" if got is None else f"it has {got}"
+                    path = self.folder / f"{shard.name}{suffix}"
                     raise ValueError(f"{path} must have {expected} bytes as its manifest says, but {found}")
 
+    def _expected_sizes(self, shard: ShardRecord) -> dict[str, int]:
+        return {".bin": shard.tokens * self.dtype.itemsize, ".ends": shard.documents * ENDS_DTYPE.itemsize}
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of each file in the folder."""
+        if isinstance(self.folder, Path):
+            return {path.name: size_of(path) for path in self.folder.iterdir() if path.is_file()}
+        entries = self.folder.fs.ls(self.folder.key, detail=True)  # one request, also for thousands of shards
+        return {e["name"].rstrip("/").rsplit("/", 1)[-1]: e["size"] for e in entries if e["type"] == "file"}
+
     def _map_shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        path = self.folder / self.shards[index].name
-        return (
-            np.memmap(path.with_name(f"{path.name}.bin"), dtype=self.dtype, mode="r"),
-            np.memmap(path.with_name(f"{path.name}.ends"), dtype=ENDS_DTYPE, mode="r"),
-        )
+        shard = self.shards[index]
+        tokens, ends = self.folder / f"{shard.name}.bin", self.folder / f"{shard.name}.ends"
+        if self.is_remote:
+            return (
+                RangedArray(tokens, self.dtype, shard.tokens),
+                verified_array(ends, ENDS_DTYPE, shard.ends_sha256),
+            )
+        if self.cache is not None:
+            tokens = cached_file(tokens, self.cache, shard.tokens_sha256)
+            ends = cached_file(ends, self.cache, shard.ends_sha256)
+        return np.memmap(tokens, dtype=self.dtype, mode="r"), np.memmap(ends, dtype=ENDS_DTYPE, mode="r")
 
     def verify(self) -> None:
         """Read everything and compare the hashes.

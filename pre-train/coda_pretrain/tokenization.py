@@ -6,6 +6,7 @@ Not here: chat templates and the tokenizer folder of exports.
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -25,6 +26,11 @@ class TokenizerFacts:
 
     document_end: str
     document_end_id: int
+
+    def manifest_entry(self) -> dict[str, Any]:
+        """What a manifest of token shards says about its tokenizer."""
+        names = ("fingerprint", "vocab_size", "document_end", "document_end_id")
+        return {name: getattr(self, name) for name in names}
 
 
 def load_tokenizer(folder: str, document_end: str) -> TokenizerFacts:

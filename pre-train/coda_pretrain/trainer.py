@@ -17,8 +17,6 @@ from .checkpoint import (
     TrainState,
     checkpoint_to_resume,
     load_checkpoint,
-    remove_old_checkpoints,
-    save_checkpoint,
     set_aside_later_checkpoints,
 )
 from .config import RunConfig
@@ -29,8 +27,10 @@ from .mixture import Mixture
 from .optim import build_optimizer, set_step_count, state_tensors
 from .plain_data import to_plain, to_yaml
 from .resume_check import check_same_run
+from .saver import Saver, Snapshot, snapshot
 from .schedules import learning_rate
 from .step_functions import StepFunctions, StepResult
+from .storage import Place, is_url, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ class Trainer:
             ValueError: the configuration does not fit the devices, the data, the model or the checkpoint.
         """
         self.config = config
-        self.output_dir = Path(config.output_dir)
-        self.checkpoints = self.output_dir / "checkpoints"
+        self.output_dir, self.checkpoints = run_folders(config)
         self.backend: Backend = create_backend(config.hardware)
         rows_name = "global_batch_size" if config.micro_batch_size is None else "micro_batch_size"
         self.backend.check_rows(rows_name, config.rows_per_micro_batch)
@@ -90,6 +89,8 @@ class Trainer:
         ids = {"mask_token_id": model.config.mask_token_id, "pad_token_id": model.config.pad_token_id}
         self.batches = Batches(config, mixture, rows=rows, num_steps=self.num_steps, **ids)
         self.evaluation = Evaluation(config, rows=rows, **ids) if config.evaluation.every is not None else None
+        keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
+        self._saver = Saver(self.checkpoints, backend=self.backend, keep=keep, asynchronous=asynchronous)
         self._stop_requested = False
 
     def train(self) -> TrainState:
@@ -116,29 +117,31 @@ class Trainer:
                 if last or stop or self._is_due(config.checkpoint.every):
                     self.save()
                 if stop and not last:
-                    logger.warning("SIGTERM: stopped after step %d of %d, which is saved", state.step, self.num_steps)
+                    logger.warning("SIGTERM: stopped after step %d of %d", state.step, self.num_steps)
                     break
+            self._saver.wait()
         return state
 
     def save(self) -> None:
-        """Write the checkpoint of the current step and remove the oldest ones.
+        """Copy the state of the current step and start to write its checkpoint.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: an earlier one could not be written, or this one if saving is not asynchronous.
         """
-        save_checkpoint(
-            self.checkpoints,
+        self._saver.save(self._snapshot)
+
+    def _snapshot(self) -> Snapshot:
+        return snapshot(
             self._tensors(),
             self.state,
             run_config=to_yaml(self.config),
             model_config=self.model_config.to_dict(),
             backend=self.backend,
         )
-        if self.backend.is_main:
-            remove_old_checkpoints(self.checkpoints, self.config.checkpoint.keep)
 
     def close(self) -> None:
-        """Stop reading ahead and leave the devices."""
+        """Let a save end, stop reading ahead and leave the devices."""
+        self._saver.close()
         self.batches.close()
         self.backend.close()
 
@@ -166,7 +169,13 @@ class Trainer:
         data_wait_s = time.perf_counter() - started
         rate = self._rate(state.step)
         result = self.functions.step(self._parts(batch), learning_rate=rate, count=state.optimizer_steps + 1)
-        stop = self.backend.any_process(self._stop_requested)
+        stop, save_failed = self.backend.any_over_processes([self._stop_requested, self._saver.failed])
+        if save_failed:
+            self._saver.wait()  # raises: a failed save fails on every process
+        if state.step == 0 and config.model.init_from is not None:
+            logger.info("loss of the weights that the run starts from: %.4f", result.loss)
+            if reporter is not None:
+                reporter.row({"step": 0, "initial_loss": result.loss})
         if result.is_finite:
             state.optimizer_steps += 1
             state.skipped_in_a_row = 0
@@ -254,6 +263,21 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGTERM, previous)
+
+
+def run_folders(config: RunConfig) -> tuple[Path, Place]:
+    """The local folder of a run and the place of its checkpoints.
+
+    Raises:
+        ValueError: ``output_dir`` is a URL, or the one of the checkpoints cannot be served.
+    """
+    if is_url(config.output_dir):
+        raise ValueError(
+            f"output_dir must be a local folder, since rows are appended to its metrics.jsonl; got {config.output_dir}:"
+            f" put the checkpoints there with checkpoint.folder={config.output_dir}"
+        )
+    folder = config.checkpoint.folder
+    return Path(config.output_dir), place_of(folder) if folder else Path(config.output_dir) / "checkpoints"
 
 
 def number_of_steps(config: RunConfig, samples_per_epoch: int) -> int:

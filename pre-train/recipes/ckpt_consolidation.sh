@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Turn checkpoints of a run into safetensors, on any machine, without a TPU:
+# Turn checkpoints of a run into safetensors, on any machine, without a TPU. RUN is a run's folder, or the folder or URL
+# of its checkpoints (gs://BUCKET/RUN):
 #
 #   bash pre-train/recipes/ckpt_consolidation.sh RUN OUTPUT            the newest checkpoint of the run folder, to OUTPUT
 #   bash pre-train/recipes/ckpt_consolidation.sh RUN OUTPUT STEP ...   each of these steps, to OUTPUT/step-XXXXXXXX
@@ -10,7 +11,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../load_env.sh"
 
 if (($# < 2)); then
-    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
 run=$1 output=$2

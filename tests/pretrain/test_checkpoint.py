@@ -18,9 +18,9 @@ from coda_pretrain.checkpoint import (
     intact_checkpoint,
     load_checkpoint,
     remove_old_checkpoints,
-    save_checkpoint,
 )
 from coda_pretrain.config import HardwareConfig
+from coda_pretrain.saver import save_checkpoint
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_full_disk_at_the_commit_fails_the_save_too(save, tmp_path, monkeypatc
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("coda_pretrain.checkpoint.os.fsync", full)
+    monkeypatch.setattr("coda_pretrain.storage.os.fsync", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(2)
     assert committed_checkpoints(tmp_path) == [first]
@@ -135,10 +135,19 @@ def test_resume_never_refuses_a_folder_with_checkpoints(save, tmp_path):
 
 
 def test_a_resume_path_must_exist(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"checkpoint\.resume must be auto, never or a checkpoint folder, got 'latest'"
-    ):
+    message = r"checkpoint\.resume must be auto, latest, never, a step or a checkpoint folder, got 'newest'"
+    with pytest.raises(ValueError, match=message):
+        checkpoint_to_resume("newest", tmp_path)
+
+
+def test_resume_takes_the_latest_or_a_step_and_says_what_there_is(save, tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint\.resume is 'latest', but .* has no finished checkpoint"):
         checkpoint_to_resume("latest", tmp_path)
+    first, second = save(3), save(6)
+    assert checkpoint_to_resume("latest", tmp_path) == second
+    assert checkpoint_to_resume(3, tmp_path) == first
+    with pytest.raises(ValueError, match=r"checkpoint\.resume is step 4, but .* has the steps: 3, 6"):
+        checkpoint_to_resume(4, tmp_path)
 
 
 def test_only_the_newest_checkpoints_are_kept(save, tmp_path):

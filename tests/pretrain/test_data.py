@@ -61,7 +61,7 @@ def test_the_options_of_the_command_line_are_stable():
     assert options == {
         *("-h", "--help", "--input", "--exclude", "--text_suffixes", "--hf_dataset", "--hf_config", "--hf_split"),
         *("--text_key", "--tokenizer", "--document_end", "--output", "--validation_fraction", "--shard_tokens"),
-        *("--num_workers", "--overwrite"),
+        *("--num_workers", "--overwrite", "--download"),
     }
 
 

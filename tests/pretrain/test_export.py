@@ -74,22 +74,6 @@ def test_an_export_starts_another_run(finished, run_config, tmp_path):
     second.close()
 
 
-@pytest.mark.parametrize(
-    ("model_type", "message"),
-    [
-        ("qwen3", r"must be a CoDA folder .* got model_type 'qwen3'; convert it first: python save_hf_model\.py"),
-        (None, "no model folder"),
-    ],
-)
-def test_a_run_cannot_start_from_another_kind_of_folder(run_config, tmp_path, model_type, message):
-    folder = tmp_path / "other"
-    folder.mkdir()
-    if model_type:
-        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(ValueError, match=message):
-        Trainer(from_dict(RunConfig, merge(run_config, {"model": {"init_from": str(folder), "config": None}})))
-
-
 def test_bad_input_is_named(finished, tmp_path, capsys):
     def message(*command):
         assert main(arguments(*command)) == 2

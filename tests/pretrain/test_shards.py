@@ -1,6 +1,9 @@
 import json
 import re
+import uuid
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -97,3 +100,48 @@ def test_a_manifest_without_shards_is_refused(tmp_path, write_shards):
     (folder / "manifest.json").write_text(json.dumps({**manifest, "shards": []}))
     with pytest.raises(ValueError, match="lists no shards"):
         TokenShards(folder)
+
+
+# -- behind a URL ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(tmp_path, write_shards):
+    """A folder of two shards, locally and in a store."""
+    local = write_shards(tmp_path / "local", [[1, 2, 3], [4, 5], [6, 7, 8, 9]], documents_per_shard=2)
+    store = fsspec.filesystem("memory")
+    root = f"/tokens-{uuid.uuid4().hex}"
+    for file in local.iterdir():
+        store.pipe_file(f"{root}/{file.name}", file.read_bytes())
+    return local, f"memory:/{root}", store, root
+
+
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_shards_behind_a_url_read_like_local_ones(stored, tmp_path, with_cache):
+    local, url, _, _ = stored
+    remote = TokenShards(url, tmp_path / "cache" if with_cache else None)
+    assert remote.num_tokens == TokenShards(local).num_tokens == 12
+    for start, length in ((0, 12), (3, 6), (10, 4)):
+        for got, expected in zip(remote.read(start, length), TokenShards(local).read(start, length), strict=True):
+            np.testing.assert_array_equal(got, expected)
+    remote.verify()
+
+
+def test_the_cache_is_filled_once_and_only_with_what_has_the_recorded_hash(stored, tmp_path):
+    _, url, store, root = stored
+    TokenShards(url, tmp_path / "cache").read(0, 3)
+    files = sorted(path.name for path in (tmp_path / "cache").iterdir() if not path.name.startswith("."))
+    assert [Path(name).suffix for name in files].count(".bin") == 1  # the second shard was not needed
+    store.pipe_file(f"{root}/train-000000.bin", bytes(14))
+    store.pipe_file(f"{root}/train-000001.bin", bytes(10))
+    assert TokenShards(url, tmp_path / "cache").read(0, 3)[0].tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"train-000001\.bin has the hash .*, but its manifest recorded"):
+        TokenShards(url, tmp_path / "cache").read(8, 2)
+    assert len(list((tmp_path / "cache").glob("*.bin"))) == 1
+
+
+def test_a_shard_that_is_short_in_the_store_is_refused_at_once(stored):
+    _, url, store, root = stored
+    store.pipe_file(f"{root}/train-000001.bin", bytes(8))
+    with pytest.raises(ValueError, match=r"train-000001\.bin must have 10 bytes as its manifest says, but it has 8"):
+        TokenShards(url)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -84,29 +83,6 @@ def test_a_resumed_run_has_bit_equal_losses_and_weights(tmp_path, run_config, op
     second = trained(interrupted)
     assert losses_of(interrupted) == losses_of(at(tmp_path / "whole", config))
     assert_same_weights(whole, second, rtol=0, atol=0)
-
-
-def test_a_killed_process_resumes_to_the_same_losses(tmp_path, run_config, train_in_process):
-    long = merge(run_config, {"max_steps": 16, "seq_len": 64, "checkpoint": {"every": 2, "keep": 2}})
-    config = at(tmp_path / "killed", long)
-    path = tmp_path / "killed-first.yaml"
-    path.write_text(yaml.safe_dump(config))
-    with subprocess.Popen(
-        [sys.executable, "-m", "coda_pretrain", "--config", str(path)], stderr=subprocess.DEVNULL
-    ) as process:
-        checkpoints = Path(config["output_dir"]) / "checkpoints"
-        while len(committed_checkpoints(checkpoints)) < 2 and process.poll() is None:
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    done = len(losses_of(config))
-    assert 4 <= done < 16
-    whole = at(tmp_path / "whole", long)
-    trained(whole)
-    train_in_process(config)
-    assert losses_of(config) == losses_of(whole)
-    assert len(rows_of(config)) == 16
-    assert len(committed_checkpoints(checkpoints)) == 2
 
 
 def test_sigterm_saves_the_step_and_ends_cleanly(tmp_path, run_config):

@@ -2,13 +2,14 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
 from ..config import HardwareConfig
@@ -121,12 +122,20 @@ class Backend(ABC):
         """Element-wise sums over all processes, the same on each of them."""
 
     @abstractmethod
-    def any_process(self, flag: bool) -> bool:
-        """Whether the flag is set on some process; the same on each of them."""
-
-    @abstractmethod
     def barrier(self) -> None:
         """Wait for all processes."""
+
+    def any_over_processes(self, flags: list[bool]) -> list[bool]:
+        """Per flag, whether some process raised it; the same on each of them."""
+        return [total > 0 for total in self.sum_over_processes([float(flag) for flag in flags])]
+
+    @abstractmethod
+    def host_copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Copies in the memory of the host, which later steps do not change and the save planner accepts."""
+
+    @abstractmethod
+    def saving_group(self) -> ProcessGroup | None:
+        """The group in which processes agree about a checkpoint, used by nothing else; None for a single process."""
 
     @abstractmethod
     def save_planner(self) -> SavePlanner:

@@ -1,6 +1,6 @@
 """Plain torch devices: one CPU or GPU, or several processes under ``torchrun`` with FSDP2 (gloo or NCCL)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -42,11 +43,13 @@ class TorchBackend(Backend):
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._owns_group = False
+        self._saving_group: dist.ProcessGroup | None = None
         if self.num_processes > 1:
             self._owns_group = not dist.is_initialized()
             if self._owns_group:
                 dist.init_process_group("nccl" if config.backend == "cuda" else "gloo")
             self._mesh = init_device_mesh(config.backend, self.mesh_shape[:2], mesh_dim_names=("data", "fsdp"))
+            self._saving_group = dist.new_group(backend="gloo")  # checkpoints are written beside the training
             self.gradient_scale = float(
                 self.num_processes
             )  # FSDP2 averages; the losses of processes are parts of a sum
@@ -109,10 +112,6 @@ class TorchBackend(Backend):
         dist.all_reduce(total)
         return total.tolist()
 
-    def any_process(self, flag: bool) -> bool:
-        """See ``Backend``."""
-        return self.sum_over_processes([float(flag)])[0] > 0
-
     def barrier(self) -> None:
         """See ``Backend``."""
         if self.num_processes > 1:
@@ -125,6 +124,17 @@ class TorchBackend(Backend):
         from torch._dynamo.utils import counters  # takes a second, and only compiled runs have it loaded anyway
 
         return counters["stats"]["unique_graphs"]
+
+    def host_copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """See ``Backend``."""
+        plain = StagingOptions(
+            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+        )
+        return DefaultStager(plain).stage({name: tensor.detach() for name, tensor in tensors.items()})
+
+    def saving_group(self) -> dist.ProcessGroup | None:
+        """See ``Backend``."""
+        return self._saving_group
 
     def save_planner(self) -> SavePlanner:
         """See ``Backend``."""

@@ -1,6 +1,6 @@
 """torch_xla SPMD: one program over a mesh of devices, TPU or virtual CPU ones (``CPU_NUM_DEVICES``)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 import torch_xla.distributed.spmd as xs
+import torch_xla.distributed.xla_backend  # noqa: F401 (makes xla:// known to torch.distributed)
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner
 from torch_xla.experimental.distributed_checkpoint import SPMDLoadPlanner, SPMDSavePlanner
+from torch_xla.experimental.distributed_checkpoint._helpers import _sharded_cpu_state_dict
 from torch_xla.utils.checkpoint import checkpoint
 
 from ..config import HardwareConfig
@@ -74,6 +77,11 @@ class XlaBackend(Backend):
         self._local_shards_of_rows = len(self.rows_of_part(data * fsdp))
         self._specs: dict[int, Spec] = {}
         self._graphs_of_setup = 0
+        self._saving_group: dist.ProcessGroup | None = None
+        if self.num_processes > 1:  # one process per host; what is not on the devices goes between them over gloo
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", init_method="xla://")
+            self._saving_group = dist.new_group(backend="gloo")
 
     def _build_mesh(self, num_devices: int) -> xs.Mesh:
         """Devices in the order of their ids within a slice; slices along ``data``, for TPUs by what they report."""
@@ -185,18 +193,26 @@ class XlaBackend(Backend):
         """The values: a number read from a sharded program is already global."""
         return values
 
-    def any_process(self, flag: bool) -> bool:
-        """See ``Backend``. One flag for each device, so that each process can set its own."""
+    def any_over_processes(self, flags: list[bool]) -> list[bool]:
+        """See ``Backend``. The flags are of the hosts, not of the devices."""
         if self.num_processes == 1:
-            return flag
-        flags = torch.full((len(self._device_mesh.flatten()), 1), float(flag))
-        spec = xs.ShardingSpec(self._mesh, (AXES, None))
-        return bool(xm.send_cpu_data_to_device([flags], self.device, spec)[0].sum().item() > 0)
+            return flags
+        raised = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in raised.tolist()]
 
     def barrier(self) -> None:
         """See ``Backend``."""
         if self.num_processes > 1:
             xm.rendezvous("coda_pretrain")
+
+    def host_copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """See ``Backend``."""
+        return _sharded_cpu_state_dict({name: tensor.detach() for name, tensor in tensors.items()})
+
+    def saving_group(self) -> dist.ProcessGroup | None:
+        """See ``Backend``."""
+        return self._saving_group
 
     def save_planner(self) -> SavePlanner:
         """See ``Backend``."""
