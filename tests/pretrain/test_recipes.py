@@ -143,8 +143,9 @@ def scaled_down(repo, tmp_path, small, stage, machine):
     virtual = {"precision": "fp32"}
     machine_only = {"backend": "cpu", "compile": False, "num_threads": 1} if machine == "h100_8" else virtual
     plain |= {
-        **{name: small[name] for name in ("seq_len", "global_batch_size", "model", "data")},
-        "max_steps": 2,
+        **{name: small[name] for name in ("seq_len", "global_batch_size", "data")},
+        "model": {**small["model"], "config": {**small["model"]["config"], "num_hidden_layers": 1}},
+        "max_steps": 1,
         "micro_batch_size": small["global_batch_size"] // min(parts, 2),
         "output_dir": str(tmp_path / f"{stage}_{machine}"),
         "hardware": {**hardware, **machine_only, "mesh": mesh},
@@ -173,7 +174,7 @@ def test_every_recipe_trains_on_its_mesh_scaled_down(repo, tmp_path, run_config,
     assert result.returncode == 0, result.stderr[-4000:]
     for path in paths:
         rows = read_rows(path.with_suffix("") / "metrics.jsonl")
-        assert [row["step"] for row in rows] == [1, 2], path.stem
+        assert [row["step"] for row in rows] == [1], path.stem
         assert all(math.isfinite(row["loss"]) and row["mfu"] > 0 for row in rows)
 
 
