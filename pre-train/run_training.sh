@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Run the trainer with these arguments: on this machine, or, when TPU_NAME is set, on every machine of that TPU pod.
+# With CODA_PROCESSES=N, N processes of this machine, one for each GPU, train together under torchrun.
 #
 #   bash pre-train/run_training.sh --config A.yaml --config B.yaml [--dry_run] [key=value ...]
 #
@@ -10,7 +11,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/load_env.sh"
 
 if (($# == 0)); then
-    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
 dry_run=false
@@ -18,7 +19,7 @@ for argument in "$@"; do
     [[ $argument != --dry_run ]] || dry_run=true
 done
 
-if [[ -n ${TPU_NAME:-} && $dry_run == false ]]; then
+if [[ -n ${TPU_NAME:-} && -z ${CODA_PROCESSES:-} && $dry_run == false ]]; then
     require TPU_ZONE TPU_PROJECT CODA_REPO_DIR
     command="cd $(printf '%q' "$CODA_REPO_DIR") && PJRT_DEVICE=TPU .venv/bin/python -m coda_pretrain$(printf ' %q' "$@")"
     exec gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone "$TPU_ZONE" --project "$TPU_PROJECT" \
@@ -26,4 +27,8 @@ if [[ -n ${TPU_NAME:-} && $dry_run == false ]]; then
 fi
 
 cd "$coda_pretrain_dir/.."
-exec "$(find_python)" -m coda_pretrain "$@"
+launcher=()
+if [[ -n ${CODA_PROCESSES:-} && $dry_run == false ]]; then
+    launcher=(-m torch.distributed.run --standalone --nproc_per_node "$CODA_PROCESSES")
+fi
+exec "$(find_python)" "${launcher[@]}" -m coda_pretrain "$@"

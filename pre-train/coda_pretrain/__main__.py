@@ -1,6 +1,10 @@
-"""``python -m coda_pretrain --config FILE [--config FILE ...] [key=value ...]``: train, or show the configuration."""
+"""``python -m coda_pretrain --config FILE [--config FILE ...] [key=value ...]``: train, or show the configuration.
+
+``python -m coda_pretrain plan`` and ``python -m coda_pretrain plot`` have their own ``--help``.
+"""
 
 import argparse
+import importlib
 import importlib.util
 import logging
 import os
@@ -8,11 +12,16 @@ import sys
 from collections.abc import Sequence
 
 EXIT_BAD_INPUT = 2
+SUBCOMMANDS = ("plan", "plot")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m coda_pretrain", description="Pre- or mid-train a CoDA model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m coda_pretrain",
+        description="Pre- or mid-train a CoDA model.",
+        epilog="python -m coda_pretrain plan --help: what a run needs; plot --help: what it did.",
+    )
     parser.add_argument(
         "--config", action="append", default=[], required=True, help="YAML file; several are merged in order"
     )
@@ -28,11 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when the run is finished or was stopped by SIGTERM, 2 for bad input and 1 for a failed run; the message of
         either is the last line on stderr.
     """
-    arguments = build_parser().parse_intermixed_args(argv)
-    if importlib.util.find_spec("libtpu") is None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if importlib.util.find_spec("libtpu") is None or words[:1] == ["plan"]:
         os.environ.setdefault(
             "PJRT_DEVICE", "CPU"
         )  # transformers imports torch_xla, which complains when it has to guess
+    if words and words[0] in SUBCOMMANDS:
+        return importlib.import_module(f".{words[0]}", __package__).main(words[1:])
+    arguments = build_parser().parse_intermixed_args(words)
     from .config import load_config
     from .plain_data import to_yaml
 

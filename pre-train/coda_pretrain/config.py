@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from .flops import ChipName
 from .masking_schedule import MaskingConfig
 from .mixture import DataConfig
 from .plain_data import from_dict, merge, require_range
@@ -137,7 +138,8 @@ class EvaluationConfig:
     """Steps between evaluations (one more follows the last step); null means none."""
 
     batches: int = 8
-    """Global batches per evaluation, fewer if the held-out data is smaller."""
+    """Global batches per evaluation, fewer if the held-out data is smaller. Batch i of n holds the rows whose noise
+    level lies in the i-th of n equal parts of [``masking.t_min``, 1]; the loss of each part is reported too."""
 
     data: DataConfig | None = None
     """The held-out shards."""
@@ -242,6 +244,12 @@ class HardwareConfig:
     interpret_kernels: bool = False
     """xla on virtual CPU devices: run TPU kernels (``splash``) in their interpreter. Exact and very slow: for tests."""
 
+    chip: ChipName | None = None
+    """The accelerator, for MFU and ``plan``; a GPU is recognised by its name when null."""
+
+    peak_tflops: float | None = None
+    """Dense bf16 peak of one device, in 1e12 operations a second, for a device that ``chip`` cannot name."""
+
     def global_mesh_shape(self, num_devices: int) -> tuple[int, int, int]:
         """The (data, fsdp, tensor) sizes over all slices.
 
@@ -255,6 +263,8 @@ class HardwareConfig:
         return slices * data, fsdp, tensor
 
     def __post_init__(self) -> None:
+        if self.peak_tflops is not None:
+            require_range("hardware.peak_tflops", self.peak_tflops, above=0.0)
         if self.num_threads is not None:
             require_range("hardware.num_threads", self.num_threads, at_least=1)
         if self.compile and self.backend == "xla":
@@ -303,8 +313,19 @@ class MetricsConfig:
 
     wandb: WandbConfig | None = None
 
+    tensorboard: bool = False
+    """Also write TensorBoard events, into ``tensorboard`` of ``output_dir``."""
+
+    profile_steps: tuple[int, int] | None = None
+    """Record a profile of these steps, the first and the last (the run's first step is 1), into ``profile`` of
+    ``output_dir``."""
+
     def __post_init__(self) -> None:
         require_range("metrics.every", self.every, at_least=1)
+        if self.profile_steps is not None:
+            first, last = self.profile_steps
+            if not 1 <= first <= last:
+                raise ValueError(f"metrics.profile_steps must be [a, b] with 1 <= a <= b, got [{first}, {last}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,10 +406,19 @@ class RunConfig:
 def load_config(files: list[str], overrides: list[str]) -> RunConfig:
     """Read and merge YAML files in order, apply ``dotted.key=value`` overrides (values are YAML), and check.
 
+    Raises:
+        ValueError: a file is missing or no mapping, an override has no ``=``, or the result does not fit ``RunConfig``.
+    """
+    return from_dict(RunConfig, read_settings(files, overrides))
+
+
+def read_settings(files: list[str], overrides: list[str]) -> dict[str, Any]:
+    """The merged files and overrides as plain data, not yet checked against ``RunConfig``.
+
     Mappings are merged key by key; any other value replaces the earlier one.
 
     Raises:
-        ValueError: a file is missing or no mapping, an override has no ``=``, or the result does not fit ``RunConfig``.
+        ValueError: a file is missing or no mapping, or an override has no ``=``.
     """
     merged: dict[str, Any] = {}
     for name in files:
@@ -409,4 +439,4 @@ def load_config(files: list[str], overrides: list[str]) -> RunConfig:
         for part in reversed(key.split(".")):
             value = {part: value}
         merged = merge(merged, value)
-    return from_dict(RunConfig, merged)
+    return merged

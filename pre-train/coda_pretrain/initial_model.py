@@ -74,11 +74,11 @@ def initial_model(config: ModelConfig, *, seed: int) -> CoDALanguageModel:
     else:
         assert config.config is not None, "ModelConfig holds init_from or config"
         tokenizer = load_tokenizer_folder(config.tokenizer)
-        coda_config = _coda_config(config.config, tokenizer)
-        coda_config._attn_implementation = config.attn_implementation
+        shape = coda_config(config.config, tokenizer)
+        shape._attn_implementation = config.attn_implementation
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(named_rng("initial weights", seed).integers(2**63)))
-            model = CoDALanguageModel(coda_config)
+            model = CoDALanguageModel(shape)
     _check_tokens(model.config, tokenizer, config.tokenizer)
     return model.float().train()
 
@@ -114,7 +114,7 @@ def _from_autoregressive(config: ModelConfig, tokenizer: PreTrainedTokenizerBase
     return model
 
 
-def _coda_config(fields: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> CoDAConfig:
+def coda_config(fields: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> CoDAConfig:
     """``CoDAConfig`` of the given fields; token ids and vocabulary size come from the tokenizer unless given."""
     known = set(CoDAConfig().to_dict()) | {"rope_theta"}
     unknown = sorted(set(fields) - known)

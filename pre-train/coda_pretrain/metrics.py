@@ -2,14 +2,21 @@
 
 import json
 import logging
+import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .backends.base import Backend
+from .flops import CHIPS, ModelShape, chip_of_gpu, training_flops, work_of_batch
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +56,70 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Reporter:
-    """Rows to the file, to W&B when asked, and to the terminal: a progress bar, or log lines where there is none."""
+class Tracker(Protocol):
+    """A place that rows also go to, such as a W&B run."""
 
-    def __init__(self, path: Path, *, finished_steps: int, num_steps: int, tracker: Any = None) -> None:
+    def log(self, row: dict[str, Any], step: int) -> None:
+        """Take the numbers of a row; None where one is not known."""
+
+    def finish(self) -> None:
+        """Hear that no row follows."""
+
+
+class UtilizationMeter:
+    """MFU of the steps since the last row: operations a second that training needs, over the peak of all devices."""
+
+    def __init__(self, peak: float | None, shape: ModelShape, global_batch_size: int) -> None:
+        """Start at no steps.
+
+        Args:
+            peak: operations a second of all devices together; None where it is not known.
+            shape: the model's.
+            global_batch_size: rows of a step over all processes.
+        """
+        self._peak, self._shape, self._global_batch_size = peak, shape, global_batch_size
+        self._flops = self._seconds = 0.0
+
+    def add(self, batch: dict[str, np.ndarray], seconds: float) -> None:
+        """Count a step; this process's rows stand for an equal share of the work of all processes."""
+        if self._peak is None:
+            return
+        work = work_of_batch(batch["segment_ids"], batch["labels"])
+        self._flops += training_flops(self._shape, work) * self._global_batch_size / len(batch["labels"])
+        self._seconds += seconds
+
+    def mfu(self) -> float | None:
+        """The share of the peak, in [0, 1]; None where that is not known. Forgets the steps."""
+        flops, seconds, self._flops, self._seconds = self._flops, self._seconds, 0.0, 0.0
+        return None if self._peak is None or not seconds else flops / seconds / self._peak
+
+
+def peak_flops(backend: Backend) -> float | None:
+    """Dense bf16 operations a second of all devices of a run; None where the configuration and a GPU do not tell."""
+    config = backend.config
+    chip = config.chip
+    if chip is None and config.backend == "cuda":
+        chip = chip_of_gpu(torch.cuda.get_device_name())
+    tflops = config.peak_tflops
+    if tflops is None and chip is not None:
+        tflops = CHIPS[chip].peak_tflops
+    return None if tflops is None else tflops * 1e12 * math.prod(backend.mesh_shape)
+
+
+class Reporter:
+    """Rows to the file, to trackers, and to the terminal: a progress bar, or log lines where there is none."""
+
+    def __init__(self, path: Path, *, finished_steps: int, num_steps: int, trackers: Sequence[Tracker] = ()) -> None:
         """Open the file.
 
         Args:
             path: the metrics file.
             finished_steps: steps done before this process.
             num_steps: steps of the whole run.
-            tracker: an object with ``log(row, step=...)`` and ``finish()``, such as a W&B run.
+            trackers: where else rows go.
         """
         self._file = MetricsFile(path, finished_steps=finished_steps)
-        self._tracker = tracker
+        self._trackers = trackers
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
@@ -85,9 +142,9 @@ class Reporter:
     def row(self, row: dict[str, Any]) -> None:
         """Report a row of numbers; it has a ``step``."""
         self._file.write(row)
-        if self._tracker is not None:
-            self._tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-        summary = "  ".join(f"{name} {row[key]:.4g}" for key, name in SHOWN.items() if key in row)
+        for tracker in self._trackers:
+            tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        summary = "  ".join(f"{name} {row[key]:.4g}" for key, name in SHOWN.items() if row.get(key) is not None)
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"], summary=summary)
         else:
@@ -104,8 +161,8 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
         self._file.close()
-        if self._tracker is not None:
-            self._tracker.finish()
+        for tracker in self._trackers:
+            tracker.finish()
 
 
-SHOWN = {"loss": "loss", "eval_loss": "eval loss", "learning_rate": "rate", "tokens_per_s": "tokens/s"}
+SHOWN = {"loss": "loss", "eval_loss": "eval loss", "learning_rate": "rate", "tokens_per_s": "tokens/s", "mfu": "MFU"}

@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -22,15 +22,17 @@ from .checkpoint import (
 from .config import RunConfig
 from .evaluation import Evaluation
 from .initial_model import check_shards, initial_model
-from .metrics import Reporter
+from .metrics import Reporter, UtilizationMeter, peak_flops
 from .mixture import Mixture
 from .optim import build_optimizer, set_step_count, state_tensors
-from .plain_data import to_plain, to_yaml
+from .plain_data import to_yaml
+from .profiling import PROFILE_FOLDER, StepProfiler
 from .resume_check import check_same_run
 from .saver import Saver, Snapshot, snapshot
 from .schedules import learning_rate
 from .step_functions import StepFunctions, StepResult
 from .storage import Place, is_url, place_of
+from .trackers import check_trackers, start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Trainer:
         """
         self.config = config
         self.output_dir, self.checkpoints = run_folders(config)
+        check_trackers(config)
         self.backend: Backend = create_backend(config.hardware)
         rows_name = "global_batch_size" if config.micro_batch_size is None else "micro_batch_size"
         self.backend.check_rows(rows_name, config.rows_per_micro_batch)
@@ -92,6 +95,14 @@ class Trainer:
         keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
         self._saver = Saver(self.checkpoints, backend=self.backend, keep=keep, asynchronous=asynchronous)
         self._stop_requested = False
+        self._profiler = StepProfiler(
+            config.metrics.profile_steps,
+            self.output_dir / PROFILE_FOLDER,
+            hardware=config.hardware,
+            rank=self.backend.rank,
+            finished_steps=self.state.step,
+        )
+        self._utilization = UtilizationMeter(peak_flops(self.backend), model.config, config.global_batch_size)
 
     def train(self) -> TrainState:
         """Train to the last step, or to the end of the step in which SIGTERM comes; either way a checkpoint is saved.
@@ -108,9 +119,11 @@ class Trainer:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             (self.output_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             set_aside_later_checkpoints(self.checkpoints, state.step)
-        with self._sigterm_noted(), self._reporter() as reporter:
+        with self._sigterm_noted(), self._reporter() as reporter, closing(self._profiler):
             while state.step < self.num_steps:
+                self._profiler.before(state.step + 1)
                 stop = self._step(reporter)
+                self._profiler.after(state.step)
                 last = state.step == self.num_steps
                 if self.evaluation is not None and not stop and (last or self._is_due(config.evaluation.every)):
                     self._evaluate(reporter, self.evaluation)
@@ -183,12 +196,14 @@ class Trainer:
             self._skip(result)
         state.step += 1
         state.tokens += config.global_batch_size * config.seq_len
+        seconds = time.perf_counter() - started
         state.add_to_row(
             loss=result.loss,
             masked_share=float(np.mean(batch["labels"] != IGNORED_LABEL)),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             data_wait_s=data_wait_s,
         )
+        self._utilization.add(batch, seconds)
         if reporter is not None:
             reporter.step(state.step)
         if self._is_due(config.metrics.every) or state.step == self.num_steps:
@@ -209,18 +224,19 @@ class Trainer:
                 "(max_skipped_steps); continue from an earlier checkpoint with a lower optimizer.learning_rate"
             )
 
-    def _row(self, rate: float, grad_norm: float) -> dict[str, float | int]:
+    def _row(self, rate: float, grad_norm: float) -> dict[str, float | int | None]:
         """The metrics of the steps since the last row; starts a new row."""
         state, step = self.state, self.state.step - 1
         epoch = self.batches.epoch(step)
         probabilities = self.config.masking.at(self.batches.progress(step), epoch)
-        row: dict[str, float | int] = {
+        row: dict[str, float | int | None] = {
             "step": state.step,
             "loss": state.row_loss / state.row_steps,
             "learning_rate": rate,
             "grad_norm": grad_norm,
             "tokens": state.tokens,
             "tokens_per_s": state.row_steps * self.config.global_batch_size * self.config.seq_len / state.row_seconds,
+            "mfu": self._utilization.mfu(),
             "time_s": state.seconds,
             "step_s": state.row_seconds / state.row_steps,
             "data_wait_s": state.row_data_wait_s / state.row_steps,
@@ -237,21 +253,17 @@ class Trainer:
 
     def _evaluate(self, reporter: Reporter | None, evaluation: Evaluation) -> None:
         started = time.perf_counter()
-        total = sum(self.functions.loss(self._parts(evaluation.batch(i))) for i in range(evaluation.num_batches))
+        losses = [self.functions.loss(self._parts(evaluation.batch(i))) for i in range(evaluation.num_batches)]
         if reporter is not None:
-            loss, seconds = total / evaluation.num_batches, time.perf_counter() - started
-            reporter.row({"step": self.state.step, "eval_loss": loss, "eval_s": seconds})
+            seconds = time.perf_counter() - started
+            reporter.row({"step": self.state.step, **evaluation.losses(losses), "eval_s": seconds})
 
     def _reporter(self) -> AbstractContextManager[Reporter | None]:
         if not self.backend.is_main:
             return nullcontext()
-        tracker = None
-        if self.config.metrics.wandb is not None:
-            from .wandb_tracker import start_tracker
-
-            tracker = start_tracker(self.config.metrics.wandb, self.config.output_dir, to_plain(self.config))
         path = self.output_dir / "metrics.jsonl"
-        return Reporter(path, finished_steps=self.state.step, num_steps=self.num_steps, tracker=tracker)
+        trackers = start_trackers(self.config, finished_steps=self.state.step)
+        return Reporter(path, finished_steps=self.state.step, num_steps=self.num_steps, trackers=trackers)
 
     @contextmanager
     def _sigterm_noted(self) -> Iterator[None]:

@@ -1,12 +1,18 @@
+import math
 import os
 import re
 import shlex
+import shutil
+import stat
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from coda_pretrain.config import RunConfig, load_config
+from coda_pretrain.metrics import read_rows
 from coda_pretrain.plain_data import from_dict
 
 SETTINGS = {
@@ -18,7 +24,20 @@ SETTINGS = {
 }
 STAGES = ("pretrain", "midtrain")
 TABLE_3 = ((0.01, 0.01, 0.05), (0.05, 0.05, 0.10), (0.10, 0.10, 0.15), (0.15, 0.15, 0.20), (0.20, 0.20, 0.25))
-DEVICES = {"v4_1024": 512, "v4_512": 256, "v5p_64": 32}
+DEVICES = {"v4_1024": 512, "v4_512": 256, "v5p_64": 32, "v5e_8": 8, "h100_8": 8}
+TPUS = ("v4_1024", "v4_512", "v5p_64", "v5e_8")
+
+TRAIN_ALL = """
+import os, sys
+from coda_pretrain.config import load_config
+from coda_pretrain.trainer import Trainer
+for path in sys.argv[1:]:
+    trainer = Trainer(load_config([path], []))
+    trainer.train()
+    trainer.close()
+sys.stderr.flush()
+os._exit(0)  # torch_xla may fail in its last moments
+"""
 
 
 def stage_config(repo, stage, hardware="cpu", *overrides):
@@ -53,11 +72,13 @@ def pod(tmp_path):
     return gcloud.parent, settings, tmp_path / "arguments"
 
 
-@pytest.mark.parametrize("hardware", ["v4_1024", "v4_512", "v5p_64", "cpu", "gpu"])
+@pytest.mark.parametrize("hardware", [*DEVICES, "cpu", "gpu"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_configuration_fits_its_dataclass(repo, stage, hardware):
     config = stage_config(repo, stage, hardware)
-    assert config.hardware.backend == {"cpu": "cpu", "gpu": "cuda"}.get(hardware, "xla")
+    assert config.hardware.backend == {"cpu": "cpu", "gpu": "cuda", "h100_8": "cuda"}.get(hardware, "xla")
+    if hardware in DEVICES:
+        assert hardware.startswith(config.hardware.chip.lower())
 
 
 def test_every_yaml_is_tested_and_starts_with_a_command(repo):
@@ -110,6 +131,53 @@ def test_every_recipe_resolves_to_a_run_that_fits_its_machine(repo, stage, machi
     assert (config.masking, config.optimizer) == (expected.masking, expected.optimizer)
     data, fsdp, _ = config.hardware.mesh.shape(DEVICES[machine])
     assert config.rows_per_micro_batch % (data * fsdp) == 0
+
+
+def scaled_down(repo, tmp_path, small, stage, machine):
+    """The resolved recipe with a small model and batch, and each axis of its mesh that is split, over four devices."""
+    script = repo / "pre-train" / "recipes" / f"{stage}_{machine}.sh"
+    plain = yaml.safe_load(run_script(script, "--dry_run", **SETTINGS).stdout)
+    hardware = plain["hardware"]
+    parts = 1 if plain["micro_batch_size"] is None else plain["global_batch_size"] // plain["micro_batch_size"]
+    split = hardware["mesh"]["tensor"] > 1
+    mesh = {"data": 1, "fsdp": 2 if split or machine == "h100_8" else 4, "tensor": 2 if split else 1}
+    # Float32 on virtual devices: torch's attention does not run under autocast there.
+    virtual = {"precision": "fp32"}
+    machine_only = {"backend": "cpu", "compile": False, "num_threads": 1} if machine == "h100_8" else virtual
+    plain |= {
+        **{name: small[name] for name in ("seq_len", "global_batch_size", "data")},
+        "model": {**small["model"], "config": {**small["model"]["config"], "num_hidden_layers": 1}},
+        "max_steps": 1,
+        "micro_batch_size": small["global_batch_size"] // min(parts, 2),
+        "output_dir": str(tmp_path / f"{stage}_{machine}"),
+        "hardware": {**hardware, **machine_only, "mesh": mesh},
+        "schedule": {**plain["schedule"], "warmup_steps": 1},
+        "metrics": {"every": 1},
+    }
+    path = tmp_path / f"{stage}_{machine}.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+@pytest.mark.parametrize(("stages", "machines"), [(STAGES, TPUS), (STAGES[:1], ("h100_8",)), (STAGES[1:], ("h100_8",))])
+def test_every_recipe_trains_on_its_mesh_scaled_down(repo, tmp_path, run_config, stages, machines):
+    paths = [scaled_down(repo, tmp_path, run_config, stage, machine) for stage in stages for machine in machines]
+    program = tmp_path / "train_all.py"
+    program.write_text(TRAIN_ALL)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if machines != TPUS else []
+    environment = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    result = subprocess.run(
+        [sys.executable, *launcher, str(program), *map(str, paths)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    for path in paths:
+        rows = read_rows(path.with_suffix("") / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [1], path.stem
+        assert all(math.isfinite(row["loss"]) and row["mfu"] > 0 for row in rows)
 
 
 def test_the_recipes_are_those_of_the_two_stages(repo):
@@ -203,3 +271,48 @@ def test_a_script_without_arguments_says_how_it_is_used(repo, script):
     result = run_script(repo / "pre-train" / script)
     assert result.returncode == 2
     assert f"bash pre-train/{script}" in result.stderr
+
+
+def test_the_gpu_recipe_starts_one_process_per_gpu_on_this_machine(repo, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" >{tmp_path}/arguments\n")
+    python.chmod(0o755)
+    recipe = repo / "pre-train" / "recipes" / "pretrain_h100_8.sh"
+    result = run_script(recipe, "max_steps=9", **SETTINGS, PYTHON=str(python), TPU_NAME="pod")
+    assert result.returncode == 0, result.stderr
+    words = (tmp_path / "arguments").read_text().splitlines()
+    assert words[:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8", "-m", "coda_pretrain"]
+    assert words[-1] == "max_steps=9"
+
+
+def test_the_settings_file_reaches_all_machines_and_is_private_there(repo, pod, tmp_path):
+    path, settings, _ = pod
+    calls = tmp_path / "calls"
+    (path / "gcloud").write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" '' >>{calls}\n")
+    source = tmp_path / "env"
+    source.write_text("WANDB_API_KEY=secret\n")
+    script = repo / "pre-train" / "copy_env.sh"
+    result = run_script(script, path=path, **settings, CODA_ENV_FILE=str(source))
+    assert result.returncode == 0, result.stderr
+    prepared, copied = (call.splitlines() for call in calls.read_text().strip("\n").split("\n\n"))
+    assert prepared[3] == "ssh"
+    assert copied[3:6] == ["scp", str(source), "pod:/home/me/the repo/pre-train/.env"]
+    assert "--worker=all" in prepared
+    assert "--worker=all" in copied
+    target = tmp_path / "there"
+    command = prepared[-1].replace("/home/me/the\\ repo/pre-train/.env", str(target))
+    assert subprocess.run(["bash", "-c", command]).returncode == 0
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert "secret" not in calls.read_text()
+    empty = run_script(script, path=path, **settings)
+    assert empty.returncode == 2
+    assert "nothing to copy" in empty.stderr
+
+
+def test_scripts_pass_shellcheck(repo):
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    scripts = sorted(str(path) for path in (repo / "pre-train").rglob("*.sh"))
+    result = subprocess.run([shellcheck, "-x", *scripts], capture_output=True, text=True, cwd=repo)
+    assert result.returncode == 0, result.stdout
