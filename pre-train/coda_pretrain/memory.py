@@ -75,8 +75,10 @@ def memory_per_chip(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, 
     shards = weight_shards(config, shape, mesh)
     # Any backend would do: it only makes zeros of the shards' shapes.
     maker = SimpleNamespace(
-        capturable_optimizer=True,
+        traces_steps=True,
         zeros=lambda weight, dims: torch.zeros([weight.shape[d] for d in dims], device="meta"),
+        copy=torch.empty_like,
+        numbers=list,
     )
     optimizer = build_optimizer(config.optimizer, shards, cast(Backend, maker))
     states: dict[str, int] = {}

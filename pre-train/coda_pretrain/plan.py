@@ -4,6 +4,7 @@ Everything is computed from the configuration and tables; nothing is measured. T
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import logging
@@ -263,12 +264,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="assumed MFU (default: %(default)s)")
     parser.add_argument("--document_tokens", type=int, help="average length of a document; by default read from data")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument(
-        "--compile-only",
-        action="store_true",
-        help="compile the step for the mesh on virtual CPU devices, without running it, and print XLA's memory report",
-    )
-    parser.add_argument("--layers", type=int, help="--compile-only: layers of the scaled-down model (default: 2)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the files")
     return parser
 
@@ -277,35 +272,23 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line.
 
     Returns:
-        0; 2 for bad input, whose message is the last line on stderr; 1 if --compile-only could not compile.
+        0; 2 for bad input, whose message is the last line on stderr.
     """
     arguments = build_parser().parse_intermixed_args(argv)
     try:
         if not 0 < arguments.mfu <= 1:
             raise ValueError(f"--mfu must be in (0, 1], got {arguments.mfu}")
-        settings = merge(PLACEHOLDERS, read_settings(arguments.config, arguments.overrides))
+        settings = merge(copy.deepcopy(PLACEHOLDERS), read_settings(arguments.config, arguments.overrides))
         if not {"init_from", "config"} & settings["model"].keys():
             settings["model"]["init_from"] = UNNAMED
         config = from_dict(RunConfig, settings)
         device = device_of_config(config.hardware) if arguments.device is None else parse_device(arguments.device)
-        if arguments.compile_only:
-            from .compile_report import compile_on_virtual_devices
-
-            report = compile_on_virtual_devices(config, device.chips, layers=arguments.layers)
-        else:
-            report = make_plan(config, device, mfu=arguments.mfu, document_tokens=arguments.document_tokens)
+        plan = make_plan(config, device, mfu=arguments.mfu, document_tokens=arguments.document_tokens)
     except ValueError as error:
         sys.stderr.write(f"coda_pretrain plan: error: {error}\n")
         return 2
-    except RuntimeError as error:
-        sys.stderr.write(f"coda_pretrain plan: error: {error}\n")
-        return 1
     if arguments.json:
-        print(json.dumps(report, indent=2))
-    elif arguments.compile_only:
-        from .compile_report import print_report
-
-        print_report(report, Console())
+        print(json.dumps(plan, indent=2))
     else:
-        print_plan(report, Console())
+        print_plan(plan, Console())
     return 0

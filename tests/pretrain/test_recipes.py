@@ -141,9 +141,7 @@ def scaled_down(repo, tmp_path, small, stage, machine):
     parts = 1 if plain["micro_batch_size"] is None else plain["global_batch_size"] // plain["micro_batch_size"]
     split = hardware["mesh"]["tensor"] > 1
     mesh = {"data": 1, "fsdp": 2 if split or machine == "h100_8" else 4, "tensor": 2 if split else 1}
-    # Float32 on virtual devices: torch's attention does not run under autocast there.
-    virtual = {"precision": "fp32"}
-    machine_only = {"backend": "cpu", "compile": False, "num_threads": 1} if machine == "h100_8" else virtual
+    machine_only = {"backend": "cpu", "compile": False, "num_threads": 1} if machine == "h100_8" else {}
     plain |= {
         **{name: small[name] for name in ("seq_len", "global_batch_size", "data")},
         "model": {**small["model"], "config": {**small["model"]["config"], "num_hidden_layers": 1}},

@@ -117,9 +117,9 @@ class XlaBackend(Backend):
             modules = dict(model.named_modules())
             for name, spec in activation_specs(modules, self.config.activation_rules).items():
                 modules[name].register_forward_hook(partial(_pin_output, self._mesh, spec))
+        if model.config._attn_implementation != SPLASH_KERNEL:
+            model.config._attn_implementation = register_segment_attention()
         if self.config.layers == "scan":
-            if model.config._attn_implementation != SPLASH_KERNEL:
-                model.config._attn_implementation = register_segment_attention()
             partition = partition_function(remat=self.config.remat, offload=self.config.offload)
             model.model.run_layers = LayerScan(model.model, partition=partition)
         elif self.config.remat:
