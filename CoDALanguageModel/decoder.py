@@ -38,7 +38,7 @@ class Decoder:
             top_k=config.top_k,
             uniforms=self._uniforms("token", step, ids.shape[1], row, column) if temperature > 0 else None,
             present=present.masked_fill(present == config.mask_token_id, -1) if config.alg == "p2" else None,
-            with_entropy=rule == "entropy_bound",
+            with_certainty=rule is not None,
             with_margin=guarded,
         )
 
@@ -62,7 +62,7 @@ class Decoder:
             margin = torch.minimum(margin, spread(candidates.margin, torch.inf).masked_fill(~chosen, torch.inf).amin(1))
         if rule is not None:
             probability = spread(candidates.probability, -torch.inf)
-            entropy = None if candidates.entropy is None else spread(candidates.entropy, torch.inf)
+            entropy = spread(candidates.entropy, torch.inf)
             accepted, distance = accept(rule, getattr(config, rule), probability, entropy)
             chosen |= accepted
             margin = torch.minimum(margin, distance) if guarded else None

@@ -97,7 +97,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         cache_drift: budget in nats: at every `drift_interval`-th step the cached distributions are compared with
             fresh ones, and where the mean KL over the masked tokens is above the budget the cache is refreshed.
         drift_interval: steps between two comparisons.
-        threshold: also commit tokens whose probability is at least this.
+        threshold: also commit tokens whose probability is at least this. Like the two rules below it judges by the
+            model's own distribution, before temperature and filters, which make any token look certain.
         factor: also commit the n most probable tokens while the n-th has at least 1 - factor / (n + 1).
         entropy_bound: also commit the most certain tokens while their entropies without the largest sum to at most
             this many nats.

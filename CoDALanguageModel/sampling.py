@@ -47,11 +47,11 @@ class Candidates(NamedTuple):
     confidence: Tensor
     """(N,) float32, higher is committed earlier."""
 
-    probability: Tensor
-    """(N,) float32, of the token."""
+    probability: Tensor | None
+    """(N,) float32, of the token by the model itself, without temperature and filters; when asked for."""
 
     entropy: Tensor | None
-    """(N,) float32, in nats; when asked for."""
+    """(N,) float32, in nats, of the same distribution; when asked for."""
 
     margin: Tensor | None
     """(N,) float32, the error of the logits, in nats, that could give another token; when asked for."""
@@ -137,7 +137,7 @@ def propose(
     top_k: int | None = None,
     uniforms: Tensor | None = None,
     present: Tensor | None = None,
-    with_entropy: bool = False,
+    with_certainty: bool = False,
     with_margin: bool = False,
 ) -> Candidates:
     """Choose a token for each scored position and say how confident the model is in it.
@@ -150,7 +150,7 @@ def propose(
         top_k: keep the k most probable tokens; ties are kept.
         uniforms: (N,) in [0, 1), one draw per position; needed when the temperature is not 0.
         present: (N,) int64, for `p2`: the committed token whose confidence is asked for, -1 where masked.
-        with_entropy: also give the entropies.
+        with_certainty: also give probabilities and entropies.
         with_margin: also give the margins.
 
     Returns:
@@ -166,7 +166,7 @@ def propose(
         scores = scores / temperature
     scores = filter_scores(scores, top_p=top_p, top_k=top_k)
     probabilities = scores.softmax(dim=-1)
-    margin = entropy = sensitivity = None
+    margin = sensitivity = None
     if temperature > 0:
         if uniforms is None:
             raise ValueError(f"uniforms are needed with temperature {temperature}")
@@ -186,9 +186,8 @@ def propose(
     if present is not None:
         tokens = torch.where(present >= 0, present, tokens)
     probability = probabilities.gather(1, tokens[:, None]).squeeze(1)
-    if with_entropy or alg == "entropy":
-        entropy = torch.special.entr(probabilities).sum(dim=-1)
     best = probabilities.topk(2, dim=-1).values if alg == "topk_margin" else None
+    entropy = torch.special.entr(probabilities).sum(dim=-1) if alg == "entropy" else None
     if alg == "origin":
         confidence = torch.zeros_like(probability)
     elif alg in ("maskgit_plus", "p2"):
@@ -206,7 +205,14 @@ def propose(
         else:
             judged = probability[:, None] if best is None else best
             sensitivity = (2 * judged * (1 - judged)).sum(dim=-1)
-    return Candidates(tokens, confidence, probability, entropy, margin, sensitivity)
+        if temperature > 0:  # a nat of the logits is 1 / temperature nats of the scores
+            sensitivity, margin = sensitivity / temperature, margin * temperature
+    own_probability = own_entropy = None
+    if with_certainty:
+        own = logits.float().softmax(dim=-1)
+        own_probability = own.gather(1, tokens[:, None]).squeeze(1)
+        own_entropy = torch.special.entr(own).sum(dim=-1)
+    return Candidates(tokens, confidence, own_probability, own_entropy, margin, sensitivity)
 
 
 def nats(distance: Tensor, sensitivity: Tensor) -> Tensor:

@@ -189,6 +189,16 @@ def test_parallel_rules_only_add_commits_to_the_schedule(model, tokens, rule, ne
         assert decode(model, rows, [0], steps=NEW, **{rule: bound}).cost.forwards <= exact.cost.forwards
 
 
+@pytest.mark.parametrize("filters", [{"temperature": 0.01}, {"top_k": 1}, {"top_p": 0.01}])
+@pytest.mark.parametrize("rule", [{"threshold": 0.999}, {"factor": 1e-3}])
+def test_temperature_and_filters_make_no_token_certain(model, tokens, filters, rule):
+    rows = [tokens(5).tolist()]
+    plain = decode(model, rows, [0], steps=NEW, eos_early_stop=False, **filters)
+    parallel = decode(model, rows, [0], steps=NEW, eos_early_stop=False, **filters, **rule)
+    assert parallel.sequences.tolist() == plain.sequences.tolist()
+    assert parallel.cost.forwards == plain.cost.forwards
+
+
 def test_factor_accepts_the_longest_prefix_that_passes():
     from CoDALanguageModel.sampling import accept
 

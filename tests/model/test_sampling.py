@@ -201,6 +201,16 @@ def test_confidence_of_each_algorithm():
     assert torch.allclose(p2.confidence.double(), probabilities[range(5), p2.tokens], atol=1e-6)
 
 
+@pytest.mark.parametrize("filters", [{"temperature": 0.01}, {"top_k": 1}, {"top_p": 0.01}, {"temperature": 3.0}])
+def test_certainty_is_that_of_the_model_without_temperature_and_filters(filters):
+    logits = random_logits(5, 9)
+    uniforms = torch.rand(5, generator=torch.Generator().manual_seed(1))
+    found = propose(logits, alg="maskgit_plus", uniforms=uniforms, with_certainty=True, **filters)
+    own = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(found.probability, own.log_prob(found.tokens).exp())
+    torch.testing.assert_close(found.entropy, own.entropy())
+
+
 def test_a_temperature_needs_uniforms():
     with pytest.raises(ValueError, match="uniforms are needed with temperature 0.5"):
         propose(torch.zeros(1, 4), alg="entropy", temperature=0.5)
