@@ -24,6 +24,9 @@ ROUNDING = 1e-10
 FIRST_SELECTION = 256
 """Tokens that the search for a top-p nucleus looks at first."""
 
+ELEMENTS_AT_ONCE = 2**20
+"""Scores that a CPU goes through at a time: intermediate results stay in its caches."""
+
 
 class Commit(NamedTuple):
     """What one forward pass does to a row."""
@@ -159,6 +162,16 @@ def propose(
     Raises:
         ValueError: scores are not finite, or uniforms are missing.
     """
+    at_once = max(1, ELEMENTS_AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    if len(logits) > at_once:
+        options = {"alg": alg, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        options |= {"with_certainty": with_certainty, "with_margin": with_margin}
+        parts = []
+        for start in range(0, len(logits), at_once):
+            part = slice(start, start + at_once)
+            draws, tokens = (None if x is None else x[part] for x in (uniforms, present))
+            parts.append(propose(logits[part], uniforms=draws, present=tokens, **options))
+        return Candidates(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
     scores = logits.float()
     if not bool(scores.amax(dim=-1).isfinite().all()):
         raise ValueError("the model gave scores that are not finite: its weights or its precision are at fault")
@@ -187,7 +200,7 @@ def propose(
         tokens = torch.where(present >= 0, present, tokens)
     probability = probabilities.gather(1, tokens[:, None]).squeeze(1)
     best = probabilities.topk(2, dim=-1).values if alg == "topk_margin" else None
-    entropy = torch.special.entr(probabilities).sum(dim=-1) if alg == "entropy" else None
+    entropy = entropies(probabilities) if alg == "entropy" else None
     if alg == "origin":
         confidence = torch.zeros_like(probability)
     elif alg in ("maskgit_plus", "p2"):
@@ -211,8 +224,14 @@ def propose(
     if with_certainty:
         own = logits.float().softmax(dim=-1)
         own_probability = own.gather(1, tokens[:, None]).squeeze(1)
-        own_entropy = torch.special.entr(own).sum(dim=-1)
+        own_entropy = entropies(own)
     return Candidates(tokens, confidence, own_probability, own_entropy, margin, sensitivity)
+
+
+def entropies(probabilities: Tensor) -> Tensor:
+    """(N, V) float32 to (N,) nats. As exact as `torch.special.entr`, whose CPU kernel takes several times as long."""
+    tiny = torch.finfo(torch.float32).tiny
+    return -(probabilities.clamp_min(tiny).log_().mul_(probabilities).sum(dim=-1))
 
 
 def nats(distance: Tensor, sensitivity: Tensor) -> Tensor:
@@ -236,6 +255,8 @@ def filter_scores(scores: Tensor, *, top_p: float | None, top_k: int | None) -> 
         (N, V); tokens that tie with the last one kept are kept too, so the order of ids has no influence.
     """
     vocab_size = scores.shape[-1]
+    if (top_k is None or top_k >= vocab_size) and (top_p is None or top_p >= 1):
+        return scores
     lowest = scores.new_full((len(scores), 1), -torch.inf)  # smallest score that is kept
     if top_k is not None and top_k < vocab_size:
         lowest = scores.topk(top_k, dim=-1).values[:, -1:]
