@@ -65,12 +65,14 @@ def prompts(model: CoDALanguageModel, rows: int, length: int, seed: int = 0) -> 
     return torch.randint(0, min(model.config.num_token_ids, 150_000), (rows, length), generator=generator)
 
 
-def measure(contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
+def measure(
+    contenders: dict[str, Callable[[], Any]], repeats: int, *, warm_up: bool = True
+) -> dict[str, dict[str, Any]]:
     """Median seconds of each contender, run in turn `repeats` times after one warm-up; keeps the last results."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     results: dict[str, Any] = {}
-    for name, run in contenders.items():
-        results[name] = run()
+    for run in contenders.values() if warm_up else ():
+        run()
     for _ in range(repeats):
         for name, run in contenders.items():
             start = time.perf_counter()
@@ -166,7 +168,7 @@ def profile_share(model: CoDALanguageModel, x: torch.Tensor) -> dict[str, float]
 
 
 def case_quickstart(repeats: int, run_dir: Path) -> dict[str, Any] | None:
-    """Quickstart's model on its held-out problems, 128 new tokens: one token a step against cache and threshold."""
+    """Quickstart's model on its held-out problems, budget 128: one token a step against cache and parallel rules."""
     from transformers import AutoTokenizer
 
     from coda_eval.sandbox import Program, run_programs
@@ -194,21 +196,31 @@ def case_quickstart(repeats: int, run_dir: Path) -> dict[str, Any] | None:
         answers = []
         for x in inputs:
             output = model.diffusion_generate(
-                x, max_new_tokens=128, steps=128, alg="topk_margin", return_dict_in_generate=True, **options
+                x,
+                max_new_tokens=128,
+                steps=128,
+                alg="topk_margin",
+                temperature=0.0,
+                top_p=None,
+                return_dict_in_generate=True,
+                **options,
             )
             costs[name] += output.cost.tokens_evaluated
             answers.append(tokenizer.decode(output.sequences[0, x.shape[1] :], skip_special_tokens=True))
         return answers
 
-    fast = {"block_length": 32, "kv_cache": "dual", "threshold": 0.9, "refresh_window": 32, "suffix_window": 0}
-    rows = measure(
-        {
-            "exact, one token a step": lambda: answer_all("exact"),
-            "dual cache, threshold 0.9": lambda: answer_all("fast", **fast),
-        },
-        1,
-    )
-    facts = {"tokens evaluated, exact / cached": costs["exact"] / costs["fast"]}
+    # The model was trained on answers with few end tokens behind them, and knows no canvas of 128 masks: the baseline
+    # decodes the same windows as the fast contender, and the whole canvas is shown for comparison.
+    windows = {"block_length": 32, "suffix_window": 0}
+    settings = {
+        "exact, windows of 32": windows,
+        "exact, canvas of 128": {},
+        "dual cache, entropy bound 0.1": {**windows, "kv_cache": "dual", "refresh_window": 32, "entropy_bound": 0.1},
+        "dual cache, threshold 0.9": {**windows, "kv_cache": "dual", "refresh_window": 32, "threshold": 0.9},
+    }
+    runs = {name: partial(answer_all, name, **options) for name, options in settings.items()}
+    rows = measure(runs, 1, warm_up=False)  # of more than a hundred answers each
+    facts = {}
     for name, row in rows.items():
         programs = [
             Program(candidate=answer, tests=f"{problem['test']}\ncheck({problem['entry_point']})")
@@ -216,6 +228,7 @@ def case_quickstart(repeats: int, run_dir: Path) -> dict[str, Any] | None:
         ]
         verdicts = run_programs(programs)
         facts[f"pass@1 in %, {name}"] = 100 * sum(verdict.passed for verdict in verdicts) / len(verdicts)
+        facts[f"tokens evaluated, {name}"] = costs[name]
     goal = ">= 10x fewer tokens evaluated, >= 5x, pass@1 within 1 point"
     return {"rows": rows, "facts": facts, "goal": goal}
 
@@ -312,8 +325,8 @@ def section(name: str, case: dict[str, Any]) -> list[str]:
     console.print(table)
     lines.append("")
     for fact, value in case["facts"].items():
-        console.print(f"{fact}: {value:.4g}")
-        lines.append(f"- {fact}: {value:.4g}")
+        console.print(f"{fact}: {value:.6g}")
+        lines.append(f"- {fact}: {value:.6g}")
     return [*lines, f"- goal: {case['goal']}", f"- {case['where']}", ""]
 
 

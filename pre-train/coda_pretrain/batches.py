@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from .annealing import visible_ahead
 from .config import RunConfig
 from .masking import noise_batch
 from .mixture import Mixture
@@ -41,11 +42,19 @@ class Batches:
         """The finished share of the run before ``step``, in [0, 1)."""
         return step / self._num_steps
 
+    def visible_ahead(self, step: int) -> int | None:
+        """How many later tokens a token sees; None when all of them. See ``annealing``."""
+        num_steps = self._config.model.attention_annealing_steps
+        return visible_ahead(step, num_steps=num_steps, seq_len=self._config.seq_len)
+
     def make(self, step: int) -> Batch:
-        """Read and noise this process's rows of one step; see ``masking.noise_batch`` for the arrays."""
+        """Read and noise this process's rows of one step; see ``masking.noise_batch`` for the arrays.
+
+        While attention widens there is one more, ``visible_ahead`` (B,).
+        """
         size = self._config.global_batch_size
         ids = [step * size + row for row in self._rows]
-        return noise_batch(
+        batch = noise_batch(
             self._mixture.samples(ids),
             ids,
             config=self._config.masking,
@@ -57,6 +66,8 @@ class Batches:
             global_batch_size=size,
             **self._token_ids,
         )
+        ahead = self.visible_ahead(step)
+        return batch if ahead is None else batch | {"visible_ahead": np.full(len(ids), ahead)}
 
     def get(self, step: int) -> Batch:
         """The batch of ``step``; starts preparing the next one."""

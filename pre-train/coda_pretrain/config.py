@@ -36,9 +36,15 @@ class ModelConfig:
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention", "splash"] = "sdpa"
     """The attention kernel, by its name in transformers; ``splash`` (xla) is the TPU's."""
 
+    attention_annealing_steps: int | None = None
+    """Steps in which attention widens from causal to full (``annealing.py``); null is full from the first step on.
+    Needs the kernels ``sdpa`` or ``eager`` on cpu or cuda: the others see segments only. Evaluation is always full."""
+
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.config is None):
             raise ValueError("give exactly one of model.init_from (a folder) and model.config (fields of CoDAConfig)")
+        if self.attention_annealing_steps is not None:
+            require_range("model.attention_annealing_steps", self.attention_annealing_steps, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,6 +401,11 @@ class RunConfig:
             raise ValueError(
                 f"model.attn_implementation must be one of {', '.join(allowed)} on hardware.backend {backend!r}, "
                 f"got {kernel!r}"
+            )
+        if self.model.attention_annealing_steps is not None and (backend == "xla" or kernel not in ("sdpa", "eager")):
+            raise ValueError(
+                "model.attention_annealing_steps needs model.attn_implementation sdpa or eager on hardware.backend cpu "
+                f"or cuda, since other kernels take segments only; got {kernel!r} on {backend!r}"
             )
 
     @property

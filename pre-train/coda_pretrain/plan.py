@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from .compilation import compile_step, print_compilation
 from .config import HardwareConfig, RunConfig, read_settings
 from .flops import CHIPS, Work, forward_flops, training_flops
 from .masking_schedule import MaskingConfig
@@ -263,6 +264,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="such as v5p-64 or 8xH100; by default that of the configuration")
     parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="assumed MFU (default: %(default)s)")
     parser.add_argument("--document_tokens", type=int, help="average length of a document; by default read from data")
+    parser.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="also compile the step for the mesh on virtual devices, without running it, and print XLA's memory report",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the files")
     return parser
@@ -284,6 +290,8 @@ def main(argv: Sequence[str]) -> int:
         config = from_dict(RunConfig, settings)
         device = device_of_config(config.hardware) if arguments.device is None else parse_device(arguments.device)
         plan = make_plan(config, device, mfu=arguments.mfu, document_tokens=arguments.document_tokens)
+        if arguments.compile_only:
+            plan["compiled"] = compile_step(config, model_shape(config)[0].to_dict(), device.chips)
     except ValueError as error:
         sys.stderr.write(f"coda_pretrain plan: error: {error}\n")
         return 2
@@ -291,4 +299,6 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(plan, indent=2))
     else:
         print_plan(plan, Console())
+        if arguments.compile_only:
+            print_compilation(plan["compiled"], Console())
     return 0

@@ -7,7 +7,7 @@ Elsewhere the host looks at loss and norm before it allows the update, which sav
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from .annealing import widened_mask
 from .backends.base import Backend
 from .batches import Batch
 from .optim import move_averages, set_update_numbers
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ("position_ids", "segment_ids", "labels", "loss_weights")
 DEVICE_ARRAYS = ("noised_ids", *MODEL_INPUTS)
+ANNEALING = "visible_ahead"
+"""(B,), in a batch while attention widens."""
 
 
 class StepResult(NamedTuple):
@@ -87,6 +90,28 @@ class StepFunctions:
         self._report_compilation(graphs, count)
         return result
 
+    def trace(self, parts: list[Batch]) -> Iterator[tuple[str, list[Tensor]]]:
+        """Trace the graphs of a step one after another without running them, for backends that trace.
+
+        Yields:
+            The name of a graph and its results, which have no values. Afterwards neither have the weights.
+        """
+        set_update_numbers(self.optimizer, 1.0, count=1, backend=self._backend)
+        batch = self._put(parts[0], "train")
+        if len(parts) == 1:
+            losses, norm = self._step_of_one_part(batch)
+            yield "train step", [*losses, norm, *self._tensors_of_the_update()]
+            return
+        self._allocate_gradients()
+        results = [self._accumulate_gradients(batch), *self._gradients()]
+        yield "gradients of a part", results
+        results.clear()  # frees them before others are made
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._allocate_gradients()
+        norm = self._update_if_finite(self._backend.numbers([0.0] * len(parts)))
+        yield "update", [norm, *self._tensors_of_the_update(), *self._gradients()]
+
     def loss(self, parts: list[Batch]) -> float:
         """The loss of the global batch, without a gradient."""
         loss = sum(float(self._evaluate(self._put(part, "evaluation"))) for part in parts)
@@ -103,7 +128,7 @@ class StepFunctions:
         return result
 
     def _put(self, part: Batch, graph: str) -> dict[str, Tensor]:
-        arrays = {name: part[name] for name in DEVICE_ARRAYS}
+        arrays = {name: part[name] for name in (*DEVICE_ARRAYS, ANNEALING) if name in part}
         # With the dimensions of the others: a vector cannot be split over two axes of a mesh.
         arrays["loss_weights"] = np.broadcast_to(part["loss_weights"][:, None], part["labels"].shape)
         batch = self._backend.put(arrays)
@@ -133,8 +158,11 @@ class StepFunctions:
             )
 
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
+        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        if ANNEALING in batch:
+            inputs["attention_mask"] = widened_mask(inputs.pop("segment_ids"), batch[ANNEALING])
         with self._backend.autocast():
-            return self.model(batch["noised_ids"], **{name: batch[name] for name in MODEL_INPUTS}).loss
+            return self.model(batch["noised_ids"], **inputs).loss
 
     def _accumulate_gradients(self, batch: dict[str, Tensor]) -> Tensor:
         loss = self._forward(batch)
@@ -145,8 +173,11 @@ class StepFunctions:
         with no_grad():
             return self._forward(batch)
 
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
     def _gradient_norm(self) -> Tensor:
-        return get_total_norm([p.grad for p in self._parameters if p.grad is not None], foreach=False)
+        return get_total_norm(self._gradients(), foreach=False)
 
     def _change_weights(self, norm: Tensor) -> None:
         if self._max_grad_norm is not None:

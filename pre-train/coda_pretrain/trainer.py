@@ -245,6 +245,9 @@ class Trainer:
             **{f"{name}_probability": value for name, value in probabilities._asdict().items()},
             "skipped_steps": state.skipped_steps,
         }
+        ahead = self.batches.visible_ahead(step)
+        if ahead is not None:
+            row["visible_ahead"] = ahead
         compiled = self.backend.compile_count()
         if compiled is not None:
             row["compile_count"] = compiled
