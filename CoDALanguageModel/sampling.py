@@ -177,30 +177,43 @@ def propose(
         raise ValueError("the model gave scores that are not finite: its weights or its precision are at fault")
     if temperature > 0:
         scores = scores / temperature
-    scores = filter_scores(scores, top_p=top_p, top_k=top_k)
-    probabilities = scores.softmax(dim=-1)
+    ids = None  # of the columns below, where these are not the vocabulary
+    if temperature > 0 and is_filtered(scores, top_p=top_p, top_k=top_k):
+        ids, scores = kept_tokens(scores, top_p=top_p, top_k=top_k)
+        weights = (scores - scores.amax(dim=-1, keepdim=True)).double().exp()
+        cdf = weights.cumsum(dim=-1)  # token by token: empty columns at the end change nothing
+        exact = weights / cdf[:, -1:]
+        probabilities = exact.float()
+        entropy = -torch.xlogy(exact, exact).cumsum(dim=-1)[:, -1].float() if alg == "entropy" else None
+    else:
+        scores = filter_scores(scores, top_p=top_p, top_k=top_k)
+        probabilities = scores.softmax(dim=-1)
+        cdf = probabilities.double().cumsum(dim=-1) if temperature > 0 else None
+        entropy = entropies(probabilities) if alg == "entropy" else None
     margin = sensitivity = None
-    if temperature > 0:
+    if cdf is not None:
         if uniforms is None:
             raise ValueError(f"uniforms are needed with temperature {temperature}")
-        cdf = probabilities.double().cumsum(dim=-1)
         threshold = uniforms.to(cdf)[:, None] * cdf[:, -1:]
-        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (N, 1)
+        place = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (N, 1)
         if with_margin:
-            below = (tokens - 1).clamp(min=0)
-            to_previous = torch.where(tokens > 0, threshold - cdf.gather(1, below), torch.inf)
+            below = (place - 1).clamp(min=0)
+            to_previous = torch.where(place > 0, threshold - cdf.gather(1, below), torch.inf)
             # A nat of error moves a cumulative probability F by at most 2 F (1 - F), which is at most 1 / 2.
-            margin = 2 * torch.minimum(to_previous, cdf.gather(1, tokens) - threshold).squeeze(1).float()
-        tokens = tokens.squeeze(1)
+            margin = 2 * torch.minimum(to_previous, cdf.gather(1, place) - threshold) / cdf[:, -1:]
+            margin = margin.squeeze(1).float()
     else:
-        tokens = probabilities.argmax(dim=-1)
+        place = probabilities.argmax(dim=-1, keepdim=True)
         if with_margin:
             margin = -scores.topk(2, dim=-1).values.diff(dim=-1).squeeze(1) / 2
+    tokens = (place if ids is None else ids.gather(1, place)).squeeze(1)
     if present is not None:
         tokens = torch.where(present >= 0, present, tokens)
-    probability = probabilities.gather(1, tokens[:, None]).squeeze(1)
+    if ids is None:
+        probability = probabilities.gather(1, tokens[:, None]).squeeze(1)
+    else:
+        probability = probabilities.masked_fill(ids != tokens[:, None], 0).amax(dim=-1)
     best = probabilities.topk(2, dim=-1).values if alg == "topk_margin" else None
-    entropy = entropies(probabilities) if alg == "entropy" else None
     if alg == "origin":
         confidence = torch.zeros_like(probability)
     elif alg in ("maskgit_plus", "p2"):
@@ -243,6 +256,11 @@ def nats(distance: Tensor, sensitivity: Tensor) -> Tensor:
     return (distance + ROUNDING) / sensitivity.clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def is_filtered(scores: Tensor, *, top_p: float | None, top_k: int | None) -> bool:
+    """Whether `top_p` or `top_k` could leave a token out."""
+    return (top_k is not None and top_k < scores.shape[-1]) or (top_p is not None and top_p < 1)
+
+
 def filter_scores(scores: Tensor, *, top_p: float | None, top_k: int | None) -> Tensor:
     """Set scores outside of the top-p nucleus and of the top k to -inf, without sorting the vocabulary.
 
@@ -254,24 +272,46 @@ def filter_scores(scores: Tensor, *, top_p: float | None, top_k: int | None) -> 
     Returns:
         (N, V); tokens that tie with the last one kept are kept too, so the order of ids has no influence.
     """
-    vocab_size = scores.shape[-1]
-    if (top_k is None or top_k >= vocab_size) and (top_p is None or top_p >= 1):
+    if not is_filtered(scores, top_p=top_p, top_k=top_k):
         return scores
-    lowest = scores.new_full((len(scores), 1), -torch.inf)  # smallest score that is kept
-    if top_k is not None and top_k < vocab_size:
-        lowest = scores.topk(top_k, dim=-1).values[:, -1:]
-    if top_p is not None and top_p < 1:
-        log_mass = scores.logsumexp(dim=-1, keepdim=True)
-        width = min(FIRST_SELECTION, vocab_size)
-        while True:
-            best = scores.topk(width, dim=-1).values  # (N, width), descending
-            mass = (best - log_mass).exp()
-            kept = (mass.cumsum(dim=-1) - mass <= top_p).sum(dim=-1, keepdim=True)  # mass before the token
-            if width == vocab_size or bool((kept < width).all()):
-                break
-            width = min(8 * width, vocab_size)
-        lowest = torch.maximum(lowest, best.gather(1, kept - 1))
+    _, _, lowest = _best_tokens(scores, top_p=top_p, top_k=top_k)
     return scores.masked_fill(scores < lowest, -torch.inf)
+
+
+def kept_tokens(scores: Tensor, *, top_p: float | None, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """What `filter_scores` keeps, alone.
+
+    Returns:
+        Ids in ascending order and their scores, (N, K) each; columns that a row does not need are at its end, with the
+        id V and the score -inf.
+    """
+    best, ids, lowest = _best_tokens(scores, top_p=top_p, top_k=top_k)
+    left_out = best < lowest
+    ids, order = ids.masked_fill(left_out, scores.shape[-1]).sort(dim=-1)
+    return ids, best.masked_fill(left_out, -torch.inf).gather(1, order)
+
+
+def _best_tokens(scores: Tensor, *, top_p: float | None, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Enough of the best tokens to hold all that are kept: scores and ids (N, K), and the lowest score kept (N, 1)."""
+    vocab_size = scores.shape[-1]
+    is_nucleus = top_p is not None and top_p < 1
+    if is_nucleus:
+        top = scores.amax(dim=-1, keepdim=True)
+        # Less than e^-80 of the largest term is lost in rounding, and an exponential that underflows is slow.
+        total = (scores - top).clamp_min_(-80).exp_().sum(dim=-1, keepdim=True)
+    width = min(max(FIRST_SELECTION, (top_k or 0) + 1), vocab_size)
+    while True:
+        best, ids = scores.topk(width, dim=-1)  # descending
+        lowest = best.new_full((len(best), 1), -torch.inf)
+        if top_k is not None and top_k < vocab_size:
+            lowest = best[:, top_k - 1 : top_k]
+        if is_nucleus:
+            mass = (best - top).exp() / total
+            kept = (mass.cumsum(dim=-1) - mass <= top_p).sum(dim=-1, keepdim=True)  # mass before the token
+            lowest = torch.maximum(lowest, best.gather(1, kept - 1))
+        if width == vocab_size or bool((best[:, -1:] < lowest).all()):  # ties with the lowest are among them
+            return best, ids, lowest
+        width = min(8 * width, vocab_size)
 
 
 def order_scores(confidence: Tensor, alg: str, alg_temp: float | None, uniforms: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from CoDALanguageModel.sampling import (
     choose,
     commit_counts,
     filter_scores,
+    kept_tokens,
     order_scores,
     plan_commits,
     propose,
@@ -138,12 +139,31 @@ def test_a_row_is_filtered_alike_whatever_the_other_rows_need():
     assert torch.equal(filter_scores(torch.cat([flat, peaked]), top_p=0.9, top_k=None)[1:], alone)
 
 
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, None), (None, 7), (0.5, 40), (0.999, 5000)])
+def test_the_kept_tokens_alone_are_those_that_the_filter_leaves(top_p, top_k):
+    scores = torch.cat([random_logits(4, 3000), torch.zeros(1, 3000)])  # the last row keeps ties by the thousand
+    ids, kept = kept_tokens(scores, top_p=top_p, top_k=top_k)
+    whole = torch.full((5, 3001), -torch.inf).scatter(1, ids, kept)
+    assert torch.equal(whole[:, :3000], filter_scores(scores, top_p=top_p, top_k=top_k))
+    assert bool((ids.diff(dim=1) >= 0).all())
+
+
 # ---- candidates
 
 
 def test_temperature_zero_takes_the_most_probable_token():
     logits = random_logits(6, 50)
     assert torch.equal(propose(logits, alg="entropy").tokens, logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize("alg", ALGORITHMS)
+def test_a_row_is_proposed_alike_whatever_the_other_rows_need(alg):
+    flat, peaked = torch.zeros(1, 3000), random_logits(1, 3000, scale=8.0)
+    options = {"alg": alg, "temperature": 0.7, "top_p": 0.9, "with_margin": True}
+    uniforms = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    both = propose(torch.cat([flat, peaked]), uniforms=uniforms, **options)
+    for values, alone in zip(both, propose(peaked, uniforms=uniforms[1:], **options), strict=True):
+        assert (values is None and alone is None) or torch.equal(values[1:], alone)
 
 
 @pytest.mark.parametrize("vocab_size", [5, 151_936])
