@@ -33,6 +33,7 @@ esac
 # Tests are small: more threads than this only get in each other's way. Nothing may be fetched.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
 export TOKENIZERS_PARALLELISM=false PJRT_DEVICE=CPU CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}
+export USE_TORCH_XLA=0 # transformers would import it in every process; the pre-training backend imports it itself
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=disabled
 
 summary=() failed=0
@@ -73,6 +74,8 @@ for argument in "$@"; do
         tests=()
     fi
 done
-# One worker per core; a file's tests stay together, since they share models, servers and training runs.
-stage pytest "$venv/bin/python" -m pytest -n "$(nproc)" --dist loadfile --durations=15 "${tests[@]}" "$@"
+# One worker per core; a file's tests stay together, since they share models, servers and training runs. The order is
+# that of tests/conftest.py.
+stage pytest "$venv/bin/python" -m pytest -n "$(nproc)" --dist loadfile --no-loadscope-reorder --durations=15 \
+    "${tests[@]}" "$@"
 finish

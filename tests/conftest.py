@@ -7,6 +7,21 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 
+LONGEST = (
+    "test_resume",
+    "test_xla_backend",
+    "test_recipes",
+    "test_torch_backend",
+    "test_training",
+    "test_save_hf_model",
+)
+"""Files that take a minute or nearly one each."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest files, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def repo() -> Path:

@@ -38,10 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         either is the last line on stderr.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("USE_TORCH_XLA", "0")  # transformers would import it, which takes seconds, and not use it
     if importlib.util.find_spec("libtpu") is None or words[:1] == ["plan"]:
-        os.environ.setdefault(
-            "PJRT_DEVICE", "CPU"
-        )  # transformers imports torch_xla, which complains when it has to guess
+        os.environ.setdefault("PJRT_DEVICE", "CPU")  # torch_xla complains when it has to guess
     if words and words[0] in SUBCOMMANDS:
         return importlib.import_module(f".{words[0]}", __package__).main(words[1:])
     arguments = build_parser().parse_intermixed_args(words)
