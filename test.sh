@@ -30,6 +30,7 @@ case "${1:-}" in
         ;;
 esac
 
+workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # nproc gives the number of threads where that is set
 # Tests are small: more threads than this only get in each other's way. Nothing may be fetched.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
 export TOKENIZERS_PARALLELISM=false PJRT_DEVICE=CPU CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}
@@ -76,6 +77,6 @@ for argument in "$@"; do
 done
 # One worker per core; a file's tests stay together, since they share models, servers and training runs. The order is
 # that of tests/conftest.py.
-stage pytest "$venv/bin/python" -m pytest -n "$(nproc)" --dist loadfile --no-loadscope-reorder --durations=15 \
+stage pytest "$venv/bin/python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder --durations=15 \
     "${tests[@]}" "$@"
 finish
