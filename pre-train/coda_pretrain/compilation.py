@@ -83,9 +83,7 @@ def read_report(text: str) -> dict[str, Any]:
     """The sizes in one of XLA's memory usage reports; see ``compile_step``."""
     kinds = {"arguments": 0, "temporary": 0, "results": 0}
     largest = []
-    for number, unit, rest in re.findall(
-        r"^\s*allocation \d+: (?:size )?([\d.]+)(B|KiB|MiB|GiB|TiB)?,? (.*)$", text, re.M
-    ):
+    for number, unit, rest in ALLOCATION.findall(text):
         size = int(float(number) * UNITS[unit or "B"])
         what = rest.strip().rstrip(":").strip()
         kind = "temporary" if "preallocated-temp" in what else "results" if "maybe-live-out" in what else "arguments"
