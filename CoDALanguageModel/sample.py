@@ -232,10 +232,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
         word = rest.pop(0)
         if not word.startswith("--"):
             raise ValueError(f"unexpected word {word!r}: options are given as --name value")
+        refuse_unknown([word[2:].partition("=")[0]])  # before the next word is taken for its value
         words.append(word[2:] if "=" in word else f"{word[2:]}={rest.pop(0) if rest else ''}")
-    settings = parse_settings(words)
-    refuse_unknown(settings)
-    return options, settings
+    return options, parse_settings(words)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -98,7 +98,8 @@ def run_case(case: dict[str, Any]) -> None:
 
 def _run_layers(case: dict[str, Any]) -> None:
     from coda_pretrain.backends.base import create_backend
-    from coda_pretrain.config import HardwareConfig, OptimizerConfig
+    from coda_pretrain.config import OptimizerConfig
+    from coda_pretrain.hardware import HardwareConfig
     from coda_pretrain.optim import build_optimizer
     from coda_pretrain.step_functions import StepFunctions
 

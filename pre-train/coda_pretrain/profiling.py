@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .config import HardwareConfig
+from .hardware import HardwareConfig
 
 PROFILE_FOLDER = "profile"
 

@@ -122,24 +122,6 @@ def write_checkpoint(folder: Place, content: Snapshot, *, backend: Backend, keep
     return path
 
 
-def save_checkpoint(
-    folder: Place,
-    tensors: Mapping[str, Tensor],
-    state: TrainState,
-    *,
-    run_config: str,
-    model_config: Mapping[str, Any],
-    backend: Backend,
-) -> Place:
-    """Write the checkpoint of ``state.step`` and wait for it; see ``snapshot`` and ``write_checkpoint``.
-
-    Raises:
-        CheckpointError: it could not be written.
-    """
-    content = snapshot(tensors, state, run_config=run_config, model_config=model_config, backend=backend)
-    return write_checkpoint(folder, content, backend=backend)
-
-
 class Saver:
     """Writes snapshots of a run in a thread, one after the other."""
 

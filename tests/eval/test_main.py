@@ -41,3 +41,14 @@ def test_humaneval_runs_offline_from_the_command_line(model_dir, tmp_path):
     records = [json.loads(json.loads(line)["filtered_resps"][0][0]) for line in samples.read_text().splitlines()]
     assert all({"status", "error", "seconds", "isolation", "new_tokens", "forwards"} <= r.keys() for r in records)
     assert all(1 <= r["forwards"] <= 4 for r in records)
+
+
+def test_the_scripts_say_what_their_python_lacks(repo, tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    for name in ("eval_mbpp_humaneval.sh", "eval_infilling.sh"):
+        script = ["bash", str(repo / "evaluation" / "lm_eval" / name), "MODEL"]
+        environment = {**os.environ, "PYTHON": str(tmp_path / "python")}
+        result = subprocess.run(script, env=environment, capture_output=True, text=True, cwd="/")
+        assert result.returncode == 2
+        assert f"{tmp_path}/python has no coda_eval; run: bash {repo}/setup_env.sh" in result.stderr

@@ -60,3 +60,8 @@ def test_every_decoding_setting_is_an_option_and_others_are_refused():
     assert (options.prompt, settings) == ("p", {"steps": 4, "kv_cache": "dual"})
     with pytest.raises(ValueError, match="did you mean 'steps'"):
         parse(["--model", "m", "--prompt", "p", "--stepz", "4"])
+
+
+def test_an_unknown_option_is_named_rather_than_its_neighbours():
+    with pytest.raises(ValueError, match="unknown generation setting 'chat'"):
+        parse(["--model", "M", "--prompt", "P", "--chat", "--steps", "4"])

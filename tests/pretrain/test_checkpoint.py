@@ -19,8 +19,8 @@ from coda_pretrain.checkpoint import (
     load_checkpoint,
     remove_old_checkpoints,
 )
-from coda_pretrain.config import HardwareConfig
-from coda_pretrain.saver import save_checkpoint
+from coda_pretrain.hardware import HardwareConfig
+from coda_pretrain.saver import snapshot, write_checkpoint
 
 
 @pytest.fixture
@@ -33,9 +33,8 @@ def save(tmp_path, backend):
     def save(step, value=1.0):
         tensors = {"model.weight": torch.full((3, 4), value), "optim.weight.exp_avg": torch.full((3, 4), -value)}
         state = TrainState(step=step, tokens=7 * step, row_loss=0.1 * step)
-        return save_checkpoint(
-            tmp_path, tensors, state, run_config="seed: 0\n", model_config={"vocab_size": 3}, backend=backend
-        )
+        texts = {"run_config": "seed: 0\n", "model_config": {"vocab_size": 3}}
+        return write_checkpoint(tmp_path, snapshot(tensors, state, **texts, backend=backend), backend=backend)
 
     return save
 

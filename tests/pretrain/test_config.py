@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from coda_pretrain.config import MeshConfig, RunConfig, load_config
+from coda_pretrain.config import RunConfig, load_config
+from coda_pretrain.hardware import MeshConfig
 from coda_pretrain.plain_data import from_dict, merge, to_plain, to_yaml
 
 

@@ -6,7 +6,8 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from coda_pretrain.backends.torch_backend import TorchBackend
-from coda_pretrain.config import HardwareConfig, OptimizerConfig
+from coda_pretrain.config import OptimizerConfig
+from coda_pretrain.hardware import HardwareConfig
 from coda_pretrain.optim import build_optimizer, move_averages, set_step_count, set_update_numbers, state_tensors
 
 

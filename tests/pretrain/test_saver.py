@@ -19,8 +19,9 @@ from coda_pretrain.checkpoint import (
     load_checkpoint,
     set_aside_later_checkpoints,
 )
-from coda_pretrain.config import HardwareConfig, RunConfig
+from coda_pretrain.config import RunConfig
 from coda_pretrain.export import main as export_main
+from coda_pretrain.hardware import HardwareConfig
 from coda_pretrain.metrics import read_rows
 from coda_pretrain.plain_data import from_dict, merge
 from coda_pretrain.saver import Saver, snapshot

@@ -10,7 +10,7 @@ from coda_pretrain.backends.sharding import (
     partition_specs,
     rows_of_devices,
 )
-from coda_pretrain.config import DcnMeshConfig, HardwareConfig, MeshConfig
+from coda_pretrain.hardware import DcnMeshConfig, HardwareConfig, MeshConfig
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 
 TABLES = {

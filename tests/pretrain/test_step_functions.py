@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from coda_pretrain.backends.torch_backend import TorchBackend
-from coda_pretrain.config import HardwareConfig, OptimizerConfig
+from coda_pretrain.config import OptimizerConfig
+from coda_pretrain.hardware import HardwareConfig
 from coda_pretrain.optim import build_optimizer, state_tensors
 from coda_pretrain.step_functions import StepFunctions
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from coda_pretrain.backends.torch_backend import TorchBackend
-from coda_pretrain.config import HardwareConfig, RunConfig
+from coda_pretrain.config import RunConfig
+from coda_pretrain.hardware import HardwareConfig
 from coda_pretrain.metrics import read_rows
 from coda_pretrain.plain_data import from_dict, merge
 from coda_pretrain.trainer import Trainer

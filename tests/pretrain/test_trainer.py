@@ -246,7 +246,7 @@ def test_a_configuration_that_cannot_run_is_refused_before_training(run_config, 
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused():
     from coda_pretrain.backends.torch_backend import TorchBackend
-    from coda_pretrain.config import HardwareConfig
+    from coda_pretrain.hardware import HardwareConfig
 
     backend = TorchBackend(HardwareConfig())
     backend.mesh_shape = (2, 3, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
-from ..config import HardwareConfig
+from ..hardware import HardwareConfig
 
 
 class Backend(ABC):

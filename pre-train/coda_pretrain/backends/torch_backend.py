@@ -19,7 +19,7 @@ from torch.distributed.tensor import zeros as distributed_zeros
 
 from CoDALanguageModel.diffusion import chunked_cross_entropy
 
-from ..config import HardwareConfig
+from ..hardware import HardwareConfig
 from .base import Backend, host_tensors, process_environment
 
 

@@ -21,7 +21,7 @@ from torch_xla.experimental.distributed_checkpoint import SPMDLoadPlanner, SPMDS
 from torch_xla.experimental.distributed_checkpoint._helpers import _sharded_cpu_state_dict
 from torch_xla.utils.checkpoint import checkpoint
 
-from ..config import HardwareConfig
+from ..hardware import HardwareConfig
 from .base import Backend, host_tensors
 from .segment_attention import SPLASH_KERNEL, register_segment_attention, register_splash
 from .sharding import AXES, ActivationSpec, Spec, activation_specs, partition_specs, rows_of_devices
