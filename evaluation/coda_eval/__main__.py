@@ -32,15 +32,20 @@ def main() -> None:
     from lm_eval.__main__ import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    import coda_eval.harness  # noqa: F401  registers the models coda and diffllm
+    import coda_eval.autoregressive
+    import coda_eval.harness  # noqa: F401  both register models
+    from coda_eval.run import run
 
     setup_logging()
     cli = HarnessCLI()
     args = add_our_tasks(cli.parse_args())
-    try:
+    if args.command != "run":
         cli.execute(args)
+        return
+    try:
+        run(args)
     except ValueError as error:
-        if args.command == "run" and os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
+        if os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
             raise SystemExit(f"coda_eval: error: {error}") from error
         raise
 

@@ -1,7 +1,7 @@
 """CoDA as an lm-eval model, registered as ``coda`` and ``diffllm``.
 
-Loading, tokenizer, chat template and the accelerate plumbing are lm-eval's ``HFLM``; what differs for a
-masked-diffusion model is here: generation, infilling, and the likelihood (``likelihood.py``).
+Loading, tokenizer, chat template and the accelerate plumbing are lm-eval's ``HFLM`` and ``hosted.py``; what differs
+for a masked-diffusion model is here: generation, infilling, and the likelihood (``likelihood.py``).
 """
 
 import dataclasses
@@ -22,9 +22,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
+from coda_eval import session
+from coda_eval.hosted import HostedLM, on_device
 from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.prompts import encode
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ class _Job:
     """One answer to make."""
 
     index: int  # place in the list of requests
-    name: str  # task and document, for error messages
+    repeat: int  # which of the answers to one document
     ids: list[int]
     settings: dict[str, Any]
     until: list[str]
@@ -64,7 +67,7 @@ class _Job:
 
 
 @register_model("coda", "diffllm")
-class CoDAEvalModel(HFLM):
+class CoDAEvalModel(HostedLM):
     """A CoDA folder behind lm-eval's interface.
 
     Args:
@@ -98,16 +101,6 @@ class CoDAEvalModel(HFLM):
         if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "diffusion_generate"):
             raise ValueError(f"{pretrained!r} is not a CoDA model; run autoregressive models with --model hf")
         self.model.generation_config.merged(self.fixed_settings)  # refuses bad values before any work is done
-        accelerator = getattr(self, "accelerator", None)
-        if accelerator is not None and accelerator.num_processes > 1:  # HFLM sets these for GPUs only
-            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-            self._device = accelerator.device
-            self.model.to(self._device)
-        if self.world_size != int(os.environ.get("WORLD_SIZE", "1")) and isinstance(pretrained, str):
-            raise ValueError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {self.world_size} process(es), so that "
-                "every process would do all the work: set USE_TORCH_XLA=false, and without GPUs ACCELERATE_USE_CPU=true"
-            )
         special = set(self.tokenizer.all_special_tokens) | set(self.tokenizer.get_added_vocab())
         self._special_texts = sorted(special, key=len, reverse=True)
         self._chat = False
@@ -132,7 +125,7 @@ class CoDAEvalModel(HFLM):
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of plain text: what looks like a special token is text, and none is added."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return encode(self.tokenizer, text)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a prompt: the chat template's special tokens count, those inside the messages do not."""
@@ -154,6 +147,9 @@ class CoDAEvalModel(HFLM):
         Raises:
             ValueError: an unknown setting, or a prompt that does not fit in the context (the document is named).
         """
+        return session.agree(lambda: self._generate(requests, disable_tqdm))
+
+    def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         answers: list[str | None] = [None] * len(requests)
         groups: dict[str, list[_Job]] = defaultdict(list)
         repeats: Counter[int] = Counter()
@@ -174,10 +170,15 @@ class CoDAEvalModel(HFLM):
             size = int(self.batch_size)
             for start in range(0, len(group), size):
                 batch = group[start : start + size]
-                for job, answer in zip(batch, self._answer(batch), strict=True):
+                made = self._answer(batch)
+                for job, answer in zip(batch, made, strict=True):
                     answers[job.index] = answer
-                    request = requests[job.index]
-                    self.cache_hook.add_partial("generate_until", request.args, answer)
+                session.save_answers(
+                    [
+                        self._answer_record(requests[job.index], job.repeat, answer)
+                        for job, answer in zip(batch, made, strict=True)
+                    ]
+                )
                 progress.update(len(batch))
         progress.close()
         for index, original in copies:
@@ -188,8 +189,7 @@ class CoDAEvalModel(HFLM):
     def _job(self, index: int, request: Instance, repeat: int) -> _Job:
         prompt, given = request.args[0], dict(request.args[1])
         document = request.doc if isinstance(request.doc, dict) else {}
-        label = document.get("task_id", request.doc_id)
-        name = f"task {request.task_name}, document {label}"
+        name = self._name(request)
         settings, until = self._settings(given, f"the generation settings of {request.task_name}")
         is_gap = "infill_prefix" in document
         if is_gap:
@@ -210,7 +210,7 @@ class CoDAEvalModel(HFLM):
         base = torch.initial_seed() if self.seed is None else self.seed
         content = json.dumps([base, request.task_name, self._identity(request), repeat])
         seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:7])
-        return _Job(index, name, ids, settings, until, seed, is_gap)
+        return _Job(index, repeat, ids, settings, until, seed, is_gap)
 
     @staticmethod
     def _identity(request: Instance) -> str:
@@ -247,24 +247,20 @@ class CoDAEvalModel(HFLM):
 
     def _answer(self, batch: list[_Job]) -> list[Answer]:
         """Decode one batch, left-padded."""
-        longest = max(len(job.ids) for job in batch)
-        pad = self.tokenizer.pad_token_id
-        padded = [[pad] * (longest - len(job.ids)) + job.ids for job in batch]
-        inputs = torch.tensor(padded, device=self.device)
-        attends = [[0] * (longest - len(job.ids)) + [1] * len(job.ids) for job in batch]
+        inputs, attends = on_device([job.ids for job in batch], self.tokenizer.pad_token_id, self.device)
         started = time.monotonic()
         output = self.model.diffusion_generate(
             inputs,
-            attention_mask=torch.tensor(attends, device=self.device),
+            attention_mask=attends,
             seed=[job.seed for job in batch],
             return_dict_in_generate=True,
             **batch[0].settings,
         )
         seconds = (time.monotonic() - started) / len(batch)
-        rows, forwards = output.sequences.tolist(), output.num_forwards.tolist()
+        sources, rows, forwards = inputs.tolist(), output.sequences.tolist(), output.num_forwards.tolist()
         answers = []
-        for job, source, row, num_forwards in zip(batch, padded, rows, forwards, strict=True):
-            answer = self._gap_answer(source, row) if job.is_gap else self._text_answer(row[longest:], job.until)
+        for job, source, row, num_forwards in zip(batch, sources, rows, forwards, strict=True):
+            answer = self._gap_answer(source, row) if job.is_gap else self._text_answer(row[len(source) :], job.until)
             answer.forwards, answer.generation_s = num_forwards, round(seconds, 4)
             answers.append(answer)
         return answers
@@ -286,14 +282,6 @@ class CoDAEvalModel(HFLM):
         answer = Answer(text[: min(stops)] if stops else text)
         answer.new_tokens = length
         return answer
-
-    def _end_ids(self) -> set[int]:
-        """Ids that end an answer: end tokens of model and settings, and the pad that stands behind them."""
-        found = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.model.config.pad_token_id}
-        for source in (self.model.config, self.model.generation_config):
-            ids = source.eos_token_id
-            found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
-        return found - {None}
 
     # Likelihood
 
@@ -319,9 +307,6 @@ class CoDAEvalModel(HFLM):
             logger.info(
                 "likelihood bounds: %d, mc_num %d, largest standard error %.4f nats", len(bounds), self.mc_num, worst
             )
-        for (texts, _, _), bound in zip(requests, bounds, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, (bound.nats, False))
         return [(bound.nats, False) for bound in bounds]
 
     def get_model_info(self) -> dict[str, Any]:

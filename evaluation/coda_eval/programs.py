@@ -10,11 +10,14 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from coda_eval.data import documents as load_documents
 from coda_eval.data import problem
-from coda_eval.sandbox import Program, run_programs
+from coda_eval.sandbox import Program, Verdict, isolation_level, run_programs
+from coda_eval.session import agree
 
 logger = logging.getLogger(__name__)
 
@@ -106,18 +109,48 @@ def _scored(resps: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[answer for answer in answers if not getattr(answer, "surplus", False)] for answers in resps]
 
 
+def sandbox_settings() -> tuple[str, int | None]:
+    """The isolation level that works here and the number of workers, as the environment asks for them.
+
+    Raises:
+        ValueError: a variable has a wrong value, or the level does not work on this machine.
+    """
+    workers = os.environ.get(WORKERS_VARIABLE)
+    if workers is not None and not (workers.isdigit() and int(workers) > 0):
+        raise ValueError(f"{WORKERS_VARIABLE} must be a positive number, got {workers!r}")
+    try:
+        level = isolation_level(os.environ.get(LEVEL_VARIABLE, "auto"))
+    except ValueError as error:
+        raise ValueError(f"{error} ({LEVEL_VARIABLE} sets the level)") from error
+    return level, int(workers) if workers else None
+
+
+def documents(data: str, **kwargs: Any) -> dict[str, Any]:
+    """The documents of a benchmark whose answers will be run; see ``coda_eval.data.documents``.
+
+    The sandbox is tried first: lm-eval loads a task's documents before it generates anything, so that answers that
+    nothing could judge are never made.
+
+    Raises:
+        ValueError: as there, or no sandbox works.
+    """
+    sandbox_settings()
+    return load_documents(data, **kwargs)
+
+
 def _execute(
     resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]], build: Callable[[dict[str, Any], str], Program]
 ) -> list[list[str]]:
     """Run every answer of a task in the sandbox; one record (JSON) per answer, in order."""
     kept = _scored(resps)
-    rows = [problem(doc) for doc in docs]
-    programs = [build(row, answer) for row, answers in zip(rows, kept, strict=True) for answer in answers]
-    workers = os.environ.get(WORKERS_VARIABLE)
-    if workers is not None and not (workers.isdigit() and int(workers) > 0):
-        raise ValueError(f"{WORKERS_VARIABLE} must be a positive number, got {workers!r}")
-    level = os.environ.get(LEVEL_VARIABLE, "auto")
-    verdicts = iter(run_programs(programs, level=level, workers=int(workers) if workers else None))
+
+    def judge() -> list[Verdict]:
+        rows = [problem(doc) for doc in docs]
+        programs = [build(row, answer) for row, answers in zip(rows, kept, strict=True) for answer in answers]
+        level, workers = sandbox_settings()
+        return run_programs(programs, level=level, workers=workers)
+
+    verdicts = iter(agree(judge))
 
     def record(answer: str) -> str:
         verdict = next(verdicts)
@@ -179,12 +212,16 @@ def pass_at_k(num_answers: int, num_passed: int, k: int) -> float:
 
 
 def score_programs(doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any]:
-    """Metrics of one problem: pass@k for k = 1, 10, 100 up to the number of answers, timeouts, isolation level."""
+    """Metrics of one problem: pass@k for k = 1, 10, 100 up to the number of answers, timeouts, outcomes, isolation."""
     records = [json.loads(record) for record in results[0]]
-    passed = sum(record["status"] == "passed" for record in records)
-    scores = {f"pass@{k}": pass_at_k(len(records), passed, k) for k in (1, 10, 100) if k <= len(records)}
-    timeouts = sum(record["status"] == "timeout" for record in records) / len(records)
-    return {**scores, "timeouts": timeouts, "isolation": records[0]["isolation"]}
+    outcomes = Counter(record["status"] for record in records)
+    scores = {f"pass@{k}": pass_at_k(len(records), outcomes["passed"], k) for k in (1, 10, 100) if k <= len(records)}
+    return {
+        **scores,
+        "timeouts": outcomes["timeout"] / len(records),
+        "outcomes": dict(outcomes),
+        "isolation": records[0]["isolation"],
+    }
 
 
 def score_middle(doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any]:
@@ -194,6 +231,13 @@ def score_middle(doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any
         "exact_match": sum(record["status"] == "passed" for record in records) / len(records),
         "exact_match_raw": sum(record["exact"] for record in records) / len(records),
     }
+
+
+def count_outcomes(outcomes: Sequence[dict[str, int]]) -> str:
+    """Aggregation of the outcomes: how many programs there were, and how many ended in which way."""
+    total = sum(map(Counter, outcomes), Counter())
+    named = {name: total[name] for name in sorted({"passed", "failed", "timeout", *total})}
+    return f"{total.total()} programs: " + ", ".join(f"{count} {name}" for name, count in named.items())
 
 
 def weakest(levels: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-DETAILS = ("isolation", "timeouts")
+DETAILS = ("isolation", "timeouts", "outcomes")
 """Metrics that describe a run and are no scores."""
 
 
@@ -97,14 +97,26 @@ def _provenance(run: dict[str, Any], config: dict[str, Any], task: str, path: Pa
 
 def as_markdown(cards: list[dict[str, Any]]) -> str:
     """The cards as a table, shares in percent with their Wilson interval."""
-    lines = ["| task | metric | score | 95 % interval | n | isolation | settings |", "|---|---|---:|---|---:|---|---|"]
+    lines = [
+        "| task | metric | score | 95 % interval | n | outcomes | isolation | settings |",
+        "|---|---|---:|---|---:|---|---|---|",
+    ]
     for card in cards:
         low_high = card["wilson95"]
         shown = f"{100 * card['score']:.1f} %" if low_high else f"{card['score']:.4f}"
         interval = f"{100 * low_high[0]:.1f} - {100 * low_high[1]:.1f} %" if low_high else ""
         settings = card["settings"]["generation_settings"] or {}
         text = ", ".join(f"{name}={value}" for name, value in settings.items())
-        cells = (card["task"], card["metric"], shown, interval, card["n"] or "", card["isolation"] or "", text)
+        cells = (
+            card["task"],
+            card["metric"],
+            shown,
+            interval,
+            card["n"] or "",
+            card["outcomes"] or "",
+            card["isolation"] or "",
+            text,
+        )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,308 @@
+"""Autoregressive baselines on the same tasks: ``--model hf``, as an lm-eval model registered as ``coda_hf``.
+
+Two things go wrong when a task's text is simply handed to such a model, and are done here:
+
+* A prompt that ends in white space ends in the middle of what many tokenizers make one token: after ``:`` and a line
+  break, the break and the next line's indentation. The lone break says that the next line is not indented, and small
+  models close the code fence at once. The last tokens are therefore given up and made again by the model, which may
+  choose any tokens whose text begins with the same characters (token healing). Prompts themselves stay as they are:
+  where a token does end at the break, as with the tokenizers of Qwen and so of CoDA, the same token is chosen again.
+* A gap needs the model's own fill-in-the-middle tokens; the text before the gap alone is another question.
+"""
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from coda_eval import session
+from coda_eval.hosted import HostedLM, on_device
+from coda_eval.programs import Answer
+from CoDALanguageModel.prompts import encode
+
+logger = logging.getLogger(__name__)
+
+
+class FillTokens(NamedTuple):
+    """The control tokens of one kind of model, in the order prefix, suffix, middle."""
+
+    prefix: str
+    suffix: str
+    middle: str
+    lead: str = ""
+    """Text that stands between the first token and the prefix."""
+
+
+FILL_TOKENS = (
+    FillTokens("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    FillTokens("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    FillTokens("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    FillTokens("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+    FillTokens("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", lead=" "),
+)
+"""Qwen2.5-Coder and CodeGemma; StarCoder and Granite; SantaCoder; DeepSeek-Coder; Code Llama. As each model card shows
+them, prefix first."""
+
+FILL_ENDS = ("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|file_separator|>", "<file_sep>", "\u2581<EOT>")
+"""Tokens besides the end of text after which such models go on with something else."""
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One answer to make."""
+
+    index: int  # place in the list of requests
+    repeat: int  # which of the answers to one document
+    ids: list[int]
+    tail: str  # text that the answer has to begin with and that is no part of it
+    settings: dict[str, Any]
+    ends: frozenset[int]
+
+
+@register_model("coda_hf")
+class AutoregressiveModel(HostedLM):
+    """lm-eval's ``hf`` with healed prompts, and with gaps filled by the model's own fill-in-the-middle tokens.
+
+    Raises:
+        ValueError: the model has no tokens for gaps, or a prompt does not fit in the context (the document is named).
+    """
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers to requests of any mix of tasks."""
+        return session.agree(lambda: self._generate(requests, disable_tqdm))
+
+    def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
+        repeats: dict[int, int] = {}
+        prompts, plain = [], []
+        for index, request in enumerate(requests):
+            repeats[id(request)] = repeat = repeats.get(id(request), -1) + 1
+            prompt = self._prompt(index, request, repeat)
+            if prompt is None:
+                plain.append((index, repeat))
+            else:
+                prompts.append(prompt)
+        answers: list[str] = [""] * len(requests)
+        if plain:
+            made = super().generate_until([requests[index] for index, _ in plain], disable_tqdm)
+            for (index, _), text in zip(plain, made, strict=True):
+                answers[index] = Answer(text)
+            session.save_answers([self._answer_record(requests[i], repeat, answers[i]) for i, repeat in plain])
+        progress = tqdm(total=len(prompts), disable=disable_tqdm or self.rank != 0, desc="Generating")
+        for batch in self._batches(prompts):
+            for prompt, answer in zip(batch, self._answer(batch), strict=True):
+                answers[prompt.index] = answer
+            session.save_answers([self._answer_record(requests[p.index], p.repeat, answers[p.index]) for p in batch])
+            progress.update(len(batch))
+        progress.close()
+        for index, request in enumerate(requests):  # lm-eval evens out ranks by repeating the last request
+            if repeats[id(request)] >= (request.repeats or 1):
+                seen = sum(other is request for other in requests[:index])
+                answers[index].surplus = seen >= (request.repeats or 1)
+        return answers
+
+    # Prompts
+
+    def _prompt(self, index: int, request: Instance, repeat: int) -> _Prompt | None:
+        """What the model is asked with, or None where lm-eval's own way is right."""
+        text, given = request.args
+        is_gap = isinstance(request.doc, dict) and "infill_prefix" in request.doc
+        if not is_gap and (not text[-1:].isspace() or self.think_end_token is not None or self._ends_header(text)):
+            return None
+        if self.backend != "causal":
+            if is_gap:
+                raise ValueError(f"{self._name(request)}: only decoder models fill gaps, not {self.backend}")
+            return None
+        settings = dict(normalize_gen_kwargs(copy.deepcopy(given), self.max_gen_toks))
+        if is_gap:
+            ids, tail = self._gap_ids(request.doc), ""
+        else:
+            ids, tail = self._healed(text)
+        if len(ids) + len(tail) + settings["max_gen_toks"] > self.max_length:
+            raise ValueError(
+                f"{self._name(request)}: {len(ids)} tokens of prompt and max_gen_toks={settings['max_gen_toks']} "
+                f"exceed the context of {self.max_length} tokens; set --gen_kwargs max_gen_toks=N to a smaller number"
+            )
+        return _Prompt(index, repeat, ids, tail, settings, self._fill_ends if is_gap else frozenset(self._end_ids()))
+
+    def _ends_header(self, text: str) -> bool:
+        """Whether a prompt ends in the chat template's own opening of an answer, which models know as it is."""
+        return bool(self._header) and text.endswith(self._header)
+
+    @cached_property
+    def _header(self) -> str:
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return ""
+        turn = [{"role": "user", "content": "x"}]
+        opened = self.apply_chat_template(turn, add_generation_prompt=True)
+        closed = self.tokenizer.apply_chat_template(turn, tokenize=False, **self.chat_template_args)
+        return opened[len(closed) :] if opened.startswith(closed) else ""
+
+    def _healed(self, text: str) -> tuple[list[int], str]:
+        """Ids of a prompt without its last tokens, up to one that does not end in white space, and their text."""
+        ids = self.tok_batch_encode([text])[0][0].tolist()
+        whole = self.decode(ids)
+        kept, rest = list(ids), whole
+        while len(kept) > 1 and rest[-1:].isspace():
+            kept.pop()
+            rest = self.decode(kept)
+        if not whole.startswith(rest) or not rest:
+            return ids, ""  # nothing but white space, or text that does not come apart there
+        return kept, whole[len(rest) :]
+
+    @cached_property
+    def _fill_tokens(self) -> FillTokens:
+        """The fill-in-the-middle tokens that the tokenizer has and the model has rows for."""
+        known = self.tokenizer.get_vocab()
+        rows = self.model.get_input_embeddings().num_embeddings
+        for tokens in FILL_TOKENS:
+            if all(known.get(token, rows) < rows for token in tokens[:3]):
+                logger.info("gaps are filled with %s, %s and %s", *tokens[:3])
+                return tokens
+        kinds = ", ".join(tokens.prefix for tokens in FILL_TOKENS)
+        raise ValueError(
+            f"{self.tokenizer.name_or_path!r} has no fill-in-the-middle tokens (known: {kinds} and those that go with "
+            "each): the text before a gap alone would be another task; leave the infilling tasks out"
+        )
+
+    @cached_property
+    def _fill_ends(self) -> frozenset[int]:
+        """Tokens that end the text of a gap: every control token."""
+        special = {id_ for id_, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        known = self.tokenizer.get_vocab()
+        named = {known[token] for token in (*self._fill_tokens[:3], *FILL_ENDS) if token in known}
+        return frozenset(special | named | self._end_ids() | set(self.tokenizer.all_special_ids))
+
+    def _gap_ids(self, document: dict[str, Any]) -> list[int]:
+        """Control token, prefix, control token, suffix, control token; the pieces are text, whatever they look like."""
+        tokens = self._fill_tokens
+        start, end, middle = self.tokenizer.convert_tokens_to_ids(list(tokens[:3]))
+        prefix = encode(self.tokenizer, tokens.lead + document["infill_prefix"])
+        suffix = encode(self.tokenizer, document["infill_suffix"])
+        return [*self.tok_encode(""), start, *prefix, end, *suffix, middle]
+
+    # Generation
+
+    def _batches(self, prompts: Sequence[_Prompt]) -> list[list[_Prompt]]:
+        """Prompts of the same settings, longest first."""
+        size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
+        groups: dict[str, list[_Prompt]] = {}
+        for prompt in prompts:
+            groups.setdefault(repr((prompt.settings, sorted(prompt.ends))), []).append(prompt)
+        batches = []
+        for group in groups.values():
+            group.sort(key=lambda prompt: -len(prompt.ids))
+            batches += [group[start : start + size] for start in range(0, len(group), size)]
+        return batches
+
+    def _answer(self, batch: list[_Prompt]) -> list[Answer]:
+        """Generate one batch, left-padded, and cut each answer at its end."""
+        settings, ends = dict(batch[0].settings), batch[0].ends
+        until, new_tokens = settings.pop("until", []), settings.pop("max_gen_toks")
+        if not settings.get("temperature") and not settings.get("do_sample"):
+            settings.pop("temperature", None)  # greedy: transformers warns of a temperature that is not used
+            settings["do_sample"] = False
+        pad = self.tokenizer.pad_token_id
+        ids, real = on_device([prompt.ids for prompt in batch], pad, self.device)
+        start, tails = ids.shape[1], [prompt.tail for prompt in batch]
+        kind, amp = self.device.type, self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(device_type=kind, dtype=amp, enabled=amp is not None):
+            rows = self.model.generate(
+                input_ids=ids,
+                attention_mask=real,
+                max_new_tokens=new_tokens + max(len(prompt.tail) for prompt in batch),
+                logits_processor=LogitsProcessorList([_Begins(self, start, tails)]),
+                stopping_criteria=StoppingCriteriaList([_Stops(self, start, tails, until)]),
+                eos_token_id=sorted(ends),
+                pad_token_id=pad,
+                use_cache=True,
+                **settings,
+            )[:, start:].tolist()
+        answers = []
+        for prompt, row in zip(batch, rows, strict=True):
+            length = next((at for at, token in enumerate(row) if token in ends), len(row))
+            text = self.decode(row[:length])
+            answer = Answer(postprocess_generated_text(text[len(prompt.tail) :], until, None))
+            answer.new_tokens = length
+            answers.append(answer)
+        return answers
+
+    # Text of tokens
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """A token that others are decoded after, since some decoders drop a space at the start of a text."""
+        return encode(self.tokenizer, "x")[-1:]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens as they stand in a text, without control tokens."""
+        settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(self._anchor + ids, **settings)[
+            len(self.tokenizer.decode(self._anchor, **settings)) :
+        ]
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """Text of every token."""
+        return [self.decode([token]) for token in range(len(self.tokenizer))]
+
+    def may_begin(self, text: str) -> torch.Tensor:
+        """(V,) bool: tokens whose text begins with ``text``, or is the beginning of it."""
+        if text not in self._begins:
+            fits = [piece != "" and (piece.startswith(text) or text.startswith(piece)) for piece in self.pieces]
+            self._begins[text] = torch.tensor(fits)
+        return self._begins[text]
+
+    @cached_property
+    def _begins(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+class _Begins(LogitsProcessor):
+    """Only tokens that go on saying the row's tail, until it is said."""
+
+    def __init__(self, model: AutoregressiveModel, start: int, tails: Sequence[str]) -> None:
+        self.model, self.start, self.left = model, start, list(tails)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(B, T) ids and (B, V) scores -> (B, V) scores."""
+        if not any(self.left):
+            return scores
+        scores = scores.clone()
+        for row, left in enumerate(self.left):
+            if left and input_ids.shape[1] > self.start:
+                self.left[row] = left = left[len(self.model.pieces[int(input_ids[row, -1])]) :]
+            if left:
+                allowed = self.model.may_begin(left).to(scores.device)
+                scores[row, : len(allowed)].masked_fill_(~allowed, -torch.inf)
+                scores[row, len(allowed) :] = -torch.inf
+        return scores
+
+
+class _Stops(StoppingCriteria):
+    """A row is done when its answer, which begins after the tail, holds a stop string."""
+
+    def __init__(self, model: AutoregressiveModel, start: int, tails: Sequence[str], until: Sequence[str]) -> None:
+        self.model, self.start, self.tails = model, start, tails
+        self.until = [stop for stop in until if stop]
+        self.window = 8 + max(map(len, self.until), default=0)  # tokens; each but parts of letters has a character
+        self.done = torch.zeros(len(tails), dtype=torch.bool)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """(B, T) ids -> (B,) bool."""
+        for row in range(len(self.tails)) if self.until else ():
+            new, tail = input_ids[row, self.start :].tolist(), len(self.tails[row])
+            if len(new) <= self.window + tail:  # the tail, of at most as many tokens as characters, may be in reach
+                text = self.model.decode(new)[tail:]
+            else:
+                text = self.model.decode(new[-self.window :])
+            self.done[row] |= any(stop in text for stop in self.until)
+        return self.done.to(input_ids.device)

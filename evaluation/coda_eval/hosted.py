@@ -1,0 +1,81 @@
+"""What our models have in common as guests of lm-eval: ranks, answers that are kept, no cache that lies."""
+
+import os
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook
+from lm_eval.models.huggingface import HFLM
+
+CACHE_LIES = (
+    "lm-eval's cache of answers knows a prompt by its text alone: another checkpoint, seed or number of steps would "
+    "get the old answers, and the samples of one problem would become one"
+)
+"""Why ``use_cache`` is refused."""
+
+
+class HostedLM(HFLM):
+    """lm-eval's Hugging Face model, which knows its rank also without GPUs and has no cache.
+
+    Raises:
+        ValueError: ``pretrained`` is not a path or a model, or the processes do not see each other.
+    """
+
+    def __init__(self, pretrained: Any, **kwargs: Any) -> None:
+        if isinstance(pretrained, (int, float, tuple, list, dict, set, bool)) or pretrained is None:
+            raise ValueError(
+                f"pretrained must be a folder or a Hub name, got {pretrained!r}: key=value arguments are read as "
+                'Python values; give such a name as JSON: --model_args \'{"pretrained": "NAME"}\''
+            )
+        super().__init__(pretrained=pretrained, **kwargs)
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and accelerator.num_processes > 1:  # HFLM sets these for GPUs only
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+            self._device = accelerator.device
+            self.model.to(self._device)
+        if self.world_size != int(os.environ.get("WORLD_SIZE", "1")) and isinstance(pretrained, str):
+            raise ValueError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {self.world_size} process(es), so that "
+                "every process would do all the work: set USE_TORCH_XLA=false, and without GPUs ACCELERATE_USE_CPU=true"
+            )
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Refuse lm-eval's cache.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"use_cache is refused: {CACHE_LIES}")
+
+    def _end_ids(self) -> set[int]:
+        """Tokens that end an answer: those of the tokenizer and of the checkpoint."""
+        found: set[int] = set()
+        for source in (self.tokenizer, self.model.generation_config):
+            ids = source.eos_token_id
+            found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+        return found - {None}
+
+    @staticmethod
+    def _name(request: Instance) -> str:
+        """The task and the document of a request, for messages."""
+        return f"task {request.task_name}, document {HostedLM._label(request)}"
+
+    @staticmethod
+    def _label(request: Instance) -> Any:
+        document = request.doc if isinstance(request.doc, dict) else {}
+        return document.get("task_id", request.doc_id)
+
+    def _answer_record(self, request: Instance, repeat: int, answer: str) -> dict[str, Any]:
+        """What the file of answers says about an answer."""
+        costs = {name: getattr(answer, name, None) for name in ("new_tokens", "forwards", "generation_s")}
+        place = {"task": request.task_name, "doc_id": request.doc_id, "task_id": self._label(request), "repeat": repeat}
+        return {**place, "answer": str(answer), **costs}
+
+
+def on_device(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded ids and attention mask of a batch, both (B, T) int64."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], dtype=torch.long, device=device)
+    real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, real

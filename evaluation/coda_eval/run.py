@@ -1,0 +1,257 @@
+"""The command ``run``: everything that can be known is checked before a model loads, then one task after the other.
+
+The arguments are lm-eval's, and lm-eval runs each task and writes its results. Here is what stands around that: the
+refusals, the folder that no two runs share, one model for all tasks, and the account of those that failed.
+"""
+
+import argparse
+import contextlib
+import glob
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
+from lm_eval.api.registry import get_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
+from lm_eval.loggers import EvaluationTracker, TrackioLogger, WandbLogger
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable, make_table
+
+from coda_eval import session
+from coda_eval.hosted import CACHE_LIES, HostedLM
+
+logger = logging.getLogger(__name__)
+
+AUTOREGRESSIVE = {"hf": "coda_hf", "hf-auto": "coda_hf", "huggingface": "coda_hf"}
+"""lm-eval's names of Hugging Face models, and the model of ours that runs them."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the command, load the model, then run the tasks one by one.
+
+    Args:
+        args: lm-eval's parsed arguments of ``run``.
+
+    Raises:
+        ValueError: something is wrong that can be known before a model is loaded, or the model refuses its settings.
+        SystemExit: tasks failed; the message names them, and the others are scored.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as lm-eval's own command
+    config = EvaluatorConfig.from_cli(args)
+    config.model = AUTOREGRESSIVE.get(config.model, config.model)
+    refuse_caches(config)
+    output = claim_folder(config.output_path)
+    manager, names = check_tasks(config)
+    sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
+    model = get_model(config.model).create_from_arg_obj(config.model_args, sizes)
+    failed: dict[str, str] = {}
+    with _answers_folder(output) as folder, session.opened(session.Session(folder=folder)) as state:
+        for name in names:
+            try:
+                run_task(config, manager, name, model)
+            except Exception as error:  # of any kind: the other tasks are still to be scored
+                if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, session.TaskFailed):
+                    raise  # the other ranks do not know of it: going on alone would leave them waiting
+                expected = isinstance(error.__cause__ or error, (ValueError, session.TaskFailed))
+                logger.error("%s failed: %s", name, error, exc_info=not expected)
+                failed[name] = f"{type(error).__name__}: {error}"
+        if failed:
+            session.wait()
+            account = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+            kept = f"; {state.answers} answers are kept in {state.file()}" if state.answers else ""
+            raise SystemExit(f"coda_eval: error: {len(failed)} of {len(names)} tasks failed: {account}{kept}")
+
+
+def refuse_caches(config: EvaluatorConfig) -> None:
+    """Refuse lm-eval's caches, whose keys leave out what answers and prompts depend on.
+
+    Raises:
+        ValueError: one is asked for.
+    """
+    if config.use_cache:
+        raise ValueError(f"--use_cache is refused: {CACHE_LIES}")
+    if config.cache_requests.get("cache_requests"):
+        raise ValueError(
+            "--cache_requests is refused: lm-eval keeps whole requests under the name of the task, so that other "
+            "--gen_kwargs, gap lengths, problem files, or another chat template at the same path would get the old ones"
+        )
+
+
+def results_in(output: Path) -> list[Path]:
+    """The results files of finished runs at an ``--output_path``."""
+    if output.suffix == ".json":
+        return sorted(output.parent.glob(f"{glob.escape(output.stem)}_*.json"))
+    return sorted(output.rglob("results_*.json"))
+
+
+def claim_folder(output_path: str | None) -> Path | None:
+    """The ``--output_path``: its folder is made, and holds no results yet.
+
+    Raises:
+        ValueError: it holds results or answers of an earlier run, or nothing can be written there.
+    """
+    if not output_path:
+        return None
+    output = Path(output_path)
+    folder = output.parent if output.suffix == ".json" else output
+    if not _speaks():
+        return output  # the first process looks for all: its answers may already be there
+    if found := [*results_in(output), *sorted(folder.glob("answers_rank*.jsonl"))]:
+        raise ValueError(
+            f"--output_path {output_path!r} holds results of an earlier run ({found[0]}), which could not be told from "
+            "the new ones: give another folder, or remove them"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"nothing can be written to --output_path {output_path!r}: {error}") from error
+    return output
+
+
+def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
+    """Load every task with its problems, which also tries the sandbox that answers will run in.
+
+    Returns:
+        lm-eval's index of tasks, and the tasks and groups to run by name or file.
+
+    Raises:
+        ValueError: a task is unknown, or cannot be run; every such task is named with its reason.
+    """
+    tasks = [config.tasks] if isinstance(config.tasks, str) else config.tasks
+    given = [name for task in tasks for name in task.split(",")]
+    # lm-eval's own thousands of files take seconds to index: they are looked at only where a task is not ours.
+    manager = TaskManager(include_path=config.include_path, include_defaults=False, metadata=config.metadata)
+    if not all(name in manager.all_tasks for name in given):
+        manager = config.process_tasks(config.metadata)
+    names = dict.fromkeys(name for task in given for name in (manager.match_tasks([task]) or _files(task)))
+    fills_gaps = issubclass(get_model(config.model), HostedLM)
+    reasons = {}
+    for name in names:
+        try:
+            loaded = manager.load([name])["tasks"].values()
+        except ValueError as error:
+            reasons[name] = str(error)
+            continue
+        if not fills_gaps and any(map(_has_gaps, loaded)):
+            reasons[name] = f"the model {config.model!r} would see the text before a gap only; coda and hf fill gaps"
+    if reasons:
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"{len(reasons)} of {len(names)} tasks cannot be run: {told}")
+    return manager, list(names)
+
+
+def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM) -> None:
+    """Run a task or group and write its results, as lm-eval's own command does.
+
+    Raises:
+        OSError: lm-eval could not write the results.
+    """
+    settings = {**config.hf_hub_log_args, "token": os.environ.get("HF_TOKEN", "")}
+    if config.output_path:
+        settings["output_path"] = config.output_path
+    tracker = EvaluationTracker(**settings)
+    loggers: list[Any] = [WandbLogger(config.wandb_args, config.wandb_config_args)] if config.wandb_args else []
+    loggers += [TrackioLogger(config.trackio_args)] if config.trackio_args else []
+    seeds = config.seed or [None] * 4
+    results = simple_evaluate(
+        model=model,
+        model_args=config.model_args,
+        tasks=[name],
+        num_fewshot=config.num_fewshot,
+        batch_size=config.batch_size,
+        max_batch_size=config.max_batch_size,
+        device=config.device,
+        delete_requests_cache=config.cache_requests.get("delete_requests_cache", False),
+        limit=config.limit,
+        samples=config.samples,
+        check_integrity=config.check_integrity,
+        write_out=config.write_out,
+        log_samples=config.log_samples,
+        evaluation_tracker=tracker,
+        system_instruction=config.system_instruction,
+        apply_chat_template=config.apply_chat_template,
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
+        gen_kwargs=config.gen_kwargs,
+        task_manager=manager,
+        predict_only=config.predict_only,
+        random_seed=seeds[0],
+        numpy_random_seed=seeds[1],
+        torch_random_seed=seeds[2],
+        fewshot_random_seed=seeds[3],
+        confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+        metadata=config.metadata,
+    )
+    if results is None:  # another rank writes
+        return
+    results["config"]["model"] = tracker.general_config_tracker.model_source = config.model
+    samples = results.pop("samples", None)
+    if config.show_config:
+        print(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
+    _write(config, tracker, results, samples)
+    for host in loggers:
+        host.post_init(results)
+        host.log_eval_result()
+        if config.log_samples:
+            host.log_eval_samples(samples)
+        host.run.finish() if isinstance(host, WandbLogger) else host.finish()
+    print(f"{config.model} ({config.model_args}), gen_kwargs: ({config.gen_kwargs}), limit: {config.limit}")
+    print(make_table(results))
+    if "groups" in results:
+        print(make_table(results, "groups"))
+
+
+def _write(
+    config: EvaluatorConfig, tracker: EvaluationTracker, results: dict[str, Any], samples: dict[str, Any] | None
+) -> None:
+    """Write results and samples; lm-eval only warns where it cannot."""
+    before = results_in(Path(config.output_path)) if config.output_path else []
+    tracker.save_results_aggregated(results=results, samples=samples if config.log_samples else None)
+    if config.output_path and results_in(Path(config.output_path)) == before:
+        raise OSError(f"lm-eval could not write the results to {config.output_path!r}; its log says why")
+    if config.log_samples:
+        for task in results["configs"]:
+            tracker.save_results_samples(task_name=task, samples=samples[task])
+    if tracker.push_results_to_hub or tracker.push_samples_to_hub:
+        tracker.recreate_metadata_card()
+
+
+def _speaks() -> bool:
+    """Whether this process writes the results."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _files(task: str) -> list[str]:
+    """The task files that a path, a pattern or a folder names."""
+    if task.endswith(".yaml"):
+        return sorted(glob.glob(str(Path(task).absolute())))
+    return sorted(str(path) for path in Path(task).absolute().glob("*.yaml"))
+
+
+def _has_gaps(task: Any) -> bool:
+    split = task.dataset.get(task.config.test_split) if isinstance(task.dataset, dict) else None
+    return split is not None and "infill_prefix" in split.column_names
+
+
+@contextlib.contextmanager
+def _answers_folder(output: Path | None) -> Iterator[Path]:
+    """The folder for answers: that of the output, or a temporary one that stays where a task failed."""
+    if output is not None:
+        yield output.parent if output.suffix == ".json" else output
+        return
+    folder = Path(tempfile.mkdtemp(prefix="coda-eval-answers-"))
+    try:
+        yield folder
+    except BaseException:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    shutil.rmtree(folder)
