@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from coda_eval import session
-from coda_eval.hosted import HostedLM, on_device
+from coda_eval.hosted import HostedLM, answer_record, on_device, place
 from coda_eval.programs import Answer
 from CoDALanguageModel.prompts import encode
 
@@ -95,12 +95,12 @@ class AutoregressiveModel(HostedLM):
             made = super().generate_until([requests[index] for index, _ in plain], disable_tqdm)
             for (index, _), text in zip(plain, made, strict=True):
                 answers[index] = Answer(text)
-            session.save_answers([self._answer_record(requests[i], repeat, answers[i]) for i, repeat in plain])
+            session.save_answers([answer_record(requests[i], repeat, answers[i]) for i, repeat in plain])
         progress = tqdm(total=len(prompts), disable=disable_tqdm or self.rank != 0, desc="Generating")
         for batch in self._batches(prompts):
             for prompt, answer in zip(batch, self._answer(batch), strict=True):
                 answers[prompt.index] = answer
-            session.save_answers([self._answer_record(requests[p.index], p.repeat, answers[p.index]) for p in batch])
+            session.save_answers([answer_record(requests[p.index], p.repeat, answers[p.index]) for p in batch])
             progress.update(len(batch))
         progress.close()
         for index, request in enumerate(requests):  # lm-eval evens out ranks by repeating the last request
@@ -119,7 +119,7 @@ class AutoregressiveModel(HostedLM):
             return None
         if self.backend != "causal":
             if is_gap:
-                raise ValueError(f"{self._name(request)}: only decoder models fill gaps, not {self.backend}")
+                raise ValueError(f"{place(request)}: only decoder models fill gaps, not {self.backend}")
             return None
         settings = dict(normalize_gen_kwargs(copy.deepcopy(given), self.max_gen_toks))
         if is_gap:
@@ -128,7 +128,7 @@ class AutoregressiveModel(HostedLM):
             ids, tail = self._healed(text)
         if len(ids) + len(tail) + settings["max_gen_toks"] > self.max_length:
             raise ValueError(
-                f"{self._name(request)}: {len(ids)} tokens of prompt and max_gen_toks={settings['max_gen_toks']} "
+                f"{place(request)}: {len(ids)} tokens of prompt and max_gen_toks={settings['max_gen_toks']} "
                 f"exceed the context of {self.max_length} tokens; set --gen_kwargs max_gen_toks=N to a smaller number"
             )
         return _Prompt(index, repeat, ids, tail, settings, self._fill_ends if is_gap else frozenset(self._end_ids()))

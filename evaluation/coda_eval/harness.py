@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from coda_eval import session
-from coda_eval.hosted import HostedLM, on_device
+from coda_eval.hosted import HostedLM, answer_record, on_device, place
 from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
 from CoDALanguageModel import CoDALanguageModel
@@ -175,7 +175,7 @@ class CoDAEvalModel(HostedLM):
                     answers[job.index] = answer
                 session.save_answers(
                     [
-                        self._answer_record(requests[job.index], job.repeat, answer)
+                        answer_record(requests[job.index], job.repeat, answer)
                         for job, answer in zip(batch, made, strict=True)
                     ]
                 )
@@ -189,7 +189,7 @@ class CoDAEvalModel(HostedLM):
     def _job(self, index: int, request: Instance, repeat: int) -> _Job:
         prompt, given = request.args[0], dict(request.args[1])
         document = request.doc if isinstance(request.doc, dict) else {}
-        name = self._name(request)
+        name = place(request)
         settings, until = self._settings(given, f"the generation settings of {request.task_name}")
         is_gap = "infill_prefix" in document
         if is_gap:

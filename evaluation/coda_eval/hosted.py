@@ -56,21 +56,23 @@ class HostedLM(HFLM):
             found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
         return found - {None}
 
-    @staticmethod
-    def _name(request: Instance) -> str:
-        """The task and the document of a request, for messages."""
-        return f"task {request.task_name}, document {HostedLM._label(request)}"
 
-    @staticmethod
-    def _label(request: Instance) -> Any:
-        document = request.doc if isinstance(request.doc, dict) else {}
-        return document.get("task_id", request.doc_id)
+def label(request: Instance) -> Any:
+    """What names a request's document: its own id, or its place in the task."""
+    document = request.doc if isinstance(request.doc, dict) else {}
+    return document.get("task_id", request.doc_id)
 
-    def _answer_record(self, request: Instance, repeat: int, answer: str) -> dict[str, Any]:
-        """What the file of answers says about an answer."""
-        costs = {name: getattr(answer, name, None) for name in ("new_tokens", "forwards", "generation_s")}
-        place = {"task": request.task_name, "doc_id": request.doc_id, "task_id": self._label(request), "repeat": repeat}
-        return {**place, "answer": str(answer), **costs}
+
+def place(request: Instance) -> str:
+    """The task and the document of a request, for messages."""
+    return f"task {request.task_name}, document {label(request)}"
+
+
+def answer_record(request: Instance, repeat: int, answer: str) -> dict[str, Any]:
+    """What the file of answers says about an answer."""
+    costs = {name: getattr(answer, name, None) for name in ("new_tokens", "forwards", "generation_s")}
+    where = {"task": request.task_name, "doc_id": request.doc_id, "task_id": label(request), "repeat": repeat}
+    return {**where, "answer": str(answer), **costs}
 
 
 def on_device(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

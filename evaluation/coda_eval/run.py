@@ -12,11 +12,13 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model
 from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -25,7 +27,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
 from coda_eval import session
-from coda_eval.hosted import CACHE_LIES, HostedLM
+from coda_eval.hosted import CACHE_LIES, HostedLM, answer_record
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     manager, names = check_tasks(config)
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
     model = get_model(config.model).create_from_arg_obj(config.model_args, sizes)
+    keep_answers(model)
     failed: dict[str, str] = {}
     with _answers_folder(output) as folder, session.opened(session.Session(folder=folder)) as state:
         for name in names:
@@ -77,7 +80,8 @@ def refuse_caches(config: EvaluatorConfig) -> None:
     """
     if config.use_cache:
         raise ValueError(f"--use_cache is refused: {CACHE_LIES}")
-    if config.cache_requests.get("cache_requests"):
+    requests = config.cache_requests
+    if requests.get("cache_requests") if isinstance(requests, dict) else requests:
         raise ValueError(
             "--cache_requests is refused: lm-eval keeps whole requests under the name of the task, so that other "
             "--gen_kwargs, gap lengths, problem files, or another chat template at the same path would get the old ones"
@@ -147,6 +151,25 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"{len(reasons)} of {len(names)} tasks cannot be run: {told}")
     return manager, list(names)
+
+
+def keep_answers(model: LM) -> None:
+    """Have the answers of a model of lm-eval's written when it has made them; ours write their own, batch by batch."""
+    if isinstance(model, HostedLM):
+        return
+    generate = model.generate_until
+
+    def keeping(requests: list[Instance], *args: Any, **kwargs: Any) -> list[str]:
+        answers = generate(requests, *args, **kwargs)
+        repeats: Counter[int] = Counter()
+        records = []
+        for request, answer in zip(requests, answers, strict=True):
+            records.append(answer_record(request, repeats[id(request)], answer))
+            repeats[id(request)] += 1
+        session.save_answers(records)
+        return answers
+
+    model.generate_until = keeping
 
 
 def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM) -> None:

@@ -1,0 +1,232 @@
+"""What can be known is checked before the model loads; a task that fails stops no other; no two runs share a folder."""
+
+import json
+import sys
+
+import pytest
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+from coda_eval import programs
+from coda_eval.__main__ import main
+
+ROW = {
+    "task_id": "q/0",
+    "prompt": "Add.",
+    "entry_point": "add",
+    "test": "assert add(1, 2) == 3",
+    "canonical_solution": "def add(a, b):\n    return a + b\n",
+}
+GAP = {"task_id": "g/0", "prefix": "x = ", "middle": "1", "suffix": "\n"}
+
+
+@register_model("counting_stub")
+class CountingStub(LM):
+    """Counts how often it is built and asked; answers with the solution; fails on demand."""
+
+    built, asked, fails_on = 0, 0, ""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        type(self).built += 1
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """The solutions of the requests' documents."""
+        type(self).asked += len(requests)
+        if requests[0].task_name == self.fails_on:
+            raise RuntimeError("out of memory")
+        return [request.doc["canonical_solution"] for request in requests]
+
+    def loglikelihood(self, requests):
+        """Not used."""
+        raise NotImplementedError
+
+    loglikelihood_rolling = loglikelihood
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """The class of the counting model, at zero."""
+    for name, value in (("built", 0), ("asked", 0), ("fails_on", "")):
+        monkeypatch.setattr(CountingStub, name, value)
+    return CountingStub
+
+
+@pytest.fixture
+def evaluation(monkeypatch, data_dir, tmp_path_factory):
+    """Function that runs the command line in this process and gives what it said at its end."""
+    monkeypatch.setenv("CODA_EVAL_WORKERS", "1")
+    output = tmp_path_factory.mktemp("output")
+
+    def call(*arguments, model="counting_stub", tasks="quickstart_problems", output=str(output)):
+        command = ["coda_eval", "run", "--model", model, "--tasks", *tasks.split(), "--output_path", output]
+        monkeypatch.setattr(sys, "argv", [*command, *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            return str(end)
+        return ""
+
+    call.output = output
+    return call
+
+
+def write_rows(folder, *rows, name="quickstart_problems.jsonl"):
+    (folder / name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+
+
+def results_of(folder):
+    found = {}
+    for path in sorted(folder.rglob("results_*.json")):
+        found |= json.loads(path.read_text())["results"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{key: value for key, value in ROW.items() if key != "test"}], "line 1 lacks test"),
+        ([ROW, {**ROW, "task_id": "q/1", "timeout_s": None}], "line 2 has a wrong timeout_s: .* got None"),
+        ([{**ROW, "timeout_s": "30"}], "line 1 has a wrong timeout_s: .* got '30'"),
+        ([{**ROW, "timeout_s": 0}], "line 1 has a wrong timeout_s: .* got 0"),
+        ([ROW, {**ROW, "task_id": 1}], "line 2 has a task_id of another kind than line 1"),
+        (["[", json.dumps(ROW), "]"], "line 1 of .* is not JSON"),
+        ([json.dumps([ROW])], "line 1 must be a JSON object"),
+    ],
+)
+def test_bad_problem_rows_are_refused_before_the_model_is_loaded(evaluation, stub, data_dir, rows, message):
+    write_rows(data_dir, *rows)
+    said = evaluation()
+    assert said.startswith("coda_eval: error: 1 of 1 tasks cannot be run: quickstart_problems: ")
+    assert "quickstart_problems.jsonl" in said
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(said)
+    assert stub.built == 0
+
+
+def test_every_task_that_cannot_be_run_is_named_before_the_model_is_loaded(evaluation, stub, data_dir):
+    write_rows(data_dir, {**ROW, "timeout_s": -1})
+    said = evaluation("--model_args", "x=1", tasks="quickstart_problems quickstart_infill coda_humaneval")
+    assert "2 of 3 tasks cannot be run: quickstart_problems: " in said
+    assert "; quickstart_infill: quickstart_infill needs the file quickstart_infill.jsonl: not found" in said
+    assert stub.built == 0
+
+
+def test_the_sandbox_is_tried_before_the_model_is_loaded(evaluation, stub, data_dir, monkeypatch):
+    write_rows(data_dir, ROW)
+
+    def missing(level):
+        raise ValueError(f"sandbox level {level!r} does not work on this machine: bwrap: No permissions")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "isolation_level", missing)
+        said = evaluation()
+    assert "'auto' does not work on this machine: bwrap: No permissions (CODA_EVAL_SANDBOX sets the level)" in said
+    monkeypatch.setenv("CODA_EVAL_WORKERS", "many")
+    assert "CODA_EVAL_WORKERS must be a positive number, got 'many'" in evaluation()
+    assert stub.built == 0
+
+
+def test_gaps_need_no_sandbox_but_a_model_that_fills_them(evaluation, stub, data_dir, monkeypatch):
+    write_rows(data_dir, GAP, name="quickstart_infill.jsonl")
+    monkeypatch.setenv("CODA_EVAL_SANDBOX", "none")
+    said = evaluation(tasks="quickstart_infill")
+    assert "the model 'counting_stub' would see the text before a gap only; coda and hf fill gaps" in said
+    assert stub.built == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "file", "message"),
+    [
+        (["--use_cache", "answers"], "", "--use_cache is refused: .* number of steps would get the old answers"),
+        ([], "use_cache: answers", "--use_cache is refused"),
+        (["--cache_requests", "true"], "", "--cache_requests is refused: .*gen_kwargs, gap lengths"),
+        ([], "cache_requests: true", "--cache_requests is refused"),
+    ],
+)
+def test_caches_that_lie_are_refused(evaluation, stub, data_dir, tmp_path, flags, file, message):
+    write_rows(data_dir, ROW)
+    config = tmp_path / "run.yaml"
+    config.write_text(f"include_path: []\n{file}\n")
+    said = evaluation("--config", config, *flags)
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(said)
+    assert stub.built == 0
+    assert list(tmp_path.glob("answers*")) == []
+
+
+def test_a_task_that_fails_stops_no_other_and_is_named_at_the_end(evaluation, stub, data_dir, monkeypatch):
+    write_rows(data_dir, ROW)
+    monkeypatch.setattr(stub, "fails_on", "quickstart_problems")
+    said = evaluation("--limit", "2", "--log_samples", tasks="quickstart_problems coda_humaneval")
+    assert said.startswith("coda_eval: error: 1 of 2 tasks failed: quickstart_problems (RuntimeError: out of memory)")
+    results = results_of(evaluation.output)
+    assert list(results) == ["coda_humaneval"]
+    assert results["coda_humaneval"]["pass@1,run"] == 1.0
+    assert results["coda_humaneval"]["outcomes,run"] == "2 programs: 0 failed, 2 passed, 0 timeout"
+    assert stub.built == 1
+
+
+def test_a_failure_to_judge_loses_no_answer(evaluation, stub, data_dir, monkeypatch):
+    write_rows(data_dir, ROW)
+
+    def broken(*args, **kwargs):
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(programs, "run_programs", broken)
+    said = evaluation("--limit", "2", tasks="quickstart_problems coda_humaneval")
+    assert "2 of 2 tasks failed: quickstart_problems (RecursionError: too deep)" in said
+    (file,) = evaluation.output.glob("answers_rank0.jsonl")
+    assert f"3 answers are kept in {file}" in said
+    answers = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(answer["task"], answer["task_id"]) for answer in answers] == [
+        ("quickstart_problems", "q/0"),
+        ("coda_humaneval", "HumanEval/0"),
+        ("coda_humaneval", "HumanEval/1"),
+    ]
+    assert answers[0]["answer"] == ROW["canonical_solution"]
+
+
+def test_a_second_run_never_mixes_with_the_first(evaluation, stub, data_dir):
+    write_rows(data_dir, ROW)
+    assert evaluation() == ""
+    first = {path: path.read_bytes() for path in evaluation.output.rglob("*.*")}
+    assert len(first) == 2  # results and answers
+    assert "holds results of an earlier run" in evaluation()
+    assert stub.built == 1
+    assert {path: path.read_bytes() for path in evaluation.output.rglob("*.*")} == first
+    (results,) = evaluation.output.rglob("results_*.json")
+    results.unlink()
+    assert "answers_rank0.jsonl), which could not be told from the new ones" in evaluation()
+    assert stub.built == 1
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(evaluation, stub, data_dir, tmp_path):
+    write_rows(data_dir, ROW)
+    (tmp_path / "file").write_text("")
+    assert "nothing can be written to --output_path" in evaluation(output=str(tmp_path / "file" / "below"))
+    assert stub.built == 0
+
+
+def test_results_that_lm_eval_could_not_write_fail_the_task(evaluation, stub, data_dir, monkeypatch):
+    from lm_eval.loggers import EvaluationTracker
+
+    write_rows(data_dir, ROW)
+    monkeypatch.setattr(EvaluationTracker, "save_results_aggregated", lambda *args, **kwargs: None)
+    assert "quickstart_problems (OSError: lm-eval could not write the results to" in evaluation()
+
+
+def test_the_diffusion_model_writes_its_answers_as_it_makes_them(evaluation, model_dir, data_dir, monkeypatch):
+    write_rows(data_dir, ROW, {**ROW, "task_id": "q/1"})
+    write_rows(data_dir, GAP, name="quickstart_infill.jsonl")
+    settings = json.dumps({"pretrained": model_dir, "steps": 4, "max_new_tokens": 4})
+    said = evaluation(
+        *("--model_args", settings, "--device", "cpu", "--batch_size", "1", "--log_samples"),
+        model="coda",
+        tasks="quickstart_problems,quickstart_infill",
+    )
+    assert said == ""
+    answers = [json.loads(line) for line in (evaluation.output / "answers_rank0.jsonl").read_text().splitlines()]
+    assert [answer["task_id"] for answer in answers] == ["q/0", "q/1", "g/0"]
+    assert all(answer["forwards"] >= 1 and answer["generation_s"] > 0 for answer in answers)
+    assert set(results_of(evaluation.output)) == {"quickstart_problems", "quickstart_infill"}
