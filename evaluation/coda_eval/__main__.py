@@ -38,12 +38,12 @@ def main() -> None:
 
     setup_logging()
     cli = HarnessCLI()
-    args = add_our_tasks(cli.parse_args())
-    if args.command != "run":
-        cli.execute(args)
-        return
     try:
-        run(args)
+        args = add_our_tasks(cli.parse_args())
+        if args.command == "run":
+            run(args)
+        else:
+            cli.execute(args)
     except ValueError as error:
         if os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
             raise SystemExit(f"coda_eval: error: {error}") from error

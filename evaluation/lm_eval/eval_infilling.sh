@@ -11,4 +11,4 @@ source "$here/run_tasks.sh"
 
 prefix=coda_humaneval
 run_tasks "${TASKS:-${prefix}_single_line_infilling ${prefix}_multi_line_infilling ${prefix}_random_span_infilling}" \
-  plain "$@" --metadata "{\"gap_length\": $([[ ${GAP_LENGTH:-true} == true ]] && echo '"true"' || echo "$GAP_LENGTH")}"
+  gaps "$@"

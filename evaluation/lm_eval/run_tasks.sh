@@ -1,6 +1,22 @@
-# Sourced by the evaluation scripts: run_tasks "TASK ..." chat|plain MODEL_DIR [lm-eval arguments ...]
-# runs one task after the other, logs each, and writes a score card of all.
+# Sourced by the evaluation scripts: run_tasks "TASK ..." chat|gaps MODEL_DIR [lm-eval arguments ...]
+# runs all tasks in one process, logs it, and writes a score card of those that succeeded.
 # shellcheck shell=bash
+
+# json_object PYTHON NAME VALUE ...: an object of texts, but of numbers where a NAME ends in "=". Paths with commas,
+# quotes or brackets, and folders named like numbers, are not what lm-eval's own key=value arguments can carry.
+json_object() {
+  "$1" -c '
+import json, sys
+
+def value(name, text):
+    try:
+        return json.loads(text) if name.endswith("=") else text
+    except ValueError:
+        return text
+
+pairs = zip(sys.argv[1::2], sys.argv[2::2])
+print(json.dumps({name.rstrip("="): value(name, text) for name, text in pairs}))' "${@:2}"
+}
 
 run_tasks() {
   local tasks="$1" prompts="$2"
@@ -21,33 +37,50 @@ run_tasks() {
     echo "error: $python has no coda_eval; run: bash $repository/setup_env.sh (or set PYTHON)" >&2
     return 2
   fi
-  local output="${OUTPUT_DIR:-runs/eval/$(basename "$model_dir")}"
+  local output="${OUTPUT_DIR:-runs/eval/$(basename -- "$model_dir")/$(date +%Y%m%d-%H%M%S)-$$}" old=""
+  if [[ -d $output ]]; then
+    old="$(find "$output" \( -name 'results_*.json' -o -name 'answers_rank*.jsonl' -o -name scores.json \) -print -quit)"
+  fi
+  if [[ -n $old ]]; then
+    echo "error: OUTPUT_DIR $output holds results of an earlier run ($old); name another folder" >&2
+    return 2
+  fi
   local gpus
   gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
   local dtype="${DTYPE:-$([[ $gpus -gt 0 ]] && echo bfloat16 || echo float32)}"
   local processes="${NUM_PROCESSES:-$((gpus > 1 ? gpus : 1))}"
 
-  local settings="pretrained=$model_dir,dtype=$dtype"
+  local -a settings=(pretrained "$model_dir" dtype "$dtype")
   if [[ $model == coda || $model == diffllm ]]; then
-    settings+=",steps=${STEPS:-768},alg=${ALG:-entropy},temperature=${TEMPERATURE:-0.1},top_p=${TOP_P:-0.9}"
-    settings+=",max_new_tokens=${MAX_NEW_TOKENS:-768}"
+    settings+=(steps= "${STEPS:-768}" alg "${ALG:-entropy}" temperature= "${TEMPERATURE:-0.1}" top_p= "${TOP_P:-0.9}")
+    settings+=(max_new_tokens= "${MAX_NEW_TOKENS:-768}")
   fi
-  local -a launcher=("$python") options=()
+  local model_args
+  model_args="$(json_object "$python" "${settings[@]}")"
+  local -a launcher=("$python") options=() names=()
+  read -r -d '' -a names <<<"$tasks" || true
   if [[ $processes -gt 1 ]]; then
     launcher=("$python" -m torch.distributed.run --standalone --nproc_per_node "$processes")
     if [[ $gpus -eq 0 ]]; then export ACCELERATE_USE_CPU=true; fi
   fi
   if [[ $gpus -eq 0 ]]; then options+=(--device cpu); fi
-  if [[ $prompts == chat ]]; then options+=(--apply_chat_template); fi
+  if [[ $prompts == chat ]]; then
+    options+=(--apply_chat_template)
+  elif [[ ${GAP_LENGTH:-true} == true ]]; then
+    options+=(--metadata '{"gap_length": "true"}')
+  else
+    options+=(--metadata "$(json_object "$python" gap_length= "$GAP_LENGTH")")
+  fi
   if [[ -n ${LIMIT:-} ]]; then options+=(--limit "$LIMIT"); fi
 
   mkdir -p "$output"
-  local task
-  for task in $tasks; do
-    echo "== $task: $settings"
-    "${launcher[@]}" -m coda_eval run --model "$model" --model_args "$settings" --tasks "$task" \
-      --batch_size "${BATCH_SIZE:-32}" --output_path "$output" --log_samples "${options[@]}" "$@" \
-      2>&1 | tee "$output/$task.log"
-  done
-  "$python" -m coda_eval.report "$output" --output "$output/scores.json"
+  echo "== ${names[*]}: $model_args -> $output"
+  local status=0
+  "${launcher[@]}" -m coda_eval run --model "$model" --model_args "$model_args" --tasks "${names[@]}" \
+    --batch_size "${BATCH_SIZE:-32}" --output_path "$output" --log_samples "${options[@]}" "$@" \
+    2>&1 | tee "$output/run.log" || status=$?
+  if [[ -n $(find "$output" -name 'results_*.json' -print -quit) ]]; then
+    "$python" -m coda_eval.report "$output" --output "$output/scores.json" || status=$?
+  fi
+  return "$status"
 }

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from coda_eval.__main__ import TASKS, add_our_tasks
 
 
@@ -52,3 +54,113 @@ def test_the_scripts_say_what_their_python_lacks(repo, tmp_path):
         result = subprocess.run(script, env=environment, capture_output=True, text=True, cwd="/")
         assert result.returncode == 2
         assert f"{tmp_path}/python has no coda_eval; run: bash {repo}/setup_env.sh" in result.stderr
+
+
+RECORDER = """#!/bin/sh
+case "$*" in
+  *torch*device_count*) echo 0 ;;
+  *find_spec*) exit 0 ;;
+  "-m coda_eval run"*) printf '%s\\n' "$@" >"$RECORD/run"
+    for last in "$@"; do [ "$before" = --output_path ] && output=$last; before=$last; done
+    [ -n "$NO_RESULTS" ] || { mkdir -p "$output/m" && echo '{}' >"$output/m/results_1.json"; }
+    exit "${STATUS:-0}" ;;
+  "-m coda_eval.report"*) printf '%s\\n' "$@" >"$RECORD/report" ;;
+  *) exec "$REAL" "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def script(repo, tmp_path):
+    """Function that runs an evaluation script with a Python that notes what it is asked to run."""
+    (tmp_path / "python").write_text(RECORDER)
+    (tmp_path / "python").chmod(0o755)
+
+    def call(name, *arguments, **variables):
+        for noted in ("run", "report"):
+            (tmp_path / noted).unlink(missing_ok=True)
+        environment = {
+            **os.environ,
+            "PYTHON": str(tmp_path / "python"),
+            "REAL": sys.executable,
+            "RECORD": str(tmp_path),
+        }
+        command = ["bash", str(repo / "evaluation" / "lm_eval" / name), *arguments]
+        result = subprocess.run(
+            command, env={**environment, **variables}, capture_output=True, text=True, cwd=tmp_path, timeout=60
+        )
+        noted = tmp_path / "run"
+        return result, noted.read_text().splitlines() if noted.exists() else []
+
+    return call
+
+
+def _value(arguments, flag):
+    return arguments[arguments.index(flag) + 1]
+
+
+@pytest.mark.parametrize("name", ["a,b", "o'neil/model", "run(1/model", "40000", "a=b c", "{x}", "[1]", '"q"', "None"])
+def test_any_folder_name_reaches_the_model(script, name):
+    _, arguments = script("eval_mbpp_humaneval.sh", name)
+    settings = json.loads(_value(arguments, "--model_args"))
+    assert settings == {
+        "pretrained": name,
+        "dtype": "float32",
+        "steps": 768,
+        "alg": "entropy",
+        "temperature": 0.1,
+        "top_p": 0.9,
+        "max_new_tokens": 768,
+    }
+
+
+def test_all_tasks_run_in_one_process_and_the_environment_is_heard(script, tmp_path):
+    variables = {
+        "STEPS": "4",
+        "MAX_NEW_TOKENS": "8",
+        "TOP_P": "x",
+        "BATCH_SIZE": "3",
+        "LIMIT": "2",
+        "DTYPE": "bfloat16",
+    }
+    result, arguments = script("eval_mbpp_humaneval.sh", "m", "--seed", "1", OUTPUT_DIR="out", **variables)
+    assert result.returncode == 0
+    at = arguments.index("--tasks")
+    tasks = [f"coda_{name}_instruct" for name in ("humaneval", "humaneval_plus", "mbpp", "mbpp_plus")]
+    assert arguments[at + 1 : at + 5] == tasks
+    settings = json.loads(_value(arguments, "--model_args"))
+    assert (settings["steps"], settings["max_new_tokens"], settings["top_p"]) == (4, 8, "x")
+    assert settings["dtype"] == "bfloat16"
+    assert [_value(arguments, flag) for flag in ("--batch_size", "--limit", "--seed")] == ["3", "2", "1"]
+    assert "--apply_chat_template" in arguments
+    assert (tmp_path / "out" / "run.log").exists()
+    baseline, arguments = script("eval_mbpp_humaneval.sh", "m", MODEL="hf", TASKS=" a  b ", OUTPUT_DIR="hf")
+    assert json.loads(_value(arguments, "--model_args")) == {"pretrained": "m", "dtype": "float32"}
+    assert arguments[arguments.index("--tasks") + 1 :][:3] == ["a", "b", "--batch_size"]
+
+
+def test_gap_lengths_reach_the_problems(script):
+    for given, expected in (("true", "true"), ("32", 32), ("a'b", "a'b")):
+        _, arguments = script("eval_infilling.sh", "m", GAP_LENGTH=given, OUTPUT_DIR=f"gaps_{given}")
+        assert json.loads(_value(arguments, "--metadata")) == {"gap_length": expected}
+        assert "--apply_chat_template" not in arguments
+
+
+def test_a_failing_task_fails_the_script_after_the_others_are_scored(script, tmp_path):
+    result, _ = script("eval_mbpp_humaneval.sh", "m", STATUS="1", OUTPUT_DIR="out")
+    assert result.returncode == 1
+    assert (tmp_path / "report").read_text().splitlines()[-1] == "out/scores.json"
+    refused, _ = script("eval_mbpp_humaneval.sh", "m", STATUS="1", NO_RESULTS="1", OUTPUT_DIR="other")
+    assert refused.returncode == 1
+    assert not (tmp_path / "report").exists()
+
+
+def test_scripts_take_a_fresh_folder_each_time(script, tmp_path):
+    for _ in range(2):
+        assert script("eval_mbpp_humaneval.sh", "path/to/model")[0].returncode == 0
+    assert len(list((tmp_path / "runs" / "eval" / "model").iterdir())) == 2
+    assert script("eval_infilling.sh", "m", OUTPUT_DIR="out")[0].returncode == 0
+    again, arguments = script("eval_infilling.sh", "m", OUTPUT_DIR="out")
+    assert again.returncode == 2
+    assert "OUTPUT_DIR out holds results of an earlier run (out/m/results_1.json)" in again.stderr
+    assert arguments == []
