@@ -166,8 +166,9 @@ def test_missing_model_folder_is_named(tmp_path):
 
 def test_autoregressive_models_run_the_same_tasks(model_dir, tmp_path, data_dir, tasks):
     core = load(model_dir).tokenizer
+    core.add_tokens(["<fim_prefix>", "<fim_suffix>", "<fim_middle>"], special_tokens=True)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Qwen3Config(vocab_size=304, num_key_value_heads=1, head_dim=16, max_position_embeddings=256, **shape)
+    config = Qwen3Config(vocab_size=len(core), num_key_value_heads=1, head_dim=16, max_position_embeddings=256, **shape)
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "ar")
     core.save_pretrained(tmp_path / "ar")
     gap = {"task_id": "g", "prefix": "x = ", "middle": "1", "suffix": ""}
@@ -176,7 +177,7 @@ def test_autoregressive_models_run_the_same_tasks(model_dir, tmp_path, data_dir,
     (data_dir / "quickstart_problems.jsonl").write_text(json.dumps(problem))
     names = ["quickstart_infill", "quickstart_problems"]
     results = simple_evaluate(
-        "hf",
+        "coda_hf",
         model_args={"pretrained": str(tmp_path / "ar")},
         device="cpu",
         tasks=names,
@@ -208,20 +209,38 @@ def test_likelihood_of_choices_is_the_bound_and_never_claims_greedy(model_dir):
 
 RANKS = """
 import json, os, sys
+from pathlib import Path
 import torch.distributed as dist
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from coda_eval.__main__ import TASKS
+from coda_eval import programs, session
 from coda_eval.harness import CoDAEvalModel
 model = CoDAEvalModel(sys.argv[1], device="cpu", batch_size=2, steps=8, max_new_tokens=8, temperature=0.9, seed=5)
 tasks = TaskManager(include_path=[str(TASKS)], include_defaults=False)
+with session.opened(session.Session(folder=Path(sys.argv[2] + ".answers"))):
+    run_programs, failures = programs.run_programs, []
+    if model.world_size > 1:
+        def broken(*args, **kwargs):
+            if model.rank == 1:
+                raise RuntimeError("no more memory")
+            return run_programs(*args, **kwargs)
+        programs.run_programs = broken
+        model._max_length = 4 if model.rank == 1 else None
+        for task in ("quickstart_infill", "quickstart_problems"):  # a prompt that does not fit, a judge that fails
+            try:
+                simple_evaluate(model, tasks=[task], task_manager=tasks)
+            except session.TaskFailed as error:
+                failures.append(str(error))
+            model._max_length = None
+        programs.run_programs = run_programs
 out = simple_evaluate(model, tasks=["quickstart_infill", "quickstart_problems"], task_manager=tasks)
 if model.rank == 0:
     samples = {
         task: sorted((s["doc"]["task_id"], s["resps"][0][0], len(s["filtered_resps"][0])) for s in rows)
         for task, rows in out["samples"].items()
     }
-    result = {"world": model.world_size, "results": out["results"], "samples": samples}
+    result = {"world": model.world_size, "results": out["results"], "samples": samples, "failures": failures}
     open(sys.argv[2], "w").write(json.dumps(result, default=str))
 if dist.is_initialized():
     dist.destroy_process_group()
@@ -258,3 +277,10 @@ def test_two_ranks_give_the_scores_and_answers_of_one(model_dir, tmp_path):
     assert one["samples"] == two["samples"]
     assert all(count == 1 for rows in two["samples"].values() for _, _, count in rows)
     assert one["results"] == two["results"]
+    # What failed on one rank failed on both, which went on together, and no answer of either was lost.
+    assert len(two["failures"]) == 2
+    assert two["failures"][0].startswith("rank 1: ValueError: task quickstart_infill, document g/")
+    assert two["failures"][1] == "rank 1: RuntimeError: no more memory"
+    kept = [file.read_text().splitlines() for file in sorted((tmp_path / "2.json.answers").iterdir())]
+    problems = [json.loads(line)["task_id"] for lines in kept for line in lines if "quickstart_problems" in line]
+    assert sorted(problems) == ["p/0", "p/1", "p/2"]

@@ -1,0 +1,177 @@
+"""Baselines: prompts are healed at their end, gaps are the model's own control tokens, answers end where they end."""
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from coda_eval.autoregressive import FILL_TOKENS, AutoregressiveModel
+from CoDALanguageModel.prompts import encode
+
+GAP = {"task_id": "g/0", "infill_prefix": "def f(a):\n", "infill_suffix": "\n    return a", "infill_middle": "x"}
+
+
+def build_tokenizer(*control, special=True):
+    from tests.eval.conftest import build_tokenizer as build
+
+    tokenizer = build()
+    tokenizer.add_tokens(list(control), special_tokens=special)
+    return tokenizer
+
+
+def bigram_model(tokenizer, follows):
+    """A model that says after each token the one in ``follows``, and the end token after all others."""
+    size = len(tokenizer)
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    config = Qwen3Config(
+        vocab_size=size,
+        hidden_size=size,
+        intermediate_size=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        **shape,
+    )
+    config.eos_token_id = tokenizer.eos_token_id
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(size))
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[tokenizer.eos_token_id] = 0.1
+        for before, after in follows.items():
+            model.lm_head.weight[after, before] = 1.0
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def request(text="", doc=None, task="t", repeats=1, **kwargs):
+    doc = doc or {"task_id": "p/0"}
+    return Instance(
+        "generate_until", doc, (text, {"until": ["```"], "max_gen_toks": 12, **kwargs}), 0, (task, 0, repeats)
+    )
+
+
+@pytest.fixture(scope="module")
+def newline_model():
+    """A model of indented code: the line break and the indentation are one token, a lone break comes before a fence."""
+    tokenizer = build_tokenizer()
+    colon, newline, fence = (encode(tokenizer, text)[-1] for text in ("f():", "\n", "`"))
+    body = encode(tokenizer, "():\n    return a")[encode(tokenizer, "():\n    return a").index(colon) + 1 :]
+    assert tokenizer.decode(body[0]) != "\n"  # the break does not stand alone before indented code
+    follows = dict(zip([colon, *body[:-1]], body, strict=True)) | {newline: fence, fence: fence}
+    return tokenizer, bigram_model(tokenizer, follows)
+
+
+def test_a_line_break_at_the_end_of_a_prompt_does_not_end_the_answer(newline_model):
+    tokenizer, model = newline_model
+    asked = [request("def f():\n"), request("def g():\n", temperature=0.02, do_sample=True), request("def f():\n\n\n")]
+    plain = HFLM(model, tokenizer=tokenizer, batch_size=2).generate_until(asked[:1], True)
+    assert plain == [""]
+    healed = AutoregressiveModel(model, tokenizer=tokenizer, batch_size=2).generate_until(asked, True)
+    assert healed[:2] == ["    return a"] * 2
+
+
+def test_a_healed_prompt_is_the_prompt_without_its_last_tokens(newline_model):
+    tokenizer, model = newline_model
+    baseline = AutoregressiveModel(model, tokenizer=tokenizer)
+    for text in ("def f():\n", "def f():\n\n  \n", "x = 1 ", "\n", " \n ", "<|im_start|>assistant\n```python\n"):
+        ids, tail = baseline._healed(text)
+        assert ids + encode(tokenizer, tail) if tail else ids
+        assert text.endswith(tail)
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) + tail == text
+        if text.strip():
+            assert tail
+            assert not text[: len(text) - len(tail)][-1].isspace()
+
+
+def test_prompts_that_need_no_healing_are_lm_evals_own(newline_model):
+    tokenizer, model = newline_model
+    asked = [request("def f():"), request("x"), request("def f():\n    return")]
+    plain = HFLM(model, tokenizer=tokenizer, batch_size=2).generate_until(asked, True)
+    own = AutoregressiveModel(model, tokenizer=tokenizer, batch_size=2)
+    assert own.generate_until(asked, True) == plain
+    chat = own.apply_chat_template([{"role": "user", "content": "a"}])
+    assert chat.endswith("assistant\n")
+    assert own._prompt(0, request(chat), 0) is None
+    assert own._prompt(0, request(chat + "```python\n"), 0).tail == "\n"
+
+
+def test_a_stop_string_counts_from_the_start_of_the_answer(newline_model):
+    tokenizer, model = newline_model
+    own = AutoregressiveModel(model, tokenizer=tokenizer)
+    assert own.generate_until([request("def f():\n", until=["\n"])], True) == ["    return a"]
+    assert own.generate_until([request("def f():\n", until=["turn"])], True) == ["    re"]
+
+
+@pytest.mark.parametrize("tokens", FILL_TOKENS, ids=lambda tokens: tokens.prefix.encode("ascii", "replace").decode())
+@pytest.mark.parametrize("special", [True, False])
+def test_gaps_are_control_tokens_prefix_and_suffix_and_end_at_a_control_token(tokens, special):
+    tokenizer = build_tokenizer(*tokens[:3], "<|file_sep|>", special=special)
+    start, end, middle, file = tokenizer.convert_tokens_to_ids([*tokens[:3], "<|file_sep|>"])
+    one, two = (encode(tokenizer, text)[-1] for text in "12")
+    model = bigram_model(tokenizer, {middle: one, one: two, two: file, file: one})
+    baseline = AutoregressiveModel(model, tokenizer=tokenizer)
+    ids = baseline._gap_ids(GAP)
+    prefix, suffix = encode(tokenizer, tokens.lead + GAP["infill_prefix"]), encode(tokenizer, GAP["infill_suffix"])
+    assert ids == [start, *prefix, end, *suffix, middle]
+    (answer,) = baseline.generate_until([request("the prefix alone", doc=GAP)], True)
+    assert answer == "12"
+    assert answer.new_tokens == 2
+
+
+def test_what_looks_like_a_control_token_in_a_gap_stays_text():
+    tokenizer = build_tokenizer(*FILL_TOKENS[0][:3])
+    baseline = AutoregressiveModel(bigram_model(tokenizer, {}), tokenizer=tokenizer)
+    gap = {**GAP, "infill_prefix": "x = '<|fim_middle|>", "infill_suffix": "<|fim_suffix|>'<|im_end|>"}
+    ids = baseline._gap_ids(gap)
+    controls = [token for token in ids if token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder]
+    assert controls == tokenizer.convert_tokens_to_ids(list(FILL_TOKENS[0][:3]))
+
+
+def test_a_model_without_fill_tokens_is_refused_before_it_generates(newline_model, monkeypatch):
+    tokenizer, model = newline_model
+    monkeypatch.setattr(type(model), "generate", lambda *args, **kwargs: pytest.fail("generated"))
+    baseline = AutoregressiveModel(model, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"has no fill-in-the-middle tokens \(known: <\|fim_prefix\|>, <fim_prefix>"):
+        baseline.generate_until([request("x"), request("y\n"), request("p", doc=GAP)], True)
+
+
+def test_tokens_that_the_model_has_no_rows_for_are_no_fill_tokens():
+    tokenizer = build_tokenizer()
+    model = bigram_model(tokenizer, {})
+    tokenizer.add_tokens(list(FILL_TOKENS[0][:3]), special_tokens=True)
+    with pytest.raises(ValueError, match="has no fill-in-the-middle tokens"):
+        AutoregressiveModel(model, tokenizer=tokenizer)._gap_ids(GAP)
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_that_names_the_document(newline_model):
+    tokenizer, model = newline_model
+    with pytest.raises(ValueError, match="task t, document p/0: .* exceed the context of 512 tokens"):
+        AutoregressiveModel(model, tokenizer=tokenizer).generate_until([request("z" * 600 + "\n")], True)
+
+
+def test_requests_that_only_even_out_ranks_are_marked_and_order_is_kept(newline_model):
+    tokenizer, model = newline_model
+    last = request("def f():\n")
+    answers = AutoregressiveModel(model, tokenizer=tokenizer).generate_until([request("x"), last, last], True)
+    assert [answer.surplus for answer in answers] == [False, False, True]
+    assert answers[1:] == ["    return a"] * 2
+
+
+def test_use_cache_of_lm_eval_is_refused_for_every_model_of_ours(newline_model, model_dir, tmp_path):
+    from lm_eval.api.model import CachingLM
+
+    from coda_eval.harness import CoDAEvalModel
+
+    tokenizer, model = newline_model
+    for hosted in (AutoregressiveModel(model, tokenizer=tokenizer), CoDAEvalModel(model_dir, device="cpu")):
+        with pytest.raises(ValueError, match="use_cache is refused: .*number of steps would get the old answers"):
+            CachingLM(hosted, str(tmp_path / "cache.db"))
+
+
+@pytest.mark.parametrize("wrong", [40000, 1.5, None, True, ("a", "b"), {"a"}])
+def test_a_path_that_was_read_as_a_python_value_is_an_error(wrong):
+    with pytest.raises(ValueError, match="pretrained must be a folder or a Hub name, got .* give such a name as JSON"):
+        AutoregressiveModel(wrong)
