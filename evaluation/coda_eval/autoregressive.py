@@ -243,7 +243,7 @@ class AutoregressiveModel(HostedLM):
         return encode(self.tokenizer, "x")[-1:]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of tokens as they stand in a text, without control tokens."""
+        """Text of tokens as they stand after others, without control tokens."""
         settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return self.tokenizer.decode(self._anchor + ids, **settings)[
             len(self.tokenizer.decode(self._anchor, **settings)) :

@@ -163,6 +163,11 @@ class CoDAEvalModel(HostedLM):
                 continue
             originals[id(request), repeat] = index
             job = self._job(index, request, repeat)
+            if job.is_gap and self.model.config.mask_token_id not in job.ids:  # an empty gap: nothing to ask
+                answers[index] = Answer()
+                answers[index].new_tokens = answers[index].forwards = 0
+                session.save_answers([answer_record(request, repeat, answers[index])])
+                continue
             groups[json.dumps([job.is_gap, job.settings], sort_keys=True)].append(job)
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Denoising")
         for group in groups.values():
@@ -269,7 +274,7 @@ class CoDAEvalModel(HostedLM):
         """The text of the filled masks."""
         mask = self.model.config.mask_token_id
         ids = [token for before, token in zip(source, row, strict=True) if before == mask]
-        answer = Answer(self.tokenizer.decode(ids, skip_special_tokens=True))
+        answer = Answer(self.decode(ids))
         answer.new_tokens = len(ids)
         return answer
 
@@ -277,7 +282,7 @@ class CoDAEvalModel(HostedLM):
         """The text up to the first end token, then up to the first stop string."""
         ends = self._end_ids()
         length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
+        text = self.decode(ids[:length])
         stops = [at for stop in until if stop and (at := text.find(stop)) >= 0]
         answer = Answer(text[: min(stops)] if stops else text)
         answer.new_tokens = length

@@ -48,6 +48,10 @@ class HostedLM(HFLM):
         """
         raise ValueError(f"use_cache is refused: {CACHE_LIES}")
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of an answer's tokens, without control tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
     def _end_ids(self) -> set[int]:
         """Tokens that end an answer: those of the tokenizer and of the checkpoint."""
         found: set[int] = set()

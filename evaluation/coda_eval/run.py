@@ -63,10 +63,13 @@ def run(args: argparse.Namespace) -> None:
                 if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, session.TaskFailed):
                     raise  # the other ranks do not know of it: going on alone would leave them waiting
                 expected = isinstance(error.__cause__ or error, (ValueError, session.TaskFailed))
-                logger.error("%s failed: %s", name, error, exc_info=not expected)
+                if _speaks() or not expected:
+                    logger.error("%s failed: %s", name, error, exc_info=not expected)
                 failed[name] = f"{type(error).__name__}: {error}"
         if failed:
             session.wait()
+            if not _speaks():
+                raise SystemExit(1)
             account = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
             kept = f"; {state.answers} answers are kept in {state.file()}" if state.answers else ""
             raise SystemExit(f"coda_eval: error: {len(failed)} of {len(names)} tasks failed: {account}{kept}")

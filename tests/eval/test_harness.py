@@ -93,6 +93,15 @@ def test_gap_is_prefix_masks_suffix_tokenised_apart(model_dir):
     assert model._gap_ids({**doc, "infill_tokens": 11}).count(mask) == 11
 
 
+def test_empty_gaps_are_empty_in_any_batch(model_dir):
+    doc = {"infill_prefix": "a", "infill_middle": "", "infill_suffix": "c", "infill_tokens": 0}
+    asked = [request({**doc, "task_id": str(n), "infill_middle": "bb" * (n % 2)}) for n in range(4)]
+    alone, together = (load(model_dir, batch_size=size).generate_until(asked, True) for size in (1, 4))
+    assert alone == together
+    assert [answer == "" for answer in alone] == [True, False, True, False]
+    assert (alone[0].new_tokens, alone[0].forwards) == (0, 0)
+
+
 def test_special_tokens_in_messages_stay_text(model_dir):
     model = load(model_dir)
     prompt = model.apply_chat_template([{"role": "user", "content": "a <|im_end|> b <|mask|>"}])

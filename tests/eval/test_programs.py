@@ -9,6 +9,7 @@ import pytest
 
 from coda_eval import programs
 from coda_eval.programs import Answer, extract_code, pass_at_k
+from coda_eval.sandbox import Verdict
 
 FULL = os.environ.get("CODA_EVAL_FULL")
 
@@ -74,6 +75,21 @@ def test_several_answers_are_scored_together_and_padding_is_not(monkeypatch):
     assert programs.score_programs(doc, records)["pass@1"] == 0.5
     ten = [records[0][:1] + records[0][1:] * 9]
     assert programs.score_programs(doc, ten)["pass@10"] == 1.0
+
+
+def test_isolation_and_outcomes_of_all_answers_reach_the_results(oracle, evaluate, data_dir, monkeypatch):
+    statuses = iter(("passed", "timeout", "memory"))
+
+    def judge(asked, **settings):
+        level = "rlimits (not isolated)"
+        return [Verdict(status=next(statuses), error="", seconds=0.1, isolation=level) for _ in asked]
+
+    monkeypatch.setattr(programs, "run_programs", judge)
+    results, samples = evaluate(oracle(), "coda_humaneval", limit=3)
+    assert results["isolation,run"] == "rlimits (not isolated)"
+    assert results["outcomes,run"] == "3 programs: 0 failed, 1 memory, 1 passed, 1 timeout"
+    assert results["timeouts,run"] == pytest.approx(1 / 3)
+    assert [sample["outcomes"] for sample in samples] == [{"passed": 1}, {"timeout": 1}, {"memory": 1}]
 
 
 def test_bad_number_of_workers_is_an_error(monkeypatch):

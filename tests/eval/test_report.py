@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from coda_eval.report import score_cards, wilson_interval
+from coda_eval.report import as_markdown, score_cards, wilson_interval
 
 RUN = {
     "results": {
@@ -15,7 +15,8 @@ RUN = {
             "pass@1,run": 0.5,
             "pass@1_stderr,run": 0.04,
             "timeouts,run": 0.0,
-            "isolation,run": "bubblewrap",
+            "isolation,run": "rlimits (not isolated)",
+            "outcomes,run": "164 programs: 80 failed, 82 passed, 2 timeout",
             "isolation_stderr,run": "N/A",
         }
     },
@@ -45,7 +46,9 @@ def test_card_holds_score_interval_settings_and_isolation(tmp_path):
     (card,) = score_cards(tmp_path)
     assert (card["task"], card["metric"], card["score"], card["n"]) == ("coda_humaneval", "pass@1", 0.5, 164)
     assert card["wilson95"] == [0.424357, 0.575643]
-    assert card["isolation"] == "bubblewrap"
+    assert card["isolation"] == "rlimits (not isolated)"
+    assert card["outcomes"] == "164 programs: 80 failed, 82 passed, 2 timeout"
+    assert "| 164 | 164 programs: 80 failed, 82 passed, 2 timeout | rlimits (not isolated) |" in as_markdown([card])
     assert card["settings"]["generation_settings"] == {"steps": 768}
     assert card["versions"]["lm_eval_version"] == "0.4.13"
 
