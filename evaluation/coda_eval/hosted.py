@@ -29,11 +29,16 @@ class HostedLM(HFLM):
                 'Python values; give such a name as JSON: --model_args \'{"pretrained": "NAME"}\''
             )
         super().__init__(pretrained=pretrained, **kwargs)
+        if kwargs.get("tp_plan") is not None:
+            return  # the ranks hold one model together and do the same work
         accelerator = getattr(self, "accelerator", None)
-        if accelerator is not None and accelerator.num_processes > 1:  # HFLM sets these for GPUs only
+        if (
+            accelerator is not None and accelerator.num_processes > 1
+        ):  # HFLM sets these for the GPUs of one machine only
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
             self._device = accelerator.device
-            self.model.to(self._device)
+            if self.model.device != self._device:
+                self.model.to(self._device)
         if self.world_size != int(os.environ.get("WORLD_SIZE", "1")) and isinstance(pretrained, str):
             raise ValueError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {self.world_size} process(es), so that "

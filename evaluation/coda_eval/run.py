@@ -24,7 +24,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.loggers import EvaluationTracker, TrackioLogger, WandbLogger
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import handle_non_serializable, make_table
+from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
 from coda_eval import session
 from coda_eval.hosted import CACHE_LIES, HostedLM, answer_record
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 AUTOREGRESSIVE = {"hf": "coda_hf", "hf-auto": "coda_hf", "huggingface": "coda_hf"}
 """lm-eval's names of Hugging Face models, and the model of ours that runs them."""
+
+NO_SEEDS = (None, None, None, None)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
     output = claim_folder(config.output_path)
     manager, names = check_tasks(config)
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
+    if config.seed:
+        set_torch_seed(config.seed[2])  # rows that a tokenizer adds to the embeddings are drawn
     model = get_model(config.model).create_from_arg_obj(config.model_args, sizes)
     keep_answers(model)
     failed: dict[str, str] = {}
@@ -181,13 +185,13 @@ def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM
     Raises:
         OSError: lm-eval could not write the results.
     """
-    settings = {**config.hf_hub_log_args, "token": os.environ.get("HF_TOKEN", "")}
-    if config.output_path:
-        settings["output_path"] = config.output_path
+    settings = dict(config.hf_hub_log_args)
+    settings |= {"output_path": config.output_path} if config.output_path else {}
+    settings |= {"token": os.environ["HF_TOKEN"]} if os.environ.get("HF_TOKEN") else {}
     tracker = EvaluationTracker(**settings)
     loggers: list[Any] = [WandbLogger(config.wandb_args, config.wandb_config_args)] if config.wandb_args else []
     loggers += [TrackioLogger(config.trackio_args)] if config.trackio_args else []
-    seeds = config.seed or [None] * 4
+    seeds = config.seed or NO_SEEDS
     results = simple_evaluate(
         model=model,
         model_args=config.model_args,

@@ -8,7 +8,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from coda_eval import programs
-from coda_eval.__main__ import main
+from coda_eval.__main__ import TASKS, main
 
 ROW = {
     "task_id": "q/0",
@@ -59,7 +59,8 @@ def evaluation(monkeypatch, data_dir, tmp_path_factory):
     output = tmp_path_factory.mktemp("output")
 
     def call(*arguments, model="counting_stub", tasks="quickstart_problems", output=str(output)):
-        command = ["coda_eval", "run", "--model", model, "--tasks", *tasks.split(), "--output_path", output]
+        command = ["coda_eval", "run", "--model", model, "--tasks", *tasks.split()]
+        command += ["--output_path", output] if output else []
         monkeypatch.setattr(sys, "argv", [*command, *map(str, arguments)])
         try:
             main()
@@ -185,6 +186,39 @@ def test_a_failure_to_judge_loses_no_answer(evaluation, stub, data_dir, monkeypa
         ("coda_humaneval", "HumanEval/1"),
     ]
     assert answers[0]["answer"] == ROW["canonical_solution"]
+
+
+def test_without_a_folder_for_results_a_failure_names_where_the_answers_are(
+    evaluation, stub, data_dir, tmp_path, monkeypatch
+):
+    write_rows(data_dir, ROW)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    assert evaluation(output="") == ""
+    assert list(scratch.iterdir()) == []
+    monkeypatch.setattr(stub, "fails_on", "quickstart_problems")
+    assert "1 of 1 tasks failed" in evaluation(output="")
+    assert list(scratch.iterdir()) == []
+    monkeypatch.setattr(stub, "fails_on", "")
+    monkeypatch.setattr(programs, "run_programs", lambda *args, **kwargs: 1 // 0)
+    said = evaluation(output="")
+    (folder,) = scratch.iterdir()
+    assert f"1 answers are kept in {folder}/answers_rank0.jsonl" in said
+    assert json.loads((folder / "answers_rank0.jsonl").read_text())["answer"] == ROW["canonical_solution"]
+
+
+def test_groups_files_and_patterns_of_tasks_run_each_by_itself(evaluation, stub, data_dir, tmp_path):
+    write_rows(data_dir, ROW)
+    (tmp_path / "own.yaml").write_text(f"include: {TASKS / 'quickstart_problems.yaml'}\ntask: own_problems\n")
+    results = tmp_path / "named.json"
+    said = evaluation(tasks=f"{tmp_path / 'own.yaml'} quickstart_prob*", output=str(results))
+    assert said == ""
+    found = [json.loads(path.read_text())["results"] for path in sorted(tmp_path.glob("named_*.json"))]
+    assert [list(result) for result in found] == [["own_problems"], ["quickstart_problems"]]
+    assert stub.built == 1
+    assert "holds results of an earlier run" in evaluation(output=str(results))
+    assert stub.built == 1
 
 
 def test_a_second_run_never_mixes_with_the_first(evaluation, stub, data_dir):
