@@ -11,7 +11,6 @@ import gzip
 import importlib.util
 import json
 import keyword
-import math
 import os
 import reprlib
 import warnings
@@ -124,7 +123,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_limit(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 < value <= MAX_TIMEOUT_S
+    return type(value) in (int, float) and 0 < value <= MAX_TIMEOUT_S
 
 
 @lru_cache(maxsize=1024)

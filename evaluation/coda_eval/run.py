@@ -149,7 +149,7 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
     for name in names:
         try:
             loaded = manager.load([name])["tasks"].values()
-        except ValueError as error:
+        except (ValueError, OSError, ImportError) as error:  # its files, its data set on the Hub, or what it needs
             reasons[name] = str(error)
             continue
         if not fills_gaps and any(map(_has_gaps, loaded)):
@@ -247,11 +247,20 @@ def _write(
     tracker.save_results_aggregated(results=results, samples=samples if config.log_samples else None)
     if config.output_path and results_in(Path(config.output_path)) == before:
         raise OSError(f"lm-eval could not write the results to {config.output_path!r}; its log says why")
-    if config.log_samples:
-        for task in results["configs"]:
-            tracker.save_results_samples(task_name=task, samples=samples[task])
+    for task in results["configs"] if config.log_samples else ():
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+        if config.output_path and _count_samples(Path(config.output_path), f"{task}_{tracker.date_id}") != len(
+            samples[task]
+        ):
+            raise OSError(f"lm-eval could not write all samples of {task} to {config.output_path!r}; its log says why")
     if tracker.push_results_to_hub or tracker.push_samples_to_hub:
         tracker.recreate_metadata_card()
+
+
+def _count_samples(output: Path, name: str) -> int:
+    """Lines of the samples files of a task and date."""
+    folder = output.parent if output.suffix == ".json" else output
+    return sum(path.read_bytes().count(b"\n") for path in folder.rglob(f"samples_{glob.escape(name)}.jsonl"))
 
 
 def _speaks() -> bool:

@@ -73,6 +73,15 @@ def test_a_line_break_at_the_end_of_a_prompt_does_not_end_the_answer(newline_mod
     assert healed[:2] == ["    return a"] * 2
 
 
+def test_the_model_is_held_to_the_text_that_the_prompt_gave_up():
+    tokenizer = build_tokenizer()
+    newline, space, letter = (encode(tokenizer, text)[-1] for text in ("\n", " ", "y"))
+    model = bigram_model(tokenizer, {newline: space, space: letter})  # after a letter it would end its answer
+    own = AutoregressiveModel(model, tokenizer=tokenizer, batch_size=4)
+    asked = [request("a\n"), request("b\n "), request("c \n\n"), request("d ")]
+    assert own.generate_until(asked, True) == [" y", "y", " y", "y"]
+
+
 def test_a_healed_prompt_is_the_prompt_without_its_last_tokens(newline_model):
     tokenizer, model = newline_model
     baseline = AutoregressiveModel(model, tokenizer=tokenizer)

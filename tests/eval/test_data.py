@@ -120,7 +120,7 @@ LATE = {
     "test_list": [None, [], "assert True", [1], ["assert ("], ["assert '\udfff'"]],
     "test_imports": ["import math", [1]],
     "test_setup_code": [3, "import ("],
-    "timeout_s": [None, "30", 0, -1, True, float("inf"), float("nan"), 1e9],
+    "timeout_s": [None, "30", 0, -1, True, float("inf"), float("nan"), 1e9, 10**400],
     "suffix": [None, 1, "\udc00"],
     "entry_point": [None, "", "f()", "lambda", 1],
     "task_id": [None, "", True, 1.5, ["a"], "\ud800", 1 << 63],

@@ -1,11 +1,14 @@
 """What can be known is checked before the model loads; a task that fails stops no other; no two runs share a folder."""
 
+import functools
 import json
 import sys
 
 import pytest
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
 
 from coda_eval import programs
 from coda_eval.__main__ import TASKS, main
@@ -208,8 +211,10 @@ def test_without_a_folder_for_results_a_failure_names_where_the_answers_are(
     assert json.loads((folder / "answers_rank0.jsonl").read_text())["answer"] == ROW["canonical_solution"]
 
 
-def test_groups_files_and_patterns_of_tasks_run_each_by_itself(evaluation, stub, data_dir, tmp_path):
+def test_files_and_patterns_of_tasks_run_each_by_itself(evaluation, stub, data_dir, tmp_path, monkeypatch):
     write_rows(data_dir, ROW)
+    # lm-eval's own thousands of files take seconds to index
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
     (tmp_path / "own.yaml").write_text(f"include: {TASKS / 'quickstart_problems.yaml'}\ntask: own_problems\n")
     results = tmp_path / "named.json"
     said = evaluation(tasks=f"{tmp_path / 'own.yaml'} quickstart_prob*", output=str(results))
@@ -242,12 +247,17 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(e
     assert stub.built == 0
 
 
-def test_results_that_lm_eval_could_not_write_fail_the_task(evaluation, stub, data_dir, monkeypatch):
-    from lm_eval.loggers import EvaluationTracker
-
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("save_results_aggregated", "OSError: lm-eval could not write the results to"),
+        ("save_results_samples", "OSError: lm-eval could not write all samples of quickstart_problems to"),
+    ],
+)
+def test_results_that_lm_eval_could_not_write_fail_the_task(evaluation, stub, data_dir, monkeypatch, method, message):
     write_rows(data_dir, ROW)
-    monkeypatch.setattr(EvaluationTracker, "save_results_aggregated", lambda *args, **kwargs: None)
-    assert "quickstart_problems (OSError: lm-eval could not write the results to" in evaluation()
+    monkeypatch.setattr(EvaluationTracker, method, lambda *args, **kwargs: None)
+    assert message in evaluation("--log_samples")
 
 
 def test_the_diffusion_model_writes_its_answers_as_it_makes_them(evaluation, model_dir, data_dir, monkeypatch):
