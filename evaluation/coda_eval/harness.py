@@ -93,7 +93,7 @@ class CoDAEvalModel(HostedLM):
             raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
         if str(kwargs.get("batch_size", 1)).startswith("auto"):
             raise ValueError("batch_size must be a number for this model, got 'auto'; set --batch_size N")
-        if isinstance(pretrained, str) and pretrained.count("/") != 1 and not os.path.isdir(pretrained):
+        if isinstance(pretrained, str) and "/" not in pretrained and not os.path.isdir(pretrained):
             raise ValueError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
         self.fixed_settings = {name: kwargs.pop(name) for name in sorted(GENERATION_SETTINGS & kwargs.keys())}
         self.mc_num, self.seed = mc_num, seed

@@ -1,6 +1,7 @@
 """What our models have in common as guests of lm-eval: ranks, answers that are kept, no cache that lies."""
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ CACHE_LIES = (
     "get the old answers, and the samples of one problem would become one"
 )
 """Why ``use_cache`` is refused."""
+
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
 class HostedLM(HFLM):
@@ -28,6 +31,8 @@ class HostedLM(HFLM):
                 f"pretrained must be a folder or a Hub name, got {pretrained!r}: key=value arguments are read as "
                 'Python values; give such a name as JSON: --model_args \'{"pretrained": "NAME"}\''
             )
+        if isinstance(pretrained, str) and not os.path.isdir(pretrained) and not _HUB_NAME.fullmatch(pretrained):
+            raise ValueError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
         super().__init__(pretrained=pretrained, **kwargs)
         if kwargs.get("tp_plan") is not None:
             return  # the ranks hold one model together and do the same work

@@ -184,3 +184,9 @@ def test_use_cache_of_lm_eval_is_refused_for_every_model_of_ours(newline_model, 
 def test_a_path_that_was_read_as_a_python_value_is_an_error(wrong):
     with pytest.raises(ValueError, match="pretrained must be a folder or a Hub name, got .* give such a name as JSON"):
         AutoregressiveModel(wrong)
+
+
+@pytest.mark.parametrize("missing", ["/nowhere", "./a/b", "a/b/c", "~/model", "a,b", "[x"])
+def test_a_missing_folder_is_named_before_anything_is_looked_up(missing):
+    with pytest.raises(ValueError, match=r"no model folder at .* \(a Hub name has the form owner/name\)"):
+        AutoregressiveModel(missing)
