@@ -82,15 +82,17 @@ class AutoregressiveModel(HostedLM):
 
     def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         repeats: dict[int, int] = {}
-        prompts, plain = [], []
+        prompts, plain, surplus = [], [], set()
         for index, request in enumerate(requests):
             repeats[id(request)] = repeat = repeats.get(id(request), -1) + 1
+            if repeat >= (request.repeats or 1):  # lm-eval evens out ranks by repeating the last request
+                surplus.add(index)
             prompt = self._prompt(index, request, repeat)
             if prompt is None:
                 plain.append((index, repeat))
             else:
                 prompts.append(prompt)
-        answers: list[str] = [""] * len(requests)
+        answers = [Answer()] * len(requests)
         if plain:
             made = super().generate_until([requests[index] for index, _ in plain], disable_tqdm)
             for (index, _), text in zip(plain, made, strict=True):
@@ -103,10 +105,8 @@ class AutoregressiveModel(HostedLM):
             session.save_answers([answer_record(requests[p.index], p.repeat, answers[p.index]) for p in batch])
             progress.update(len(batch))
         progress.close()
-        for index, request in enumerate(requests):  # lm-eval evens out ranks by repeating the last request
-            if repeats[id(request)] >= (request.repeats or 1):
-                seen = sum(other is request for other in requests[:index])
-                answers[index].surplus = seen >= (request.repeats or 1)
+        for index, answer in enumerate(answers):
+            answer.surplus = index in surplus
         return answers
 
     # Prompts

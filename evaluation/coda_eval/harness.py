@@ -175,15 +175,9 @@ class CoDAEvalModel(HostedLM):
             size = int(self.batch_size)
             for start in range(0, len(group), size):
                 batch = group[start : start + size]
-                made = self._answer(batch)
-                for job, answer in zip(batch, made, strict=True):
+                for job, answer in zip(batch, self._answer(batch), strict=True):
                     answers[job.index] = answer
-                session.save_answers(
-                    [
-                        answer_record(requests[job.index], job.repeat, answer)
-                        for job, answer in zip(batch, made, strict=True)
-                    ]
-                )
+                session.save_answers([answer_record(requests[j.index], j.repeat, answers[j.index]) for j in batch])
                 progress.update(len(batch))
         progress.close()
         for index, original in copies:

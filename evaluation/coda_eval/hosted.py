@@ -63,9 +63,9 @@ class HostedLM(HFLM):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _end_ids(self) -> set[int]:
-        """Tokens that end an answer: those of the tokenizer and of the checkpoint."""
-        found: set[int] = set()
-        for source in (self.tokenizer, self.model.generation_config):
+        """Ids that end an answer: end tokens of model and settings, and the pad that stands behind them."""
+        found = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.model.config.pad_token_id}
+        for source in (self.model.config, self.model.generation_config):
             ids = source.eos_token_id
             found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
         return found - {None}

@@ -56,7 +56,10 @@ def run(args: argparse.Namespace) -> None:
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
     if config.seed:
         set_torch_seed(config.seed[2])  # rows that a tokenizer adds to the embeddings are drawn
-    model = get_model(config.model).create_from_arg_obj(config.model_args, sizes)
+    try:
+        model = get_model(config.model).create_from_arg_obj(config.model_args, sizes)
+    except OSError as error:  # a name that is neither a folder nor on the Hub, or a broken file
+        raise ValueError(f"the model could not be loaded: {error}") from error
     keep_answers(model)
     failed: dict[str, str] = {}
     with _answers_folder(output) as folder, session.opened(session.Session(folder=folder)) as state:

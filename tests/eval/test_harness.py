@@ -79,6 +79,8 @@ def test_answer_ends_at_its_first_end_token_and_its_own_stop_string(model_dir):
     ids = [*model.encode_text("one\ntwo three"), model.tokenizer.eos_token_id, *model.encode_text("hidden")]
     assert model._text_answer(ids, []) == "one\ntwo three"
     assert model._text_answer(ids, ["three", "\n"]) == "one"
+    padded = [*model.encode_text("one"), model.tokenizer.pad_token_id, *model.encode_text("hidden")]
+    assert model._text_answer(padded, []) == "one"
     assert model._text_answer(ids, []).new_tokens == len(ids) - 1 - len(model.encode_text("hidden"))
 
 
