@@ -29,6 +29,7 @@ from .configuration_coda import CoDAConfig
 from .diffusion import IGNORE_INDEX, chunked_cross_entropy
 from .generation_coda import DiffusionGenerationMixin
 from .generation_config_coda import DiffusionGenerationConfig
+from .weight_files import check_weights
 
 # transformers copies the files that this one imports into a saved folder, so every file of the model is named here.
 from .cache import CanvasCache as CanvasCache  # isort: skip
@@ -396,12 +397,15 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
         embedding. Missing, unexpected or misshapen weights are errors.
 
         Raises:
-            ValueError: the folder does not exist, or the weights do not fit the configuration.
+            ValueError: the folder does not exist, its files are broken (see `weight_files.check_weights`), or the
+                weights do not fit the configuration.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         path = str(pretrained_model_name_or_path)
         if not HUB_ID.fullmatch(path) and not Path(path).is_dir():
             raise ValueError(f"no model folder at {path!r}")
+        if Path(path).is_dir() and kwargs.get("state_dict") is None:
+            check_weights(Path(path, kwargs.get("subfolder") or ""), kwargs.get("gguf_file"))
         # Not CoDAConfig: transformers may import a folder's configuration apart from its model, as another class.
         if not isinstance(kwargs.get("config"), PreTrainedConfig):
             source = kwargs.pop("config", None) or path
