@@ -27,7 +27,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from coda_eval import session
 from coda_eval.hosted import HostedLM, answer_record, on_device, place
 from coda_eval.programs import Answer
-from CoDALanguageModel.prompts import encode
+from CoDALanguageModel.prompts import Codec
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,9 @@ them, prefix first."""
 
 FILL_ENDS = ("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|file_separator|>", "<file_sep>", "\u2581<EOT>")
 """Tokens besides the end of text after which such models go on with something else."""
+
+
+_MARK = "\u263a"  # Code Llama's own choice for this
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,8 @@ class AutoregressiveModel(HostedLM):
         """Control token, prefix, control token, suffix, control token; the pieces are text, whatever they look like."""
         tokens = self._fill_tokens
         start, end, middle = self.tokenizer.convert_tokens_to_ids(list(tokens[:3]))
-        prefix = encode(self.tokenizer, tokens.lead + document["infill_prefix"])
-        suffix = encode(self.tokenizer, document["infill_suffix"])
+        prefix = self.encode_piece(tokens.lead + document["infill_prefix"])
+        suffix = self.encode_piece(document["infill_suffix"])
         return [*self.tok_encode(""), start, *prefix, end, *suffix, middle]
 
     # Generation
@@ -238,9 +241,37 @@ class AutoregressiveModel(HostedLM):
     # Text of tokens
 
     @cached_property
+    def _codec(self) -> Codec | None:
+        """The house's codec, or None for a tokenizer whose pieces do not join, as those of SentencePiece's kind."""
+        try:
+            return Codec(self.tokenizer)
+        except ValueError as error:
+            logger.info("pieces of text are encoded after a mark: %s", error)
+            return None
+
+    @cached_property
     def _anchor(self) -> list[int]:
-        """A token that others are decoded after, since some decoders drop a space at the start of a text."""
-        return encode(self.tokenizer, "x")[-1:]
+        """A mark that pieces are encoded and decoded after, since some tokenizers add or drop a space at the start."""
+        return self._as_text(_MARK)
+
+    def _as_text(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def encode_piece(self, text: str) -> list[int]:
+        """Ids of text as it stands after other text; what looks like a control token is text.
+
+        Raises:
+            ValueError: the tokenizer does not give the text back.
+        """
+        if self._codec is not None:
+            return self._codec.encode_text(text)
+        marked = self._as_text(_MARK + text)
+        ids = marked[len(self._anchor) :]
+        if marked[: len(self._anchor)] != self._anchor or self.decode(ids) != text:
+            raise ValueError(
+                f"{self.tokenizer.name_or_path!r}: the tokenizer does not give a piece of text back as it was"
+            )
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of tokens as they stand after others, without control tokens."""

@@ -27,7 +27,7 @@ from coda_eval.hosted import HostedLM, answer_record, on_device, place
 from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
 from CoDALanguageModel import CoDALanguageModel
-from CoDALanguageModel.prompts import encode
+from CoDALanguageModel.prompts import Codec
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ class CoDAEvalModel(HostedLM):
             the task file, which wins over the checkpoint's ``generation_config.json``; and ``HFLM``'s arguments.
 
     Raises:
-        ValueError: an unknown setting, with the nearest known one, or a value that cannot hold.
+        ValueError: an unknown setting, with the nearest known one, a value that cannot hold, or a tokenizer that does
+            not give pieces of text back as they were.
     """
 
     AUTO_MODEL_CLASS = CoDALanguageModel
@@ -101,6 +102,7 @@ class CoDAEvalModel(HostedLM):
         if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "diffusion_generate"):
             raise ValueError(f"{pretrained!r} is not a CoDA model; run autoregressive models with --model hf")
         self.model.generation_config.merged(self.fixed_settings)  # refuses bad values before any work is done
+        self.codec = Codec(self.tokenizer)  # refuses tokenizers whose pieces do not join to the text
         special = set(self.tokenizer.all_special_tokens) | set(self.tokenizer.get_added_vocab())
         self._special_texts = sorted(special, key=len, reverse=True)
         self._chat = False
@@ -124,8 +126,8 @@ class CoDAEvalModel(HostedLM):
         return text
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of plain text: what looks like a special token is text, and none is added."""
-        return encode(self.tokenizer, text)
+        """Token ids of plain text: what looks like a control token is text, and none is added."""
+        return self.codec.encode_text(text)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a prompt: the chat template's special tokens count, those inside the messages do not."""
@@ -268,7 +270,7 @@ class CoDAEvalModel(HostedLM):
         """The text of the filled masks."""
         mask = self.model.config.mask_token_id
         ids = [token for before, token in zip(source, row, strict=True) if before == mask]
-        answer = Answer(self.decode(ids))
+        answer = Answer(self.codec.decode(ids))
         answer.new_tokens = len(ids)
         return answer
 
@@ -276,7 +278,7 @@ class CoDAEvalModel(HostedLM):
         """The text up to the first end token, then up to the first stop string."""
         ends = self._end_ids()
         length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        text = self.decode(ids[:length])
+        text = self.codec.decode(ids[:length])
         stops = [at for stop in until if stop and (at := text.find(stop)) >= 0]
         answer = Answer(text[: min(stops)] if stops else text)
         answer.new_tokens = length

@@ -58,10 +58,6 @@ class HostedLM(HFLM):
         """
         raise ValueError(f"use_cache is refused: {CACHE_LIES}")
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of an answer's tokens, without control tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
     def _end_ids(self) -> set[int]:
         """Ids that end an answer: end tokens of model and settings, and the pad that stands behind them."""
         found = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.model.config.pad_token_id}

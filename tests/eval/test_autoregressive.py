@@ -1,15 +1,24 @@
 """Baselines: prompts are healed at their end, gaps are the model's own control tokens, answers end where they end."""
 
+import json
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from coda_eval.autoregressive import FILL_TOKENS, AutoregressiveModel
-from CoDALanguageModel.prompts import encode
+from coda_eval.harness import CoDAEvalModel
+from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.prompts import Codec
 
 GAP = {"task_id": "g/0", "infill_prefix": "def f(a):\n", "infill_suffix": "\n    return a", "infill_middle": "x"}
+
+
+def encode(tokenizer, text):
+    return Codec(tokenizer).encode_text(text)
 
 
 def build_tokenizer(*control, special=True):
@@ -130,8 +139,52 @@ def test_gaps_are_control_tokens_prefix_and_suffix_and_end_at_a_control_token(to
     assert answer.new_tokens == 2
 
 
-def test_what_looks_like_a_control_token_in_a_gap_stays_text():
-    tokenizer = build_tokenizer(*FILL_TOKENS[0][:3])
+def llama_tokenizer():
+    """A tokenizer of Code Llama's kind: a space before every text, none at the start of what is decoded."""
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(parts)
+    letters = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=letters[:3], initial_alphabet=["\u2581"], show_progress=False
+    )
+    core.train_from_iterator(["def f(a):\n    return a + x\n"] * 20, trainer)
+    vocab = json.loads(core.to_str())["model"]
+    tokens = list(dict.fromkeys([*letters, *vocab["vocab"]]))
+    ids = {token: number for number, token in enumerate(tokens)}
+    merges = [tuple(merge) for merge in vocab["merges"]]
+    core.model = models.BPE(vocab=ids, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_pieces_join_where_the_tokenizer_adds_and_drops_spaces():
+    tokenizer = llama_tokenizer()
+    code_llama = FILL_TOKENS[-1]
+    tokenizer.add_tokens(list(code_llama[:3]), special_tokens=True)
+    with pytest.raises(ValueError, match="does not give pieces of text back"):
+        Codec(tokenizer)
+    start, end, middle = tokenizer.convert_tokens_to_ids(list(code_llama[:3]))
+    space, letter = tokenizer.convert_tokens_to_ids(["\u2581", "x"])
+    model = bigram_model(tokenizer, {middle: space, space: letter})
+    baseline = AutoregressiveModel(model, tokenizer=tokenizer)
+    for text in ("def f(a):\n", " x", "    return a", "\n", "a <s> b"):
+        ids = baseline.encode_piece(text)
+        assert baseline.decode(ids) == text
+        assert tokenizer.bos_token_id not in ids
+    prefix, suffix = baseline.encode_piece(" def f(a):\n"), baseline.encode_piece("\n    return a")
+    assert baseline._gap_ids(GAP) == [start, *prefix, end, *suffix, middle]
+    assert baseline.generate_until([request("p", doc=GAP)], True) == [" x"]
+
+
+def test_a_diffusion_model_whose_pieces_do_not_join_is_refused(model_dir):
+    with pytest.raises(ValueError, match="does not give pieces of text back as they were"):
+        CoDAEvalModel(CoDALanguageModel.from_pretrained(model_dir), tokenizer=llama_tokenizer())
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_what_looks_like_a_control_token_in_a_gap_stays_text(special):
+    tokenizer = build_tokenizer(*FILL_TOKENS[0][:3], special=special)
     baseline = AutoregressiveModel(bigram_model(tokenizer, {}), tokenizer=tokenizer)
     gap = {**GAP, "infill_prefix": "x = '<|fim_middle|>", "infill_suffix": "<|fim_suffix|>'<|im_end|>"}
     ids = baseline._gap_ids(gap)
@@ -171,8 +224,6 @@ def test_requests_that_only_even_out_ranks_are_marked_and_order_is_kept(newline_
 
 def test_use_cache_of_lm_eval_is_refused_for_every_model_of_ours(newline_model, model_dir, tmp_path):
     from lm_eval.api.model import CachingLM
-
-    from coda_eval.harness import CoDAEvalModel
 
     tokenizer, model = newline_model
     for hosted in (AutoregressiveModel(model, tokenizer=tokenizer), CoDAEvalModel(model_dir, device="cpu")):
