@@ -48,7 +48,7 @@ class Generation:
         """What happens to each row, by its index, until all have their answer.
 
         Raises:
-            ApiError: 504 after the timeout, 500 when the model failed.
+            ApiError: 504 after the timeout, 500 when the model failed, 503 when the server stops.
         """
         unfinished = self._num_rows
         while unfinished:
@@ -58,7 +58,7 @@ class Generation:
             except TimeoutError:
                 raise ApiError(504, f"no answer within {self._timeout_s:g} s", code="timeout") from None
             if isinstance(event, Failure):
-                raise ApiError(500, event.message, code="model_failure")
+                raise ApiError(event.status, event.message, code=event.code)
             if isinstance(event, Answer):
                 unfinished -= 1
             yield index, event

@@ -15,6 +15,7 @@ from .settings import MAX_SEED, Algorithm
 logger = logging.getLogger(__name__)
 
 MAX_CHOICES = 128
+LARGEST_INTEGER = 2**31 - 1
 
 NEUTRAL_FOR_ALL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
@@ -34,6 +35,10 @@ def _check_unicode(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
 NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
+
+
+# A list stops at its first fault: a long one would make an error for every element.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
 class StrictModel(BaseModel):
@@ -60,15 +65,15 @@ class SamplingRequest(StrictModel):
 
     model: str | None = None
     """Served name of the model."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Length of the answer's canvas in tokens."""
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     """0 takes the most probable token."""
     top_p: float | None = Field(None, gt=0, le=1)
     """Probability mass to draw from."""
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, le=LARGEST_INTEGER)
     """Number of tokens to draw from; -1 and 0 are all. Extension."""
-    stop: NonEmptyText | list[NonEmptyText] | None = None
+    stop: NonEmptyText | Annotated[list[NonEmptyText], Field(fail_fast=True)] | None = None
     """The answer ends before the first of these strings that is complete; 16 at most."""
     seed: int | None = Field(None, ge=0, le=MAX_SEED - MAX_CHOICES)
     """Choice c uses seed + c."""
@@ -77,13 +82,13 @@ class SamplingRequest(StrictModel):
     stream: bool | None = None
     """Send committed text as it becomes final."""
     stream_options: StreamOptions | None = None
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Denoising steps. Extension."""
     alg: Algorithm | None = None
     """Order of the commits. Extension."""
-    alg_temp: float | None = Field(None, ge=0, allow_inf_nan=False)
+    alg_temp: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
     """Randomness of that order. Extension."""
-    block_length: int | None = Field(None, ge=1)
+    block_length: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Tokens per block decoded from left to right. Extension."""
 
     @model_validator(mode="before")
@@ -136,7 +141,7 @@ class Message(StrictModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     """``developer`` is another word for ``system``."""
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @model_validator(mode="before")
     @classmethod
@@ -180,8 +185,8 @@ class ChatRequest(SamplingRequest):
         "web_search_options": (),
     }
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Newer name of ``max_tokens``."""
 
     @model_validator(mode="after")
@@ -204,7 +209,12 @@ class CompletionRequest(SamplingRequest):
         "logprobs": (),
     }
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
     """A text, several, or the same as token ids."""
     suffix: Text | None = None
     """Text behind the gap. Null or empty: the text simply goes on."""

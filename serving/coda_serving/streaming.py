@@ -3,6 +3,7 @@
 Not here: which text is final (``answers``).
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 
@@ -24,10 +25,13 @@ class EventStream(StreamingResponse):
     Args:
         generation: the rows behind the events.
         events: their text, framed.
+        heartbeat_s: silence after which a comment is sent.
     """
 
-    def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def __init__(self, generation: Generation, events: AsyncIterator[str], heartbeat_s: float) -> None:
+        super().__init__(
+            with_heartbeat(events, heartbeat_s), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,6 +40,24 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._generation.cancel()
+
+
+async def with_heartbeat(events: AsyncIterator[str], every_s: float) -> AsyncIterator[str]:
+    """``events``, with a comment frame, which clients skip, whenever none came for ``every_s`` seconds."""
+    following = asyncio.ensure_future(anext(events, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait({following}, timeout=every_s)
+            if not done:
+                yield ": waiting\n\n"
+                continue
+            event = following.result()
+            if event is None:
+                return
+            yield event
+            following = asyncio.ensure_future(anext(events, None))
+    finally:
+        following.cancel()
 
 
 async def chat_events(generation: Generation, head: Head, n: int, make_usage: MakeUsage | None) -> AsyncIterator[str]:

@@ -102,6 +102,8 @@ def read_messages(is_terminal: bool) -> Iterator[str]:
                 line = "\n".join(block)
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise SystemExit(f"error: the input is not UTF-8: {error.reason} at byte {error.start}") from error
         except KeyboardInterrupt:
             continue
         if line.strip():
@@ -109,10 +111,10 @@ def read_messages(is_terminal: bool) -> Iterator[str]:
 
 
 def _next_line() -> str:
-    line = sys.stdin.readline()
+    line = sys.stdin.buffer.readline()  # the decoding of sys.stdin depends on the locale
     if not line:
         raise EOFError
-    return line.removesuffix("\n")
+    return line.decode("utf-8").removesuffix("\n").removesuffix("\r")
 
 
 def run_command(text: str, conversation: Conversation, console: Console) -> bool:

@@ -13,10 +13,11 @@ CLI = Path(__file__).resolve().parents[2] / "serving/fast-api/chat_cli.py"
 
 
 def chat(url, text, *arguments):
+    text = text if isinstance(text, bytes) else text.encode()
     environment = {k: v for k, v in os.environ.items() if k != "API_KEY"}
     return subprocess.run(
         [sys.executable, str(CLI), "--base-url", url, *arguments],
-        input=text.encode(),
+        input=text,
         capture_output=True,
         timeout=120,
         env=environment,
@@ -68,3 +69,10 @@ def test_the_servers_refusal_is_shown(live_server):
     result = chat(live_server.url, "hello\n", "--model", "other")
     assert result.returncode == 1
     assert "the server answered 404: model 'other' is not served here" in result.stderr.decode()
+
+
+def test_input_that_is_no_utf8_is_told(live_server):
+    result = chat(live_server.url, b"caf\xe9\n", "--model", "tiny-coda")
+    assert result.returncode == 1
+    assert b"error: the input is not UTF-8: " in result.stderr
+    assert b"Traceback" not in result.stderr
