@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gc
 import logging
 import os
 import socket
@@ -106,6 +107,10 @@ def serve(settings: ServerSettings) -> None:
     config = uvicorn.Config(
         app, log_config=None, log_level=settings.log_level, timeout_graceful_shutdown=settings.drain_timeout_s
     )
+    # What the libraries and the model hold stays: walking it again whenever a large request makes many objects would
+    # stop every thread each time.
+    gc.collect()
+    gc.freeze()
     logger.info("%s on http://%s:%d/v1", settings.public_name, settings.host, settings.port)
     uvicorn.Server(config).run(sockets=[listener])
 

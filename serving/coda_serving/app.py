@@ -6,7 +6,7 @@ Not here: sockets, signals and loading a model (``__main__``).
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -149,7 +150,7 @@ def _model_routes(service: Service) -> APIRouter:
             events = chat_events(generation, head, len(canvases), usage)
             return EventStream(generation, events, settings.heartbeat_s)
         answers = await _unless_client_leaves(request, generation)
-        return chat_completion(head, answers, Usage.of(prompt_tokens, answers))
+        return await _as_json(chat_completion, head, answers, Usage.of(prompt_tokens, answers))
 
     @router.post("/v1/completions", response_model=Completion, openapi_extra=body_schema(CompletionRequest))
     async def complete(request: Request) -> Any:
@@ -163,13 +164,14 @@ def _model_routes(service: Service) -> APIRouter:
             usage = _usage_of(prompt_tokens) if body.include_usage else None
             return EventStream(generation, completion_events(generation, head, usage), settings.heartbeat_s)
         answers = await _unless_client_leaves(request, generation)
-        return completion(head, answers, Usage.of(prompt_tokens, answers))
+        return await _as_json(completion, head, answers, Usage.of(prompt_tokens, answers))
 
     return router
 
 
 def _chat_canvases(service: Service, body: ChatRequest) -> tuple[list[CanvasRequest], int]:
     """One canvas per answer, and the number of prompt tokens."""
+    _check_number(service, body, 1)
     max_tokens = body.max_completion_tokens or body.max_tokens
     messages = [message.as_text() for message in body.messages]
     _check_size(service, [message["content"] for message in messages], max_tokens, "messages")
@@ -182,6 +184,7 @@ def _chat_canvases(service: Service, body: ChatRequest) -> tuple[list[CanvasRequ
 
 def _completion_canvases(service: Service, body: CompletionRequest) -> tuple[list[CanvasRequest], int]:
     """One canvas per prompt and answer, prompts first; and the number of prompt and suffix tokens."""
+    _check_number(service, body, len(body.prompts))
     for prompt in body.prompts:
         texts = [prompt] if isinstance(prompt, str) else []
         _check_size(service, [*texts, body.suffix or ""], body.max_tokens, "prompt")
@@ -240,6 +243,17 @@ def _canvases(
     return canvases
 
 
+def _check_number(service: Service, body: SamplingRequest, num_prompts: int) -> None:
+    """Refuse more answers than the queue ever holds, before there is a canvas for each."""
+    answers, most = num_prompts * (body.n or 1), service.engine.max_queue
+    if answers > most:
+        raise invalid(
+            f"one request may ask for at most {most} answers (MAX_QUEUE), got {num_prompts} prompts with "
+            f"n={body.n or 1}: more than the queue of {most} holds",
+            param="n" if num_prompts == 1 else "prompt",
+        )
+
+
 def _check_size(service: Service, texts: list[str], max_tokens: int | None, param: str) -> None:
     """Refuse texts that cannot fit, by their number of characters alone: encoding them would take long."""
     context = service.limits.context_length
@@ -265,6 +279,12 @@ def _or(value: Any, default: Any) -> Any:
 
 def _usage_of(prompt_tokens: int):
     return lambda answers: Usage.of(prompt_tokens, answers)
+
+
+async def _as_json(make: Callable[..., BaseModel], *arguments: Any) -> Response:
+    """What ``make`` gives, written in a thread: long answers would keep the event loop."""
+    content = await run_in_threadpool(lambda: make(*arguments).model_dump_json())
+    return Response(content, media_type="application/json")
 
 
 async def _unless_client_leaves(request: Request, generation: Generation) -> list[Answer]:

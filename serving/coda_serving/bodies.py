@@ -65,21 +65,24 @@ def _check_headers(request: Request) -> None:
 
 def _parse(body: bytes, model: type[Model]) -> Model:
     try:
+        return _checked(body, model)
+    except RecursionError as error:  # of the parser, of the checks, or of the words about a fault
+        raise invalid("the body is nested too deeply", code="invalid_json") from error
+
+
+def _checked(body: bytes, model: type[Model]) -> Model:
+    try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise invalid(f"the body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_json") from error
     try:
         data = json.loads(text, parse_constant=_no_constant)
-    except RecursionError as error:
-        raise invalid("the body is nested too deeply", code="invalid_json") from error
     except ValueError as error:  # also an integer of thousands of digits
         raise invalid(f"the body is not JSON: {error}", code="invalid_json") from error
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise from_validation(error.errors(include_url=False)) from error
-    except RecursionError as error:
-        raise invalid("the body is nested too deeply", code="invalid_json") from error
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -32,9 +32,9 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The JSON body. Words of the client that are no Unicode text, such as a lone surrogate, are escaped."""
+        """The JSON body. Words of the client are cut, and escaped where they are no Unicode text (lone surrogates)."""
         message, param = (
-            None if text is None else text.encode("utf-8", "backslashreplace").decode()
+            None if text is None else _cut(text, 1000).encode("utf-8", "backslashreplace").decode()
             for text in (self.message, self.param)
         )
         return {"error": {"message": message, "type": _type(self.status), "param": param, "code": self.code}}
@@ -44,6 +44,9 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     """The client's mistake, 400."""
     return ApiError(400, message, param=param, code=code)
 
+
+SHUTTING_DOWN = ApiError(503, "the server is shutting down", code="server_shutting_down")
+"""For requests that the end of the server cuts off."""
 
 FIELDS_OF_BODIES = frozenset(
     "content include_obfuscation include_usage max_completion_tokens max_tokens messages model n name prompt role seed "
@@ -76,12 +79,15 @@ def from_validation(errors: list[dict[str, Any]]) -> ApiError:
 
     best = max(range(len(errors)), key=tells)
     fault, path = errors[best], paths[best]
+    if fault["type"] == "extra_forbidden":
+        path = [*path, fault["loc"][-1]]
+        return invalid(f"unknown field {'.'.join(map(str, path))!r}", ".".join(map(str, path)), "unknown_field")
     param = ".".join(map(str, path)) or None
     if fault["type"].endswith("_type"):
         named = next((part for part in reversed(path) if isinstance(part, str)), None)
         if named in SEVERAL_KINDS and len(errors) > 1:
             return invalid(f"{param}: must be {SEVERAL_KINDS[named]}, got {_shorten(fault.get('input'))}", param=param)
-    message = fault["msg"].removeprefix("Value error, ")
+    message = "must be an object" if fault["type"] == "model_type" else fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return invalid(message, param=param)
     got = _shorten(fault.get("input"))
@@ -89,7 +95,10 @@ def from_validation(errors: list[dict[str, Any]]) -> ApiError:
 
 
 def _shorten(value: Any, limit: int = 100) -> str:
-    text = json.dumps(value, default=str)
+    return _cut(json.dumps(value, default=str), limit)
+
+
+def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 

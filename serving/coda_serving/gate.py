@@ -5,17 +5,18 @@ Pure ASGI, so that a body without a key, or beyond the limit, is never read into
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
-import logging
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError
+from .errors import SHUTTING_DOWN, ApiError
 from .settings import ServerSettings
 
-logger = logging.getLogger(__name__)
+LINGER_S = 2.0
+"""Seconds for which the rest of a refused body is received and thrown away."""
 
 
 class BodyTooLarge(Exception):
@@ -45,7 +46,7 @@ class Gate:
         headers = Headers(scope=scope)
         fault = self._fault_of_key(scope["path"], headers) or self._fault_of_length(headers)
         if fault is not None:
-            await _respond(send, fault)
+            await _respond(send, fault, receive)
             return
         received = 0
         started = False
@@ -68,10 +69,10 @@ class Gate:
             await self._app(scope, counted_receive, noted_send)
         except BodyTooLarge:
             if not started:
-                await _respond(send, self._too_large(f"more than {self._limit}"))
+                await _respond(send, self._too_large(f"more than {self._limit}"), receive)
         except asyncio.CancelledError:  # the web server ends what still runs when its time to stop is over
             if not started:
-                await _respond(send, ApiError(503, "the server is shutting down", code="server_shutting_down"))
+                await _respond(send, SHUTTING_DOWN)
 
     def _fault_of_key(self, path: str, headers: Headers) -> ApiError | None:
         if self._key is None or not (path == "/metrics" or path == "/v1" or path.startswith("/v1/")):
@@ -88,7 +89,7 @@ class Gate:
 
     def _fault_of_length(self, headers: Headers) -> ApiError | None:
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length[:20]) > self._limit:
+        if length.isdecimal() and length.isascii() and int(length[:20]) > self._limit:
             return self._too_large(length[:20])
         return None
 
@@ -101,9 +102,20 @@ class Gate:
         )
 
 
-async def _respond(send: Send, error: ApiError) -> None:
+async def _respond(send: Send, error: ApiError, unread: Receive | None = None) -> None:
+    """Send ``error``; then throw ``unread`` away for a while.
+
+    A connection that is closed on bytes nobody has read is reset, and a client that is still sending may then never see
+    the answer. The whole answer is sent first, its end after the rest of the body or ``LINGER_S``.
+    """
     body = json.dumps(error.body()).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    if unread is not None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while (await unread()).get("more_body", False):
+                    continue
+    await send({"type": "http.response.body"})

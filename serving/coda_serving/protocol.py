@@ -46,6 +46,15 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_out_fields(cls, data: Any) -> Any:
+        """Leave one unknown field at most: each would become an error of its own."""
+        if not isinstance(data, dict):
+            return data
+        unknown = next((name for name in data if name not in cls.model_fields), None)
+        return {name: value for name, value in data.items() if name in cls.model_fields or name == unknown}
+
 
 class StreamOptions(StrictModel):
     """``stream_options``."""
@@ -63,7 +72,7 @@ class SamplingRequest(StrictModel):
     ignored: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
     """Fields that cannot change an answer here; they are accepted, and named in the log."""
 
-    model: str | None = None
+    model: str | None = Field(None, max_length=4096)
     """Served name of the model."""
     max_tokens: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Length of the answer's canvas in tokens."""
@@ -234,6 +243,6 @@ class CompletionRequest(SamplingRequest):
 
 
 def _unknown(name: str, known: list[str]) -> Exception:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name[:100], known, n=1)  # the search costs much for a long name
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return invalid(f"unknown field {name!r}{hint}", param=name, code="unknown_field")

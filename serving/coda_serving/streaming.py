@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .engine import Answer, Delta
-from .errors import ApiError
+from .errors import SHUTTING_DOWN, ApiError
 from .generation import Generation
 from .responses import Head, Usage, chat_chunk, completion_chunk
 
@@ -35,9 +35,21 @@ class EventStream(StreamingResponse):
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, then let go of the generation."""
+        """Send the events, then let go of the generation; a stream that the server cuts off says so."""
+        started = False
+
+        async def noted_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, noted_send)
+        except asyncio.CancelledError:  # the web server ends what still runs when its time to stop is over
+            if started:
+                frame = _data(json.dumps(SHUTTING_DOWN.body()))
+                await send({"type": "http.response.body", "body": frame.encode(), "more_body": False})
+            raise
         finally:
             self._generation.cancel()
 

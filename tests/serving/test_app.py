@@ -136,9 +136,9 @@ def test_a_stop_string_cuts_the_answer(serve, serving_fakes):
         ({**CHAT, "logprobs": True}, 400, "logprobs", "not supported"),
         ({**CHAT, "max_tokens": 5000}, 400, "messages", "maximum context length is 2000"),
         ({**CHAT, "model": "gpt"}, 404, "model", "the model is 'tiny'"),
-        ({**CHAT, "n": 100}, 400, None, "queue of 64"),
+        ({**CHAT, "n": 100}, 400, "n", "queue of 64"),
         ({}, 400, "messages", "required"),
-        ([1], 400, None, "valid dictionary"),
+        ([1], 400, None, "must be an object"),
     ],
 )
 def test_the_clients_mistakes_have_openais_shape(serve, body, status, param, words):

@@ -8,7 +8,7 @@ import pytest
 
 from coda_serving.__main__ import check_defaults
 from coda_serving.gate import Gate
-from coda_serving.streaming import with_heartbeat
+from coda_serving.streaming import EventStream, with_heartbeat
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 URLS = {"/v1/chat/completions": CHAT, "/v1/completions": {"prompt": "hi"}}
@@ -23,12 +23,15 @@ class Client:
         self.scope = {"type": "http", "method": "POST", "path": path, "headers": raw, "query_string": b""}
         self.scope |= {"http_version": "1.1", "scheme": "http", "server": ("test", 80), "client": ("test", 1)}
         self.chunks, self.size, self.received, self.sent = chunks, size, 0, []
+        self.received_before_answer = None
 
     async def receive(self):
         self.received += 1
         return {"type": "http.request", "body": b"x" * self.size, "more_body": self.received < self.chunks}
 
     async def send(self, message):
+        if message["type"] == "http.response.body" and message.get("body"):
+            self.received_before_answer = self.received
         self.sent.append(message)
 
     def ask(self, app):
@@ -47,17 +50,36 @@ def app(serving_fakes):
 def test_without_the_key_no_byte_of_a_body_is_received(app, headers, path):
     client = Client({**JSON, **headers, "Content-Length": "1000000"}, path=path)
     assert client.ask(app) == (401, "invalid_api_key")
-    assert client.received == 0
+    assert client.received_before_answer == 0
 
 
 def test_a_body_beyond_the_limit_is_never_held(app):
     key = {**JSON, "Authorization": "Bearer secret"}
     announced = Client({**key, "Content-Length": "1000000"})
     assert announced.ask(app) == (413, "body_too_large")
-    assert announced.received == 0
+    assert announced.received_before_answer == 0
     chunked = Client({**key, "Transfer-Encoding": "chunked"})
     assert chunked.ask(app) == (413, "body_too_large")
-    assert chunked.received == 11
+    assert chunked.received_before_answer == 11
+
+
+def test_a_refused_body_is_thrown_away_before_the_connection_ends(app):
+    """Else the connection is reset, and a client that is still sending never reads its answer."""
+    client = Client({**JSON, "Content-Length": "1000000"})
+    assert client.ask(app) == (401, "invalid_api_key")
+    assert client.received == client.chunks
+    assert [message.get("more_body", False) for message in client.sent[1:]] == [True, False]
+
+
+def test_a_client_that_never_ends_its_body_is_not_waited_for(app, monkeypatch):
+    monkeypatch.setattr("coda_serving.gate.LINGER_S", 0.05)
+    client = Client(JSON)
+
+    async def hangs():
+        await asyncio.sleep(60)
+
+    client.receive = hangs
+    assert client.ask(app) == (401, "invalid_api_key")
 
 
 def test_what_the_end_of_the_server_cuts_off_gets_503(serving_fakes):
@@ -336,3 +358,124 @@ def test_the_documented_bodies_have_all_their_parts(serve):
     assert names <= document["components"]["schemas"].keys()
     body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert "messages" in body["properties"]
+
+
+def test_a_stream_that_the_end_of_the_server_cuts_off_says_so():
+    class Rows:
+        def cancel(self):
+            self.is_cancelled = True
+
+    async def events():
+        yield "data: first\n\n"
+        await asyncio.sleep(60)
+
+    client, rows = Client(JSON, chunks=1, size=0), Rows()
+
+    async def never():
+        await asyncio.sleep(60)
+
+    async def test():
+        stream = EventStream(rows, events(), 15.0)
+        running = asyncio.ensure_future(stream(client.scope | {"asgi": {"spec_version": "2.3"}}, never, client.send))
+        while len(client.sent) < 2:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(test())
+    last = client.sent[-1]
+    assert json.loads(last["body"].removeprefix(b"data: "))["error"]["code"] == "server_shutting_down"
+    assert not last["more_body"]
+    assert rows.is_cancelled
+
+
+def test_more_answers_than_the_queue_holds_are_refused_before_anything_is_encoded(serve, serving_fakes, monkeypatch):
+    def fails(self, text):
+        raise AssertionError("was encoded")
+
+    monkeypatch.setattr(serving_fakes.ByteEncoder, "encode_text", fails)
+
+    async def test(client):
+        several = await client.post("/v1/completions", json={"prompt": ["a"] * 20_000, "n": 32})
+        return several, await client.post("/v1/chat/completions", json={**CHAT, "n": 65})
+
+    for response, param in zip(serve(test), ("prompt", "n"), strict=True):
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, param)
+        assert "at most 64 answers" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body", ['{"prompt": "a", "max_tokens": %s}', "%s", '{"prompt": %s}', '{"prompt": "a", "x": %s}']
+)
+def test_no_depth_is_the_servers_fault(serve, body):
+    """Also the depth at which a body is just parsed, and only the words about its fault are too deep."""
+
+    async def test(client):
+        bodies = [body % ("[" * depth + "]" * depth) for depth in (*range(960, 1001), 1500)]
+        return [await client.post("/v1/completions", content=content, headers=JSON) for content in bodies]
+
+    assert {response.status_code for response in serve(test)} == {400}
+
+
+MANY = {f"k{i}": 0 for i in range(1000)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stream": True, "stream_options": MANY}, "stream_options.k0"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", **MANY}]}]},
+            "messages.0.content.0.k0",
+        ),
+        (MANY, "k0"),
+    ],
+)
+def test_the_first_unknown_field_is_named_and_the_others_make_no_errors(serve, monkeypatch, fields, param):
+    from coda_serving import bodies
+
+    original, faults = bodies.from_validation, []
+    monkeypatch.setattr(bodies, "from_validation", lambda errors: faults.append(len(errors)) or original(errors))
+
+    async def test(client):
+        return await client.post("/v1/chat/completions", json={**CHAT, **fields})
+
+    response = serve(test)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, param, "unknown_field")
+    assert param in error["message"]
+    assert max(faults, default=1) <= 2
+
+
+@pytest.mark.parametrize("fields", [{"x" * 1_000_000: 1}, {"model": "x" * 1_000_000}, {"alg": "x" * 1_000_000}])
+def test_a_refusal_does_not_send_a_long_request_back(serve, fields):
+    async def test(client):
+        return await client.post("/v1/completions", json={"prompt": "a", **fields})
+
+    response = serve(test)
+    assert response.status_code == 400
+    assert len(response.content) < 4000
+
+
+@pytest.mark.parametrize(
+    ("url", "make"), [("/v1/chat/completions", "chat_completion"), ("/v1/completions", "completion")]
+)
+def test_an_answer_is_written_off_the_event_loop(serve, monkeypatch, url, make):
+    from coda_serving import app
+
+    original, threads, loops = getattr(app, make), [], []
+
+    def noted(*arguments):
+        threads.append(threading.current_thread())
+        return original(*arguments)
+
+    monkeypatch.setattr(app, make, noted)
+
+    async def test(client):
+        loops.append(threading.current_thread())
+        return await client.post(url, json=URLS[url])
+
+    assert serve(test).status_code == 200
+    assert threads[0] is not loops[0]
