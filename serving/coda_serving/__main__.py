@@ -1,14 +1,20 @@
 """``python -m coda_serving``: settings from the environment, a bound port, the model, then the server."""
 
 import argparse
+import dataclasses
+import gc
 import logging
 import os
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from .settings import ServerSettings, load_settings
+
+if TYPE_CHECKING:
+    from .sampler import ModelSampler
 
 logger = logging.getLogger("coda_serving")
 
@@ -29,6 +35,36 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ValueError(f"HOST={host} PORT={port} cannot be bound: {error.strerror or error}") from error
     return listener
+
+
+def check_defaults(settings: ServerSettings, sampler: "ModelSampler") -> ServerSettings:
+    """The settings with the model's own decoding defaults, once a request that names nothing can be answered.
+
+    Raises:
+        ValueError: it could not: ``MAX_TOKENS`` does not fit in the context, or ``STEPS`` in the blocks.
+    """
+    from .scheduler import CanvasRequest, SamplingOptions
+
+    most = sampler.context_length - 1
+    if "max_tokens" in settings.model_fields_set and settings.max_tokens > most:
+        raise ValueError(
+            f"MAX_TOKENS must be at most {most}: the model's context has {sampler.context_length} tokens and a prompt "
+            f"takes at least one; got {settings.max_tokens}"
+        )
+    settings = settings.with_decoding(sampler.decoding or {})
+    settings = settings.model_copy(update={"max_tokens": min(settings.max_tokens, most)})
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    options = SamplingOptions(**{name: value for name, value in settings.decoding.items() if name in names})
+    start = sampler.document_start_id
+    request = CanvasRequest(
+        prompt_ids=(0 if start is None else start,), max_tokens=settings.max_tokens, options=options, seed=0
+    )
+    try:
+        sampler.check(request)
+    except ValueError as error:
+        values = ", ".join(f"{name.upper()}={value}" for name, value in settings.decoding.items())
+        raise ValueError(f"no request that names nothing could be answered: {error} ({values})") from error
+    return settings
 
 
 def serve(settings: ServerSettings) -> None:
@@ -52,6 +88,7 @@ def serve(settings: ServerSettings) -> None:
     except ValueError as error:
         raise ValueError(f"MODEL_NAME={error}") from error
     sampler = ModelSampler.load(settings.model_name, device=settings.device, dtype=settings.dtype)
+    settings = check_defaults(settings, sampler)
     metrics = Metrics()
     scheduler = Scheduler(
         max_queue=settings.max_queue,
@@ -70,6 +107,10 @@ def serve(settings: ServerSettings) -> None:
     config = uvicorn.Config(
         app, log_config=None, log_level=settings.log_level, timeout_graceful_shutdown=settings.drain_timeout_s
     )
+    # What the libraries and the model hold stays: walking it again whenever a large request makes many objects would
+    # stop every thread each time.
+    gc.collect()
+    gc.freeze()
     logger.info("%s on http://%s:%d/v1", settings.public_name, settings.host, settings.port)
     uvicorn.Server(config).run(sockets=[listener])
 

@@ -4,24 +4,24 @@ Not here: sockets, signals and loading a model (``__main__``).
 """
 
 import asyncio
-import hmac
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
-from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from .bodies import body_parts, body_schema, read_body
 from .engine import Answer, Engine
-from .errors import ApiError, from_validation, invalid
+from .errors import ApiError, invalid
+from .gate import Gate
 from .generation import Generation
 from .metrics import Metrics
 from .observe import ObserveMiddleware
@@ -43,6 +43,9 @@ class Encoder(Protocol):
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text."""
+
+    def least_tokens(self, text: str) -> int:
+        """How many ids a text has at least, without encoding it."""
 
 
 class ModelLimits(Protocol):
@@ -76,9 +79,12 @@ def build_app(service: Service) -> FastAPI:
         await run_in_threadpool(service.engine.stop, service.settings.drain_timeout_s)
 
     app = FastAPI(title="CoDA", description="Masked-diffusion code language model", lifespan=lifespan)
+    app.state.engine = service.engine
     _add_error_handlers(app)
+    _describe_bodies(app)
     app.include_router(_open_routes(service))
-    app.include_router(_model_routes(service), dependencies=[Depends(_key_check(service.settings))])
+    app.include_router(_model_routes(service))
+    app.add_middleware(Gate, settings=service.settings)
     if service.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(service.settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -108,7 +114,12 @@ def _open_routes(service: Service) -> APIRouter:
 def _model_routes(service: Service) -> APIRouter:
     router = APIRouter()
     settings = service.settings
-    started = int(time.time())
+    card = ModelCard(
+        id=settings.public_name,
+        created=int(time.time()),
+        max_model_len=service.limits.context_length,
+        defaults=settings.decoding,
+    )
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -118,56 +129,65 @@ def _model_routes(service: Service) -> APIRouter:
     @router.get("/v1/models")
     async def models() -> ModelList:
         """The one model that is served."""
-        context = service.limits.context_length
-        return ModelList(data=[ModelCard(id=settings.public_name, created=started, max_model_len=context)])
+        return ModelList(data=[card])
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> ModelCard:
         """The model of that name."""
         _check_model(settings, name)
-        return ModelCard(id=settings.public_name, created=started, max_model_len=service.limits.context_length)
+        return card
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion)
-    async def chat(body: ChatRequest, request: Request) -> Any:
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, openapi_extra=body_schema(ChatRequest))
+    async def chat(request: Request) -> Any:
         """Answer a conversation."""
+        body = await read_body(request, ChatRequest)
         _check_model(settings, body.model)
         canvases, prompt_tokens = await run_in_threadpool(_chat_canvases, service, body)
         generation = Generation(service.engine, canvases, settings.request_timeout_s)
         head = Head.new("chatcmpl", settings.public_name)
         if body.stream:
             usage = _usage_of(prompt_tokens) if body.include_usage else None
-            return EventStream(generation, chat_events(generation, head, len(canvases), usage))
+            events = chat_events(generation, head, len(canvases), usage)
+            return EventStream(generation, events, settings.heartbeat_s)
         answers = await _unless_client_leaves(request, generation)
-        return chat_completion(head, answers, Usage.of(prompt_tokens, answers))
+        return await _as_json(chat_completion, head, answers, Usage.of(prompt_tokens, answers))
 
-    @router.post("/v1/completions", response_model=Completion)
-    async def complete(body: CompletionRequest, request: Request) -> Any:
+    @router.post("/v1/completions", response_model=Completion, openapi_extra=body_schema(CompletionRequest))
+    async def complete(request: Request) -> Any:
         """Continue texts, or fill the gap between prompt and suffix."""
+        body = await read_body(request, CompletionRequest)
         _check_model(settings, body.model)
         canvases, prompt_tokens = await run_in_threadpool(_completion_canvases, service, body)
         generation = Generation(service.engine, canvases, settings.request_timeout_s)
         head = Head.new("cmpl", settings.public_name)
         if body.stream:
             usage = _usage_of(prompt_tokens) if body.include_usage else None
-            return EventStream(generation, completion_events(generation, head, usage))
+            return EventStream(generation, completion_events(generation, head, usage), settings.heartbeat_s)
         answers = await _unless_client_leaves(request, generation)
-        return completion(head, answers, Usage.of(prompt_tokens, answers))
+        return await _as_json(completion, head, answers, Usage.of(prompt_tokens, answers))
 
     return router
 
 
 def _chat_canvases(service: Service, body: ChatRequest) -> tuple[list[CanvasRequest], int]:
     """One canvas per answer, and the number of prompt tokens."""
+    _check_number(service, body, 1)
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    messages = [message.as_text() for message in body.messages]
+    _check_size(service, [message["content"] for message in messages], max_tokens, "messages")
     try:
-        prompt_ids = service.encoder.encode_chat([message.as_text() for message in body.messages])
+        prompt_ids = service.encoder.encode_chat(messages)
     except ValueError as error:
         raise invalid(str(error), param="messages") from error
-    max_tokens = body.max_completion_tokens or body.max_tokens
     return _canvases(service, body, [prompt_ids], None, max_tokens), len(prompt_ids)
 
 
 def _completion_canvases(service: Service, body: CompletionRequest) -> tuple[list[CanvasRequest], int]:
     """One canvas per prompt and answer, prompts first; and the number of prompt and suffix tokens."""
+    _check_number(service, body, len(body.prompts))
+    for prompt in body.prompts:
+        texts = [prompt] if isinstance(prompt, str) else []
+        _check_size(service, [*texts, body.suffix or ""], body.max_tokens, "prompt")
     suffix_ids = service.encoder.encode_text(body.suffix) if body.suffix else None
     prompts = []
     for prompt in body.prompts:
@@ -202,11 +222,15 @@ def _canvases(
     if seed is None:
         seed = 0 if options.temperature == 0 else secrets.randbits(62)
     canvases = []
+    context = service.limits.context_length
     for prompt_ids in prompts:
+        given = len(prompt_ids) + len(suffix_ids or ())
+        if given + (max_tokens or 1) > context:
+            raise _context_exceeded(context, str(given), max_tokens, "messages" if suffix_ids is None else "prompt")
         canvas = CanvasRequest(
             prompt_ids=tuple(prompt_ids),
             suffix_ids=None if suffix_ids is None else tuple(suffix_ids),
-            max_tokens=_or(max_tokens, settings.max_tokens),
+            max_tokens=max_tokens or min(settings.max_tokens, context - given),
             options=options,
             seed=seed,
             stop=body.stop_strings,
@@ -219,12 +243,48 @@ def _canvases(
     return canvases
 
 
+def _check_number(service: Service, body: SamplingRequest, num_prompts: int) -> None:
+    """Refuse more answers than the queue ever holds, before there is a canvas for each."""
+    answers, most = num_prompts * (body.n or 1), service.engine.max_queue
+    if answers > most:
+        raise invalid(
+            f"one request may ask for at most {most} answers (MAX_QUEUE), got {num_prompts} prompts with "
+            f"n={body.n or 1}: more than the queue of {most} holds",
+            param="n" if num_prompts == 1 else "prompt",
+        )
+
+
+def _check_size(service: Service, texts: list[str], max_tokens: int | None, param: str) -> None:
+    """Refuse texts that cannot fit, by their number of characters alone: encoding them would take long."""
+    context = service.limits.context_length
+    least = sum(map(service.encoder.least_tokens, texts))
+    if least + (max_tokens or 1) > context:
+        raise _context_exceeded(context, f"at least {least}", max_tokens, param)
+
+
+def _context_exceeded(context: int, prompt_tokens: str, max_tokens: int | None, param: str) -> ApiError:
+    """In the words and with the code that clients look for."""
+    asked = f"{prompt_tokens} tokens in the prompt" + (f" and {max_tokens} in the completion" if max_tokens else "")
+    return invalid(
+        f"This model's maximum context length is {context} tokens. However, you requested {asked}. "
+        "Please reduce the length of the prompt or max_tokens.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
 def _usage_of(prompt_tokens: int):
     return lambda answers: Usage.of(prompt_tokens, answers)
+
+
+async def _as_json(make: Callable[..., BaseModel], *arguments: Any) -> Response:
+    """What ``make`` gives, written in a thread: long answers would keep the event loop."""
+    content = await run_in_threadpool(lambda: make(*arguments).model_dump_json())
+    return Response(content, media_type="application/json")
 
 
 async def _unless_client_leaves(request: Request, generation: Generation) -> list[Answer]:
@@ -258,22 +318,17 @@ def _check_model(settings: ServerSettings, name: str | None) -> None:
         )
 
 
-def _key_check(settings: ServerSettings):
-    bearer = HTTPBearer(auto_error=False)
+def _describe_bodies(app: FastAPI) -> None:
+    """Put the parts of the requests' schemas, which the routes read themselves, into the OpenAPI document."""
+    describe = app.openapi
 
-    async def check(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        if settings.api_key is None:
-            return
-        given = credentials.credentials if credentials else ""
-        if not hmac.compare_digest(given.encode(), settings.api_key.get_secret_value().encode()):
-            raise ApiError(
-                401,
-                "a valid key is needed: Authorization: Bearer KEY",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+    def openapi() -> dict[str, Any]:
+        document = describe()
+        for model in (ChatRequest, CompletionRequest):
+            document["components"]["schemas"].update(body_parts(model))
+        return document
 
-    return check
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -285,10 +340,6 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
         return respond(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return respond(from_validation(list(error.errors())))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:

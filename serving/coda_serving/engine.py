@@ -39,10 +39,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """The model could not answer; the reason is in the server's log."""
+    """No answer will come; the reason is in the server's log."""
 
     message: str
+    status: int = 500
+    code: str = "model_failure"
 
+
+SHUTTING_DOWN = Failure("the server is shutting down", status=503, code="server_shutting_down")
 
 Event = Delta | Answer | Failure
 Listener = Callable[[Event], None]
@@ -139,7 +143,7 @@ class Engine:
         self._stopping = True
         self._stopped.set()
         for job in self._scheduler.close():
-            job.listener(Failure("the server is shutting down"))
+            job.listener(SHUTTING_DOWN)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             logger.warning("the model is still busy after %s s", timeout_s)
@@ -177,9 +181,9 @@ class Engine:
             if threading.current_thread() is not self._thread:
                 return  # the watchdog has given this batch up, and another thread works
             # Whoever has no answer by now gets none: the batch failed or the server is stopping.
-            message = "the server is shutting down" if self._stopping else "the model failed; see the server's log"
+            failure = SHUTTING_DOWN if self._stopping else Failure("the model failed; see the server's log")
             for job in batch:
-                self._finish(job, Failure(message))
+                self._finish(job, failure)
             self._running = []
             self._seconds_per_job += 0.2 * ((time.monotonic() - started_s) / len(batch) - self._seconds_per_job)
 

@@ -32,8 +32,12 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The JSON body."""
-        return {"error": {"message": self.message, "type": _type(self.status), "param": self.param, "code": self.code}}
+        """The JSON body. Words of the client are cut, and escaped where they are no Unicode text (lone surrogates)."""
+        message, param = (
+            None if text is None else _cut(text, 1000).encode("utf-8", "backslashreplace").decode()
+            for text in (self.message, self.param)
+        )
+        return {"error": {"message": message, "type": _type(self.status), "param": param, "code": self.code}}
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -41,17 +45,49 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+SHUTTING_DOWN = ApiError(503, "the server is shutting down", code="server_shutting_down")
+"""For requests that the end of the server cuts off."""
+
+FIELDS_OF_BODIES = frozenset(
+    "content include_obfuscation include_usage max_completion_tokens max_tokens messages model n name prompt role seed "
+    "steps alg alg_temp block_length stop stream stream_options suffix temperature text top_k top_p type".split()
+)
+"""Names that may stand in the path to a fault. Pydantic puts the branch of a union there too, which is no field."""
+
+SEVERAL_KINDS = {
+    "stop": "a string or a list of strings, none of them empty",
+    "content": "a string or a list of text parts",
+    "prompt": "a string, a list of strings, a list of token ids, or a list of lists of token ids",
+}
+"""Fields that take values of more than one kind, and which."""
+
+
 def from_validation(errors: list[dict[str, Any]]) -> ApiError:
-    """The first of pydantic's ``errors`` about a request body, as 400.
+    """The fault of a request body that tells most, as 400.
+
+    A value of several possible kinds has a fault for each of them. The one that lies deepest in the value is about the
+    kind that was meant, and a wrong type alone says least.
 
     Args:
-        errors: ``ValidationError.errors()`` or ``RequestValidationError.errors()``.
+        errors: ``ValidationError.errors()``.
     """
-    fault = errors[0]
-    param = ".".join(str(part) for part in fault["loc"] if part != "body") or None
-    if fault["type"] == "json_invalid":
-        return invalid(f"the body is not JSON: {fault.get('ctx', {}).get('error', fault['msg'])}", code="invalid_json")
-    message = fault["msg"].removeprefix("Value error, ")
+    paths = [[part for part in fault["loc"] if isinstance(part, int) or part in FIELDS_OF_BODIES] for fault in errors]
+
+    def tells(index: int) -> tuple[bool, int, bool]:
+        is_about_type = errors[index]["type"].endswith("_type")
+        return paths[index][:1] == paths[0][:1], len(paths[index]), not is_about_type
+
+    best = max(range(len(errors)), key=tells)
+    fault, path = errors[best], paths[best]
+    if fault["type"] == "extra_forbidden":
+        path = [*path, fault["loc"][-1]]
+        return invalid(f"unknown field {'.'.join(map(str, path))!r}", ".".join(map(str, path)), "unknown_field")
+    param = ".".join(map(str, path)) or None
+    if fault["type"].endswith("_type"):
+        named = next((part for part in reversed(path) if isinstance(part, str)), None)
+        if named in SEVERAL_KINDS and len(errors) > 1:
+            return invalid(f"{param}: must be {SEVERAL_KINDS[named]}, got {_shorten(fault.get('input'))}", param=param)
+    message = "must be an object" if fault["type"] == "model_type" else fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return invalid(message, param=param)
     got = _shorten(fault.get("input"))
@@ -59,7 +95,10 @@ def from_validation(errors: list[dict[str, Any]]) -> ApiError:
 
 
 def _shorten(value: Any, limit: int = 100) -> str:
-    text = json.dumps(value, default=str)
+    return _cut(json.dumps(value, default=str), limit)
+
+
+def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from .engine import Answer, Delta, Engine, Event, Failure
-from .errors import ApiError, invalid
+from .errors import ApiError
 from .scheduler import CanvasRequest, Job, QueueFull
 
 
@@ -13,16 +13,14 @@ class Generation:
 
     Args:
         engine: where the rows run.
-        requests: one per answer.
+        requests: one per answer; no more than the queue can ever hold.
         timeout_s: seconds from now after which the rows are given up.
 
     Raises:
-        ApiError: 429 when the queue has no room now, 400 when it never has.
+        ApiError: 429 when the queue has no room now.
     """
 
     def __init__(self, engine: Engine, requests: Sequence[CanvasRequest], timeout_s: float) -> None:
-        if len(requests) > engine.max_queue:
-            raise invalid(f"{len(requests)} answers in one request are more than the queue of {engine.max_queue} holds")
         self._engine = engine
         self._timeout_s = timeout_s
         loop = asyncio.get_running_loop()
@@ -48,7 +46,7 @@ class Generation:
         """What happens to each row, by its index, until all have their answer.
 
         Raises:
-            ApiError: 504 after the timeout, 500 when the model failed.
+            ApiError: 504 after the timeout, 500 when the model failed, 503 when the server stops.
         """
         unfinished = self._num_rows
         while unfinished:
@@ -58,7 +56,7 @@ class Generation:
             except TimeoutError:
                 raise ApiError(504, f"no answer within {self._timeout_s:g} s", code="timeout") from None
             if isinstance(event, Failure):
-                raise ApiError(500, event.message, code="model_failure")
+                raise ApiError(event.status, event.message, code=event.code)
             if isinstance(event, Answer):
                 unfinished -= 1
             yield index, event

@@ -15,6 +15,7 @@ from .settings import MAX_SEED, Algorithm
 logger = logging.getLogger(__name__)
 
 MAX_CHOICES = 128
+LARGEST_INTEGER = 2**31 - 1
 
 NEUTRAL_FOR_ALL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
@@ -36,10 +37,23 @@ Text = Annotated[str, AfterValidator(_check_unicode)]
 NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
 
 
+# A list stops at its first fault: a long one would make an error for every element.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+
+
 class StrictModel(BaseModel):
     """Nothing is coerced: 5.0 and "5" are no integers."""
 
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_out_fields(cls, data: Any) -> Any:
+        """Leave one unknown field at most: each would become an error of its own."""
+        if not isinstance(data, dict):
+            return data
+        unknown = next((name for name in data if name not in cls.model_fields), None)
+        return {name: value for name, value in data.items() if name in cls.model_fields or name == unknown}
 
 
 class StreamOptions(StrictModel):
@@ -58,17 +72,17 @@ class SamplingRequest(StrictModel):
     ignored: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
     """Fields that cannot change an answer here; they are accepted, and named in the log."""
 
-    model: str | None = None
+    model: str | None = Field(None, max_length=4096)
     """Served name of the model."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Length of the answer's canvas in tokens."""
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     """0 takes the most probable token."""
     top_p: float | None = Field(None, gt=0, le=1)
     """Probability mass to draw from."""
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, le=LARGEST_INTEGER)
     """Number of tokens to draw from; -1 and 0 are all. Extension."""
-    stop: NonEmptyText | list[NonEmptyText] | None = None
+    stop: NonEmptyText | Annotated[list[NonEmptyText], Field(fail_fast=True)] | None = None
     """The answer ends before the first of these strings that is complete; 16 at most."""
     seed: int | None = Field(None, ge=0, le=MAX_SEED - MAX_CHOICES)
     """Choice c uses seed + c."""
@@ -77,13 +91,13 @@ class SamplingRequest(StrictModel):
     stream: bool | None = None
     """Send committed text as it becomes final."""
     stream_options: StreamOptions | None = None
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Denoising steps. Extension."""
     alg: Algorithm | None = None
     """Order of the commits. Extension."""
-    alg_temp: float | None = Field(None, ge=0, allow_inf_nan=False)
+    alg_temp: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
     """Randomness of that order. Extension."""
-    block_length: int | None = Field(None, ge=1)
+    block_length: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Tokens per block decoded from left to right. Extension."""
 
     @model_validator(mode="before")
@@ -136,7 +150,7 @@ class Message(StrictModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     """``developer`` is another word for ``system``."""
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @model_validator(mode="before")
     @classmethod
@@ -180,8 +194,8 @@ class ChatRequest(SamplingRequest):
         "web_search_options": (),
     }
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Newer name of ``max_tokens``."""
 
     @model_validator(mode="after")
@@ -204,7 +218,12 @@ class CompletionRequest(SamplingRequest):
         "logprobs": (),
     }
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
     """A text, several, or the same as token ids."""
     suffix: Text | None = None
     """Text behind the gap. Null or empty: the text simply goes on."""
@@ -224,6 +243,6 @@ class CompletionRequest(SamplingRequest):
 
 
 def _unknown(name: str, known: list[str]) -> Exception:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name[:100], known, n=1)  # the search costs much for a long name
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return invalid(f"unknown field {name!r}{hint}", param=name, code="unknown_field")

@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -122,6 +122,8 @@ class ModelCard(BaseModel):
     owned_by: str = "coda"
     max_model_len: int
     """Context in tokens. Extension, as in vLLM."""
+    defaults: dict[str, Any]
+    """What holds for a request that does not say otherwise, by the names of its fields. Extension."""
 
 
 class ModelList(BaseModel):

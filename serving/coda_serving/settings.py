@@ -7,8 +7,9 @@ import difflib
 import ipaddress
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -22,10 +23,18 @@ MAX_SEED = 2**63 - 1
 """Largest seed a request or ``SEED`` may name."""
 
 
+DECODING = {
+    "max_tokens": "max_new_tokens",
+    **{name: name for name in ("steps", "alg", "alg_temp", "temperature", "top_p", "top_k", "block_length")},
+}
+"""Settings that a model's ``generation_config.json`` also has, and their names there."""
+
+
 class ServerSettings(BaseSettings):
     """Everything that the operator decides. Each field is the environment variable of the same name in capitals.
 
-    An empty variable counts as unset. Sampling fields are defaults that a request may override.
+    An empty variable counts as unset. Sampling fields are defaults that a request may override; where the environment
+    sets none, the ``generation_config.json`` of the model's folder does (``with_decoding``), if there is one.
     """
 
     model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="forbid", protected_namespaces=())
@@ -93,6 +102,12 @@ class ServerSettings(BaseSettings):
     batch_wait_ms: float = Field(10.0, ge=0, allow_inf_nan=False)
     """How long an idle server waits for company before it starts a batch, in milliseconds."""
 
+    max_body_bytes: int = Field(2 << 20, ge=1024)
+    """Largest body of a request; beyond that it gets 413. A body is read into memory and parsed at once."""
+
+    heartbeat_s: float = Field(15.0, gt=0, allow_inf_nan=False)
+    """Seconds of silence after which a stream sends a comment, so that no proxy takes it for dead."""
+
     request_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds from a request's arrival, queue included, after which it is cancelled with 504."""
 
@@ -140,6 +155,24 @@ class ServerSettings(BaseSettings):
                 "set API_KEY, or HOST=127.0.0.1"
             )
         return self
+
+    def with_decoding(self, decoding: Mapping[str, Any]) -> "ServerSettings":
+        """These settings with the sampling defaults of a model, where the environment has set none.
+
+        Args:
+            decoding: by the names of ``DiffusionGenerationConfig``; one that is missing changes nothing.
+        """
+        changes = {
+            name: decoding[source]
+            for name, source in DECODING.items()
+            if name not in self.model_fields_set and source in decoding
+        }
+        return self.model_copy(update=changes)
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """The sampling defaults by the names of a request."""
+        return {name: getattr(self, name) for name in DECODING}
 
     @property
     def public_name(self) -> str:

@@ -3,15 +3,16 @@
 Not here: which text is final (``answers``).
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .engine import Answer, Delta
-from .errors import ApiError
+from .errors import SHUTTING_DOWN, ApiError
 from .generation import Generation
 from .responses import Head, Usage, chat_chunk, completion_chunk
 
@@ -24,18 +25,51 @@ class EventStream(StreamingResponse):
     Args:
         generation: the rows behind the events.
         events: their text, framed.
+        heartbeat_s: silence after which a comment is sent.
     """
 
-    def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def __init__(self, generation: Generation, events: AsyncIterator[str], heartbeat_s: float) -> None:
+        super().__init__(
+            with_heartbeat(events, heartbeat_s), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, then let go of the generation."""
+        """Send the events, then let go of the generation; a stream that the server cuts off says so."""
+        started = False
+
+        async def noted_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, noted_send)
+        except asyncio.CancelledError:  # the web server ends what still runs when its time to stop is over
+            if started:
+                frame = _data(json.dumps(SHUTTING_DOWN.body()))
+                await send({"type": "http.response.body", "body": frame.encode(), "more_body": False})
+            raise
         finally:
             self._generation.cancel()
+
+
+async def with_heartbeat(events: AsyncIterator[str], every_s: float) -> AsyncIterator[str]:
+    """``events``, with a comment frame, which clients skip, whenever none came for ``every_s`` seconds."""
+    following = asyncio.ensure_future(anext(events, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait({following}, timeout=every_s)
+            if not done:
+                yield ": waiting\n\n"
+                continue
+            event = following.result()
+            if event is None:
+                return
+            yield event
+            following = asyncio.ensure_future(anext(events, None))
+    finally:
+        following.cancel()
 
 
 async def chat_events(generation: Generation, head: Head, n: int, make_usage: MakeUsage | None) -> AsyncIterator[str]:

@@ -102,17 +102,34 @@ def read_messages(is_terminal: bool) -> Iterator[str]:
                 line = "\n".join(block)
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise SystemExit(f"error: the input is not UTF-8: {error.reason} at byte {error.start}") from error
         except KeyboardInterrupt:
             continue
         if line.strip():
             yield line
 
 
+def utf8_text(text: str) -> str:
+    """``text``, unless it holds bytes that are no UTF-8, which the terminal and the shell pass on in disguise.
+
+    Raises:
+        argparse.ArgumentTypeError: it does; says which and where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"code point U+{code:04X}"
+        raise argparse.ArgumentTypeError(f"the text is not UTF-8: {what} at character {error.start}") from error
+    return text
+
+
 def _next_line() -> str:
-    line = sys.stdin.readline()
+    line = sys.stdin.buffer.readline()  # the decoding of sys.stdin depends on the locale
     if not line:
         raise EOFError
-    return line.removesuffix("\n")
+    return line.decode("utf-8").removesuffix("\n").removesuffix("\r")
 
 
 def run_command(text: str, conversation: Conversation, console: Console) -> bool:
@@ -172,7 +189,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="served name; by default the only one that the server has")
     parser.add_argument("--stream", action="store_true", help="print text as it becomes final")
     parser.add_argument("--show-meta", action="store_true", help="print latency, tokens, forwards and tokens/s")
-    parser.add_argument("--system", help="system message")
+    parser.add_argument("--system", type=utf8_text, help="system message")
     parser.add_argument("--api-key", help="key of the server; by default the variable API_KEY")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for an answer")
     for name, kind in (("max-tokens", int), ("temperature", float), ("top-p", float), ("seed", int)):
@@ -216,6 +233,12 @@ def main(arguments: list[str] | None = None) -> int:
     if is_terminal:
         notes.print(f"{model} at {base_url}; /help lists the commands", style="dim", markup=False)
     for text in read_messages(is_terminal):
+        try:
+            utf8_text(text)
+        except argparse.ArgumentTypeError as error:
+            failed = True
+            notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+            continue
         if text.startswith("/"):
             if not run_command(text, conversation, notes):
                 break

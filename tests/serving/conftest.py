@@ -38,6 +38,9 @@ class ByteEncoder:
     def encode_text(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def least_tokens(self, text: str) -> int:
+        return len(text)
+
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         return self.encode_text("".join(f"[{m['role']}]{m['content']}" for m in messages))
 

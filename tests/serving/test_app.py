@@ -134,11 +134,11 @@ def test_a_stop_string_cuts_the_answer(serve, serving_fakes):
         ({**CHAT, "max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
         ({**CHAT, "temprature": 1}, 400, "temprature", "did you mean 'temperature'"),
         ({**CHAT, "logprobs": True}, 400, "logprobs", "not supported"),
-        ({**CHAT, "max_tokens": 5000}, 400, None, "context of 2000"),
+        ({**CHAT, "max_tokens": 5000}, 400, "messages", "maximum context length is 2000"),
         ({**CHAT, "model": "gpt"}, 404, "model", "the model is 'tiny'"),
-        ({**CHAT, "n": 100}, 400, None, "queue of 64"),
+        ({**CHAT, "n": 100}, 400, "n", "queue of 64"),
         ({}, 400, "messages", "required"),
-        ([1], 400, None, "valid dictionary"),
+        ([1], 400, None, "must be an object"),
     ],
 )
 def test_the_clients_mistakes_have_openais_shape(serve, body, status, param, words):

@@ -1,5 +1,7 @@
 """The chat client, piped and against a live server."""
 
+import importlib.util
+import io
 import os
 import re
 import subprocess
@@ -13,10 +15,11 @@ CLI = Path(__file__).resolve().parents[2] / "serving/fast-api/chat_cli.py"
 
 
 def chat(url, text, *arguments):
+    text = text if isinstance(text, bytes) else text.encode()
     environment = {k: v for k, v in os.environ.items() if k != "API_KEY"}
     return subprocess.run(
         [sys.executable, str(CLI), "--base-url", url, *arguments],
-        input=text.encode(),
+        input=text,
         capture_output=True,
         timeout=120,
         env=environment,
@@ -68,3 +71,27 @@ def test_the_servers_refusal_is_shown(live_server):
     result = chat(live_server.url, "hello\n", "--model", "other")
     assert result.returncode == 1
     assert "the server answered 404: model 'other' is not served here" in result.stderr.decode()
+
+
+def test_input_that_is_no_utf8_is_told(live_server):
+    result = chat(live_server.url, b"caf\xe9\n", "--model", "tiny-coda")
+    assert result.returncode == 1
+    assert b"error: the input is not UTF-8: " in result.stderr
+    assert b"Traceback" not in result.stderr
+
+
+def test_bytes_that_are_no_utf8_are_told_also_when_they_are_typed_or_an_argument(monkeypatch, capsys):
+    """A terminal and a shell pass such bytes on as lone surrogates."""
+    spec = importlib.util.spec_from_file_location("chat_cli", CLI)
+    cli = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "chat_cli", cli)
+    spec.loader.exec_module(cli)
+    monkeypatch.setattr(cli, "read_messages", lambda is_terminal: iter(["ab\udcff", "/system \udcfe"]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert cli.main(["--model", "x"]) == 1
+    told = capsys.readouterr().err
+    assert "the text is not UTF-8: byte 0xff at character 2" in told
+    assert "byte 0xfe at character 8" in told
+    with pytest.raises(SystemExit):
+        cli.parse_arguments(["--system", "\udcff"])
+    assert "the text is not UTF-8: byte 0xff at character 0" in capsys.readouterr().err

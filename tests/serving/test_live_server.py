@@ -117,10 +117,11 @@ def test_infilling_lists_and_choices_through_the_official_client(client):
 def test_errors_are_the_official_clients_exceptions(client, live_server):
     with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
         client.chat.completions.create(model="tiny-coda", messages=MESSAGES, logprobs=True)
-    with pytest.raises(openai.BadRequestError, match="context of 512"):
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512"):
         client.chat.completions.create(model="tiny-coda", messages=MESSAGES, max_tokens=600)
+    blocks = {"steps": 1, "block_length": 32}
     with pytest.raises(openai.BadRequestError, match="steps must be at least the number of blocks"):
-        client.chat.completions.create(model="tiny-coda", messages=MESSAGES, max_tokens=100, extra_body={"steps": 1})
+        client.chat.completions.create(model="tiny-coda", messages=MESSAGES, max_tokens=100, extra_body=blocks)
     with pytest.raises(openai.NotFoundError, match="is not served here"):
         client.chat.completions.create(model="gpt", messages=MESSAGES)
     assert [model.id for model in client.models.list()] == ["tiny-coda"]

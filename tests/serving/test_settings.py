@@ -31,6 +31,8 @@ DEFAULTS = {
     "batch_wait_ms": 10.0,
     "request_timeout_s": 600.0,
     "step_timeout_s": 600.0,
+    "max_body_bytes": 2 << 20,
+    "heartbeat_s": 15.0,
     "drain_timeout_s": 30,
     "log_level": "info",
 }

@@ -1,0 +1,121 @@
+"""What a request must pass before anything of it is parsed: the key, then the size of its body.
+
+Pure ASGI, so that a body without a key, or beyond the limit, is never read into memory. Not here: what a body says
+(``protocol``).
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import SHUTTING_DOWN, ApiError
+from .settings import ServerSettings
+
+LINGER_S = 2.0
+"""Seconds for which the rest of a refused body is received and thrown away."""
+
+
+class BodyTooLarge(Exception):
+    """A body went beyond the limit while it was received."""
+
+
+class Gate:
+    """ASGI middleware: 401 before a byte of the body is received, 413 at the first byte too many.
+
+    It also answers requests that are cut off because the server stops: 503 in OpenAI's shape.
+
+    Args:
+        app: what it guards.
+        settings: ``api_key`` and ``max_body_bytes``.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self._app = app
+        self._key = None if settings.api_key is None else settings.api_key.get_secret_value().encode()
+        self._limit = settings.max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request through, or answer it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        fault = self._fault_of_key(scope["path"], headers) or self._fault_of_length(headers)
+        if fault is not None:
+            await _respond(send, fault, receive)
+            return
+        received = 0
+        started = False
+
+        async def counted_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self._limit:
+                    raise BodyTooLarge
+            return message
+
+        async def noted_send(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, counted_receive, noted_send)
+        except BodyTooLarge:
+            if not started:
+                await _respond(send, self._too_large(f"more than {self._limit}"), receive)
+        except asyncio.CancelledError:  # the web server ends what still runs when its time to stop is over
+            if not started:
+                await _respond(send, SHUTTING_DOWN)
+
+    def _fault_of_key(self, path: str, headers: Headers) -> ApiError | None:
+        if self._key is None or not (path == "/metrics" or path == "/v1" or path.startswith("/v1/")):
+            return None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._key):
+            return None
+        return ApiError(
+            401,
+            "a valid key is needed: Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
+        )
+
+    def _fault_of_length(self, headers: Headers) -> ApiError | None:
+        length = headers.get("content-length", "")
+        if length.isdecimal() and length.isascii() and int(length[:20]) > self._limit:
+            return self._too_large(length[:20])
+        return None
+
+    def _too_large(self, got: str) -> ApiError:
+        return ApiError(
+            413,
+            f"the body must have at most {self._limit} bytes (MAX_BODY_BYTES), got {got}",
+            code="body_too_large",
+            headers={"Connection": "close"},
+        )
+
+
+async def _respond(send: Send, error: ApiError, unread: Receive | None = None) -> None:
+    """Send ``error``; then throw ``unread`` away for a while.
+
+    A connection that is closed on bytes nobody has read is reset, and a client that is still sending may then never see
+    the answer. The whole answer is sent first, its end after the rest of the body or ``LINGER_S``.
+    """
+    body = json.dumps(error.body()).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    if unread is not None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while (await unread()).get("more_body", False):
+                    continue
+    await send({"type": "http.response.body"})
