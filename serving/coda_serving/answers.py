@@ -10,8 +10,12 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length"]
 
-Decode = Callable[[Sequence[int]], str]
-"""Token ids to text; what two lists give is what they give together, save for a character cut between them (U+FFFD)."""
+Decode = Callable[[Sequence[int], Sequence[int]], str]
+"""The text that token ids add behind other ones; what two lists give in turn is what they give together, save for a
+character cut between them (U+FFFD)."""
+
+TEXT = (-1,)
+"""Stands for ids of any text left of others."""
 
 LONGEST_TAIL = 32
 """Tokens that may wait for the rest of a character. No character has so many bytes: what waits longer is no text."""
@@ -42,13 +46,21 @@ class AnswerReader:
         decode: ids to text.
         mask_token_id: id of a token that is not committed yet.
         eos_token_ids: ids that end an answer.
+        prompt_ids: ids left of the answer.
         stop: strings that end an answer; none is empty.
     """
 
     def __init__(
-        self, *, decode: Decode, mask_token_id: int, eos_token_ids: frozenset[int], stop: Sequence[str] = ()
+        self,
+        *,
+        decode: Decode,
+        mask_token_id: int,
+        eos_token_ids: frozenset[int],
+        prompt_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
     ) -> None:
         self._decode = decode
+        self._prompt_ids = prompt_ids
         self._mask_token_id = mask_token_id
         self._eos_token_ids = eos_token_ids
         self._stop = stop
@@ -90,16 +102,18 @@ class AnswerReader:
     def _decode_tail(self, answer_ids: Sequence[int]) -> str:
         """Text of the tokens that were read and whose text is not final; what becomes final is moved to the text."""
         tail = list(answer_ids[self._num_decoded : self._num_read])
-        text = self._decode(tail)
+        before = TEXT if self._num_decoded else self._prompt_ids
+        text = self._decode(tail, before)
         if not text.endswith("\ufffd"):
             taken = len(tail)
         elif len(tail) > LONGEST_TAIL:
             # Bytes that are no text are final as far as they can be divided: at any border of characters.
             borders = range(len(tail) - LONGEST_TAIL // 2, 0, -1)
-            taken = next((i for i in borders if self._decode(tail[:i]) + self._decode(tail[i:]) == text), 0)
+            parts = ((i, self._decode(tail[:i], before) + self._decode(tail[i:], TEXT)) for i in borders)
+            taken = next((i for i, joined in parts if joined == text), 0)
         else:
             taken = 0
-        rest = text if not taken else self._decode(tail[taken:]) if taken < len(tail) else ""
+        rest = text if not taken else self._decode(tail[taken:], TEXT) if taken < len(tail) else ""
         self._text += text[: len(text) - len(rest)]
         self._num_decoded += taken
         return rest
@@ -117,7 +131,9 @@ class AnswerReader:
         """The fewest tokens whose text has ``length`` characters."""
         ids = list(answer_ids[: self._num_read])
         enough = bisect.bisect_left(
-            range(len(ids) + 1), True, key=lambda n: len(_whole_characters(self._decode(ids[:n]))) >= length
+            range(len(ids) + 1),
+            True,
+            key=lambda n: len(_whole_characters(self._decode(ids[:n], self._prompt_ids))) >= length,
         )
         return min(enough, len(ids))
 

@@ -38,11 +38,11 @@ CLIENT_CLOSED_REQUEST = 499
 class Encoder(Protocol):
     """What the app needs of a tokenizer; ``CoDALanguageModel.prompts.Codec`` is one."""
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of a conversation, up to where the answer begins."""
+    def encode_chat(self, messages: list[dict[str, str]], *, max_tokens: int | None) -> list[int]:
+        """Ids of a conversation, up to where the answer begins. ValueError when it surely has more than max_tokens."""
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of a text."""
+    def encode_text(self, text: str, *, joins: bool = False, max_tokens: int | None) -> list[int]:
+        """Ids of a text, which may join to a text before it. ValueError when it surely has more than max_tokens."""
 
 
 class ModelLimits(Protocol):
@@ -159,7 +159,8 @@ def _model_routes(service: Service) -> APIRouter:
 def _chat_canvases(service: Service, body: ChatRequest) -> tuple[list[CanvasRequest], int]:
     """One canvas per answer, and the number of prompt tokens."""
     try:
-        prompt_ids = service.encoder.encode_chat([message.as_text() for message in body.messages])
+        messages = [message.as_text() for message in body.messages]
+        prompt_ids = service.encoder.encode_chat(messages, max_tokens=service.limits.context_length)
     except ValueError as error:
         raise invalid(str(error), param="messages") from error
     max_tokens = body.max_completion_tokens or body.max_tokens
@@ -168,10 +169,10 @@ def _chat_canvases(service: Service, body: ChatRequest) -> tuple[list[CanvasRequ
 
 def _completion_canvases(service: Service, body: CompletionRequest) -> tuple[list[CanvasRequest], int]:
     """One canvas per prompt and answer, prompts first; and the number of prompt and suffix tokens."""
-    suffix_ids = service.encoder.encode_text(body.suffix) if body.suffix else None
+    suffix_ids = _encode_text(service, body.suffix, "suffix", joins=True) if body.suffix else None
     prompts = []
     for prompt in body.prompts:
-        ids = service.encoder.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = _encode_text(service, prompt, "prompt") if isinstance(prompt, str) else list(prompt)
         if not ids:  # as OpenAI does: the beginning of a new document
             if service.limits.document_start_id is None:
                 raise invalid("prompt must not be empty: the model has no token that starts a text", param="prompt")
@@ -179,6 +180,13 @@ def _completion_canvases(service: Service, body: CompletionRequest) -> tuple[lis
         prompts.append(ids)
     prompt_tokens = sum(map(len, prompts)) + len(prompts) * len(suffix_ids or ())
     return _canvases(service, body, prompts, suffix_ids, body.max_tokens), prompt_tokens
+
+
+def _encode_text(service: Service, text: str, param: str, *, joins: bool = False) -> list[int]:
+    try:
+        return service.encoder.encode_text(text, joins=joins, max_tokens=service.limits.context_length)
+    except ValueError as error:
+        raise invalid(str(error), param=param) from error
 
 
 def _canvases(

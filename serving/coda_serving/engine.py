@@ -212,6 +212,7 @@ class Engine:
             decode=self._decode,
             mask_token_id=self._sampler.mask_token_id,
             eos_token_ids=self._sampler.eos_token_ids,
+            prompt_ids=request.prompt_ids,
             stop=request.stop,
         )
 

@@ -27,7 +27,7 @@ REPO = Path(__file__).resolve().parents[2]
 MASK, EOS, DOCUMENT_START = 256, 257, 258
 
 
-def bytes_to_text(ids: Sequence[int]) -> str:
+def bytes_to_text(ids: Sequence[int], after: Sequence[int] = ()) -> str:
     """Decode the fake tokenizer's ids: bytes, and control tokens that have no text."""
     return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
@@ -35,10 +35,10 @@ def bytes_to_text(ids: Sequence[int]) -> str:
 class ByteEncoder:
     """A tokenizer whose ids are bytes."""
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, joins: bool = False, max_tokens: int | None = None) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict[str, str]], *, max_tokens: int | None = None) -> list[int]:
         return self.encode_text("".join(f"[{m['role']}]{m['content']}" for m in messages))
 
 

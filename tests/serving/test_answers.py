@@ -11,7 +11,7 @@ MASK, EOS = 256, 257
 ALPHABET = "ab\n \u00e9\u4e2d\U0001f600"
 
 
-def decode(ids):
+def decode(ids, after=()):
     return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
@@ -102,7 +102,7 @@ def test_texts_only_grow_and_end_as_the_whole_canvas_reads(text, broken, end, st
 def test_reading_a_growing_answer_decodes_each_token_a_few_times_and_not_at_every_step():
     for answer in ([*b"def f(x):\n"] * 200, [0xFF] * 2000, [*("\u4e2d".encode() * 700)]):
         decoded = []
-        steps = reader(decode=lambda ids, decoded=decoded: decoded.append(len(ids)) or decode(ids))
+        steps = reader(decode=lambda ids, after, decoded=decoded: decoded.append(len(ids)) or decode(ids))
         for num in range(len(answer) + 1):
             reading = steps.read([*answer[:num], *[MASK] * (len(answer) - num)])
         assert reading.text == decode(answer)
