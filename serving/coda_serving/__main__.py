@@ -52,6 +52,8 @@ def serve(settings: ServerSettings) -> None:
     except ValueError as error:
         raise ValueError(f"MODEL_NAME={error}") from error
     sampler = ModelSampler.load(settings.model_name, device=settings.device, dtype=settings.dtype)
+    settings = settings.with_defaults(sampler.defaults)
+    logger.info("decoding defaults of the model's folder: %s", sampler.defaults)
     metrics = Metrics()
     scheduler = Scheduler(
         max_queue=settings.max_queue,

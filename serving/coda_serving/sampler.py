@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.generation_config_coda import DEFAULTS
 from CoDALanguageModel.sampling import plan_commits
 
 from .scheduler import CanvasRequest
 
 logger = logging.getLogger(__name__)
+
+FOLDER_SETTINGS = {
+    "max_new_tokens": "max_tokens",
+    **{name: name for name in ("steps", "alg", "alg_temp", "temperature", "top_p", "top_k", "block_length")},
+}
+"""Settings of ``generation_config.json`` that requests may leave out, with the server's names."""
 
 
 def choose_device(device: str) -> str:
@@ -77,6 +84,16 @@ class ModelSampler:
             raise ValueError(f"MODEL_NAME={model_name}: {fault}{error}") from error
         logger.info("%s on %s in %s", model_name, device, torch_dtype)
         return cls(model.to(device).eval())
+
+    @property
+    def defaults(self) -> dict[str, object]:
+        """What the model folder's ``generation_config.json`` decides, by the server's names.
+
+        A saved file holds every setting: what it only repeats of the model room's own defaults decides nothing.
+        """
+        config = self._model.generation_config
+        decided = {name: getattr(config, name) for name in FOLDER_SETTINGS}
+        return {FOLDER_SETTINGS[name]: value for name, value in decided.items() if value != DEFAULTS[name]}
 
     def check(self, request: CanvasRequest) -> None:
         """Refuse a canvas that could not be denoised.

@@ -146,6 +146,10 @@ class ServerSettings(BaseSettings):
         """The model's name in the API."""
         return self.served_model_name or Path(self.model_name).resolve().name
 
+    def with_defaults(self, defaults: dict[str, object]) -> "ServerSettings":
+        """The same settings, where those that the operator left open have the model's ``defaults``."""
+        return self.model_copy(update={k: v for k, v in defaults.items() if k not in self.model_fields_set})
+
     def is_served(self, name: str) -> bool:
         """Whether clients may ask for ``name``: the public name, or ``MODEL_NAME`` itself where no other is set."""
         return name == self.public_name or (self.served_model_name is None and name == self.model_name)
