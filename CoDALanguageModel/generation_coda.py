@@ -130,6 +130,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         for name in ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids"):
             if getattr(config, name) is None:
                 setattr(config, name, getattr(self.config, name))
+        config.check_vocabulary(self.config.vocab_size)
         if config.stop_strings and tokenizer is None:
             raise ValueError("stop_strings need the tokenizer: pass tokenizer=...")
         inputs, attention_mask = _check_inputs(inputs, attention_mask, config, self.config, self.device)

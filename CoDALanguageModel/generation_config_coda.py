@@ -161,6 +161,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         refuse_unknown(k for k, value in vars(self).items() if value is not None and k not in METADATA and k[0] != "_")
         self._check_numbers()
         self._check_choices()
+        self._check_token_ids()
         self._check_combinations()
 
     def _check_numbers(self) -> None:
@@ -221,9 +222,39 @@ class DiffusionGenerationConfig(GenerationConfig):
         if self.logit_bias is not None and not isinstance(self.logit_bias, dict):
             raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
         for token, value in (self.logit_bias or {}).items():
+            if not _is_token_id(int(token) if isinstance(token, str) and token.isdecimal() else token):  # JSON's keys
+                raise ValueError(f"logit_bias must map token ids (integers >= 0) to numbers, got {token!r}")
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number or not (-1e6 <= value <= 1e6 or value == -math.inf):
                 raise ValueError(f"logit_bias must hold numbers in [-1e6, 1e6] or -inf, got {value!r} for {token!r}")
+
+    def _check_token_ids(self) -> None:
+        """What can be said without the model: `diffusion_generate` knows the size of the vocabulary."""
+        for name in ("mask_token_id", "pad_token_id", "bos_token_id"):
+            value = getattr(self, name)
+            if value is not None and not _is_token_id(value):
+                raise ValueError(f"{name} must be a token id (an integer >= 0) or None, got {value!r}")
+        for name, value in (("eos_token_id", self.eos_token_id), ("suppress_tokens", self.suppress_tokens)):
+            ids = [value] if name == "eos_token_id" and not isinstance(value, (list, tuple)) else value
+            if value is not None and not (isinstance(ids, (list, tuple)) and all(map(_is_token_id, ids))):
+                one = "a token id or " if name == "eos_token_id" else ""
+                raise ValueError(f"{name} must be {one}a list of token ids (integers >= 0) or None, got {value!r}")
+        if self.num_token_ids is not None:
+            self._check_number("num_token_ids", 1, math.inf, "an integer >= 1 or None", integer=True)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse token ids that a model does not have.
+
+        Raises:
+            ValueError: naming the setting, the ids that there are, and the one got.
+        """
+        ends = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
+        settings = {"mask_token_id": [self.mask_token_id], "pad_token_id": [self.pad_token_id], "eos_token_id": ends}
+        settings |= {"suppress_tokens": self.suppress_tokens or (), "logit_bias": map(int, self.logit_bias or ())}
+        for name, ids in settings.items():
+            for token in ids:
+                if token is not None and token >= vocab_size:
+                    raise ValueError(f"{name} must hold token ids in [0, {vocab_size}), got {token}")
 
     def _check_combinations(self) -> None:
         rules = [name for name in PARALLEL_RULES if getattr(self, name) is not None]
@@ -264,6 +295,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         if isinstance(config, cls):
             return config
         return cls(**{key: value for key, value in config.to_diff_dict().items() if value is not None})
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_INTEGER
 
 
 def refuse_unknown(keys: Iterable[str]) -> None:

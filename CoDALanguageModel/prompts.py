@@ -8,8 +8,10 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -52,22 +54,28 @@ class Codec:
         # Copies that nobody reconfigures, so that threads can share them.
         backend = tokenizer.backend_tokenizer
         description = json.loads(backend.to_str())
-        self._decoder = type(backend).from_str(json.dumps(description))
+        self._decoder = type(backend).from_str(json.dumps(_without_implicit_space(description)))
         control = description["added_tokens"]
         self._plain_added = {token["content"] for token in control if not token["special"]}
         for token in control:
             token["special"] = True
-        self._literal = type(backend).from_str(json.dumps(description))
-        self._literal.encode_special_tokens = True  # "special" tokens are then encoded as the text they are
-        self._literal.no_truncation()
-        self._literal.no_padding()
+        self._first = _literal(type(backend), description)
+        without = _without_implicit_space(description)
+        self._later = self._first if without == description else _literal(type(backend), without)
         self._control_ids = {token["content"]: token["id"] for token in control}
+        # A mask is text that is not known yet.
+        self._not_text = frozenset(self._control_ids.values()) - {tokenizer.mask_token_id}
         by_length = sorted(self._control_ids, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
         self._longest_token = self._most_characters(description)
+        # A control token of the template, or the mark of one in a message, which stands for at least one token.
+        marks = [*map(len, self._control_ids), len(str(len(self._control_ids))) + 2]
+        self._longest_rendered = None if self._longest_token is None else max(self._longest_token, *marks)
         template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
         # Tags such as <think> that the template looks for in the assistant's earlier turns keep their meaning there.
         self._assistant_tags = {content for content in self._plain_added if content in template}
+        self._adds_space = _ids(self._first, "x") != _ids(self._later, "x")
+        self._after_control = self._find_after_control()
         self._check_joints()
         self._template_is_checked = tokenizer.chat_template is None or self._probe_template()
 
@@ -92,14 +100,22 @@ class Codec:
         """Whether conversations can be encoded."""
         return self._tokenizer.chat_template is not None
 
-    def encode_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        max_tokens: int | None = None,
+    ) -> list[int]:
         """Ids of a conversation.
 
         Args:
             messages: `{"role", "content"}` each, roles that the chat template knows.
             add_generation_prompt: end where the assistant's next turn begins.
+            max_tokens: as for `encode_text`.
 
         Raises:
+            TextTooLong: it has more than `max_tokens`.
             ValueError: the tokenizer has no chat template, the template refuses the messages, or it turns out that
                 it cannot be taken apart as needed.
         """
@@ -108,9 +124,14 @@ class Codec:
         if not self._template_is_checked:  # it refused every probe, so the first conversation that it takes is one
             self._compare_with_tokenizer(messages)
             self._template_is_checked = True
-        return self._encode_chat(messages, add_generation_prompt)
+        return self._encode_chat(messages, add_generation_prompt, max_tokens)
 
-    def _encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+    def _encode_chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        add_generation_prompt: bool = True,
+        max_tokens: int | None = None,
+    ) -> list[int]:
         left, right = _absent_characters("".join(message["content"] for message in messages), 2)
         names = list(self._control_ids)
         number = {name: f"{left}{i}{right}" for i, name in enumerate(names)}
@@ -121,29 +142,64 @@ class Codec:
             return {**message, "content": content}
 
         rendered = self._render([disguise(message) for message in messages], add_generation_prompt)
+        self._refuse_too_long(rendered, self._longest_rendered, max_tokens)
         ids: list[int] = []
         position = 0
         marked = re.compile(f"{left}(\\d+){right}")
         for match in [*self._control.finditer(rendered), None]:
             end = match.start() if match else len(rendered)
-            ids += self.encode_text(marked.sub(lambda m: names[int(m[1])], rendered[position:end]))
+            text = marked.sub(lambda m: names[int(m[1])], rendered[position:end])
+            ids += _ids(self._after_control if ids else self._first, text)
             if match:
                 ids.append(self._control_ids[match[0]])
                 position = match.end()
         return ids
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of `text` as it stands; nothing is added and no control token comes out."""
-        # Unlike `encode`, `encode_batch` lets other threads work meanwhile.
-        return self._literal.encode_batch([text], add_special_tokens=False)[0].ids if text else []
+    def encode_text(self, text: str, *, joins: bool = False, max_tokens: int | None = None) -> list[int]:
+        """Ids of `text` as it stands; no control token comes out.
 
-    def least_tokens(self, text: str) -> int:
-        """How many tokens `text` has at least, without encoding it: what is too long is known at once."""
-        return 0 if self._longest_token is None else -(-len(text) // self._longest_token)
+        Args:
+            text: any text.
+            joins: it goes on behind other text, so that a tokenizer which puts a space before a text (SentencePiece's
+                kind) puts none here.
+            max_tokens: refuse a text that is so long that it must have more, without encoding it. A text with more
+                tokens may come back all the same.
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, whitespace untouched, special tokens left out; U+FFFD where a character is incomplete."""
-        return self._decoder.decode(list(ids), skip_special_tokens=True)
+        Raises:
+            TextTooLong: it has more than `max_tokens`.
+        """
+        self._refuse_too_long(text, self._longest_token, max_tokens)
+        return _ids(self._later if joins else self._first, text)
+
+    @staticmethod
+    def _refuse_too_long(text: str, longest: int | None, max_tokens: int | None) -> None:
+        if longest is not None and max_tokens is not None and len(text) > longest * max_tokens:
+            raise TextTooLong(-(-len(text) // longest), max_tokens)
+
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """Text that `ids` add, whitespace untouched, special tokens left out; U+FFFD where a character is incomplete.
+
+        Args:
+            ids: token ids.
+            after: ids that stand left of them. With none, or behind a control token, a text begins, and the space
+                that the tokenizer puts before a text is none of it.
+        """
+        text = self._decoder.decode(list(ids), skip_special_tokens=True)
+        return text.removeprefix(" ") if self._adds_space and self._begins_behind(after) else text
+
+    def _begins_behind(self, after: Sequence[int]) -> bool:
+        if len(after) and self._after_control is self._first:
+            return after[-1] in self._not_text
+        return all(token in self._not_text for token in after)
+
+    def _find_after_control(self) -> Any:
+        """The one of our two encoders that does what the tokenizer does with text behind a control token."""
+        for name, token in self._control_ids.items():
+            got = self._tokenizer(f"{name}x", add_special_tokens=False)["input_ids"]
+            for encoder in (self._first, self._later):
+                if got == [token, *_ids(encoder, "x")]:
+                    return encoder
+        return self._first
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         try:
@@ -177,21 +233,21 @@ class Codec:
             )
 
     def _check_joints(self) -> None:
-        """Refuse tokenizers that add or drop a space where pieces meet, as those of SentencePiece's kind do.
+        """Refuse tokenizers whose pieces do not join to the text.
 
         The pieces of an infilling are encoded, and an answer is decoded, without what stands beside them.
         """
+        behind = _ids(self._later, "x")
         for first in JOINTS:
             for second in JOINTS:
-                ids = self.encode_text(first) + self.encode_text(second)
-                got = self.decode(ids)
-                if got == first + second:
-                    cuts = [self.decode(ids[:cut]) + self.decode(ids[cut:]) for cut in range(1, len(ids))]
-                    got = next((text for text in cuts if text != first + second), got)
-                if got != first + second and not self._is_lossy(first + second):
+                text = first + second
+                ids = self.encode_text(first, joins=True) + self.encode_text(second, joins=True)
+                readings = [self.decode(ids[:i], behind) + self.decode(ids[i:], behind) for i in range(1, len(ids) + 1)]
+                got = next((reading for reading in readings if reading != text), text)
+                if got != text and not self._is_lossy(text):
                     raise ValueError(
-                        "this tokenizer does not give pieces of text back as they were (those of SentencePiece's kind "
-                        f"add or drop a space at a joint): {first!r} and {second!r} become {got!r}"
+                        "this tokenizer does not give pieces of text back as they were, which infilling and streamed "
+                        f"answers need: {first!r} and {second!r} become {got!r}"
                     )
 
     def _is_lossy(self, text: str) -> bool:
@@ -200,13 +256,68 @@ class Codec:
 
     def _most_characters(self, description: dict) -> int | None:
         """Characters that one token can stand for at most; None where that cannot be said."""
-        normalizer = description.get("normalizer")
-        pieces = json.dumps(description.get("pre_tokenizer"))
-        keeps_all = '"ByteLevel"' in pieces and '"Removed"' not in pieces  # every byte is in some token
-        if description["model"]["type"] != "BPE" or not keeps_all or (normalizer and normalizer["type"] != "NFC"):
+        pieces = json.dumps(description["pre_tokenizer"])
+        if description["model"]["type"] != "BPE" or '"Removed"' in pieces:
             return None
-        own = self._literal.get_vocab(with_added_tokens=False)
-        return max(map(len, own), default=1) * (MOST_COMPOSED if normalizer else 1)
+        own = self._first.get_vocab(with_added_tokens=False)
+        is_byte_level = '"ByteLevel"' in pieces and own.keys() >= set(bytes_to_unicode().values())
+        falls_back = description["model"]["byte_fallback"] and own.keys() >= {f"<0x{byte:02X}>" for byte in range(256)}
+        if not is_byte_level and not falls_back:  # an unknown character may vanish, or many of them be one token
+            return None
+        normalizer, factor = description["normalizer"], 1
+        for step in normalizer.get("normalizers", [normalizer]) if normalizer else ():
+            marks_spaces = step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"]
+            if step["type"] == "NFC":
+                factor = MOST_COMPOSED
+            elif step["type"] != "Prepend" and not marks_spaces:
+                return None
+        return max(map(len, own), default=1) * factor
+
+
+def _literal(backend: Any, description: dict) -> Any:
+    """A tokenizer of the class `backend` to which control tokens are text."""
+    tokenizer = backend.from_str(json.dumps(description))
+    tokenizer.encode_special_tokens = True  # "special" tokens are then encoded as the text they are
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    # Unlike `encode`, `encode_batch` lets other threads work meanwhile.
+    return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids if text else []
+
+
+def _without_implicit_space(description: dict) -> dict:
+    """The description of a tokenizer that puts no space before a text, and takes none away."""
+
+    def changed(part: dict | None) -> dict | None:
+        if part is None or part["type"] == "Prepend" or (part["type"], part.get("content")) == ("Strip", " "):
+            return None
+        new = dict(part)
+        for name in ("normalizers", "pretokenizers", "decoders"):
+            if name in part:
+                new[name] = [step for step in map(changed, part[name]) if step is not None]
+        if part["type"] == "Metaspace":
+            new["prepend_scheme"] = "never"
+        if part["type"] == "ByteLevel":
+            new["add_prefix_space"] = False
+        return new
+
+    return description | {name: changed(description[name]) for name in ("normalizer", "pre_tokenizer", "decoder")}
+
+
+class TextTooLong(ValueError):
+    """A text that does not fit.
+
+    Args:
+        least_tokens: how many tokens it has at least.
+        max_tokens: how many would fit.
+    """
+
+    def __init__(self, least_tokens: int, max_tokens: int) -> None:
+        super().__init__(f"the text of at least {least_tokens} tokens does not fit in {max_tokens} tokens")
+        self.least_tokens, self.max_tokens = least_tokens, max_tokens
 
 
 class TemplateRefusal(ValueError):

@@ -33,13 +33,13 @@ MASK_SIGN = "\u2591"
 CHARACTER_WIDTH, LINE_HEIGHT, FRAME_S = 8, 18, 0.25
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int], mask_token_id: int, hidden: set[int]) -> list[str]:
+def token_texts(codec: Any, ids: Sequence[int], mask_token_id: int, hidden: set[int]) -> list[str]:
     """The text that each token adds; masks as a shade, tokens of `hidden` as nothing.
 
     Bytes of a character that is spread over tokens show up with its last one.
     """
     texts, pending = [], []
-    for token in ids:
+    for place, token in enumerate(ids):
         if token == mask_token_id:
             texts.append(MASK_SIGN)
             pending = []
@@ -47,7 +47,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int], mask_token_id: int, hidden: 
             texts.append("")
         else:
             pending.append(token)
-            text = tokenizer.decode(pending)
+            text = codec.decode(pending, ids[: place + 1 - len(pending)])
             texts.append("" if text.endswith("\ufffd") else text)
             pending = pending if text.endswith("\ufffd") else []
     return texts
@@ -65,8 +65,8 @@ def render(texts: Sequence[str], is_new: Sequence[bool], filled_now: Sequence[bo
 class Recording:
     """The steps of one row: what the canvas held after each pass."""
 
-    def __init__(self, tokenizer: Any, first: Sequence[int], mask_token_id: int, hidden: set[int]):
-        self.tokenizer, self.mask_token_id, self.hidden = tokenizer, mask_token_id, hidden
+    def __init__(self, codec: Any, first: Sequence[int], mask_token_id: int, hidden: set[int]):
+        self.codec, self.mask_token_id, self.hidden = codec, mask_token_id, hidden
         self.frames = [list(first)]
         self.is_new = [token == mask_token_id for token in first]
 
@@ -76,7 +76,7 @@ class Recording:
 
     def texts(self, frame: int) -> list[str]:
         """Text of each token of a frame."""
-        return token_texts(self.tokenizer, self.frames[frame], self.mask_token_id, self.hidden)
+        return token_texts(self.codec, self.frames[frame], self.mask_token_id, self.hidden)
 
     def filled_now(self, frame: int) -> list[bool]:
         """Tokens that the pass of a frame changed."""
@@ -194,17 +194,26 @@ def read_gaps(text: str, default_length: int) -> tuple[list[str], list[int]]:
     return pieces, [int(mark[1]) if mark[1] else default_length for mark in marks]
 
 
-def build_canvas(options: argparse.Namespace, tokenizer: Any, model: Any, settings: dict[str, Any]) -> list[int]:
+def fill_gaps(codec: Any, pieces: list[str], lengths: list[int], ids: Sequence[int | None]) -> str:
+    """The pieces as they were written, and between them the text of `ids`, without those that are None."""
+    text, start = pieces[0], len(codec.encode_text(pieces[0]))
+    for piece, length in zip(pieces[1:], lengths, strict=True):
+        gap = [token for token in ids[start : start + length] if token is not None]
+        text += codec.decode(gap, ids[:start]) + piece
+        start += length + len(codec.encode_text(piece, joins=True))
+    return text
+
+
+def build_canvas(options: argparse.Namespace, codec: Codec, model: Any, settings: dict[str, Any]) -> list[int]:
     """The ids to decode from: a prompt, or a text with gaps."""
-    codec = Codec(tokenizer)
     if options.infill is not None:
         pieces, lengths = read_gaps(options.infill.read_text(), options.gap_length)
         settings["max_new_tokens"] = 0
         ids = codec.encode_text(pieces[0])
         for piece, length in zip(pieces[1:], lengths, strict=True):
-            ids += [model.config.mask_token_id] * length + codec.encode_text(piece)
+            ids += [model.config.mask_token_id] * length + codec.encode_text(piece, joins=True)
         return ids
-    if options.raw or not tokenizer.chat_template:
+    if options.raw or not codec.has_chat_template:
         return codec.encode_text(options.prompt)
     return codec.encode_chat([{"role": "user", "content": options.prompt}])
 
@@ -252,12 +261,13 @@ def main(arguments: list[str] | None = None) -> None:
 def run(options: argparse.Namespace, settings: dict[str, Any], tokenizer: Any, model: Any) -> None:
     """Decode, show, print and record."""
     config = model.generation_config.merged(settings)
-    ids = build_canvas(options, tokenizer, model, settings)
+    codec = Codec(tokenizer)
+    ids = build_canvas(options, codec, model, settings)
     eos = model.config.eos_token_id
     hidden = {model.config.pad_token_id, *(eos if isinstance(eos, list) else [eos])}
     new = settings.get("max_new_tokens", config.max_new_tokens)
     first = list(ids) + [model.config.mask_token_id] * new
-    recording = Recording(tokenizer, first, model.config.mask_token_id, hidden)
+    recording = Recording(codec, first, model.config.mask_token_id, hidden)
     console = Console(stderr=True)
 
     def panel() -> Panel:
@@ -275,9 +285,12 @@ def run(options: argparse.Namespace, settings: dict[str, Any], tokenizer: Any, m
             torch.tensor([ids]), step_callback=on_step, return_dict_in_generate=True, tokenizer=tokenizer, **settings
         )
     recording.add(output.sequences[0].tolist())
-    answer = output.sequences[0].tolist() if options.infill is not None else output.sequences[0, len(ids) :].tolist()
-    kept = [token for token in answer if token not in hidden]
-    print(tokenizer.decode(kept))
+    final = [None if token in hidden else token for token in output.sequences[0].tolist()]
+    if options.infill is not None:
+        pieces, lengths = read_gaps(options.infill.read_text(), options.gap_length)
+        print(fill_gaps(codec, pieces, lengths, final))
+    else:
+        print(codec.decode([token for token in final[len(ids) :] if token is not None], ids))
     cost = output.cost.as_dict()
     console.print(
         Text(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in cost.items()), style="dim")

@@ -3,6 +3,7 @@
 Not here: which rows and positions (`canvas`), and what becomes of the logits (`decoder`).
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -88,6 +89,13 @@ class Scorer:
         bias = {int(token): float(value) for token, value in (config.logit_bias or {}).items()}
         self.bias_ids = canvas.ids.new_tensor(list(bias))
         self.bias = torch.tensor(list(bias.values()), device=canvas.ids.device)
+        excluded = banned | {token for token, value in bias.items() if value == -math.inf}
+        num_ids = min(config.num_token_ids or model.config.vocab_size, model.config.vocab_size)
+        if len(excluded) >= num_ids and excluded.issuperset(range(num_ids)):
+            raise ValueError(
+                f"no token may come out: suppress_tokens and logit_bias exclude all of the {num_ids} ids of the "
+                "vocabulary"
+            )
 
     def score(self, step: Step, ids: Tensor) -> Scores:
         """Logits of the positions that the step may fill, from the cache where it is young enough."""

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from openai import OpenAI
-from transformers import AutoTokenizer
+
+from CoDALanguageModel.prompts import Codec
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
@@ -128,8 +129,7 @@ def ask(base_url: str, run_dir: Path) -> list[dict[str, str | float]]:
         model=MODEL_NAME, messages=[{"role": "user", "content": problem["prompt"]}], max_tokens=ANSWER_TOKENS
     )
     between = time.monotonic()
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer")
-    num_tokens = len(tokenizer(gap["middle"], add_special_tokens=False)["input_ids"])
+    num_tokens = len(Codec.load(str(run_dir / "tokenizer")).encode_text(gap["middle"], joins=True))
     infill = client.completions.create(
         model=MODEL_NAME, prompt=gap["prefix"], suffix=gap["suffix"], max_tokens=num_tokens
     )

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.prompts import Codec
 
 
 def record_denoising(run_dir: Path, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,10 +26,7 @@ def record_denoising(run_dir: Path, generation: Mapping[str, Any]) -> dict[str, 
         prompt = json.loads(file.readline())["prompt"]
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     model = CoDALanguageModel.from_pretrained(run_dir / "model").eval()
-    messages = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-        "input_ids"
-    ]
+    inputs = torch.tensor([Codec(tokenizer).encode_chat([{"role": "user", "content": prompt}])])
     with torch.no_grad():
         output = model.diffusion_generate(
             inputs, output_history=True, return_dict_in_generate=True, seed=0, **generation

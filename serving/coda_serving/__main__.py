@@ -51,7 +51,7 @@ def check_defaults(settings: ServerSettings, sampler: "ModelSampler") -> ServerS
             f"MAX_TOKENS must be at most {most}: the model's context has {sampler.context_length} tokens and a prompt "
             f"takes at least one; got {settings.max_tokens}"
         )
-    settings = settings.with_decoding(sampler.decoding or {})
+    settings = settings.with_defaults(sampler.defaults)
     settings = settings.model_copy(update={"max_tokens": min(settings.max_tokens, most)})
     names = [field.name for field in dataclasses.fields(SamplingOptions)]
     options = SamplingOptions(**{name: value for name, value in settings.decoding.items() if name in names})
@@ -89,6 +89,7 @@ def serve(settings: ServerSettings) -> None:
         raise ValueError(f"MODEL_NAME={error}") from error
     sampler = ModelSampler.load(settings.model_name, device=settings.device, dtype=settings.dtype)
     settings = check_defaults(settings, sampler)
+    logger.info("decoding defaults: %s", settings.decoding)
     metrics = Metrics()
     scheduler = Scheduler(
         max_queue=settings.max_queue,

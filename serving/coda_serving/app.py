@@ -18,6 +18,8 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from CoDALanguageModel.prompts import TextTooLong
+
 from .bodies import body_parts, body_schema, read_body
 from .engine import Answer, Engine
 from .errors import ApiError, invalid
@@ -38,14 +40,11 @@ CLIENT_CLOSED_REQUEST = 499
 class Encoder(Protocol):
     """What the app needs of a tokenizer; ``CoDALanguageModel.prompts.Codec`` is one."""
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of a conversation, up to where the answer begins."""
+    def encode_chat(self, messages: list[dict[str, str]], *, max_tokens: int | None) -> list[int]:
+        """Ids of a conversation, up to where the answer begins. ValueError when it surely has more than max_tokens."""
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of a text."""
-
-    def least_tokens(self, text: str) -> int:
-        """How many ids a text has at least, without encoding it."""
+    def encode_text(self, text: str, *, joins: bool = False, max_tokens: int | None) -> list[int]:
+        """Ids of a text, which may join to a text before it. ValueError when it surely has more than max_tokens."""
 
 
 class ModelLimits(Protocol):
@@ -174,9 +173,10 @@ def _chat_canvases(service: Service, body: ChatRequest) -> tuple[list[CanvasRequ
     _check_number(service, body, 1)
     max_tokens = body.max_completion_tokens or body.max_tokens
     messages = [message.as_text() for message in body.messages]
-    _check_size(service, [message["content"] for message in messages], max_tokens, "messages")
     try:
-        prompt_ids = service.encoder.encode_chat(messages)
+        prompt_ids = service.encoder.encode_chat(messages, max_tokens=service.limits.context_length)
+    except TextTooLong as error:
+        raise _context_exceeded(error.max_tokens, f"at least {error.least_tokens}", max_tokens, "messages") from error
     except ValueError as error:
         raise invalid(str(error), param="messages") from error
     return _canvases(service, body, [prompt_ids], None, max_tokens), len(prompt_ids)
@@ -185,13 +185,10 @@ def _chat_canvases(service: Service, body: ChatRequest) -> tuple[list[CanvasRequ
 def _completion_canvases(service: Service, body: CompletionRequest) -> tuple[list[CanvasRequest], int]:
     """One canvas per prompt and answer, prompts first; and the number of prompt and suffix tokens."""
     _check_number(service, body, len(body.prompts))
-    for prompt in body.prompts:
-        texts = [prompt] if isinstance(prompt, str) else []
-        _check_size(service, [*texts, body.suffix or ""], body.max_tokens, "prompt")
-    suffix_ids = service.encoder.encode_text(body.suffix) if body.suffix else None
+    suffix_ids = _encode_text(service, body, body.suffix, "suffix", joins=True) if body.suffix else None
     prompts = []
     for prompt in body.prompts:
-        ids = service.encoder.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = _encode_text(service, body, prompt, "prompt") if isinstance(prompt, str) else list(prompt)
         if not ids:  # as OpenAI does: the beginning of a new document
             if service.limits.document_start_id is None:
                 raise invalid("prompt must not be empty: the model has no token that starts a text", param="prompt")
@@ -199,6 +196,16 @@ def _completion_canvases(service: Service, body: CompletionRequest) -> tuple[lis
         prompts.append(ids)
     prompt_tokens = sum(map(len, prompts)) + len(prompts) * len(suffix_ids or ())
     return _canvases(service, body, prompts, suffix_ids, body.max_tokens), prompt_tokens
+
+
+def _encode_text(service: Service, body: CompletionRequest, text: str, param: str, *, joins: bool = False) -> list[int]:
+    try:
+        return service.encoder.encode_text(text, joins=joins, max_tokens=service.limits.context_length)
+    except TextTooLong as error:
+        least = f"at least {error.least_tokens}"
+        raise _context_exceeded(error.max_tokens, least, body.max_tokens, param) from error
+    except ValueError as error:
+        raise invalid(str(error), param=param) from error
 
 
 def _canvases(
@@ -252,14 +259,6 @@ def _check_number(service: Service, body: SamplingRequest, num_prompts: int) -> 
             f"n={body.n or 1}: more than the queue of {most} holds",
             param="n" if num_prompts == 1 else "prompt",
         )
-
-
-def _check_size(service: Service, texts: list[str], max_tokens: int | None, param: str) -> None:
-    """Refuse texts that cannot fit, by their number of characters alone: encoding them would take long."""
-    context = service.limits.context_length
-    least = sum(map(service.encoder.least_tokens, texts))
-    if least + (max_tokens or 1) > context:
-        raise _context_exceeded(context, f"at least {least}", max_tokens, param)
 
 
 def _context_exceeded(context: int, prompt_tokens: str, max_tokens: int | None, param: str) -> ApiError:

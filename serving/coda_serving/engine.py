@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
-from .answers import Decode, FinishReason, Reading, committed_prefix, read_answer
+from .answers import AnswerReader, Decode, FinishReason, num_committed
 from .metrics import Metrics
 from .scheduler import CanvasRequest, Job, QueueFull, Scheduler
 
@@ -104,6 +105,7 @@ class Engine:
         self._stopping = False
         self._stopped = threading.Event()
         self._stuck: threading.Thread | None = None
+        self._finishing = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="coda-engine", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="coda-engine-watchdog", daemon=True)
         metrics.watch(num_waiting=lambda: self.num_waiting, num_running=lambda: self.num_running)
@@ -174,16 +176,17 @@ class Engine:
             started_s = self._progress_s = time.monotonic()
             self._running = batch
             self._metrics.batch_size.observe(len(batch))
+            rows = [(job, self._reader(job.request)) for job in batch]
             try:
-                self._sampler.run([job.request for job in batch], lambda ids, n: self._on_step(batch, ids, n))
+                self._sampler.run([job.request for job in batch], partial(self._on_step, rows))
             except Exception:  # one batch's fault must not end the service; every listener and the log hear of it
                 logger.exception("a batch of %d failed", len(batch))
-            if threading.current_thread() is not self._thread:
-                return  # the watchdog has given this batch up, and another thread works
             # Whoever has no answer by now gets none: the batch failed or the server is stopping.
             failure = SHUTTING_DOWN if self._stopping else Failure("the model failed; see the server's log")
             for job in batch:
                 self._finish(job, failure)
+            if threading.current_thread() is not self._thread:
+                return  # the watchdog has given this thread up, and another one works
             self._running = []
             self._seconds_per_job += 0.2 * ((time.monotonic() - started_s) / len(batch) - self._seconds_per_job)
 
@@ -208,19 +211,28 @@ class Engine:
                     job.listener(Failure("the model is stuck"))
                 return
 
-    def _on_step(self, batch: list[Job], answer_ids: list[list[int]], num_passes: int) -> bool:
+    def _reader(self, request: CanvasRequest) -> AnswerReader:
+        return AnswerReader(
+            decode=self._decode,
+            mask_token_id=self._sampler.mask_token_id,
+            eos_token_ids=self._sampler.eos_token_ids,
+            prompt_ids=request.prompt_ids,
+            stop=request.stop,
+        )
+
+    def _on_step(self, rows: list[tuple[Job, AnswerReader]], answer_ids: list[list[int]], num_passes: int) -> bool:
         """Show each row's listener what has become final; False once no row is wanted any more."""
         if threading.current_thread() is not self._thread:
             return False
         self._progress_s = time.monotonic()
         self._metrics.forwards.inc()
-        for job, ids in zip(batch, answer_ids, strict=True):
+        for (job, reader), ids in zip(rows, answer_ids, strict=True):
             if not job.done and not job.cancelled:
-                self._advance(job, ids, num_passes)
-        return not self._stopping and any(not job.done and not job.cancelled for job in batch)
+                self._advance(job, reader, ids, num_passes)
+        return not self._stopping and any(not job.done and not job.cancelled for job, _ in rows)
 
-    def _advance(self, job: Job, ids: list[int], num_passes: int) -> None:
-        reading = self._read(job.request, ids)
+    def _advance(self, job: Job, reader: AnswerReader, ids: list[int], num_passes: int) -> None:
+        reading = reader.read(self._settled(job.request, ids))
         if len(reading.text) > len(job.shown):
             job.listener(Delta(reading.text[len(job.shown) :]))
             job.shown = reading.text
@@ -234,25 +246,21 @@ class Engine:
             )
             self._finish(job, answer)
 
-    def _read(self, request: CanvasRequest, ids: list[int]) -> Reading:
+    def _settled(self, request: CanvasRequest, ids: list[int]) -> list[int]:
+        """The answer's ids with a mask wherever a token may still be taken back."""
+        if request.options.alg != "p2":  # which may mask a token again as long as its block is not full
+            return ids
         mask = self._sampler.mask_token_id
-        if request.options.alg == "p2":  # may mask a token again as long as its block is not full
-            block = request.options.block_length or len(ids)
-            num_committed = len(committed_prefix(ids, mask))
-            if num_committed < len(ids):
-                settled = num_committed - num_committed % block
-                ids = ids[:settled] + [mask] * (len(ids) - settled)
-        return read_answer(
-            ids,
-            decode=self._decode,
-            mask_token_id=mask,
-            eos_token_ids=self._sampler.eos_token_ids,
-            stop=request.stop,
-        )
+        settled = num_committed(ids, mask)
+        if settled == len(ids):
+            return ids
+        settled -= settled % (request.options.block_length or len(ids))
+        return ids[:settled] + [mask] * (len(ids) - settled)
 
-    @staticmethod
-    def _finish(job: Job, event: Event) -> None:
-        if not job.done:
+    def _finish(self, job: Job, event: Event) -> None:
+        with self._finishing:  # the watchdog or the thread that it gave up, not both
+            if job.done:
+                return
             job.done = True
-            if not job.cancelled:
-                job.listener(event)
+        if not job.cancelled:
+            job.listener(event)

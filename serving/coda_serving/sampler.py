@@ -1,15 +1,14 @@
 """The model behind the server: loading it, and denoising one batch of canvases. The only module that knows tensors."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.utils import cached_file
 
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.generation_config_coda import DEFAULTS
 from CoDALanguageModel.sampling import plan_commits
 
 from .scheduler import CanvasRequest
@@ -61,8 +60,6 @@ class ModelSampler:
         self.document_start_id: int | None = (
             config.bos_token_id if config.bos_token_id is not None else config.pad_token_id
         )
-        self.decoding: dict[str, object] | None = None
-        """The decoding settings that lie beside the weights, by the names of ``DiffusionGenerationConfig``."""
         # Left of every prompt and hidden by the attention mask, so any id that is no mask serves.
         self._filler_id: int = config.pad_token_id if config.pad_token_id is not None else 0
 
@@ -81,14 +78,17 @@ class ModelSampler:
             fault = "" if Path(model_name).is_dir() else "no such folder here, and the Hub does not give it: "
             raise ValueError(f"MODEL_NAME={model_name}: {fault}{error}") from error
         logger.info("%s on %s in %s", model_name, device, torch_dtype)
-        sampler = cls(model.to(device).eval())
-        file = cached_file(model_name, "generation_config.json", _raise_exceptions_for_missing_entries=False)
-        written = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-        if written.keys() & DECODING.values():  # a file with nothing but token ids says nothing about decoding
-            config = model.generation_config
-            sampler.decoding = {name: getattr(config, name) for name in DECODING.values()}
-            sampler.decoding["alg_temp"] = config.alg_temp or 0.0
-        return sampler
+        return cls(model.to(device).eval())
+
+    @property
+    def defaults(self) -> dict[str, object]:
+        """What the model folder's ``generation_config.json`` decides, by the server's names.
+
+        A saved file holds every setting: what it only repeats of the model room's own defaults decides nothing.
+        """
+        config = self._model.generation_config
+        decided = {name: (getattr(config, source), DEFAULTS[source]) for name, source in DECODING.items()}
+        return {name: value for name, (value, default) in decided.items() if value != default}
 
     def check(self, request: CanvasRequest) -> None:
         """Refuse a canvas that could not be denoised.

@@ -7,7 +7,6 @@ import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +33,7 @@ class ServerSettings(BaseSettings):
     """Everything that the operator decides. Each field is the environment variable of the same name in capitals.
 
     An empty variable counts as unset. Sampling fields are defaults that a request may override; where the environment
-    sets none, the ``generation_config.json`` of the model's folder does (``with_decoding``), if there is one.
+    sets none, the ``generation_config.json`` of the model's folder does (``with_defaults``), if there is one.
     """
 
     model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="forbid", protected_namespaces=())
@@ -156,19 +155,6 @@ class ServerSettings(BaseSettings):
             )
         return self
 
-    def with_decoding(self, decoding: Mapping[str, Any]) -> "ServerSettings":
-        """These settings with the sampling defaults of a model, where the environment has set none.
-
-        Args:
-            decoding: by the names of ``DiffusionGenerationConfig``; one that is missing changes nothing.
-        """
-        changes = {
-            name: decoding[source]
-            for name, source in DECODING.items()
-            if name not in self.model_fields_set and source in decoding
-        }
-        return self.model_copy(update=changes)
-
     @property
     def decoding(self) -> dict[str, Any]:
         """The sampling defaults by the names of a request."""
@@ -178,6 +164,10 @@ class ServerSettings(BaseSettings):
     def public_name(self) -> str:
         """The model's name in the API."""
         return self.served_model_name or Path(self.model_name).resolve().name
+
+    def with_defaults(self, defaults: dict[str, object]) -> "ServerSettings":
+        """The same settings, where those that the operator left open have the model's ``defaults``."""
+        return self.model_copy(update={k: v for k, v in defaults.items() if k not in self.model_fields_set})
 
     def is_served(self, name: str) -> bool:
         """Whether clients may ask for ``name``: the public name, or ``MODEL_NAME`` itself where no other is set."""

@@ -631,3 +631,26 @@ def test_a_step_that_commits_nothing_is_an_error_and_not_an_endless_loop(model, 
     monkeypatch.setattr("CoDALanguageModel.decoder.choose", nothing)
     with pytest.raises(DecodingStalled, match=r"step \d+ of row 0 committed none of 1 tokens"):
         model.diffusion_generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, steps=4, **options)
+
+
+@pytest.mark.parametrize("name", ["mask_token_id", "pad_token_id", "eos_token_id", "suppress_tokens", "num_token_ids"])
+def test_ids_that_are_no_tokens_are_refused_by_name(model, name):
+    numbers = [-1, True, 1.5, "a", math.nan, 2**63, 10**30]
+    numbers += [] if name == "num_token_ids" else [model.config.vocab_size]
+    lists = name in ("eos_token_id", "suppress_tokens")
+    for value in ([[number] for number in numbers] if lists else numbers) + [{3}, range(2)]:
+        with pytest.raises(ValueError, match=f"{name} must"):
+            model.diffusion_generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, steps=4, **{name: value})
+
+
+@pytest.mark.parametrize("token", [-1, True, 3.5, "a", "-1", 72, 10**30])
+def test_a_bias_for_what_is_no_token_is_refused(model, token):
+    with pytest.raises(ValueError, match="logit_bias must"):
+        model.diffusion_generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, steps=4, logit_bias={token: 1.0})
+
+
+@pytest.mark.parametrize("name", ["suppress_tokens", "logit_bias"])
+def test_settings_that_leave_no_token_are_named_and_not_blamed_on_the_model(model, name):
+    value = list(range(68)) if name == "suppress_tokens" else dict.fromkeys(range(68), -math.inf)
+    with pytest.raises(ValueError, match="exclude all of the 68 ids"):
+        model.diffusion_generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, steps=4, **{name: value})

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from CoDALanguageModel.prompts import PROBES, Codec
+from CoDALanguageModel.prompts import PROBES, Codec, TextTooLong
 
 CODE = "\n\n  def f(x):\r\n\treturn x  # ok \n\n"
 
@@ -161,44 +161,117 @@ def _raises(tokenizer, messages):
     return False
 
 
-def llama_kind(prepend):
-    """A tokenizer of SentencePiece's kind: spaces are U+2581, and one is put before each text."""
-    letters = [chr(i) for i in range(33, 127)] + ["\n", "\t", "\u2581"]
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
-    first = [normalizers.Prepend("\u2581")] if prepend else []
-    backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "\u2581")])
-    strip = [decoders.Strip(" ", 1, 0)] if prepend else []
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), *strip])
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
-def metaspace_kind(scheme):
-    tokenizer = llama_kind(False)
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.normalizer = None
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
-@pytest.mark.parametrize(
-    "tokenizer",
-    [llama_kind(True), metaspace_kind("always"), metaspace_kind("first")],
-    ids=["prepend", "metaspace always", "metaspace first"],
+MARK = "\u2581"
+SENTENCEPIECE_KINDS = ("prepend", "always", "first", "never", "always, split", "decoded by metaspace", "byte-level")
+CHAT = (
+    "{% for m in messages %}<s>{{ m.role }}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
 )
-def test_a_tokenizer_that_changes_spaces_where_pieces_meet_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="add or drop a space at a joint"):
-        Codec(tokenizer)
 
 
-@pytest.mark.parametrize("tokenizer", [llama_kind(False), metaspace_kind("never")], ids=["replace", "metaspace never"])
-def test_pieces_join_to_the_text(tokenizer):
-    codec = Codec(tokenizer)
-    assert codec.decode(codec.encode_text("x =") + codec.encode_text(" y") + codec.encode_text("z")) == "x = yz"
+def sentencepiece(kind, **changes):
+    """A tokenizer as Llama 2 has it: spaces are U+2581, unknown characters bytes, and a space comes before a text."""
+    names = ["<unk>", "<s>", "</s>", "<mask>", *(f"<0x{i:02X}>" for i in range(256)), *map(chr, range(33, 127)), MARK]
+    merges = [(MARK, MARK), (MARK, "x"), ("x", "x"), ("e", "f")]
+    vocab = {name: i for i, name in enumerate([*names, *(a + b for a, b in merges)])}
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    strip = [decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence([decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    scheme = kind.partition(",")[0]
+    if kind == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(MARK), normalizers.Replace(" ", MARK)])
+    elif kind == "byte-level":
+        backend = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+    elif kind == "decoded by metaspace":
+        backend = Tokenizer(models.BPE({c: i for i, c in enumerate([*map(chr, range(33, 127)), "\n", "\t", MARK])}, []))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split="split" in kind)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT, **names, **changes)
+
+
+@pytest.fixture(scope="module", params=SENTENCEPIECE_KINDS)
+def spaced(request):
+    return sentencepiece(request.param)
+
+
+@pytest.fixture(scope="module")
+def spaced_codec(spaced):
+    return Codec(spaced)
+
+
+PIECES = st.text("ef x\n(.", min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pieces=st.lists(PIECES, min_size=2, max_size=4), cuts=st.lists(st.integers(0, 30), max_size=3))
+def test_pieces_join_to_the_text_wherever_they_are_encoded_and_decoded(spaced, spaced_codec, pieces, cuts):
+    codec = spaced_codec
+    start = "x" + pieces[0]
+    ids = codec.encode_text(start)
+    assert ids == spaced(start, add_special_tokens=False)["input_ids"]  # a text begins as the model has seen it
+    for piece in pieces[1:]:
+        ids = ids + codec.encode_text(piece, joins=True)
+    text = start + "".join(pieces[1:])
+    assert codec.decode(ids) == text
+    borders = sorted({0, len(ids), *(cut for cut in cuts if cut < len(ids))})
+    parts = [codec.decode(ids[a:b], ids[:a]) for a, b in zip(borders, borders[1:], strict=False)]
+    assert "".join(parts) == text
+    # Behind a prompt an answer is what it adds, behind control tokens alone it begins the text.
+    assert codec.decode(codec.encode_text(" = y", joins=True), ids) == " = y"
+    control = [spaced.bos_token_id]
+    assert codec.decode(codec.encode_text("y"), control) == "y"
+
+
+@settings(max_examples=20, deadline=None)
+@given(texts=st.lists(st.text("ef x\n", max_size=5), min_size=1, max_size=3))
+def test_conversations_keep_the_spaces_that_the_tokenizer_itself_puts(spaced, spaced_codec, texts):
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    assert spaced_codec.encode_chat(messages) == reference(spaced, messages)
+
+
+def test_a_tokenizer_that_loses_a_piece_of_text_is_refused():
+    for decoder in (decoders.WordPiece(prefix="##"), decoders.BPEDecoder(suffix=MARK)):
+        tokenizer = sentencepiece("never")
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.decoder = decoder
+        if isinstance(decoder, decoders.WordPiece):
+            backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+        with pytest.raises(ValueError, match="does not give pieces of text back as they were"):
+            Codec(tokenizer)
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text("ab \n\u0301e\u1100\u1161\u11a8\u00e9\U0001f600<|>", max_size=40))
-def test_the_least_number_of_tokens_is_never_more_than_there_are(tokenizer, codec, text):
-    assert codec.least_tokens(text) <= len(codec.encode_text(text))
-    assert codec.least_tokens("x" * 10**6) > 1000
+@given(text=st.text("ab \n\u0301e\u1100\u1161\u11a8\u00e9\U0001f600<|>", max_size=60))
+def test_a_text_that_fits_is_never_refused_before_it_is_encoded(codec, text):
+    ids = codec.encode_text(text)
+    assert codec.encode_text(text, max_tokens=len(ids)) == ids
+    messages = [{"role": "user", "content": text + "<|im_end|>" * 9}]
+    ids = codec.encode_chat(messages)
+    assert codec.encode_chat(messages, max_tokens=len(ids)) == ids
+
+
+def test_a_text_that_surely_has_too_many_tokens_is_refused_without_encoding_it(codec, monkeypatch):
+    def no_encoding(tokenizer, text):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr("CoDALanguageModel.prompts._ids", no_encoding)
+    text = "x = 1\n" * 10**5
+    for encode in (
+        codec.encode_text,
+        lambda text, **options: codec.encode_chat([{"role": "user", "content": text}], **options),
+    ):
+        with pytest.raises(TextTooLong, match=r"at least \d+ tokens does not fit in 1000 tokens") as caught:
+            encode(text, max_tokens=1000)
+        assert 1000 < caught.value.least_tokens <= 10**6
+
+
+def test_nothing_is_refused_where_characters_may_vanish_or_melt_into_one_token():
+    backend = Tokenizer(models.BPE({"x": 0, "?": 1}, [], unk_token="?", fuse_unk=True))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert Codec(tokenizer).encode_text("y" * 1000, max_tokens=1) == [1]

@@ -14,7 +14,7 @@ MASK = 9
 class Letters:
     """One character per token; 10 and 11 are the two halves of one character."""
 
-    def decode(self, ids):
+    def decode(self, ids, after=()):
         return "".join({8: "\n", 10: "\ufffd", 11: "\ufffd"}.get(i, chr(97 + i)) for i in ids).replace(
             "\ufffd\ufffd", "\u00e9"
         )

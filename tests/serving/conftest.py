@@ -22,12 +22,13 @@ from coda_serving.engine import Engine, OnStep
 from coda_serving.metrics import Metrics
 from coda_serving.scheduler import CanvasRequest, SamplingOptions, Scheduler
 from coda_serving.settings import ServerSettings
+from CoDALanguageModel.prompts import TextTooLong
 
 REPO = Path(__file__).resolve().parents[2]
 MASK, EOS, DOCUMENT_START = 256, 257, 258
 
 
-def bytes_to_text(ids: Sequence[int]) -> str:
+def bytes_to_text(ids: Sequence[int], after: Sequence[int] = ()) -> str:
     """Decode the fake tokenizer's ids: bytes, and control tokens that have no text."""
     return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
@@ -35,14 +36,14 @@ def bytes_to_text(ids: Sequence[int]) -> str:
 class ByteEncoder:
     """A tokenizer whose ids are bytes."""
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, joins: bool = False, max_tokens: int | None = None) -> list[int]:
+        if max_tokens is not None and len(text) > max_tokens:
+            raise TextTooLong(len(text), max_tokens)
         return list(text.encode())
 
-    def least_tokens(self, text: str) -> int:
-        return len(text)
-
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        return self.encode_text("".join(f"[{m['role']}]{m['content']}" for m in messages))
+    def encode_chat(self, messages: Sequence[dict[str, str]], *, max_tokens: int | None = None) -> list[int]:
+        text = "".join(f"[{m['role']}]{m['content']}" for m in messages)
+        return self.encode_text(text, max_tokens=max_tokens)
 
 
 @dataclass

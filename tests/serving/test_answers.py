@@ -5,23 +5,27 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coda_serving.answers import committed_prefix, read_answer
+from coda_serving.answers import AnswerReader, num_committed
 
 MASK, EOS = 256, 257
 ALPHABET = "ab\n \u00e9\u4e2d\U0001f600"
 
 
-def decode(ids):
+def decode(ids, after=()):
     return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
+def reader(stop=(), decode=decode):
+    return AnswerReader(decode=decode, mask_token_id=MASK, eos_token_ids=frozenset({EOS}), stop=stop)
+
+
 def read(ids, stop=()):
-    return read_answer(ids, decode=decode, mask_token_id=MASK, eos_token_ids=frozenset({EOS}), stop=stop)
+    return reader(stop).read(ids)
 
 
-def test_the_committed_prefix_stops_at_the_first_mask():
-    assert committed_prefix([1, 2, MASK, 4], MASK) == [1, 2]
-    assert committed_prefix([1, 2], MASK) == [1, 2]
+def test_what_is_committed_ends_at_the_first_mask():
+    assert num_committed([1, 2, MASK, 4], MASK) == 2
+    assert num_committed([1, 2], MASK) == 2
 
 
 def test_whitespace_is_untouched():
@@ -68,7 +72,7 @@ def test_the_stop_string_that_is_complete_first_decides():
 @settings(max_examples=200, deadline=None)
 @given(
     text=st.text(ALPHABET, max_size=12),
-    broken=st.lists(st.integers(0, 255), max_size=4),
+    broken=st.one_of(st.lists(st.integers(0, 255), max_size=4), st.lists(st.integers(128, 255), max_size=80)),
     end=st.booleans(),
     stop=st.lists(st.text(ALPHABET, min_size=1, max_size=3), max_size=3),
     seed=st.integers(0, 1000),
@@ -78,9 +82,11 @@ def test_texts_only_grow_and_end_as_the_whole_canvas_reads(text, broken, end, st
     final = read(answer, stop)
     canvas = [MASK] * len(answer)
     shown = ""
+    steps = reader(stop)
     for position in random.Random(seed).sample(range(len(answer)), len(answer)):
         canvas[position] = answer[position]
-        reading = read(canvas, stop)
+        reading = steps.read(canvas)
+        assert reading == read(canvas, stop)
         assert reading.text.startswith(shown)
         shown = reading.text
         assert final.text.startswith(shown)
@@ -91,3 +97,13 @@ def test_texts_only_grow_and_end_as_the_whole_canvas_reads(text, broken, end, st
         final.num_tokens,
         final.finish_reason,
     )
+
+
+def test_reading_a_growing_answer_decodes_each_token_a_few_times_and_not_at_every_step():
+    for answer in ([*b"def f(x):\n"] * 200, [0xFF] * 2000, [*("\u4e2d".encode() * 700)]):
+        decoded = []
+        steps = reader(decode=lambda ids, after, decoded=decoded: decoded.append(len(ids)) or decode(ids))
+        for num in range(len(answer) + 1):
+            reading = steps.read([*answer[:num], *[MASK] * (len(answer) - num)])
+        assert reading.text == decode(answer)
+        assert sum(decoded) < 60 * len(answer)

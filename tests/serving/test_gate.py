@@ -253,12 +253,7 @@ def test_the_field_at_fault_is_named_with_what_is_allowed(serve, fields, param, 
     assert words in error["message"]
 
 
-def test_what_cannot_fit_is_refused_without_encoding_it(serve, serving_fakes, monkeypatch):
-    def fails(self, text):
-        raise AssertionError("was encoded")
-
-    monkeypatch.setattr(serving_fakes.ByteEncoder, "encode_text", fails)
-
+def test_what_surely_does_not_fit_is_refused_in_the_words_that_clients_look_for(serve):
     async def test(client):
         bodies = [(url, {**body}) for url, body in URLS.items()]
         bodies[0][1]["messages"] = [{"role": "user", "content": "x" * 3000}]
@@ -288,8 +283,8 @@ class Model:
     context_length = 100
     document_start_id = None
 
-    def __init__(self, decoding=None, fault=None):
-        self.decoding, self.fault, self.asked = decoding, fault, None
+    def __init__(self, defaults=(), fault=None):
+        self.defaults, self.fault, self.asked = dict(defaults), fault, None
 
     def check(self, request):
         self.asked = request
@@ -297,7 +292,7 @@ class Model:
             raise ValueError(self.fault)
 
 
-DECODING = {"max_new_tokens": 768, "steps": 64, "alg": "topk_margin", "alg_temp": 0.0, "temperature": 0.1}
+DECODING = {"max_tokens": 768, "steps": 64, "alg": "topk_margin", "alg_temp": 0.0, "temperature": 0.1}
 DECODING |= {"top_p": 0.9, "top_k": None, "block_length": None}
 
 

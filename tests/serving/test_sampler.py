@@ -1,10 +1,14 @@
 """Served answers are the model's own, alone or in company."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
 from coda_serving.sampler import ModelSampler, choose_device, choose_dtype
 from coda_serving.scheduler import CanvasRequest
+from coda_serving.settings import load_settings
 from CoDALanguageModel import CoDALanguageModel
 
 
@@ -115,6 +119,20 @@ def test_dtype_is_the_type_of_the_weights(model_folder, sampler):
     assert next(sampler._model.parameters()).dtype is torch.float32
     half = ModelSampler.load(str(model_folder), device="cpu", dtype="bfloat16")
     assert next(half._model.parameters()).dtype is torch.bfloat16
+
+
+def test_the_folder_decides_what_the_operator_leaves_open(model_folder, tmp_path, monkeypatch):
+    assert ModelSampler.load(str(model_folder), device="cpu", dtype="auto").defaults == {}
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    decided = {"steps": 48, "max_new_tokens": 96, "alg": "maskgit_plus", "temperature": 0.3, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(decided))
+    defaults = ModelSampler.load(str(folder), device="cpu", dtype="auto").defaults
+    assert defaults == {"max_tokens": 96, "steps": 48, "alg": "maskgit_plus", "temperature": 0.3, "top_p": 0.9}
+    monkeypatch.setenv("STEPS", "64")
+    monkeypatch.setenv("MODEL_NAME", str(folder))
+    settings = load_settings().with_defaults(defaults)
+    assert (settings.steps, settings.max_tokens, settings.top_p, settings.block_length) == (64, 96, 0.9, 32)
 
 
 def test_a_folder_without_weights_is_named(tmp_path, model_folder):
