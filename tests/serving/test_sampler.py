@@ -121,3 +121,10 @@ def test_a_folder_without_weights_is_named(tmp_path, model_folder):
     (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
     with pytest.raises(ValueError, match=f"MODEL_NAME={tmp_path}"):
         ModelSampler.load(str(tmp_path), device="cpu", dtype="auto")
+
+
+def test_a_broken_weight_file_is_named(tmp_path, model_folder):
+    (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=f"MODEL_NAME={tmp_path}: .*model.safetensors' is a Git LFS pointer"):
+        ModelSampler.load(str(tmp_path), device="cpu", dtype="auto")
