@@ -151,6 +151,14 @@ def test_broken_files_are_an_error_that_names_them_before_anything_is_loaded(fil
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_weights_of_8_bits_are_refused_and_not_taken_for_numbers(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for dtype, name in [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")]:
+        change_weights(tmp_path, lambda w, dtype=dtype: w.update({HEAD: torch.ones(72, 32).to(dtype)}))
+        with pytest.raises(ValueError, match=f"quantised weights are not supported: {HEAD} in .* is {name}"):
+            CoDALanguageModel.from_pretrained(tmp_path)
+
+
 def test_broken_shards_and_pytorch_files_are_named(model, tmp_path):
     write_published(tmp_path, model)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
