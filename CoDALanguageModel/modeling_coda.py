@@ -107,9 +107,12 @@ class CoDAAttention(Qwen3Attention):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        # Under autocast the norms and the rotation give float32, and only some kernels cast for themselves.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        mixed, weights = attention_kernel(self.config._attn_implementation)(
+        name = self.config._attn_implementation
+        if name.startswith(("flex", "flash")):
+            # Under autocast the norms and the rotation give float32. The other kernels cast for themselves, after key
+            # heads are repeated, so that the gradients of a group's heads are summed in float32.
+            query, key = query.to(value.dtype), key.to(value.dtype)
+        mixed, weights = attention_kernel(name)(
             self,
             query,
             key,

@@ -47,6 +47,8 @@ def segment_attention(
     """
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # (B, 1, T, T)
     groups = query.shape[1] // key.shape[1]
+    # Under autocast the norms of queries and keys give float32; torch_xla's autocast leaves the mixture as it is.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=same, dropout_p=dropout, scale=scaling)
     return mixed.transpose(1, 2).contiguous(), None
