@@ -40,7 +40,7 @@ from CoDALanguageModel.conversion import (
     load_source,
     number_of_ids,
 )
-from CoDALanguageModel.weight_files import check_tokenizer, refuse_not_finite
+from CoDALanguageModel.weight_files import check_tokenizer, refuse_not_finite, weight_files
 
 logger = logging.getLogger("save_hf_model")
 
@@ -216,6 +216,11 @@ def check_folder(folder: Path, model: CoDALanguageModel, tokenizer: PreTrainedTo
         ValueError: the folder does not load there, or gives something else than the model in memory.
     """
     config, dtype = model.config, model.dtype
+    weights = model.state_dict()
+    for file in weight_files(folder):  # the logits of one batch do not touch every row of the embedding
+        for name, written in load_file(file).items():
+            if not torch.equal(written, weights[name]):
+                raise ValueError(f"what was written holds another {name}")
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         ids = masked_input(model)
         cast_weights(model, torch.float32)

@@ -6,6 +6,7 @@ decoding loop (`generation_coda`).
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3DecoderLayer,
     Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
 )
 from transformers.utils import ModelOutput, cached_file, logging
 
@@ -74,6 +79,50 @@ class CoDAAttention(Qwen3Attention):
             )
         if not config.qk_norm:
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        **kernel_arguments: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix the values of the positions that each one may attend to.
+
+        Args:
+            hidden_states: (B, T, hidden_size).
+            position_embeddings: cosines and sines of the rotary embedding, (B, T, D) each.
+            attention_mask: see `CoDAModel._layer_mask`.
+            past_key_values: see `CoDALanguageModel.forward`.
+            **kernel_arguments: see `CoDAModel._layer_mask`.
+
+        Returns:
+            (B, T, hidden_size), and the attention weights where the kernel gives them.
+        """
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)  # (B, H, T, D)
+        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)  # (B, H_kv, T, D)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        name = self.config._attn_implementation
+        if name.startswith(("flex", "flash")):
+            # Under autocast the norms and the rotation give float32. The other kernels cast for themselves, after key
+            # heads are repeated, so that the gradients of a group's heads are summed in float32.
+            query, key = query.to(value.dtype), key.to(value.dtype)
+        mixed, weights = attention_kernel(name)(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kernel_arguments,
+        )
+        return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class CoDAMLP(Qwen3MLP):
@@ -206,7 +255,14 @@ class CoDAModel(CoDAPreTrainedModel):
             if attention_mask.ndim == 4:
                 raise ValueError("segment_ids need a (B, T) attention_mask or none, got a (B, 1, T, T) one")
             segment_ids = segment_ids * attention_mask
+        if kernel == "flex_attention" and hidden.device.type == "cuda" and torch._dynamo.config.disable:
+            raise ValueError(
+                "attn_implementation 'flex_attention' needs torch.compile on a GPU, which TORCHDYNAMO_DISABLE or "
+                "TORCH_COMPILE_DISABLE turns off: without it all scores are kept in memory. Take 'sdpa' instead"
+            )
         if attention_mask is not None and attention_mask.ndim == 4:
+            if kernel.startswith("flash_attention"):
+                raise ValueError(f"{kernel} takes no (B, 1, T, T) attention_mask: use attn_implementation 'sdpa'")
             return _kernel_mask(attention_mask, kernel, hidden.dtype), {}
         if kernel in ("sdpa", "eager"):
             if segment_ids is not None:
@@ -218,12 +274,93 @@ class CoDAModel(CoDAPreTrainedModel):
             return _kernel_mask(allowed, kernel, hidden.dtype), {}
         if kernel.startswith("flash_attention"):
             if segment_ids is not None:
-                raise ValueError(f"{kernel} takes no segment_ids: use attn_implementation 'sdpa' or 'flex_attention'")
+                return None, segment_bounds(segment_ids)
             return create_bidirectional_mask(self.config, hidden, attention_mask), {}
         if kernel == "flex_attention":
             same_segment = None if segment_ids is None else packed_sequence_mask_function(segment_ids)
             return create_bidirectional_mask(self.config, hidden, attention_mask, and_mask_function=same_segment), {}
         return attention_mask, {"segment_ids": segment_ids}
+
+
+def attention_kernel(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function behind `attn_implementation`, with the arguments of transformers' attention functions."""
+    if name.startswith("flash_attention"):
+        return flash_attention
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+
+
+def flash_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **bounds: Any,
+) -> tuple[Tensor, None]:
+    """Attention by a flash kernel, without a mask in memory; half precision only.
+
+    transformers' own function for this is passed over: its release 5.6 takes attention sinks for given.
+
+    Args:
+        module: the layer's attention.
+        query: (B, H, T, D).
+        key: (B, H_kv, T, D).
+        value: (B, H_kv, T, D).
+        attention_mask: (B, T) or none.
+        scaling: of the scores.
+        dropout: of the attention weights.
+        **bounds: of segments, see `segment_bounds`.
+
+    Returns:
+        (B, T, H, D), and None for the weights.
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    mixed = _flash_attention_forward(
+        query,
+        key,
+        value,
+        attention_mask,
+        query_length=query.shape[1],
+        is_causal=False,
+        dropout=dropout,
+        softmax_scale=scaling,
+        attn_implementation=module.config._attn_implementation,
+        **bounds,
+    )
+    return mixed, None
+
+
+def segment_bounds(segment_ids: Tensor) -> dict[str, Any]:
+    """Where segments lie in the rows laid end to end, as variable-length kernels want it.
+
+    A run of padding is a segment like others: it attends to itself, and nobody scores it.
+
+    Args:
+        segment_ids: (B, T) int, 0 at padding.
+
+    Returns:
+        `cu_seq_lens_q` and `cu_seq_lens_k`, the (N + 1,) int32 bounds of N segments, and `max_length_q` and
+        `max_length_k`, a bound on their lengths: T, so that no compiled layer depends on the longest.
+
+    Raises:
+        ValueError: the ids do not count up along a row, so that the tokens of a segment need not lie side by side.
+    """
+    is_start = torch.ones_like(segment_ids, dtype=torch.bool)
+    is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    highest_before = segment_ids.cummax(dim=1).values.roll(1, dims=1)
+    highest_before[:, 0] = 0
+    if bool((is_start & (segment_ids != 0) & (segment_ids <= highest_before)).any()):
+        raise ValueError(
+            "segment_ids must count up along each row, with 0 at padding, for kernels of variable length: the tokens "
+            "of a segment must lie side by side"
+        )
+    starts = is_start.flatten().nonzero().flatten()
+    bounds = torch.cat([starts, starts.new_tensor([segment_ids.numel()])]).int()
+    length = segment_ids.shape[1]
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
 
 
 def default_position_ids(hidden: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SINGLE_FILES, INDEX_SUFFIX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
+QUANTISED = ("I8", "U8", "F8", "F6", "F4")
+"""Starts of the names that safetensors has for numbers of at most 8 bits, which mean nothing without their scales."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
@@ -45,21 +47,16 @@ def check_weights(folder: Path, gguf_file: str | None = None) -> None:
     config = folder / "config.json"
     if config.is_file():
         refuse_pointer(config)
-        method = (_read_json(config).get("quantization_config") or {}).get("quant_method")
-        if method is not None:
+        settings = _read_json(config).get("quantization_config")
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, dict) else settings
             raise ValueError(f"quantised weights are not supported: {str(config)!r} says quant_method {method!r}")
     for file in weight_files(folder):
         if not file.is_file():
             raise ValueError(f"{str(file)!r} is missing, which its index names: download it again")
         refuse_pointer(file)
         if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt"):  # compares the table of tensors with the size of the file
-                    pass
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{str(file)!r} is not a whole safetensors file, download it again: {error}"
-                ) from error
+            _check_safetensors(file)
         elif _starts_with(file, b"PK") and not zipfile.is_zipfile(file):  # the table of a zip file stands at its end
             raise ValueError(f"{str(file)!r} is not a whole PyTorch file, download it again")
 
@@ -122,6 +119,17 @@ def _read_json(file: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{str(file)!r} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def _check_safetensors(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt") as opened:  # compares the table of tensors with the size of the file
+            dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{str(file)!r} is not a whole safetensors file, download it again: {error}") from error
+    for name, dtype in dtypes.items():
+        if dtype.startswith(QUANTISED):
+            raise ValueError(f"quantised weights are not supported: {name} in {str(file)!r} is {dtype}")
 
 
 def _check_gguf(file: Path) -> None:

@@ -143,4 +143,6 @@ def _score(
     ).logits  # (N, V)
     log_probs = logits.float().log_softmax(dim=-1).cpu()
     picked = log_probs[torch.arange(len(rows)), clean[rows, columns]].double()
+    if not bool(picked.isfinite().all()):  # a comparison of choices would take NaN for a score
+        raise ValueError("the model gave scores that are not finite: its weights or its precision are at fault")
     return torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, picked).tolist()

@@ -5,6 +5,7 @@ training lines; ``step, epoch, eval_loss, time_s`` on evaluation lines. Not here
 """
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 METRICS_FILE = "metrics.jsonl"
 CURRICULUM_KEYS = ("t_min", "span_probability", "conditioned_share")
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is not finite."""
 
 
 class MetricsLog(TrainerCallback):
@@ -29,6 +34,7 @@ class MetricsLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start a new file, or drop the lines behind the step that is resumed from."""
+        args.logging_nan_inf_filter = False  # it reports an average of earlier steps in the place of a loss that is NaN
         self.started = time.perf_counter()
         self.last_tokens = state.num_input_tokens_seen
         if not state.is_world_process_zero:
@@ -48,8 +54,17 @@ class MetricsLog(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line for a training or an evaluation report; other reports are not metrics of a step."""
+        """Append one line for a training or an evaluation report; other reports are not metrics of a step.
+
+        Raises:
+            TrainingDiverged: the training loss is not finite, so the weights are lost.
+        """
         logs = logs or {}
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise TrainingDiverged(
+                f"the loss up to step {state.global_step} is {logs['loss']}: the run has diverged, its weights are "
+                "lost; take an earlier checkpoint, a lower learning_rate, or bf16 in the place of fp16"
+            )
         time_s = self.time_before_s + time.perf_counter() - self.started
         line: dict[str, Any] = {"step": state.global_step, "epoch": logs.get("epoch")}
         losses = {key: value for key, value in logs.items() if key.startswith("eval_") and key.endswith("_loss")}

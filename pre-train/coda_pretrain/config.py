@@ -34,11 +34,13 @@ class ModelConfig:
     """The tokenizer folder; names the mask and pad ids and is copied into exports."""
 
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention", "splash"] = "sdpa"
-    """The attention kernel, by its name in transformers; ``splash`` (xla) is the TPU's."""
+    """The attention kernel, by its name in transformers. Packed rows without a (seq_len, seq_len) mask in memory:
+    ``flex_attention`` and ``flash_attention_2`` (cuda; the latter needs the package flash-attn), ``splash`` (TPU)."""
 
     attention_annealing_steps: int | None = None
     """Steps in which attention widens from causal to full (``annealing.py``); null is full from the first step on.
-    Needs the kernels ``sdpa`` or ``eager`` on cpu or cuda: the others see segments only. Evaluation is always full."""
+    Needs the kernels ``sdpa`` or ``eager`` on cpu or cuda: the others are given segments and no mask. Evaluation is
+    always full."""
 
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.config is None):
@@ -191,7 +193,12 @@ class MetricsConfig:
                 raise ValueError(f"metrics.profile_steps must be [a, b] with 1 <= a <= b, got [{first}, {last}]")
 
 
-GPU_KERNELS = ("flash_attention_2", "flex_attention")
+KERNELS = {
+    "cpu": ("sdpa", "eager"),
+    "cuda": ("sdpa", "eager", "flash_attention_2", "flex_attention"),
+    "xla": ("sdpa", "eager", "splash"),
+}
+"""Attention kernels that each backend can train with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,17 +262,26 @@ class RunConfig:
             )
 
     def _check_kernel(self) -> None:
-        kernel, backend = self.model.attn_implementation, self.hardware.backend
-        allowed = ("sdpa", "eager", "splash") if backend == "xla" else ("sdpa", "eager", *GPU_KERNELS)
-        if kernel not in allowed:
+        kernel, backend, hardware = self.model.attn_implementation, self.hardware.backend, self.hardware
+        if kernel not in KERNELS[backend]:
             raise ValueError(
-                f"model.attn_implementation must be one of {', '.join(allowed)} on hardware.backend {backend!r}, "
-                f"got {kernel!r}"
+                f"model.attn_implementation must be one of {', '.join(KERNELS[backend])} on hardware.backend "
+                f"{backend!r}, got {kernel!r}"
             )
         if self.model.attention_annealing_steps is not None and (backend == "xla" or kernel not in ("sdpa", "eager")):
             raise ValueError(
                 "model.attention_annealing_steps needs model.attn_implementation sdpa or eager on hardware.backend cpu "
-                f"or cuda, since other kernels take segments only; got {kernel!r} on {backend!r}"
+                "or cuda, since other kernels are given segments and no mask of who sees whom; "
+                f"got {kernel!r} on {backend!r}"
+            )
+        if kernel == "flex_attention" and not hardware.compile:
+            raise ValueError(
+                "model.attn_implementation 'flex_attention' needs hardware.compile true, got false: uncompiled it "
+                "keeps the scores of all pairs of positions in memory"
+            )
+        if kernel == "flash_attention_2" and hardware.precision != "bf16":
+            raise ValueError(
+                f"model.attn_implementation 'flash_attention_2' needs hardware.precision bf16, got {hardware.precision}"
             )
 
     @property

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.conversion import complete_tokenizer
+from CoDALanguageModel.weight_files import refuse_not_finite
 
 from .checkpoint import committed_checkpoints, intact_checkpoint, step_folder, step_of, tensor_reader
 from .storage import Place, place_of
@@ -121,7 +122,7 @@ def export(
         weights_kind: ``model`` or ``ema``; see ``read_weights``.
 
     Raises:
-        ValueError: the output exists, the tokenizer is missing, or the weights do not fit.
+        ValueError: the output exists, the tokenizer is missing, or the weights do not fit or are not finite.
     """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"--output_dir {output_dir} exists and is not empty; remove it or choose another")
@@ -133,10 +134,12 @@ def export(
     config.dtype = str(dtype).removeprefix("torch.")
     weights = read_weights(checkpoint, weights_kind)
     check_names(weights, config)
+    refuse_not_finite(weights.items(), str(checkpoint))
     partial = output_dir.with_name(f".{output_dir.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         converted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+        refuse_not_finite(converted.items(), f"--dtype {config.dtype} ends at {torch.finfo(dtype).max:.3g}")
         save_file(converted, str(partial / "model.safetensors"), metadata={"format": "pt"})
         write_tokenizer(tokenizer_dir, partial, mask_token_id=config.mask_token_id)
         config.save_pretrained(partial)

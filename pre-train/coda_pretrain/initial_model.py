@@ -21,6 +21,7 @@ from CoDALanguageModel.conversion import (
     number_of_ids,
 )
 from CoDALanguageModel.diffusion import named_rng
+from CoDALanguageModel.weight_files import check_tokenizer, refuse_not_finite
 
 from .config import ModelConfig
 from .tokenization import load_tokenizer
@@ -41,6 +42,7 @@ def load_tokenizer_folder(folder: str, *, complete: bool = False) -> PreTrainedT
     if not Path(folder).is_dir():
         raise ValueError(f"model.tokenizer: no folder at {folder!r}")
     try:
+        check_tokenizer(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model.tokenizer {folder!r} cannot be loaded as a tokenizer folder: {error}") from error
@@ -68,9 +70,7 @@ def initial_model(config: ModelConfig, *, seed: int) -> CoDALanguageModel:
         if model_type in AUTOREGRESSIVE_TYPES:
             model = _from_autoregressive(config, tokenizer)
         else:
-            attention = config.attn_implementation
-            folder = config.init_from
-            model = CoDALanguageModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+            model = _from_folder(config)
     else:
         assert config.config is not None, "ModelConfig holds init_from or config"
         tokenizer = load_tokenizer_folder(config.tokenizer)
@@ -94,6 +94,18 @@ def _type_of(folder: str) -> str:
             f"model.init_from {folder!r} must be a folder of type {', '.join(supported)}, got model_type {model_type!r}"
         )
     return model_type
+
+
+def _from_folder(config: ModelConfig) -> CoDALanguageModel:
+    assert config.init_from is not None, "the caller checks"
+    try:
+        model = CoDALanguageModel.from_pretrained(
+            config.init_from, dtype=torch.float32, attn_implementation=config.attn_implementation
+        )
+        refuse_not_finite(model.named_parameters(), "the folder")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model.init_from {config.init_from!r}: {error}") from error
+    return model
 
 
 def _from_autoregressive(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> CoDALanguageModel:

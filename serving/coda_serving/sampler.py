@@ -10,6 +10,7 @@ from torch import Tensor
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.generation_config_coda import DEFAULTS
 from CoDALanguageModel.sampling import plan_commits
+from CoDALanguageModel.weight_files import refuse_not_finite
 
 from .scheduler import CanvasRequest
 from .settings import DECODING
@@ -68,12 +69,13 @@ class ModelSampler:
         """Load the model that ``MODEL_NAME`` names.
 
         Raises:
-            ValueError: there is no such model, its weights do not fit, or there is no such device.
+            ValueError: there is no such model, its weights do not fit or are not finite, or there is no such device.
         """
         device = choose_device(device)
         torch_dtype = choose_dtype(dtype, device)
         try:
             model = CoDALanguageModel.from_pretrained(model_name, dtype=torch_dtype)
+            refuse_not_finite(model.named_parameters(), f"in {torch_dtype}")
         except (OSError, ValueError) as error:
             fault = "" if Path(model_name).is_dir() else "no such folder here, and the Hub does not give it: "
             raise ValueError(f"MODEL_NAME={model_name}: {fault}{error}") from error

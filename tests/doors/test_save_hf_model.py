@@ -29,7 +29,7 @@ from transformers import (
 
 import save_hf_model
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
-from save_hf_model import Agreement, convert, main
+from save_hf_model import Agreement, check_input, convert, main
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SHAPE = {
@@ -77,7 +77,7 @@ def make_tokenizer(special=CHATML, **named):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **({"eos_token": special[0]} if special else {}) | named)
 
 
-def make_autoregressive(folder, family="qwen3", *, tokenizer=None, vocab_size=None, max_shard_size="1GB", **changes):
+def make_autoregressive(folder, family="qwen3", *, tokenizer=None, vocab_size=None, **changes):
     """Save a random model with visible norms and biases; give it."""
     model_class, config_class, settings = FAMILIES[family]
     tokenizer = tokenizer or make_tokenizer()
@@ -87,7 +87,7 @@ def make_autoregressive(folder, family="qwen3", *, tokenizer=None, vocab_size=No
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
 
@@ -115,6 +115,14 @@ def logits_of(model, ids, **arguments):
         return model(input_ids=ids, **arguments).logits
 
 
+def make_loud(model, scale):
+    """Scale the head of a model in memory until its logits reach `scale`."""
+    ids = torch.arange(32).view(2, 16)
+    with torch.no_grad():
+        model.lm_head.weight *= scale / logits_of(model, ids).abs().max()
+    return model
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autoregressive_families_keep_their_logits_under_a_causal_mask(family, tmp_path):
     source = make_autoregressive(tmp_path / "source", family)
@@ -128,13 +136,16 @@ def test_autoregressive_families_keep_their_logits_under_a_causal_mask(family, t
     assert model.config.tie_word_embeddings == source.config.tie_word_embeddings
 
 
-def test_sharded_untied_folder_converts_from_the_command_line_and_loads_alone(tmp_path):
-    make_autoregressive(tmp_path / "source", "qwen3", max_shard_size="40KB", tie_word_embeddings=False)
+def test_sharded_folder_with_large_logits_converts_from_the_command_line_and_loads_alone(tmp_path):
+    source = make_loud(make_autoregressive(tmp_path / "source", "qwen3", tie_word_embeddings=False), 40.0)
+    (tmp_path / "source/model.safetensors").unlink()
+    source.save_pretrained(tmp_path / "source", max_shard_size="40KB")
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1
     command = [sys.executable, save_hf_model.__file__, "--checkpoint_dir", tmp_path / "source", "--output_dir", "made"]
     done = subprocess.run([*command, "--dtype", "bfloat16"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "same as the source under a causal mask: max difference" in done.stdout
+    assert "rounded to bfloat16: max difference" in done.stdout
     assert "loaded alone, same logits: max difference" in done.stdout
     made = tmp_path / "made"
     assert {"configuration_coda.py", "modeling_coda.py", "diffusion.py", "sampling.py", "generation_coda.py"} <= {
@@ -319,59 +330,63 @@ def test_a_folder_that_does_not_load_alone_is_refused(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["export"]
 
 
-def test_a_folder_with_other_weights_than_the_model_is_refused(tmp_path, monkeypatch):
+def test_a_folder_that_computes_something_else_than_the_model_is_refused(tmp_path, monkeypatch):
     make_export(tmp_path / "export")
     save = CoDALanguageModel.save_pretrained
 
     def changed(self, folder, **kwargs):
         save(self, folder, **kwargs)
-        weights = load_file(folder / "model.safetensors")
-        weights["model.layers.0.mlp.up_proj.weight"] *= 2
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
 
     monkeypatch.setattr(CoDALanguageModel, "save_pretrained", changed)
     with pytest.raises(ValueError, match="gives other logits when loaded: max difference"):
         convert(str(tmp_path / "export"), str(tmp_path / "made"))
 
 
-def make_loud(model, scale):
-    """Scale the head of a model in memory until its logits reach `scale`."""
-    ids = torch.arange(32).view(2, 16)
-    with torch.no_grad():
-        model.lm_head.weight *= scale / logits_of(model, ids).abs().max()
-    return model
+def one_weight_wrong(weights):
+    weights["model.layers.1.self_attn.v_proj.weight"][0, 0] += 0.25
 
 
-def test_large_logits_in_bfloat16_pass_and_a_wrong_folder_does_not(tmp_path, monkeypatch, caplog):
-    source = make_loud(make_autoregressive(tmp_path / "source", "qwen2", tie_word_embeddings=False), 40.0)
+def layers_swapped(weights):
+    for name in [name for name in weights if name.startswith("model.layers.0.")]:
+        other = name.replace("layers.0", "layers.1")
+        weights[name], weights[other] = weights[other].clone(), weights[name].clone()
+
+
+def row_out_of_sight_wrong(weights):
+    seen = {*check_input(260).flatten().tolist(), 259}  # 259 is the mask
+    weights["model.embed_tokens.weight"][min(set(range(260)) - seen)] += 1
+
+
+@pytest.mark.parametrize("fault", [one_weight_wrong, layers_swapped, row_out_of_sight_wrong])
+def test_wrong_weights_are_refused_whether_built_or_written(fault, tmp_path, monkeypatch):
+    source = make_loud(make_autoregressive(tmp_path / "source", tie_word_embeddings=False), 40.0)
     source.save_pretrained(tmp_path / "source")
-    with caplog.at_level("INFO", logger="save_hf_model"):
-        made = convert(str(tmp_path / "source"), str(tmp_path / "made"), dtype="bfloat16")
-    assert made.dtype == torch.bfloat16
-    assert "rounded to bfloat16: max difference" in caplog.text
-    assert logits_of(made.float(), torch.arange(32).view(2, 16)).abs().max() > 35
-    save = CoDALanguageModel.save_pretrained
+    save, build = CoDALanguageModel.save_pretrained, save_hf_model.build_model
 
-    def one_weight_wrong(weights):
-        weights["model.layers.1.self_attn.v_proj.weight"][0, 0] += 0.25
+    def save_wrong(self, folder, **kwargs):
+        save(self, folder, **kwargs)
+        weights = load_file(folder / "model.safetensors")
+        fault(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
-    def layers_swapped(weights):
-        for name in [name for name in weights if name.startswith("model.layers.0.")]:
-            other = name.replace("layers.0", "layers.1")
-            weights[name], weights[other] = weights[other], weights[name]
+    def build_wrong(*arguments):
+        model = build(*arguments)
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        fault(weights)
+        model.load_state_dict(weights, assign=True)  # the source shares the old ones
+        return model
 
-    for change in (one_weight_wrong, layers_swapped):
-
-        def changed(self, folder, change=change, **kwargs):
-            save(self, folder, **kwargs)
-            weights = load_file(folder / "model.safetensors")
-            change(weights)
-            save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-        monkeypatch.setattr(CoDALanguageModel, "save_pretrained", changed)
-        with pytest.raises(ValueError, match="gives other logits when loaded: max difference"):
-            convert(str(tmp_path / "source"), str(tmp_path / "wrong"), dtype="bfloat16")
-    assert sorted(os.listdir(tmp_path)) == ["made", "source"]
+    with monkeypatch.context() as patch:
+        patch.setattr(CoDALanguageModel, "save_pretrained", save_wrong)
+        with pytest.raises(ValueError, match="what was written holds another model"):
+            convert(str(tmp_path / "source"), str(tmp_path / "made"), dtype="bfloat16")
+    if fault is not row_out_of_sight_wrong:
+        monkeypatch.setattr(save_hf_model, "build_model", build_wrong)
+        with pytest.raises(ValueError, match="logits differ from the source's under a causal mask; nothing written"):
+            convert(str(tmp_path / "source"), str(tmp_path / "made"), dtype="bfloat16")
+    assert os.listdir(tmp_path) == ["source"]
 
 
 def test_agreement_lets_no_nan_pass():

@@ -46,6 +46,13 @@ def test_enumeration_equals_log_p_of_a_table_model():
         assert bound.stderr == 0.0
 
 
+def test_scores_that_are_not_finite_are_an_error_and_no_bound():
+    model = TableModel()
+    model.table[1] = float("nan")
+    with pytest.raises(ValueError, match="scores that are not finite"):
+        bound_log_likelihoods(model, [(CONTEXT, [1] * LENGTH)], mc_num=15, seed=0, batch_size=64, max_length=8)
+
+
 def test_sampling_is_unbiased_and_its_error_is_honest():
     scores = {}
 

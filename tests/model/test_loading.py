@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
+from CoDALanguageModel.weight_files import check_weights, refuse_not_finite
 
 REPOSITORY = Path(__file__).parents[2]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -124,6 +125,64 @@ def test_weights_that_do_not_fit_are_an_error_that_names_them_and_the_folder(cha
     with pytest.raises(ValueError, match=message) as caught:
         CoDALanguageModel.from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 3441185608\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", LFS_POINTER, "model.safetensors' is a Git LFS pointer, not the file itself"),
+        ("model.safetensors", lambda whole: whole[: len(whole) * 2 // 3], "is not a whole safetensors file, download"),
+        ("model.safetensors", b"", "is not a whole safetensors file, download it again"),
+        ("config.json", b'{"quantization_config": {"quant_method": "awq"}}', "quantised weights are not supported"),
+        ("config.json", LFS_POINTER, "config.json' is a Git LFS pointer"),
+        ("config.json", b"[]", "config.json' must hold a JSON object, got list"),
+    ],
+)
+def test_broken_files_are_an_error_that_names_them_before_anything_is_loaded(file, content, message, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / file
+    path.write_bytes(content if isinstance(content, bytes) else content(path.read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        CoDALanguageModel.from_pretrained(tmp_path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_weights_of_8_bits_are_refused_and_not_taken_for_numbers(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for dtype, name in [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")]:
+        change_weights(tmp_path, lambda w, dtype=dtype: w.update({HEAD: torch.ones(72, 32).to(dtype)}))
+        with pytest.raises(ValueError, match=f"quantised weights are not supported: {HEAD} in .* is {name}"):
+            CoDALanguageModel.from_pretrained(tmp_path)
+
+
+def test_broken_shards_and_pytorch_files_are_named(model, tmp_path):
+    write_published(tmp_path, model)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors' is missing, which its index names"):
+        check_weights(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map"')
+    with pytest.raises(ValueError, match="model.safetensors.index.json' is not valid JSON"):
+        check_weights(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    check_weights(tmp_path)
+    whole = (tmp_path / "pytorch_model.bin").read_bytes()
+    (tmp_path / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="pytorch_model.bin' is not a whole PyTorch file"):
+        check_weights(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named(make_model):
+    model = make_model()
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("inf")
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^here: weights are not finite: model\.norm\.weight, lm_head\.weight$"):
+        refuse_not_finite(model.named_parameters(), "here")
 
 
 def test_a_missing_folder_is_an_error_that_names_it(tmp_path):

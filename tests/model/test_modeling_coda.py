@@ -1,9 +1,12 @@
 import importlib.util
+import itertools
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from transformers import (
     AttentionInterface,
     LlamaConfig,
@@ -12,7 +15,9 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    masking_utils,
 )
+from transformers import modeling_flash_attention_utils as flash_utils
 
 from CoDALanguageModel import CoDALanguageModel, diffusion
 from CoDALanguageModel.diffusion import IGNORE_INDEX, align_logits, masked_diffusion_loss
@@ -213,40 +218,130 @@ def test_sdpa_and_eager_agree_with_every_kind_of_mask(make_model, tokens):
         assert difference.abs().max() < 1e-5
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """flex_attention as plain torch: the masks are ours, the compiled kernel is not."""
+    make = masking_utils.create_block_mask
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda **settings: make(**settings | {"_compile": False}))
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def varlen_reference(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal=False):
+    """What a kernel of variable length computes: (N, H, D) rows end to end, each segment by itself."""
+    assert q.dtype == k.dtype == v.dtype
+    assert not causal
+    assert cu_seqlens_q.dtype == torch.int32
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    bounds = cu_seqlens_q.tolist()
+    assert (bounds[0], bounds[-1]) == (0, len(q))
+    assert max(b - a for a, b in itertools.pairwise(bounds)) <= max_seqlen_q == max_seqlen_k
+    heads = [x.transpose(0, 1) for x in (q, k, v)]  # (H, N, D)
+    mixed = [
+        F.scaled_dot_product_attention(*(x[:, a:b] for x in heads), scale=softmax_scale, enable_gqa=True)
+        for a, b in itertools.pairwise(bounds)
+    ]
+    return torch.cat(mixed, dim=1).transpose(0, 1)
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """Put the reference in the place of flash-attn, which needs a GPU."""
+    helpers = (flash_utils._pad_input, flash_utils._unpad_input)
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *_, **__: (None, varlen_reference, None, *helpers))
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+
+
+PACKED = torch.tensor([[1] * 4 + [2] * 9 + [3] * 3 + [0] * 3, [1] * 12 + [2] * 7])
+
+
+@pytest.mark.parametrize("is_bf16", [False, True], ids=["float32", "bf16 autocast"])
+def test_every_kernel_agrees_on_packed_rows_in_loss_and_gradient(is_bf16, make_model, tokens, uncompiled, varlen):
+    ids = tokens(2, 19)
+
+    def run(kernel):
+        model = make_model()
+        model.config._attn_implementation = kernel
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            loss = model(ids, segment_ids=PACKED, labels=ids).loss
+        loss.backward()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            logits = model(ids, segment_ids=PACKED).logits[PACKED > 0].float()
+        return logits, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    expected = run("sdpa")
+    for kernel in ("eager", "flex_attention", "flash_attention_2"):
+        for found, wanted in zip(run(kernel), expected, strict=True):
+            assert (found - wanted).norm() / wanted.norm() < (0.02 if is_bf16 else 1e-5), kernel
+
+
 @torch.no_grad()
-def test_flex_attention_agrees_with_sdpa(make_model, tokens):
-    sdpa, flex = make_model(), make_model(attn_implementation="flex_attention")
+def test_flex_and_flash_attention_agree_with_sdpa_on_padding(make_model, tokens, uncompiled, varlen):
     ids = tokens(2, 9)
     mask = torch.tensor([[0] * 2 + [1] * 7, [1] * 6 + [0] * 3])
     segments = torch.tensor([[1] * 4 + [2] * 5, [1] * 9])
-    both = {"attention_mask": mask, "segment_ids": segments}
-    with torch.compiler.set_stance("force_eager"):  # the masks are ours, the compiled kernel is not
-        for arguments in ({}, {"attention_mask": mask}, {"segment_ids": segments}, both):
-            real = arguments.get("attention_mask", torch.ones_like(mask))
-            difference = (flex(ids, **arguments).logits - sdpa(ids, **arguments).logits)[real == 1]
-            assert difference.abs().max() < 1e-4
+    sdpa, other = make_model(), make_model()
+    for kernel in ("flex_attention", "flash_attention_2"):
+        other.config._attn_implementation = kernel
+        for arguments in ({"attention_mask": mask}, {"attention_mask": mask, "segment_ids": segments}):
+            difference = (other(ids, **arguments).logits - sdpa(ids, **arguments).logits)[mask == 1]
+            assert difference.abs().max() < 1e-4, (kernel, arguments.keys())
+
+
+def test_compiled_layers_with_flex_attention_are_traced_once_for_all_packings(make_model, tokens, uncompiled):
+    model, reference = make_model(attn_implementation="flex_attention").train(), make_model().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    graphs = [counters["stats"]["unique_graphs"]]
+    with torch.compiler.set_stance("default"):
+        for cut in (3, 8, 15):
+            ids, segments = tokens(2, 19, seed=cut), 1 + (torch.arange(19) >= cut).long().expand(2, -1)
+            losses = []
+            for trained in (model, reference):
+                trained.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16):
+                    losses.append(trained(ids, segment_ids=segments, labels=ids).loss)
+                losses[-1].backward()
+            assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.01)
+            got, want = (m.model.layers[0].self_attn.q_proj.weight.grad for m in (model, reference))
+            assert (got - want).norm() / want.norm() < 0.05
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] < graphs[1] == graphs[-1]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    not (torch.cuda.is_available() and importlib.util.find_spec("flash_attn")), reason="needs CUDA and flash_attn"
-)
-@torch.no_grad()
-def test_flash_attention_agrees_with_sdpa(make_model, tokens):
-    arguments = {"dtype": torch.bfloat16, "device": "cuda"}
-    sdpa = make_model().to(**arguments)
-    flash = make_model(attn_implementation="flash_attention_2").to(**arguments)
-    ids = tokens(2, 9).cuda()
-    mask = torch.tensor([[0] * 2 + [1] * 7, [1] * 6 + [0] * 3], device="cuda")
-    difference = (flash(ids, attention_mask=mask).logits - sdpa(ids, attention_mask=mask).logits)[mask == 1]
-    assert difference.abs().max() < 0.1
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
+def test_gpu_kernels_agree_with_sdpa_on_packed_rows(kernel, make_model, tokens):
+    if kernel == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
+        pytest.skip("needs flash_attn")
+    ids, segments = tokens(2, 19).cuda(), PACKED.cuda()
+    runs = []
+    for name in ("sdpa", kernel):
+        model = make_model(attn_implementation=name).cuda().train()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(ids, segment_ids=segments, labels=ids).loss
+        loss.backward()
+        runs.append(torch.cat([loss.detach()[None], *(parameter.grad.flatten() for parameter in model.parameters())]))
+    assert (runs[1] - runs[0]).norm() / runs[0].norm() < 0.05
 
 
-def test_flash_attention_refuses_segments(make_model, tokens):
-    model = make_model()
+def test_what_a_kernel_cannot_take_is_refused(make_model, tokens):
+    model, ids = make_model(), tokens(1, 4)
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="flash_attention_2 takes no segment_ids: use attn_implementation 'sdpa'"):
-        model(tokens(1, 4), segment_ids=torch.ones(1, 4, dtype=torch.long))
+    for apart in ([1, 2, 1, 1], [2, 2, 1, 1], [1, 0, 1, 1]):
+        with pytest.raises(ValueError, match="segment_ids must count up along each row"):
+            model(ids, segment_ids=torch.tensor([apart]))
+    with pytest.raises(ValueError, match=r"flash_attention_2 takes no \(B, 1, T, T\) attention_mask: use .* 'sdpa'"):
+        model(ids, attention_mask=causal_mask(1, 4))
+    model.config._attn_implementation = "flex_attention"
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    with (
+        torch._dynamo.config.patch(disable=True),
+        pytest.raises(ValueError, match="'flex_attention' needs torch.compile on a GPU"),
+    ):
+        model.model._layer_mask(on_gpu, None, None)
 
 
 @torch.no_grad()

@@ -61,8 +61,18 @@ def test_a_run_widens_step_by_step_whatever_its_parts_and_kernel(tmp_path, run_c
             "needs model.attn_implementation sdpa or eager on hardware.backend cpu or cuda.* got 'sdpa' on 'xla'",
         ),
         (
-            {"model": {"attention_annealing_steps": 4, "attn_implementation": "flex_attention"}},
-            "needs model.attn_implementation sdpa or eager",
+            {
+                "model": {"attention_annealing_steps": 4, "attn_implementation": "flex_attention"},
+                "hardware": {"backend": "cuda", "compile": True},
+            },
+            "needs model.attn_implementation sdpa or eager .* got 'flex_attention' on 'cuda'",
+        ),
+        (
+            {
+                "model": {"attention_annealing_steps": 4, "attn_implementation": "flash_attention_2"},
+                "hardware": {"backend": "cuda", "precision": "bf16"},
+            },
+            "needs model.attn_implementation sdpa or eager .* got 'flash_attention_2' on 'cuda'",
         ),
     ],
 )

@@ -55,7 +55,19 @@ def test_the_resolved_configuration_reads_back_equal(run_config):
         ({"hardware": {"backend": "xla", "offload": True}}, "hardware.offload needs hardware.layers 'scan'"),
         (
             {"model": {"attn_implementation": "splash"}},
-            "must be one of sdpa, eager, flash_attention_2, flex_attention on",
+            "must be one of sdpa, eager on hardware.backend 'cpu', got 'splash'",
+        ),
+        (
+            {"model": {"attn_implementation": "splash"}, "hardware": {"backend": "cuda"}},
+            "must be one of sdpa, eager, flash_attention_2, flex_attention on hardware.backend 'cuda', got 'splash'",
+        ),
+        (
+            {"model": {"attn_implementation": "flex_attention"}, "hardware": {"backend": "cuda"}},
+            "'flex_attention' needs hardware.compile true, got false",
+        ),
+        (
+            {"model": {"attn_implementation": "flash_attention_2"}, "hardware": {"backend": "cuda"}},
+            "'flash_attention_2' needs hardware.precision bf16, got fp32",
         ),
         (
             {"model": {"attn_implementation": "flex_attention"}, "hardware": {"backend": "xla"}},

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from coda_pretrain.config import RunConfig
-from coda_pretrain.export import main
+from coda_pretrain.export import main, read_weights
 from coda_pretrain.plain_data import from_dict, merge
 from coda_pretrain.trainer import Trainer
 from CoDALanguageModel import CoDALanguageModel
@@ -50,6 +50,21 @@ def test_a_step_can_be_chosen_and_written_in_bf16(finished, tmp_path):
     assert not torch.equal(weights["lm_head.weight"].float(), finished.parameters["lm_head.weight"])
     assert main(arguments(finished.checkpoints / "step-00000003", tmp_path / "b", "--dtype", "bfloat16")) == 0
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "step-"), (70000.0, "--dtype float16 ends at 6.55e+04")])
+def test_weights_that_are_not_finite_are_not_exported(value, words, finished, tmp_path, capsys, monkeypatch):
+    def diverged(checkpoint, kind):
+        weights = read_weights(checkpoint, kind)
+        weights["lm_head.weight"][0, 0] = value
+        return weights
+
+    monkeypatch.setattr("coda_pretrain.export.read_weights", diverged)
+    assert main(arguments(finished.output_dir, tmp_path / "made", "--dtype", "float16")) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "weights are not finite: lm_head.weight" in error
+    assert not [file for file in tmp_path.iterdir() if "made" in file.name]
 
 
 def test_tied_weights_are_exported_once_and_stay_tied(run_config, tmp_path):

@@ -18,6 +18,7 @@ from transformers import (
 
 from coda_pretrain.config import RunConfig
 from coda_pretrain.export import main as export_main
+from coda_pretrain.initial_model import coda_config, initial_model, load_tokenizer_folder
 from coda_pretrain.metrics import read_rows
 from coda_pretrain.plain_data import from_dict, merge
 from coda_pretrain.trainer import Trainer
@@ -102,6 +103,23 @@ def test_a_run_cannot_start_from_another_kind_of_folder(run_config, tmp_path, co
         (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         Trainer(from_dict(RunConfig, merge(run_config, {"model": {"init_from": str(folder), "config": None}})))
+
+
+def test_a_folder_with_broken_weights_starts_no_run(run_config, tmp_path, tokenizer_dir):
+    config = merge(run_config, {"model": {"init_from": str(tmp_path / "start"), "config": None}})
+    model = from_dict(RunConfig, config).model
+    shape = coda_config(run_config["model"]["config"], load_tokenizer_folder(str(tokenizer_dir)))
+    start = CoDALanguageModel(shape)
+    with torch.no_grad():
+        start.model.layers[0].mlp.up_proj.weight[1, 1] = float("nan")
+    start.save_pretrained(tmp_path / "start")
+    with pytest.raises(
+        ValueError, match=r"model\.init_from .*start.*not finite: model\.layers\.0\.mlp\.up_proj\.weight$"
+    ):
+        initial_model(model, seed=0)
+    (tmp_path / "start/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"model\.init_from .*model.safetensors' is a Git LFS pointer"):
+        initial_model(model, seed=0)
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path, run_config, tokenizer_dir):

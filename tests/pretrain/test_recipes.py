@@ -77,6 +77,8 @@ def pod(tmp_path):
 def test_every_configuration_fits_its_dataclass(repo, stage, hardware):
     config = stage_config(repo, stage, hardware)
     assert config.hardware.backend == {"cpu": "cpu", "gpu": "cuda", "h100_8": "cuda"}.get(hardware, "xla")
+    kernel = {"cpu": "sdpa", "gpu": "flex_attention", "h100_8": "flex_attention"}.get(hardware, "splash")
+    assert config.model.attn_implementation == kernel  # no (seq_len, seq_len) mask in the memory of an accelerator
     if hardware in DEVICES:
         assert hardware.startswith(config.hardware.chip.lower())
 

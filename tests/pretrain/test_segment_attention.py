@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from coda_pretrain.backends.segment_attention import block_length, register_splash, segment_attention
+from coda_pretrain.backends.segment_attention import (
+    block_length,
+    register_segment_attention,
+    register_splash,
+    segment_attention,
+)
+from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 
 
 def test_no_position_attends_outside_of_its_segment_and_key_heads_serve_their_group():
@@ -18,6 +24,24 @@ def test_no_position_attends_outside_of_its_segment_and_key_heads_serve_their_gr
             parts = (query[:, head, start:end], key[:, head // 2, start:end], value[:, head // 2, start:end])
             alone = F.scaled_dot_product_attention(*parts, scale=0.5)
             torch.testing.assert_close(mixed[:, start:end, head], alone)
+
+
+@pytest.mark.parametrize("is_bf16", [False, True], ids=["float32", "bf16 autocast"])
+def test_the_segment_kernel_agrees_with_sdpa_in_loss_and_gradient(is_bf16):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 72}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    ids = {"mask_token_id": 67, "pad_token_id": 66, "bos_token_id": 64, "eos_token_id": 65}
+    tokens = torch.randint(64, (2, 19), generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([[1] * 4 + [2] * 9 + [3] * 3 + [0] * 3, [1] * 12 + [2] * 7])
+    found = []
+    for kernel in ("sdpa", register_segment_attention()):
+        torch.manual_seed(0)
+        model = CoDALanguageModel(CoDAConfig(**sizes, **heads, **ids, attn_implementation=kernel))
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            loss = model(tokens, segment_ids=segments, labels=tokens).loss
+        loss.backward()
+        found.append(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())]))
+    assert (found[1] - found[0]).norm() / found[0].norm() < (0.02 if is_bf16 else 1e-5)
 
 
 def test_blocks_of_splash_divide_the_row():

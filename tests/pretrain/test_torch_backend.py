@@ -58,3 +58,11 @@ def test_a_missing_gpu_is_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match=r"hardware\.backend 'cuda' needs a GPU"):
         TorchBackend(HardwareConfig(backend="cuda"))
+
+
+def test_a_kernel_whose_package_is_missing_is_refused_before_a_model_is_built(monkeypatch):
+    monkeypatch.setattr("coda_pretrain.backends.torch_backend.is_flash_attn_2_available", lambda: False)
+    backend = TorchBackend(HardwareConfig())
+    backend.prepare_kernel("sdpa")
+    with pytest.raises(ValueError, match="'flash_attention_2' needs the package flash-attn, which is not installed"):
+        backend.prepare_kernel("flash_attention_2")

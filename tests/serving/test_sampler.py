@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from coda_serving.sampler import ModelSampler, choose_device, choose_dtype
 from coda_serving.scheduler import CanvasRequest
@@ -138,4 +139,16 @@ def test_the_folder_decides_what_the_operator_leaves_open(model_folder, tmp_path
 def test_a_folder_without_weights_is_named(tmp_path, model_folder):
     (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
     with pytest.raises(ValueError, match=f"MODEL_NAME={tmp_path}"):
+        ModelSampler.load(str(tmp_path), device="cpu", dtype="auto")
+
+
+def test_broken_weights_are_named(tmp_path, model_folder):
+    (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
+    weights = load_file(model_folder / "model.safetensors")
+    weights["model.norm.weight"][0] = 1e30
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"MODEL_NAME={tmp_path}: in torch.float16: .* not finite: model.norm.weight"):
+        ModelSampler.load(str(tmp_path), device="cpu", dtype="float16")
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=f"MODEL_NAME={tmp_path}: .*model.safetensors' is a Git LFS pointer"):
         ModelSampler.load(str(tmp_path), device="cpu", dtype="auto")

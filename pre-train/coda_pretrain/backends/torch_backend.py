@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
+from transformers.utils import is_flash_attn_2_available
 
 from ..hardware import HardwareConfig
 from .base import Backend, host_tensors, process_environment
@@ -56,6 +57,14 @@ class TorchBackend(Backend):
         """An equal run of rows for each process."""
         share = num_rows // self.num_processes
         return list(range(self.rank * share, (self.rank + 1) * share))
+
+    def prepare_kernel(self, name: str) -> None:
+        """See ``Backend``."""
+        if name == "flash_attention_2" and not is_flash_attn_2_available():
+            raise ValueError(
+                "model.attn_implementation 'flash_attention_2' needs the package flash-attn, which is not installed; "
+                "'flex_attention' needs none"
+            )
 
     def prepare_model(self, model: nn.Module, *, z_loss: float = 0.0) -> nn.Module:
         """Move to the device; checkpoint and compile each layer if asked; shard if there are several processes."""
