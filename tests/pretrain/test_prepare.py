@@ -1,14 +1,19 @@
 import dataclasses
+import gzip
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from coda_pretrain.data import main
 from coda_pretrain.prepare import PrepareConfig, is_held_out, prepare
 from coda_pretrain.progress import exclusive
 from coda_pretrain.shards import TokenShards
@@ -124,6 +129,114 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_hashes(config_of, tmp_
     assert not list(killed.glob(".*.tmp"))
 
 
+@pytest.fixture(scope="module")
+def dirty(tmp_path_factory):
+    """A folder with every bad input beside good ones: 24 good records in 14 files of which 8 are bad."""
+    folder = tmp_path_factory.mktemp("dirty")
+
+    def records(name):
+        return [json.dumps({"text": f"{name} {i} " + "word " * (i % 40)}) for i in range(4)]
+
+    bad_records = [
+        f'{{"text": "x", "n": {"7" * 5000}}}',
+        f'{{"text": "x", "n": {"[" * 5000 + "]" * 5000}}}',
+        '{"content": "x"}',
+        '["x"]',
+        '{"text": 3}',
+        '{"text": "\\ud800"}',
+        '{"text": "cut',
+    ]
+    (folder / "a.jsonl").write_text("\n".join([*records("a"), *bad_records]))
+    (folder / "bom.jsonl").write_text("\ufeff" + "\n".join(records("bom")), encoding="utf-8")
+    pq.write_table(pa.table({"text": [f"parquet {i}" for i in range(4)]}), folder / "c.parquet")
+    for name in (b"caf\xe9.jsonl", b"d.ndjson"):
+        with open(os.path.join(os.fsencode(folder), name), "w") as file:
+            file.write("\n".join(records(name.decode("latin-1"))))
+    far = tmp_path_factory.mktemp("far")
+    (far / "e.jsonl").write_text("\n".join(records("linked")))
+    (folder / "mounted").symlink_to(far)
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.jsonl").symlink_to("nowhere")
+    (folder / "self.jsonl").symlink_to("self.jsonl")
+    os.mkfifo(folder / "pipe.jsonl")
+    (folder / "fake.jsonl.gz").write_bytes(b"no gzip")
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress("\n".join(records("cut")).encode())[:-12])
+    (folder / "broken.parquet").write_bytes((folder / "c.parquet").read_bytes()[:-30])
+    pq.write_table(pa.table({"body": ["x"]}), folder / "shape.parquet")
+    (folder / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (folder / "notes.pdf").write_bytes(b"%PDF")
+    return folder
+
+
+BAD_FILES = {
+    "gone.jsonl": "a link to nowhere, which is not there",
+    "self.jsonl": "a link that leads back to itself",
+    "pipe.jsonl": "a FIFO, socket or device, not a file",
+    "fake.jsonl.gz": "not gzip, as its name says",
+    "cut.jsonl.gz": "Truncated compressed stream",
+    "broken.parquet": "not a whole parquet file",
+    "shape.parquet": "no column --text_key 'text'; it has ['body']",
+    "pointer.jsonl": "a Git LFS pointer",
+}
+BAD_RECORDS = (
+    "not JSON that can be read: Exceeds the limit (4300 digits)",
+    "JSON nested deeper than 256",
+    "no --text_key 'text'; it has ['content']",
+    "no --text_key 'text'; it is no object but list",
+    "--text_key text must hold text, got int",
+    "half of a surrogate pair",
+    "not JSON that can be read: Unterminated string",
+)
+
+
+def test_a_dirty_folder_gives_its_good_rest_and_a_manifest_that_names_each_bad_item(config_of, dirty, tmp_path):
+    options = {"inputs": (str(dirty),), "shard_tokens": 40, "max_bad_share": 0.6}
+    summary = prepare(config_of("one", **options))
+    prepare(config_of("two", num_workers=2, **options))
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
+    TokenShards(tmp_path / "one").verify()
+    named = {path.removeprefix(f"{dirty}/"): counts["documents"] for path, counts in manifest["input_files"].items()}
+    good = {"a.jsonl": 4, "bom.jsonl": 4, "c.parquet": 4, "caf\\xe9.jsonl": 4, "d.ndjson": 4, "mounted/e.jsonl": 4}
+    assert named == {**good, "cut.jsonl.gz": named["cut.jsonl.gz"]}
+    skipped = manifest["skipped"]
+    assert (skipped["documents"], skipped["files"]) == (len(BAD_RECORDS), len(BAD_FILES))
+    reasons = {item["path"].removeprefix(f"{dirty}/"): item["reason"] for item in skipped["items"]}
+    assert all(reasons[name].startswith(reason) for name, reason in BAD_FILES.items()), reasons
+    records = [item for item in skipped["items"] if item["path"] == f"{dirty}/a.jsonl"]
+    for item, reason in zip(records, BAD_RECORDS, strict=True):
+        assert item["reason"].startswith(reason)
+        assert item["where"].startswith("byte ")
+    assert manifest["passed_over"]["names"] == [f"{dirty}/loop", f"{dirty}/notes.pdf"]
+    assert summary["documents"] == manifest["documents"] == sum(named.values())
+
+
+def test_more_that_is_unreadable_than_allowed_stops_with_the_list(config_of, dirty, tmp_path, caplog):
+    arguments = ["--input", str(dirty), "--tokenizer", config_of("out").tokenizer, "--num_workers", "1"]
+    arguments += ["--output", str(tmp_path / "out")]
+    assert main([*arguments, "--max_bad_share", "0.6"]) == 0
+    for share, number, noun in (("0.1", "7 of 14", "files"), ("0.52", "8 of 14", "files")):
+        output = tmp_path / f"out{share}"
+        assert main([*arguments[:-1], str(output), "--max_bad_share", share]) == 2
+        message = caplog.records[-1].getMessage()
+        assert f"{number} {noun} cannot be read, more than --max_bad_share {share} allows" in message
+        assert "gone.jsonl: a link to nowhere, which is not there" in message
+        assert not (output / "manifest.json").exists()
+        # what opening the files shows stops the work before it begins; what reading shows keeps what is made
+        assert output.exists() == (share == "0.52")
+    assert main([*arguments[:-1], str(tmp_path / "out0.52"), "--max_bad_share", "0.6"]) == 0
+    assert hashes(tmp_path / "out0.52") == hashes(tmp_path / "out")
+
+
+def test_a_wrong_text_key_stops_long_before_the_end(config_of, tmp_path):
+    lines = [json.dumps({"content": "x" * 200}) for _ in range(400)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"of about \d+ documents cannot be read(.|\n)*it has \['content'\]"):
+        prepare(config_of("out", inputs=(str(tmp_path / "in"),), shard_tokens=100))
+    assert len((tmp_path / "out" / "progress.jsonl").read_text().splitlines()) < 20
+
+
 def test_a_damaged_shard_and_a_torn_line_are_done_again_and_the_rest_is_kept(config_of, tmp_path):
     out = tmp_path / "out"
     prepare(config_of("out"))
@@ -205,6 +318,7 @@ def test_a_local_data_set_gives_the_same_tokens_as_its_file(config_of, corpus, t
         ({"num_workers": 0}, "--num_workers must be at least 1, got 0"),
         ({"shard_tokens": -5}, "--shard_tokens must be at least 1, got -5"),
         ({"validation_fraction": 1.0}, r"--validation_fraction must be in \[0, 1\), got 1.0"),
+        ({"max_bad_share": 1.5}, r"--max_bad_share must be in \[0, 1\], got 1.5"),
         ({"text_suffixes": ("py",)}, "--text_suffixes must start with a dot"),
     ],
 )
