@@ -176,8 +176,8 @@ def _undecodable(path: str, where: str, reason: str) -> Document:
 
 
 def _reraise_if_of_the_system(error: BaseException) -> None:
-    """Errors of the machine have a number; those that the libraries raise for broken content have none."""
-    if isinstance(error, OSError) and error.errno is not None:
+    """Errors of machine and network have a number or a class of their own; those for broken content are plain."""
+    if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
         raise error
 
 

@@ -88,7 +88,7 @@ def find_files(inputs: list[str], exclude: list[str], text_suffixes: tuple[str, 
     found: set[str] = set()
     known = f".jsonl (also compressed: {', '.join(COMPRESSED)}), .parquet, {', '.join(text_suffixes)}"
     for pattern in inputs:
-        matches = [pattern] if os.path.exists(pattern) else sorted(_matches_of(pattern, listing, output))
+        matches = [pattern] if os.path.exists(pattern) else sorted(matches_of(pattern, listing, output))
         if not matches:
             raise ValueError(f"--input {pattern}: no such file or folder, and as a pattern it matches nothing")
         if output and matches == [pattern] and Path(output).resolve().is_relative_to(Path(pattern).resolve()):
@@ -97,7 +97,7 @@ def find_files(inputs: list[str], exclude: list[str], text_suffixes: tuple[str, 
         broken = len(listing.unusable)
         for match in matches:
             if os.path.isdir(match):
-                for path in _files_below(match, listing, output):
+                for path in files_of_folder(match, listing, output):
                     if kind_of(path, text_suffixes):
                         files.add(path)
                     elif os.path.islink(path) and not os.path.exists(path):  # perhaps of a whole folder
@@ -123,7 +123,7 @@ def find_files(inputs: list[str], exclude: list[str], text_suffixes: tuple[str, 
     return listing
 
 
-def _matches_of(pattern: str, listing: Listing, output: str) -> Iterator[str]:
+def matches_of(pattern: str, listing: Listing, output: str) -> Iterator[str]:
     """What a pattern matches. ``glob`` follows links within ``**`` without end, so that is walked as folders are."""
     start, recursive, rest = pattern.partition("**/")
     if not recursive or (start and not start.endswith("/")):  # two stars within a name are one
@@ -131,7 +131,7 @@ def _matches_of(pattern: str, listing: Listing, output: str) -> Iterator[str]:
         return
     wanted = ("**", *rest.split("/"))
     for folder in sorted(glob.glob(start)) if start else ["."]:
-        for path in _files_below(folder, listing, output):
+        for path in files_of_folder(folder, listing, output):
             names = os.path.relpath(path, folder).split("/")
             if any(_is_match(names[:depth], wanted) for depth in range(1, len(names) + 1)):
                 yield path if start else os.path.relpath(path)
@@ -152,7 +152,7 @@ def _is_excluded(path: str, exclude: list[str]) -> bool:
     return any(fnmatch.fnmatch(path, pattern) for pattern in exclude)
 
 
-def _files_below(folder: str, listing: Listing, output: str) -> Iterator[str]:
+def files_of_folder(folder: str, listing: Listing, output: str) -> Iterator[str]:
     """Every file below a folder: first those that no link leads to, then those behind links to folders."""
     seen: dict[tuple[int, int], str] = {}
     waiting = [folder]

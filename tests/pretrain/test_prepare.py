@@ -1,16 +1,12 @@
 import dataclasses
-import gzip
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from coda_pretrain.data import main
@@ -127,45 +123,6 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_hashes(config_of, tmp_
     assert 0 < summary["new_tokens"] < summary["tokens"]
     assert hashes(killed) == hashes(tmp_path / "whole")
     assert not list(killed.glob(".*.tmp"))
-
-
-@pytest.fixture(scope="module")
-def dirty(tmp_path_factory):
-    """A folder with every bad input beside good ones: 24 good records in 14 files of which 8 are bad."""
-    folder = tmp_path_factory.mktemp("dirty")
-
-    def records(name):
-        return [json.dumps({"text": f"{name} {i} " + "word " * (i % 40)}) for i in range(4)]
-
-    bad_records = [
-        f'{{"text": "x", "n": {"7" * 5000}}}',
-        f'{{"text": "x", "n": {"[" * 5000 + "]" * 5000}}}',
-        '{"content": "x"}',
-        '["x"]',
-        '{"text": 3}',
-        '{"text": "\\ud800"}',
-        '{"text": "cut',
-    ]
-    (folder / "a.jsonl").write_text("\n".join([*records("a"), *bad_records]))
-    (folder / "bom.jsonl").write_text("\ufeff" + "\n".join(records("bom")), encoding="utf-8")
-    pq.write_table(pa.table({"text": [f"parquet {i}" for i in range(4)]}), folder / "c.parquet")
-    for name in (b"caf\xe9.jsonl", b"d.ndjson"):
-        with open(os.path.join(os.fsencode(folder), name), "w") as file:
-            file.write("\n".join(records(name.decode("latin-1"))))
-    far = tmp_path_factory.mktemp("far")
-    (far / "e.jsonl").write_text("\n".join(records("linked")))
-    (folder / "mounted").symlink_to(far)
-    (folder / "loop").symlink_to(folder)
-    (folder / "gone.jsonl").symlink_to("nowhere")
-    (folder / "self.jsonl").symlink_to("self.jsonl")
-    os.mkfifo(folder / "pipe.jsonl")
-    (folder / "fake.jsonl.gz").write_bytes(b"no gzip")
-    (folder / "cut.jsonl.gz").write_bytes(gzip.compress("\n".join(records("cut")).encode())[:-12])
-    (folder / "broken.parquet").write_bytes((folder / "c.parquet").read_bytes()[:-30])
-    pq.write_table(pa.table({"body": ["x"]}), folder / "shape.parquet")
-    (folder / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    (folder / "notes.pdf").write_bytes(b"%PDF")
-    return folder
 
 
 BAD_FILES = {
