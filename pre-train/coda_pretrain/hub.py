@@ -5,10 +5,12 @@ Every step can be stopped and given again: files that are whole are kept. The re
 """
 
 import gzip
+import json
 import logging
 import os
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from .plain_data import from_dict
+from .plain_data import from_dict, to_plain
 from .shards import replace_with_json
 from .storage import RemotePath, copy_to_local
 
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "SOURCE.json"
+DESCRIPTION_NAME = "DESCRIPTION.json"
+REMARKS = ("note", "report_tokens")  # fields of a description that do not say what is fetched
 CONTENT_ROWS = 2048  # documents fetched before they are written
 
 
@@ -114,13 +118,17 @@ def download(corpus: CorpusConfig, output: Path, *, num_workers: int) -> Path:
 
     Raises:
         OSError: the Hub or another server cannot be reached or refuses; what has arrived is kept.
-        ValueError: the data does not look as described.
+        ValueError: the data does not look as described, or the folder holds what another description fetched.
     """
     folder = output / corpus.name
     folder.mkdir(parents=True, exist_ok=True)
+    _check_same_description(corpus, folder)
     if corpus.files or corpus.url_lists:
         _fetch_repository(corpus, folder / "repository", num_workers)
     urls = [*corpus.urls, *_listed_urls(corpus, folder / "repository")]
+    repeated = sorted(name for name, count in Counter(map(_file_name, set(urls))).items() if count > 1)
+    if repeated:
+        raise ValueError(f"{corpus.name}: several URLs end in {', '.join(repeated)}, and one file would hide another")
     fetched = folder / "files"
     for url in urls:
         fetch(url, fetched)
@@ -141,6 +149,22 @@ def download(corpus: CorpusConfig, output: Path, *, num_workers: int) -> Path:
     record = {"name": corpus.name, "repo": corpus.repo, "revision": corpus.revision, "text": text.name, "urls": urls}
     replace_with_json(folder / RECORD_NAME, record)
     return text
+
+
+def _check_same_description(corpus: CorpusConfig, folder: Path) -> None:
+    """Files are kept by their names, so what another description has left would be taken for what this one names."""
+    wanted = {name: value for name, value in to_plain(corpus).items() if name not in REMARKS}
+    for name in (DESCRIPTION_NAME, RECORD_NAME):
+        if (folder / name).is_file():
+            known = json.loads((folder / name).read_text(encoding="utf-8"))
+            keys = known.keys() & wanted.keys() - ({"urls"} if name == RECORD_NAME else set())  # it has listed ones too
+            differing = sorted(key for key in keys if known[key] != wanted[key])
+            if differing:
+                raise ValueError(
+                    f"{folder} holds what another description of {corpus.name} has fetched (different: "
+                    f"{', '.join(differing)}); give another --output or remove that folder"
+                )
+    replace_with_json(folder / DESCRIPTION_NAME, wanted)
 
 
 def _fetch_repository(corpus: CorpusConfig, folder: Path, num_workers: int) -> None:
@@ -169,10 +193,14 @@ def _listed_urls(corpus: CorpusConfig, folder: Path) -> list[str]:
     return [line for line in lines if line]
 
 
+def _file_name(url: str) -> str:
+    return url.rsplit("/", 1)[-1]
+
+
 def fetch(url: str, folder: Path) -> None:
     """Copy one file, unless it is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / url.rsplit("/", 1)[-1]
+    target = folder / _file_name(url)
     if not target.is_file():
         logger.info("%s", url)
         copy_to_local(RemotePath(url), target)

@@ -140,3 +140,22 @@ def test_without_a_connection_the_reason_and_the_remedy_are_named(fetch, caplog,
 def test_a_wrong_description_is_named(fetch, caplog, change, message):
     assert fetch(**change) == 2
     assert message in caplog.text
+
+
+def test_what_another_description_has_fetched_is_not_taken_for_this_one(hub, fetch, tmp_path, caplog):
+    (hub[0] / "a.jsonl").write_text('{"text": "x"}\n')
+    assert fetch(note="first") == 0
+    assert fetch(note="said otherwise") == 0
+    assert fetch(revision="v2", files=["*.parquet"]) == 2
+    assert "another description of corpus has fetched (different: files, revision)" in caplog.text
+    (tmp_path / "corpora" / "corpus" / "DESCRIPTION.json").unlink()  # as before descriptions were kept
+    assert fetch(repo="someone/else") == 2
+    assert "(different: repo)" in caplog.text
+
+
+def test_urls_that_end_in_the_same_name_are_refused(hub, fetch, tmp_path, caplog):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text('{"text": "x"}\n')
+    assert fetch(files=[], urls=[f"file://{tmp_path}/{folder}/a.jsonl" for folder in ("one", "two")]) == 2
+    assert "several URLs end in a.jsonl" in caplog.text
