@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .hub import describe, download, load_corpus
+from .inputs import printable
 from .mixture import DataConfig, Mixture, Sample, SourceConfig, SourceShare
 from .prepare import PrepareConfig, prepare
 from .shards import TokenShards
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{summary['new_tokens']} tokens made in {seconds:.1f} s ({summary['new_tokens'] / seconds:.0f} tokens/s)"
     )
     for split, path in summary["manifests"].items():
-        print(f"{split}: {path}")
+        print(f"{split}: {printable(path)}")
     return 0
 
 

@@ -20,7 +20,16 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .inputs import COMPRESSED, Kind, UnreadableFileError, check_openable, codec_of, kind_of
+from .inputs import (
+    COMPRESSED,
+    LFS_POINTER,
+    LFS_POINTER_BYTES,
+    Kind,
+    UnreadableFileError,
+    check_openable,
+    codec_of,
+    kind_of,
+)
 
 PARQUET_ROWS = 1024  # rows held in memory at once
 MAX_RECORD_BYTES = 1 << 28  # of one line or text file; more is skipped, since a worker holds several copies
@@ -186,6 +195,8 @@ def _read_text_file(path: str) -> Document:
     if os.path.getsize(path) > MAX_RECORD_BYTES:
         return _undecodable(path, "", f"more than {MAX_RECORD_BYTES} bytes in one document")
     data = Path(path).read_bytes()
+    if data.startswith(LFS_POINTER) and len(data) < LFS_POINTER_BYTES:
+        return _undecodable(path, "", "a Git LFS pointer; `git lfs pull` fetches the file itself")
     try:
         encoding = "utf-8-sig"
         if path.endswith(".py"):

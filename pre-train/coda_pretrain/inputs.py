@@ -20,6 +20,7 @@ COMPRESSED = tuple(CODECS)
 MAGIC = {"gzip": (b"\x1f\x8b",), "bz2": (b"BZh",), "zstd": (b"\x28\xb5\x2f\xfd",), "lz4": (b"\x04\x22\x4d\x18",)}
 SKIPPABLE_FRAME = b"\x2a\x4d\x18"  # bytes 1 to 3 of what zstd and lz4 files may start with too
 LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER_BYTES = 1024  # none is as long
 SAME_FOLDER = "its folder is read under another name"
 OWN_OUTPUT = "it is --output"
 Kind = Literal["jsonl", "parquet", "text", "dataset"]
@@ -125,6 +126,10 @@ def find_files(inputs: list[str], exclude: list[str], text_suffixes: tuple[str, 
 
 def matches_of(pattern: str, listing: Listing, output: str) -> Iterator[str]:
     """What a pattern matches. ``glob`` follows links within ``**`` without end, so that is walked as folders are."""
+    whole = pattern.rstrip("/").removesuffix("/**")
+    if whole != pattern.rstrip("/") and "**" not in whole:
+        yield from glob.glob(whole)  # all below these folders
+        return
     start, recursive, rest = pattern.partition("**/")
     if not recursive or (start and not start.endswith("/")):  # two stars within a name are one
         yield from glob.glob(pattern)

@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,8 @@ def list_input(folder: str, pattern: str | None, *, reader: str, text_key: str, 
         ValueError: there is none.
     """
     listing, stats = Listing(), []
+    if pattern and not has_magic(pattern):
+        pattern = f"*{pattern}"  # a suffix
     if is_url(folder):
         store = DataFolder(folder)
         infos = store.glob(pattern, detail=True) if pattern else store.find("", detail=True)

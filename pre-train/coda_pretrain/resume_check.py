@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
+from transformers import PretrainedConfig
 
 from .config import RunConfig
 from .plain_data import merge, to_plain
@@ -98,8 +99,11 @@ def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return ", ".join(lengths) or f"as long as before ({before['tokens']} tokens), with other content"
 
 
-UNIMPORTANT = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "auto_map")
-"""Keys of a model's configuration that say nothing about what it computes."""
+UNIMPORTANT = (
+    *PretrainedConfig().to_dict(),
+    *("torch_dtype", "auto_map", "initializer_range", "bos_token_id", "eos_token_id", "attn_implementation"),
+)
+"""Keys of a model's configuration that change nothing in what it learns from a batch."""
 
 
 def check_same_model(current: Mapping[str, Any], checkpoint: Place) -> None:

@@ -48,7 +48,7 @@ class Tally:
         if document.problem == "unreadable":
             self.broken.add(name)
         if document.problem != "empty" and len(self.items) < NAMED_PER_PIECE:
-            self.items.append({"path": name, "where": document.where, "reason": document.reason})
+            self.items.append({"path": name, "where": document.where, "reason": _writable(document.reason)})
 
     def to_plain(self) -> dict[str, Any]:
         """As a record can hold it."""
@@ -73,7 +73,7 @@ class Tally:
         """Add the files of the input in which nothing was found, and those that could not be opened."""
         for path in listing.files:
             self.files.setdefault(printable(path), Counter())
-        unusable = {printable(path): reason for path, reason in sorted(listing.unusable.items())}
+        unusable = {printable(path): _writable(reason) for path, reason in sorted(listing.unusable.items())}
         self.broken |= unusable.keys()
         self.items = [{"path": path, "where": "", "reason": reason} for path, reason in unusable.items()] + self.items
 
@@ -132,6 +132,11 @@ class Tally:
                 "excluded": listing.excluded,
             },
         }
+
+
+def _writable(reason: str) -> str:
+    """Without halves of surrogate pairs, which messages about bad text may quote and no file can hold."""
+    return reason.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def described(listing: Listing) -> str:

@@ -68,7 +68,9 @@ def test_undecodable_and_empty_documents_are_marked(tmp_path):
         b'{"text": "good"}\n{"text": "\xff"}\n\n{"text": \n{"text": ""}\n{"text": " \\n"}\n{"text": null}\n'
         b'{"text": "\\ud800"}\n{"text": "last"}\n'
     )
-    assert read_all(tmp_path / "a.py") == [(None, "undecodable")]
+    (tmp_path / "d.py").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    for name in ("a.py", "d.py"):
+        assert read_all(tmp_path / name) == [(None, "undecodable")]
     assert read_all(tmp_path / "b.py") == [(None, "empty")]
     problems = [problem for _, problem in read_all(tmp_path / "c.jsonl")]
     bad, no = "undecodable", "empty"

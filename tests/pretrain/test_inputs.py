@@ -1,3 +1,4 @@
+import glob
 import os
 import re
 
@@ -30,6 +31,34 @@ def test_files_are_found_in_folders_and_by_pattern_once_and_sorted(tmp_path, mak
     assert names(found.files, tmp_path) == ["b.py", "sub/a.py", "sub/c.jsonl"]
     passed_over = {f"{tmp_path}/sub/skip.bin": ".bin", f"{tmp_path}/Makefile": "no suffix"}
     assert (found.passed_over, found.excluded, found.unusable) == (passed_over, 2, {})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.py", ["a.py"]),
+        ("**/*.py", ["a.py", "x/b.py", "x/y/c.py"]),
+        ("x/**/*.py", ["x/b.py", "x/y/c.py"]),
+        ("**/y", ["x/y/.e.py", "x/y/c.py"]),
+        ("**/y/*.py", ["x/y/c.py"]),
+        ("**/y/**", ["x/y/.e.py", "x/y/c.py"]),
+        ("x/**", ["x/.d/f.py", "x/b.py", "x/y/.e.py", "x/y/c.py"]),
+        ("*/?.py", ["x/b.py"]),
+        ("x/[a-b].py", ["x/b.py"]),
+    ],
+)
+def test_patterns_mean_what_they_mean_to_a_shell(tmp_path, make, monkeypatch, pattern, expected):
+    make("a.py", "x/b.py", "x/y/c.py", "x/y/.e.py", "x/.d/f.py")
+    assert names(find_files([str(tmp_path / pattern)], [], TEXT_SUFFIXES).files, tmp_path) == expected
+    matched = [match for match in glob.glob(str(tmp_path / pattern), recursive=True)]
+    walked = {path for match in matched for path in ([match] if os.path.isfile(match) else files_in(match))}
+    assert {os.path.normpath(path) for path in walked} == {str(tmp_path / name) for name in expected}
+    monkeypatch.chdir(tmp_path)
+    assert find_files([pattern], [], TEXT_SUFFIXES).files == expected
+
+
+def files_in(folder):
+    return [os.path.join(current, name) for current, _, names in os.walk(folder) for name in names]
 
 
 def test_inputs_that_give_nothing_are_named(tmp_path, make):

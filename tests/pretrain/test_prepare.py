@@ -110,9 +110,10 @@ prepare.prepare(prepare.PrepareConfig(**{settings!r}))
 """
 
 
-def test_a_run_killed_in_the_middle_continues_to_the_same_hashes(config_of, tmp_path):
-    prepare(config_of("whole"))
-    config, killed = config_of("killed", num_workers=2), tmp_path / "killed"
+def test_a_run_killed_in_the_middle_continues_to_the_same_hashes(config_of, corpus, dirty, tmp_path):
+    options = {"inputs": (str(corpus), str(dirty)), "max_bad_share": 0.6}
+    prepare(config_of("whole", **options))
+    config, killed = config_of("killed", num_workers=2, **options), tmp_path / "killed"
     code = KILLED_RUN.format(settings=dataclasses.asdict(config))
     assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
     time.sleep(0.3)  # the workers notice by themselves

@@ -293,7 +293,7 @@ def test_a_resume_with_another_model_configuration_is_refused(tmp_path, run_conf
     config = at(tmp_path / "a", run_config)
     newest = committed_checkpoints(trained(config).checkpoints)[-1]
     current = json.loads((newest / "model_config.json").read_text())
-    check_same_model(current | {"transformers_version": "another"}, newest)
+    check_same_model(current | {"transformers_version": "another", "eos_token_id": 7, "a_new_key": 1}, newest)
     message = r"the model's mask_token_id is 5, but the run in .*step-00000006 was made with"
     with pytest.raises(ValueError, match=message):
         check_same_model(current | {"mask_token_id": 5}, newest)
