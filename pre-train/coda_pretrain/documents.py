@@ -340,7 +340,7 @@ def load_dataset(name: str, config: str | None, split: str, text_key: str) -> An
             dataset = datasets.load_from_disk(os.path.join(name, split))
         else:
             dataset = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"--hf_dataset {name} (--hf_config {config}, --hf_split {split}): {error}") from error
     if text_key not in dataset.column_names:
         raise ValueError(f"--hf_dataset {name}: no column --text_key {text_key!r}; it has {dataset.column_names}")

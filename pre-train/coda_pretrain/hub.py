@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -207,15 +208,24 @@ def fetch(url: str, folder: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar archive into a folder of its name, unless it is there."""
+    """Unpack a tar archive into a folder of its name, unless it is there.
+
+    Raises:
+        ValueError: it is broken.
+    """
     target = folder / archive.name.split(".tar")[0]
     if target.is_dir():
         return
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with tarfile.open(archive) as content:
-        content.extractall(partial, filter="data")
+    try:
+        with tarfile.open(archive) as content:
+            content.extractall(partial, filter="data")
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{archive} is not a whole tar archive ({error}); remove it to have it fetched again"
+        ) from error
     partial.replace(target)
 
 
@@ -233,7 +243,7 @@ def to_parquet(folder: Path, config: str, split: str, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     try:
         loaded = datasets.load_dataset(str(folder), config, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"datasets cannot read configuration {config!r} of {folder}: {error}") from error
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     loaded.to_parquet(str(partial))
@@ -263,8 +273,15 @@ def fetch_contents(file: Path, target: Path, config: ContentsConfig, text_key: s
     logger.info("%s: %d texts, %d gone or undecodable", target, rows - missing, missing)
 
 
+def _parquet(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a whole parquet file: {error}") from error
+
+
 def _content_urls(file: Path, config: ContentsConfig) -> Iterator[list[tuple[str, str]]]:
-    with pq.ParquetFile(file) as parquet:
+    with _parquet(file) as parquet:
         for batch in parquet.iter_batches(batch_size=CONTENT_ROWS if config.rows_in is None else 64):
             rows: list[dict[str, Any]] = batch.to_pylist()
             if config.rows_in is not None:
@@ -282,7 +299,7 @@ def _content(url: str, encoding: str, gzipped: bool) -> str | None:
         return None
     try:
         return (gzip.decompress(data) if gzipped else data).decode(encoding)
-    except (UnicodeDecodeError, LookupError, gzip.BadGzipFile):
+    except (UnicodeError, LookupError, gzip.BadGzipFile, EOFError, zlib.error):
         return None
 
 

@@ -184,7 +184,12 @@ class TokenShards:
                 f"no {MANIFEST_NAME} in {self.folder}: not a folder of token shards, or its preparation is not "
                 "finished (running `python -m coda_pretrain.data` again with the same arguments finishes it)"
             )
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{manifest_path} is not JSON: {error}") from error
+        if not isinstance(manifest, dict):
+            raise ValueError(f"{manifest_path} must hold an object, got {type(manifest).__name__}")
         if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
             got = f"format {manifest.get('format')!r} version {manifest.get('version')!r}"
             raise ValueError(f"{manifest_path} must be format {FORMAT!r} version {VERSION}, got {got}")

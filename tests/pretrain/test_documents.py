@@ -185,6 +185,10 @@ def test_a_data_set_is_loaded_from_a_local_folder(tmp_path, monkeypatch):
         assert [d.text for d in read_documents(part, "text", dataset)] == texts(9)[2:8]
     with pytest.raises(ValueError, match="no column --text_key 'body'"):
         load_dataset(str(tmp_path / "saved"), None, "train", "body")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"--hf_dataset .*broken"):
+        load_dataset(str(tmp_path / "broken"), None, "train", "text")
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"--hf_dataset .*nothing \(--hf_config None, --hf_split train\)"):
         load_dataset(str(tmp_path / "nothing"), None, "train", "text")

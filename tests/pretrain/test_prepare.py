@@ -226,6 +226,15 @@ def test_another_preparation_is_not_mixed_in(config_of, tmp_path):
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
+def test_a_preparation_of_input_that_has_changed_is_not_continued(config_of, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.py").write_text("x = 1\n")
+    prepare(config_of("out", inputs=(str(tmp_path / "in"),)))
+    (tmp_path / "in" / "b.py").write_text("y = 1\n")
+    with pytest.raises(ValueError, match=r"shards of another preparation \(different: input\)"):
+        prepare(config_of("out", inputs=(str(tmp_path / "in"),)))
+
+
 def test_two_preparations_do_not_write_to_one_folder(config_of, tmp_path):
     (tmp_path / "out").mkdir()
     with exclusive(tmp_path / "out"), pytest.raises(ValueError, match="another preparation is writing there"):
