@@ -18,7 +18,7 @@ WINDOW = 1 << 20  # characters given to a tokenizer at once, unless no border is
 MAX_WINDOW = 1 << 23
 CONTEXT = 1 << 11  # characters on each side of a border that are tokenized to see that no token crosses it
 TRIES = 64  # borders of each kind that are looked at
-BORDERS = (re.compile(r"(?<=\n)(?=\S)"), re.compile(r"(?<=\S)(?= \w)"), re.compile(r"(?<=\w)(?=[^\w\s])"))
+BORDERS = (re.compile(r"(?<=\n)(?=\S)"), re.compile(r"(?<=\S)(?= \w)"), re.compile(r"(?<=[^\W_])(?=[^\w\s])"))
 """Where pieces of a document may meet, the likeliest first. Never inside a run of one kind of characters, whose
 division into tokens may depend on where the run began."""
 
@@ -116,11 +116,22 @@ def _border(encoder: Tokenizer, text: str, start: int) -> int | None:
             found = [match.start() for match in pattern.finditer(text, max(low, high - 64 * TRIES), high)]
             found = found or [match.start() for match in pattern.finditer(text, low, high)]
             for border in found[: -TRIES - 1 : -1]:
-                left, right = text[max(start, border - CONTEXT) : border], text[border : border + CONTEXT]
-                if border > start and _ids(encoder, left + right) == _ids(encoder, left) + _ids(encoder, right):
+                begin = max(start, border - CONTEXT)
+                if border > start and _is_border(encoder, text[begin : border + CONTEXT], border - begin):
                     return border
         low, high = high, high + WINDOW
     return len(text) if len(text) - start <= MAX_WINDOW else None
+
+
+def _is_border(encoder: Tokenizer, text: str, place: int) -> bool:
+    """Whether a word of the tokenizer ends at ``place`` of ``text``, and both sides apart give the ids of the whole.
+
+    Ids alone are not enough: within a word that is longer than ``text`` they may agree by chance.
+    """
+    whole = encoder.encode(text, add_special_tokens=False)  # the fast way does not say which words there are
+    left, right = _ids(encoder, text[:place]), _ids(encoder, text[place:])
+    words = whole.word_ids
+    return 0 < len(left) < len(words) and words[len(left) - 1] != words[len(left)] and whole.ids == left + right
 
 
 def _ids(encoder: Tokenizer, text: str) -> list[int]:

@@ -87,7 +87,7 @@ def encoders():
 @pytest.mark.parametrize("kind", ["gpt2", "qwen", "sentencepiece"])
 def test_a_long_document_gets_the_ids_that_it_gets_at_once(kind, monkeypatch):
     encoder = encoders()[kind]
-    rng = random.Random(0)
+    rng, divided = random.Random(0), 0
     pieces = [
         "value",
         " value",
@@ -103,14 +103,17 @@ def test_a_long_document_gets_the_ids_that_it_gets_at_once(kind, monkeypatch):
         "\uff0c",
     ]
     pieces += ["aaaaaaa", "\r\n", "\t", "'s", "...", "{", '"', ",", "\U0001f600"]
+    pieces += ["_" * 60, "." * 70, " " * 80, "\n" * 50, "x" * 90]  # longer than the context that is looked at
     for trial in range(30):
         weights = [rng.random() ** 3 for _ in pieces]
         text = "".join(rng.choices(pieces, weights, k=400))
         whole = encoder.encode(text, add_special_tokens=False).ids
-        for window in (40, 150, 1 << 20):
+        for window in (40, 300, 1 << 20):
             monkeypatch.setattr(tokenization, "WINDOW", window)
             monkeypatch.setattr(tokenization, "CONTEXT", 32)
             assert next(encode_texts(encoder, [text])).tolist() == whole, (trial, window, text)
+            divided += tokenization._border(encoder, text, 0) < len(text)
+    assert divided > 20
 
 
 def test_long_documents_are_really_divided_and_one_without_a_border_is_none(monkeypatch):
