@@ -60,6 +60,7 @@ def train(pre_tokenizer, model, trainer, normalizer=None):
     corpus = [
         "def value(x):\n        return x + 12345\n\n\n",
         "caf\u00e9 na\u00efve     \u4f60\u597d\uff0cworld aaaa bbbb",
+        *("_" * 64 + "." * 64 + "_" * 7 + "." * 5, '"_._', " " * 64 + "x", "\n" * 32 + "x"),
     ] * 50
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
@@ -103,7 +104,7 @@ def test_a_long_document_gets_the_ids_that_it_gets_at_once(kind, monkeypatch):
         "\uff0c",
     ]
     pieces += ["aaaaaaa", "\r\n", "\t", "'s", "...", "{", '"', ",", "\U0001f600"]
-    pieces += ["_" * 60, "." * 70, " " * 80, "\n" * 50, "x" * 90]  # longer than the context that is looked at
+    pieces += ["_" * 61, "." * 71, " " * 80, "\n" * 50, "x" * 90]  # longer than the context that is looked at
     for trial in range(30):
         weights = [rng.random() ** 3 for _ in pieces]
         text = "".join(rng.choices(pieces, weights, k=400))
@@ -114,6 +115,16 @@ def test_a_long_document_gets_the_ids_that_it_gets_at_once(kind, monkeypatch):
             assert next(encode_texts(encoder, [text])).tolist() == whole, (trial, window, text)
             divided += tokenization._border(encoder, text, 0) < len(text)
     assert divided > 20
+
+
+def test_two_long_runs_do_not_meet_at_a_border_although_the_ids_near_it_agree(monkeypatch):
+    encoder = encoders()["gpt2"]
+    for name, value in (("WINDOW", 130), ("CONTEXT", 32)):
+        monkeypatch.setattr(tokenization, name, value)
+    for length in range(66, 130):
+        text = "_" * length + "." * 100 + " x" * 100
+        whole = encoder.encode(text, add_special_tokens=False).ids
+        assert next(encode_texts(encoder, [text])).tolist() == whole, length
 
 
 def test_long_documents_are_really_divided_and_one_without_a_border_is_none(monkeypatch):
