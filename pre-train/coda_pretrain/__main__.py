@@ -26,6 +26,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--config", action="append", default=[], required=True, help="YAML file; several are merged in order"
     )
     parser.add_argument("--dry_run", action="store_true", help="print the resolved configuration as YAML and exit")
+    parser.add_argument(
+        "--accept_changed_data",
+        action="store_true",
+        help="continue a run although its token shards are not those of before; the checkpoints record it",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the files")
     return parser
 
@@ -65,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .trainer import Trainer, TrainingDiverged
 
     try:
-        trainer = Trainer(config)
+        trainer = Trainer(config, accept_changed_data=arguments.accept_changed_data)
     except ValueError as error:
         return _fail(error, EXIT_BAD_INPUT)
     try:

@@ -2,9 +2,11 @@
 
 ``FOLDER/step-XXXXXXXX/`` holds ``tensors/`` (torch.distributed.checkpoint, one flat mapping of names:
 ``model.WEIGHT`` and ``optim.WEIGHT.KEY``), ``state.json`` (step, data position and other numbers), ``rng.json``,
-``config.yaml`` (the run), ``model_config.json`` (``CoDAConfig``) and, written last, ``COMMITTED.json`` with the size
-and hash of every other file. A folder without it is an unfinished save and is never read. Not here: what is in the
-tensors, writing them (``saver``), and the export to safetensors (``export``).
+``config.yaml`` (the run), ``model_config.json`` (``CoDAConfig``), ``data.json`` (the token shards it has read) and,
+written last, ``COMMITTED.json`` with the size and hash of every other file. A folder without it is an unfinished save
+and is never read. A run that continues compares all sizes and the hashes of the small files first; the hash of a file
+of tensors is compared by the processes that read from it, when they do. Not here: what is in the tensors, writing them
+(``saver``), and the export to safetensors (``export``).
 """
 
 import base64
@@ -22,15 +24,23 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
 from .backends.base import Backend
-from .storage import Place, move_tree, place_of, remove_tree, sha256_of, size_of
+from .storage import Place, move_tree, place_of, remove_tree, sha256_of, sizes_below
 
 logger = logging.getLogger(__name__)
 
 MARKER = "COMMITTED.json"
 FORMAT_VERSION = 1
+TENSOR_SUFFIX = ".distcp"
+OTHER_HASH = "has another hash than at its commit"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+class CorruptTensorsError(RuntimeError):
+    """A file of tensors has other content than at its commit; the message says which."""
 
 
 class CheckpointError(RuntimeError):
@@ -97,35 +107,50 @@ def committed_checkpoints(folder: Place) -> list[Place]:
     return sorted(found, key=lambda path: step_of(path) or 0)
 
 
-def fault_of(path: Place) -> str | None:
-    """What is wrong with a checkpoint, compared with the sizes and hashes at its commit; None if nothing is."""
+def fault_of(path: Place, *, tensors: bool = True) -> str | None:
+    """What is wrong with a checkpoint, compared with the sizes and hashes at its commit; None if nothing is.
+
+    Args:
+        path: the checkpoint.
+        tensors: also hash the files of the tensors, which are nearly all of it.
+    """
     try:
-        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-        files = marker["files"]
+        files = committed_files(path)
     except FileNotFoundError:
         return f"it has no {MARKER}, so its save never finished"
     except (json.JSONDecodeError, KeyError, TypeError):
         return f"its {MARKER} cannot be read"
+    sizes = sizes_below(path)
     for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
+        if name not in sizes:
             return f"{name} is missing"
-        if size_of(file) != expected["size"]:
-            return f"{name} has {size_of(file)} bytes instead of {expected['size']}"
-        if sha256_of(file) != expected["sha256"]:
-            return f"{name} has another hash than at its commit"
+        if sizes[name] != expected["size"]:
+            return f"{name} has {sizes[name]} bytes instead of {expected['size']}"
+        is_hashed = tensors or not name.endswith(TENSOR_SUFFIX)
+        if is_hashed and sha256_of(path / name) != expected["sha256"]:
+            return f"{name} {OTHER_HASH}"
     return None
 
 
-def intact_checkpoint(path: Place) -> Place:
-    """``path``, after verifying it.
+def committed_files(path: Place) -> dict[str, dict[str, Any]]:
+    """``size`` and ``sha256`` of each file of a checkpoint at its commit."""
+    return json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
+
+
+def intact_checkpoint(path: Place, *, tensors: bool = True) -> Place:
+    """``path``, after verifying it; ``tensors`` as for ``fault_of``.
 
     Raises:
         ValueError: it is incomplete or corrupt; the newest intact one beside it is offered.
     """
-    fault = fault_of(path)
+    fault = fault_of(path, tensors=tensors)
     if fault is None:
         return path
+    raise _corrupt(path, fault)
+
+
+def _corrupt(path: Place, fault: str) -> ValueError:
+    """The error that names a fault and offers the newest intact checkpoint beside ``path``."""
     others = [other for other in reversed(committed_checkpoints(path.parent)) if other != path]
     good = next((other for other in others if fault_of(other) is None), None)
     offer = (
@@ -133,11 +158,13 @@ def intact_checkpoint(path: Place) -> Place:
         if good
         else "there is no intact one beside it"
     )
-    raise ValueError(f"the checkpoint {path} is corrupt: {fault}; {offer}")
+    return ValueError(f"the checkpoint {path} is corrupt: {fault}; {offer}")
 
 
 def checkpoint_to_resume(setting: str | int, folder: Place) -> Place | None:
-    """The verified checkpoint that ``checkpoint.resume`` asks for; None to start from the beginning.
+    """The checkpoint that ``checkpoint.resume`` asks for; None to start from the beginning.
+
+    Sizes and small files are verified here, tensors by ``load_checkpoint``.
 
     Args:
         setting: ``auto``, ``latest``, ``never``, a step, or the path or URL of a checkpoint.
@@ -160,13 +187,13 @@ def checkpoint_to_resume(setting: str | int, folder: Place) -> Place | None:
         if wanted not in committed:
             steps = ", ".join(str(step_of(path)) for path in committed) or "none"
             raise ValueError(f"checkpoint.resume is step {setting}, but {folder} has the steps: {steps}")
-        return intact_checkpoint(wanted)
+        return intact_checkpoint(wanted, tensors=False)
     if setting not in ("auto", "latest"):
         if not place_of(setting).is_dir():
             raise ValueError(
                 f"checkpoint.resume must be auto, latest, never, a step or a checkpoint folder, got {setting!r}"
             )
-        return intact_checkpoint(place_of(setting))
+        return intact_checkpoint(place_of(setting), tensors=False)
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if step_of(path) is not None and path not in committed:
             logger.warning("%s was never finished and is ignored", path)
@@ -175,25 +202,30 @@ def checkpoint_to_resume(setting: str | int, folder: Place) -> Place | None:
             raise ValueError(f"checkpoint.resume is 'latest', but {folder} has no finished checkpoint")
         return None
     logger.info("resume=%s takes %s", setting, committed[-1])
-    return intact_checkpoint(committed[-1])
+    return intact_checkpoint(committed[-1], tensors=False)
 
 
 def load_checkpoint(path: Place, tensors: Mapping[str, Tensor], *, backend: Backend) -> TrainState:
     """Fill ``tensors`` in place, restore this process's random state and give back the numbers.
 
+    Each process hashes the files that it reads from, and no other.
+
     Raises:
-        ValueError: the checkpoint does not hold these tensors in these shapes.
+        ValueError: the checkpoint does not hold these tensors in these shapes, or one that is needed is corrupt.
     """
     group = backend.saving_group()
     try:
         dcp.load(
             dict(tensors),
-            storage_reader=tensor_reader(path),
+            storage_reader=tensor_reader(path, verify=True),
             planner=backend.load_planner(),
             process_group=group,
             no_dist=group is None,
         )
     except (RuntimeError, ValueError, KeyError, CheckpointException) as error:
+        corrupt = [fault for fault in _errors_in(error) if isinstance(fault, CorruptTensorsError)]
+        if corrupt:
+            raise _corrupt(path, str(corrupt[0])) from error
         raise ValueError(
             f"the checkpoint {path} does not fit this run's model and optimizer: {cause_of(error)}"
         ) from error
@@ -201,14 +233,31 @@ def load_checkpoint(path: Place, tensors: Mapping[str, Tensor], *, backend: Back
     return TrainState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
 
 
-def tensor_reader(path: Place) -> dcp.FileSystemReader:
-    """What reads the tensors of a checkpoint."""
+def tensor_reader(path: Place, *, verify: bool = False) -> dcp.FileSystemReader:
+    """What reads the tensors of a checkpoint; ``verify`` compares the hash of each file before it is read from."""
     tensors = path / "tensors"
-    if isinstance(tensors, Path):
-        return dcp.FileSystemReader(tensors)
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+    kind: type[dcp.FileSystemReader] = dcp.FileSystemReader
+    if not isinstance(tensors, Path):
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
-    return FsspecReader(str(tensors))
+        kind = FsspecReader
+
+    class VerifyingReader(kind):
+        def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+            files = committed_files(path)
+            for name in sorted({self.storage_data[item.storage_index].relative_path for item in plan.items}):
+                if sha256_of(tensors / name) != files[f"tensors/{name}"]["sha256"]:
+                    raise CorruptTensorsError(f"tensors/{name} {OTHER_HASH}")
+            return super().read_data(plan, planner)
+
+    return (VerifyingReader if verify else kind)(str(tensors))
+
+
+def _errors_in(error: BaseException) -> list[BaseException]:
+    """The errors of all processes in a ``CheckpointException``, or the error itself."""
+    if isinstance(error, CheckpointException):
+        return [failure[0] for failure in error.failures.values()]
+    return [error]
 
 
 def remove_old_checkpoints(folder: Place, keep: int | None) -> None:

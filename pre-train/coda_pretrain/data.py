@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .hub import describe, download, load_corpus
+from .inputs import printable
 from .mixture import DataConfig, Mixture, Sample, SourceConfig, SourceShare
 from .prepare import PrepareConfig, prepare
 from .shards import TokenShards
@@ -20,7 +21,6 @@ from .shards import TokenShards
 __all__ = ["DataConfig", "Mixture", "Sample", "SourceConfig", "SourceShare", "TokenShards", "main"]
 
 logger = logging.getLogger(__name__)
-LISTED_PROBLEMS = 10  # files with problems named in the log; all are in the manifest
 
 
 def build_parser(*, tokenizes: bool = True) -> argparse.ArgumentParser:
@@ -57,6 +57,12 @@ def build_parser(*, tokenizes: bool = True) -> argparse.ArgumentParser:
     )
     parser.add_argument("--shard_tokens", type=int, default=50_000_000, help="about how many tokens a shard holds")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument(
+        "--max_bad_share",
+        type=float,
+        default=0.01,
+        help="largest share of the documents, and of the files, that may be unreadable and are skipped (default: 0.01)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="remove another preparation from OUTPUT first")
     return parser
 
@@ -65,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 on success, 2 for bad input, 1 when the work could not be done (a full disk, a worker that died); the message
-        is the last line on stderr, and what is finished is kept for the next call.
+        0 on success, also with skipped documents and files up to ``--max_bad_share``; 2 for bad input, which more of
+        them are; 1 when the work could not be done (a full disk, a worker that died). The message is the last on
+        stderr, and what is finished is kept for the next call.
     """
     given = sys.argv[1:] if argv is None else argv
     arguments = vars(build_parser(tokenizes="--download" not in given).parse_args(given))
@@ -87,18 +94,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("error: %s; the same command continues from here", error)
         return 1
     seconds = time.perf_counter() - started
-    problems = {path: counts for path, counts in summary["files"].items() if counts["empty"] or counts["undecodable"]}
-    for path, counts in list(problems.items())[:LISTED_PROBLEMS]:
-        logger.warning("%s: %d empty, %d undecodable documents skipped", path, counts["empty"], counts["undecodable"])
-    if len(problems) > LISTED_PROBLEMS:
-        logger.warning("and %d more files with skipped documents, all listed in the manifest", len(problems) - 10)
+    if listed := summary["tally"].listed():
+        logger.warning("skipped, and named in the manifest:\n%s", listed)
     print(
         f"{summary['documents']} documents, {summary['tokens']} tokens "
-        f"({summary['empty']} empty and {summary['undecodable']} undecodable skipped); "
+        f"({summary['empty']} empty and {summary['undecodable']} undecodable skipped, "
+        f"{len(summary['tally'].broken)} files not readable); "
         f"{summary['new_tokens']} tokens made in {seconds:.1f} s ({summary['new_tokens'] / seconds:.0f} tokens/s)"
     )
     for split, path in summary["manifests"].items():
-        print(f"{split}: {path}")
+        print(f"{split}: {printable(path)}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Validation loss: held-out rows under noise that is the same at every evaluation and in every run."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,18 @@ NOISE_SEED = 0
 
 MAX_BINS = 8
 """Parts of the noise levels that a loss is reported for."""
+
+
+def held_out_identities(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """``Mixture.identities`` of the held-out shards, as ``evaluation.data``; empty for a run without evaluation.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    data = config.evaluation.data
+    if config.evaluation.every is None or data is None:
+        return {}
+    return {"evaluation.data": Mixture(data, seq_len=config.seq_len, seed=NOISE_SEED).identities()}
 
 
 class Evaluation:

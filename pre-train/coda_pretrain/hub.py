@@ -5,10 +5,13 @@ Every step can be stopped and given again: files that are whole are kept. The re
 """
 
 import gzip
+import json
 import logging
 import os
 import shutil
 import tarfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from .plain_data import from_dict
+from .plain_data import from_dict, to_plain
 from .shards import replace_with_json
 from .storage import RemotePath, copy_to_local
 
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "SOURCE.json"
+DESCRIPTION_NAME = "DESCRIPTION.json"
+REMARKS = ("note", "report_tokens")  # fields of a description that do not say what is fetched
 CONTENT_ROWS = 2048  # documents fetched before they are written
 
 
@@ -114,13 +119,17 @@ def download(corpus: CorpusConfig, output: Path, *, num_workers: int) -> Path:
 
     Raises:
         OSError: the Hub or another server cannot be reached or refuses; what has arrived is kept.
-        ValueError: the data does not look as described.
+        ValueError: the data does not look as described, or the folder holds what another description fetched.
     """
     folder = output / corpus.name
     folder.mkdir(parents=True, exist_ok=True)
+    _check_same_description(corpus, folder)
     if corpus.files or corpus.url_lists:
         _fetch_repository(corpus, folder / "repository", num_workers)
     urls = [*corpus.urls, *_listed_urls(corpus, folder / "repository")]
+    repeated = sorted(name for name, count in Counter(map(_file_name, set(urls))).items() if count > 1)
+    if repeated:
+        raise ValueError(f"{corpus.name}: several URLs end in {', '.join(repeated)}, and one file would hide another")
     fetched = folder / "files"
     for url in urls:
         fetch(url, fetched)
@@ -141,6 +150,22 @@ def download(corpus: CorpusConfig, output: Path, *, num_workers: int) -> Path:
     record = {"name": corpus.name, "repo": corpus.repo, "revision": corpus.revision, "text": text.name, "urls": urls}
     replace_with_json(folder / RECORD_NAME, record)
     return text
+
+
+def _check_same_description(corpus: CorpusConfig, folder: Path) -> None:
+    """Files are kept by their names, so what another description has left would be taken for what this one names."""
+    wanted = {name: value for name, value in to_plain(corpus).items() if name not in REMARKS}
+    for name in (DESCRIPTION_NAME, RECORD_NAME):
+        if (folder / name).is_file():
+            known = json.loads((folder / name).read_text(encoding="utf-8"))
+            keys = known.keys() & wanted.keys() - ({"urls"} if name == RECORD_NAME else set())  # it has listed ones too
+            differing = sorted(key for key in keys if known[key] != wanted[key])
+            if differing:
+                raise ValueError(
+                    f"{folder} holds what another description of {corpus.name} has fetched (different: "
+                    f"{', '.join(differing)}); give another --output or remove that folder"
+                )
+    replace_with_json(folder / DESCRIPTION_NAME, wanted)
 
 
 def _fetch_repository(corpus: CorpusConfig, folder: Path, num_workers: int) -> None:
@@ -169,25 +194,38 @@ def _listed_urls(corpus: CorpusConfig, folder: Path) -> list[str]:
     return [line for line in lines if line]
 
 
+def _file_name(url: str) -> str:
+    return url.rsplit("/", 1)[-1]
+
+
 def fetch(url: str, folder: Path) -> None:
     """Copy one file, unless it is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / url.rsplit("/", 1)[-1]
+    target = folder / _file_name(url)
     if not target.is_file():
         logger.info("%s", url)
         copy_to_local(RemotePath(url), target)
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar archive into a folder of its name, unless it is there."""
+    """Unpack a tar archive into a folder of its name, unless it is there.
+
+    Raises:
+        ValueError: it is broken.
+    """
     target = folder / archive.name.split(".tar")[0]
     if target.is_dir():
         return
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with tarfile.open(archive) as content:
-        content.extractall(partial, filter="data")
+    try:
+        with tarfile.open(archive) as content:
+            content.extractall(partial, filter="data")
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{archive} is not a whole tar archive ({error}); remove it to have it fetched again"
+        ) from error
     partial.replace(target)
 
 
@@ -205,7 +243,7 @@ def to_parquet(folder: Path, config: str, split: str, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     try:
         loaded = datasets.load_dataset(str(folder), config, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"datasets cannot read configuration {config!r} of {folder}: {error}") from error
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     loaded.to_parquet(str(partial))
@@ -235,8 +273,15 @@ def fetch_contents(file: Path, target: Path, config: ContentsConfig, text_key: s
     logger.info("%s: %d texts, %d gone or undecodable", target, rows - missing, missing)
 
 
+def _parquet(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a whole parquet file: {error}") from error
+
+
 def _content_urls(file: Path, config: ContentsConfig) -> Iterator[list[tuple[str, str]]]:
-    with pq.ParquetFile(file) as parquet:
+    with _parquet(file) as parquet:
         for batch in parquet.iter_batches(batch_size=CONTENT_ROWS if config.rows_in is None else 64):
             rows: list[dict[str, Any]] = batch.to_pylist()
             if config.rows_in is not None:
@@ -254,7 +299,7 @@ def _content(url: str, encoding: str, gzipped: bool) -> str | None:
         return None
     try:
         return (gzip.decompress(data) if gzipped else data).decode(encoding)
-    except (UnicodeDecodeError, LookupError, gzip.BadGzipFile):
+    except (UnicodeError, LookupError, gzip.BadGzipFile, EOFError, zlib.error):
         return None
 
 

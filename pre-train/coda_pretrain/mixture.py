@@ -203,6 +203,10 @@ class Mixture:
             )
         self._first_slots = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """``TokenShards.identity`` of each source, by its path as the configuration names it."""
+        return {share.path: source.identity() for share, source in zip(self.shares, self._sources, strict=True)}
+
     def _check_tokenizers(self) -> None:
         first = self._sources[0]
         for source in self._sources[1:]:

@@ -13,25 +13,29 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from .documents import Part, find_files, group_parts, load_dataset, parts_of_dataset, parts_of_file, read_documents
+from .documents import Document, Part, group_parts, load_dataset, parts_of_dataset, parts_of_file, read_documents
+from .inputs import Listing, UnreadableFileError, find_files
 from .progress import Progress, exclusive, remove_preparation
 from .shards import MANIFEST_NAME, ShardRecord, ShardWriter, build_manifest, replace_with_json, token_dtype
-from .tokenization import TokenizerFacts, encoder_of, load_tokenizer
+from .skipped import EARLY_FACTOR, Tally, described
+from .tokenization import MAX_WINDOW, TokenizerFacts, encode_texts, encoder_of, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+BATCH_CHARACTERS = 1 << 20  # of documents that are tokenized together
+BATCH_DOCUMENTS = 1 << 12
 BYTES_PER_TOKEN = 4  # of English and source code, to turn a wanted number of tokens into bytes of input
-BATCH_CHARACTERS = 1 << 20  # text given to the tokenizer at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,9 @@ class PrepareConfig:
     validation_fraction: float = 0.0
     """Share of the documents held out, chosen by a hash of the text, so equal documents fall on the same side."""
 
+    max_bad_share: float = 0.01
+    """Largest share of the documents, and of the files, that may be unreadable. They are skipped, named and counted."""
+
     overwrite: bool = False
     """Remove what another preparation left in ``output`` first."""
 
@@ -87,6 +94,8 @@ class PrepareConfig:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction must be in [0, 1), got {self.validation_fraction}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"--max_bad_share must be in [0, 1], got {self.max_bad_share}")
         if any(not suffix.startswith(".") for suffix in self.text_suffixes):
             raise ValueError(f"--text_suffixes must start with a dot, got {self.text_suffixes}")
 
@@ -95,6 +104,36 @@ def is_held_out(text: str, fraction: float) -> bool:
     """Whether a document belongs to the validation split: a function of its text alone."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2.0**64
+
+
+def tokenized(
+    documents: Iterable[Document], encoder: Tokenizer, document_end_id: int
+) -> Iterator[tuple[Document, np.ndarray | None]]:
+    """Each document with its ids, the document end included, in order; None for what cannot be used."""
+    batch: list[Document] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += len(document.text or "")
+        if held >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+            yield from _tokenized_batch(batch, encoder, document_end_id)
+            batch, held = [], 0
+    yield from _tokenized_batch(batch, encoder, document_end_id)
+
+
+def _tokenized_batch(
+    batch: list[Document], encoder: Tokenizer, document_end_id: int
+) -> Iterator[tuple[Document, np.ndarray | None]]:
+    encoded = encode_texts(encoder, [document.text for document in batch if document.text is not None])
+    for document in batch:
+        ids = None if document.text is None else next(encoded)
+        if ids is not None:
+            yield document, np.append(ids, np.uint32(document_end_id))
+        elif document.text is None:
+            yield document, None
+        else:
+            reason = f"more than {MAX_WINDOW} characters without a place where they can be divided"
+            yield Document(document.path, None, "undecodable", reason, document.where), None
 
 
 class PieceWorker:
@@ -108,45 +147,30 @@ class PieceWorker:
     def run(self, index: int, piece: tuple[Part, ...]) -> dict[str, Any]:
         """Write the shards of one piece and give its line for the progress file: shards per split, counts per file."""
         output = Path(self.config.output)
-        files: dict[str, Counter[str]] = {part.path: Counter() for part in piece}
+        tally = Tally()
+        for part in piece:
+            tally.count(part.path)
         with (
             ShardWriter(output, f"train-{index:06d}", self.dtype) as train,
             ShardWriter(output / "validation", f"validation-{index:06d}", self.dtype) as validation,
         ):
-            for text, path in self._texts(piece, files):
-                for one_text, one_path, ids in zip(text, path, self._encode(text), strict=True):
-                    held_out = is_held_out(one_text, self.config.validation_fraction)
-                    (validation if held_out else train).add(ids)
-                    files[one_path].update(documents=1, tokens=len(ids))
+            for document, ids in tokenized(self._documents(piece), self.encoder, self.facts.document_end_id):
+                if ids is None:
+                    tally.skip(document)
+                    continue
+                held_out = is_held_out(document.text, self.config.validation_fraction)
+                (validation if held_out else train).add(ids)
+                tally.count(document.path, documents=1, tokens=len(ids))
             shards = {"train": train.commit(), "validation": validation.commit()}
         return {
             "piece": index,
             "shards": {split: dataclasses.asdict(shard) for split, shard in shards.items() if shard},
-            "files": files,
+            **tally.to_plain(),
         }
 
-    def _texts(self, piece: tuple[Part, ...], files: dict[str, Counter[str]]) -> Iterator[tuple[list[str], list[str]]]:
-        """Documents and their paths in batches; what cannot be used is counted."""
-        texts: list[str] = []
-        paths: list[str] = []
-        held = 0
+    def _documents(self, piece: tuple[Part, ...]) -> Iterator[Document]:
         for part in piece:
-            for document in read_documents(part, self.config.text_key, self.dataset):
-                if document.problem:
-                    files[document.path][document.problem] += 1
-                    continue
-                texts.append(document.text)
-                paths.append(document.path)
-                held += len(document.text)
-                if held >= BATCH_CHARACTERS:
-                    yield texts, paths
-                    texts, paths, held = [], [], 0
-        if texts:
-            yield texts, paths
-
-    def _encode(self, texts: list[str]) -> Iterator[list[int]]:
-        for encoding in self.encoder.encode_batch_fast(texts, add_special_tokens=False):
-            yield [*encoding.ids, self.facts.document_end_id]
+            yield from read_documents(part, self.config.text_key, self.dataset)
 
 
 _worker: PieceWorker | None = None  # of this process; set by start_worker
@@ -168,25 +192,46 @@ def run_piece(index: int, piece: tuple[Part, ...]) -> dict[str, Any]:
     return _worker.run(index, piece)
 
 
-def plan_pieces(config: PrepareConfig, dataset: Any) -> tuple[list[tuple[Part, ...]], dict[str, Any]]:
-    """The pieces of the input, and what identifies the input when a run is taken up again.
+@dataclass(frozen=True)
+class Plan:
+    """The input, cut into pieces."""
+
+    pieces: list[tuple[Part, ...]]
+    identity: dict[str, Any]
+    """What identifies the input when a run is taken up again."""
+
+    listing: Listing
+
+
+def plan_pieces(config: PrepareConfig, dataset: Any) -> Plan:
+    """Find the input, look at each file, and cut what can be read into pieces.
 
     Raises:
-        ValueError: an input cannot be read, or the output lies inside one and would be read as text the next time.
+        ValueError: an input cannot be found, more than ``max_bad_share`` of the files cannot be read, or the output
+            lies inside an input and would be read as text the next time.
     """
     piece_bytes = config.shard_tokens * BYTES_PER_TOKEN
     if dataset is not None:
         parts = parts_of_dataset(config.hf_dataset, len(dataset), dataset.data.nbytes, piece_bytes)
         identity = {"dataset": [config.hf_dataset, config.hf_config, config.hf_split, dataset._fingerprint]}
-        return group_parts(parts, piece_bytes), identity
-    for folder in config.inputs:
-        if Path(config.output).resolve().is_relative_to(Path(folder).resolve()):
-            raise ValueError(f"--output {config.output} must not lie inside --input {folder}; choose a folder outside")
-    files = find_files(list(config.inputs), list(config.exclude), config.text_suffixes)
-    parts = (part for file in files for part in parts_of_file(file, config.text_suffixes, piece_bytes))
-    stats = [[file, os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
+        return Plan(group_parts(parts, piece_bytes), identity, Listing())
+    listing = find_files(list(config.inputs), list(config.exclude), config.text_suffixes, config.output)
+    parts_of: dict[str, list[Part]] = {}
+    for file in listing.files:
+        try:
+            parts_of[file] = list(parts_of_file(file, config.text_suffixes, piece_bytes, config.text_key))
+        except UnreadableFileError as error:
+            listing.unusable[file] = str(error)
+    listing.files = list(parts_of)
+    known = Tally()
+    known.add_listing(listing)
+    known.check_share(config.max_bad_share)
+    if not parts_of:
+        raise ValueError(f"none of the {len(listing.unusable)} files of --input can be read:\n{known.listed()}")
+    stats = [[file, os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in listing.files]
     digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-    return group_parts(parts, piece_bytes), {"files": digest}
+    parts = (part for file in listing.files for part in parts_of[file])
+    return Plan(group_parts(parts, piece_bytes), {"files": digest}, listing)
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -194,23 +239,27 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
     Returns:
         ``documents``, ``tokens``, ``empty``, ``undecodable`` (totals over both splits), ``new_tokens`` (made by this
-        call, the rest was there), ``files`` (counts of each input), ``manifests`` (path of each split's manifest).
+        call, the rest was there), ``tally`` (what was read and skipped), ``manifests`` (path of each split's
+        manifest).
 
     Raises:
-        ValueError: bad input; no document left; or ``output`` holds another preparation.
+        ValueError: bad input, or more of it than ``max_bad_share`` that cannot be read; no document left; or
+            ``output`` holds another preparation.
     """
     facts = load_tokenizer(config.tokenizer, config.document_end)
     dataset = None
     if config.hf_dataset is not None:
         dataset = load_dataset(config.hf_dataset, config.hf_config, config.hf_split, config.text_key)
-    pieces, identity = plan_pieces(config, dataset)
+    plan = plan_pieces(config, dataset)
+    if note := described(plan.listing):
+        logger.warning("%s", note)
     header = {
         "tokenizer": facts.fingerprint,
         "document_end": config.document_end,
         "text_key": config.text_key,
         "shard_tokens": config.shard_tokens,
         "validation_fraction": config.validation_fraction,
-        "input": identity,
+        "input": plan.identity,
     }
     output = Path(config.output)
     (output / "validation" if config.validation_fraction else output).mkdir(parents=True, exist_ok=True)
@@ -224,29 +273,31 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         for leftover in [*output.glob(".train-*.tmp"), *output.glob("validation/.validation-*.tmp")]:
             leftover.unlink()
         kept = sum(counts.get("tokens", 0) for line in progress.finished.values() for counts in line["files"].values())
-        tokenize_pieces(config, facts, dataset, pieces, progress)
-        summary = write_manifests(config, facts, progress)
+        tokenize_pieces(config, facts, dataset, plan, progress)
+        summary = write_manifests(config, facts, plan.listing, progress)
     return {**summary, "new_tokens": summary["tokens"] - kept}
 
 
-def tokenize_pieces(
-    config: PrepareConfig, facts: TokenizerFacts, dataset: Any, pieces: list[tuple[Part, ...]], progress: Progress
-) -> None:
+def tokenize_pieces(config: PrepareConfig, facts: TokenizerFacts, dataset: Any, plan: Plan, progress: Progress) -> None:
     """Run the unfinished pieces, in this process for one worker, else in ``num_workers`` processes.
 
     Raises:
-        ValueError: a record does not hold what it should.
+        TooMuchUnreadableError: so much cannot be read that the whole will be over ``max_bad_share``.
         RuntimeError: a worker process died.
     """
+    pieces = plan.pieces
     todo = [index for index in range(len(pieces)) if index not in progress.finished]
     logger.info("%d pieces, %d finished before, %d to do", len(pieces), len(progress.finished), len(todo))
     sizes = [sum(part.size for part in piece) for piece in pieces]
+    watch = ShareWatch(config.max_bad_share, plan.listing, sizes, progress)
+    watch.check()
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="tokenize", mininterval=1.0) as bar:
         bar.update(sum(sizes[index] for index in progress.finished))
         if config.num_workers == 1:
             worker = PieceWorker(config, facts, dataset)
             for index in todo:
                 progress.add(worker.run(index, pieces[index]))
+                watch.check()
                 bar.update(sizes[index])
             return
         executor = ProcessPoolExecutor(
@@ -262,6 +313,7 @@ def tokenize_pieces(
                 for future in finished:
                     index = running.pop(future)
                     progress.add(future.result())
+                    watch.check()
                     bar.update(sizes[index])
         except BrokenProcessPool as error:
             raise RuntimeError(
@@ -272,24 +324,50 @@ def tokenize_pieces(
             executor.shutdown(cancel_futures=True)
 
 
-def write_manifests(config: PrepareConfig, facts: TokenizerFacts, progress: Progress) -> dict[str, Any]:
+class ShareWatch:
+    """Stops a run long before its end when far too much of it cannot be read, as under a wrong ``--text_key``.
+
+    It looks at the finished pieces from the first one on without a gap, so what it finds depends on the input alone.
+    """
+
+    def __init__(self, allowed: float, listing: Listing, sizes: list[int], progress: Progress) -> None:
+        self._allowed, self._sizes, self._progress = allowed, sizes, progress
+        self._next = self._seen = 0
+        self._tally = Tally()
+        self._tally.add_listing(listing)
+
+    def check(self) -> None:
+        """Take up the pieces that have been finished.
+
+        Raises:
+            TooMuchUnreadableError: the whole would have to hold ``EARLY_FACTOR`` times the documents that its size
+                lets expect for the share to be allowed.
+        """
+        while self._next in self._progress.finished and self._next < len(self._sizes) - 1:
+            self._tally.add(Tally.of([self._progress.finished[self._next]]))
+            self._seen += self._sizes[self._next]
+            self._next += 1
+            self._tally.check_share(self._allowed, expected=EARLY_FACTOR * sum(self._sizes) / max(self._seen, 1))
+
+
+def write_manifests(
+    config: PrepareConfig, facts: TokenizerFacts, listing: Listing, progress: Progress
+) -> dict[str, Any]:
     """Write the manifest of each split, the training one last, and give the totals.
 
     Raises:
-        ValueError: a split that was asked for has no document.
+        ValueError: a split that was asked for has no document, or too much cannot be read.
     """
     lines = [progress.finished[index] for index in sorted(progress.finished)]
-    files: dict[str, Counter[str]] = {}
-    for line in lines:
-        for path, counts in line["files"].items():
-            files.setdefault(path, Counter()).update(counts)
-    names = ("documents", "tokens", "empty", "undecodable")
-    totals = {name: sum(counts[name] for counts in files.values()) for name in names}
+    tally = Tally.of(lines)
+    tally.add_listing(listing)
+    totals = tally.totals()
     if not totals["documents"]:
         raise ValueError(
-            f"no document was found in {len(files)} inputs: {totals['empty']} are empty, "
-            f"{totals['undecodable']} cannot be decoded"
+            f"no document was found in {len(tally.files)} inputs: {totals['empty']} are empty, "
+            f"{totals['undecodable']} cannot be decoded\n{tally.listed()}".rstrip()
         )
+    tally.check_share(config.max_bad_share)
     output = Path(config.output)
     splits = {"validation": output / "validation", "train": output}
     if not config.validation_fraction:
@@ -308,9 +386,8 @@ def write_manifests(config: PrepareConfig, facts: TokenizerFacts, progress: Prog
             shards=shards,
             validation_fraction=config.validation_fraction,
             tokenizer=facts.manifest_entry(),
-            input_totals=totals,
-            input_files={path: {name: counts[name] for name in names} for path, counts in sorted(files.items())},
+            **tally.manifest_entry(listing),
         )
         replace_with_json(folder / MANIFEST_NAME, manifest)
         manifests[split] = str(folder / MANIFEST_NAME)
-    return {**totals, "files": files, "manifests": manifests}
+    return {**totals, "tally": tally, "manifests": manifests}

@@ -34,6 +34,7 @@ from .checkpoint import (
     step_folder,
     tensor_reader,
 )
+from .resume_check import DATA_NAME
 from .storage import Place, files_below, remove_tree, sha256_of, size_of, write_durably
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def snapshot(
     *,
     run_config: str,
     model_config: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
     backend: Backend,
 ) -> Snapshot:
     """Copy everything that a checkpoint holds.
@@ -66,6 +68,7 @@ def snapshot(
         state: numbers.
         run_config: the resolved run configuration, as YAML.
         model_config: ``CoDAConfig.to_dict()``.
+        data: what ``resume_check.DATA_NAME`` holds.
         backend: where the tensors are.
     """
     texts = {
@@ -74,6 +77,8 @@ def snapshot(
         "config.yaml": run_config,
         "model_config.json": json.dumps(model_config, indent=1),
     }
+    if data is not None:
+        texts[DATA_NAME] = json.dumps(data, indent=1)
     return Snapshot(state.step, backend.host_copy(tensors), texts)
 
 

@@ -184,7 +184,12 @@ class TokenShards:
                 f"no {MANIFEST_NAME} in {self.folder}: not a folder of token shards, or its preparation is not "
                 "finished (running `python -m coda_pretrain.data` again with the same arguments finishes it)"
             )
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{manifest_path} is not JSON: {error}") from error
+        if not isinstance(manifest, dict):
+            raise ValueError(f"{manifest_path} must hold an object, got {type(manifest).__name__}")
         if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
             got = f"format {manifest.get('format')!r} version {manifest.get('version')!r}"
             raise ValueError(f"{manifest_path} must be format {FORMAT!r} version {VERSION}, got {got}")
@@ -232,6 +237,17 @@ class TokenShards:
             tokens = cached_file(tokens, self.cache, shard.tokens_sha256)
             ends = cached_file(ends, self.cache, shard.ends_sha256)
         return np.memmap(tokens, dtype=self.dtype, mode="r"), np.memmap(ends, dtype=ENDS_DTYPE, mode="r")
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this stream from any other: a hash over the hashes of its shards in order, and its lengths.
+
+        It comes from the manifest and reads no shard. Names and places of files do not matter.
+        """
+        digest = hashlib.sha256(f"{self.dtype.name} {self.tokenizer['document_end_id']}".encode())
+        for shard in self.shards:
+            digest.update(f"\n{shard.tokens_sha256} {shard.ends_sha256}".encode())
+        documents = sum(shard.documents for shard in self.shards)
+        return {"sha256": digest.hexdigest(), "tokens": self.num_tokens, "documents": documents}
 
     def verify(self) -> None:
         """Read everything and compare the hashes.

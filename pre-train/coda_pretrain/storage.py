@@ -151,6 +151,14 @@ def files_below(folder: Place) -> dict[str, Place]:
     return {name: folder / name for name in names}
 
 
+def sizes_below(folder: Place) -> dict[str, int]:
+    """Bytes of every file below ``folder`` by its path relative to it; one request where it lies in a store."""
+    if isinstance(folder, Path):
+        return {name: size_of(file) for name, file in files_below(folder).items()}
+    start = len(folder.key.rstrip("/")) + 1
+    return {key[start:]: int(info["size"]) for key, info in folder.fs.find(folder.key, detail=True).items()}
+
+
 def size_of(file: Place) -> int:
     """Bytes of a file."""
     return file.stat().st_size if isinstance(file, Path) else int(file.fs.size(file.key))

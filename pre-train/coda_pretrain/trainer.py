@@ -20,14 +20,14 @@ from .checkpoint import (
     set_aside_later_checkpoints,
 )
 from .config import RunConfig
-from .evaluation import Evaluation
+from .evaluation import Evaluation, held_out_identities
 from .initial_model import check_shards, initial_model
 from .metrics import Reporter, UtilizationMeter, peak_flops
 from .mixture import Mixture
 from .optim import build_optimizer, set_step_count, state_tensors
 from .plain_data import to_yaml
 from .profiling import PROFILE_FOLDER, StepProfiler
-from .resume_check import check_same_run
+from .resume_check import check_same_model, check_same_run, record_of_data
 from .saver import Saver, Snapshot, snapshot
 from .schedules import learning_rate
 from .step_functions import StepFunctions, StepResult
@@ -46,8 +46,12 @@ class TrainingDiverged(RuntimeError):
 class Trainer:
     """One run: built from its configuration alone, continued from its folder."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, accept_changed_data: bool = False) -> None:
         """Reach the devices, build model and optimizer, and restore the checkpoint to continue from, if any.
+
+        Args:
+            config: everything that defines the run.
+            accept_changed_data: continue although the token shards are not those of before; it is recorded.
 
         Raises:
             ValueError: the configuration does not fit the devices, the data, the model or the checkpoint.
@@ -64,9 +68,13 @@ class Trainer:
         resume_from = checkpoint_to_resume(config.checkpoint.resume, self.checkpoints)
         if resume_from is not None:
             check_same_run(config, resume_from)
+        sources = {"data": mixture.identities()} | held_out_identities(config)
+        self._data = record_of_data(sources, resume_from, accept_changed=accept_changed_data)
         self.backend.prepare_kernel(config.model.attn_implementation)
         model = initial_model(config.model, seed=config.seed)
         self.model_config = model.config
+        if resume_from is not None:
+            check_same_model(model.config.to_dict(), resume_from)
         if config.seq_len > model.config.max_position_embeddings:
             raise ValueError(
                 f"seq_len must be at most the model's max_position_embeddings "
@@ -149,6 +157,7 @@ class Trainer:
             self.state,
             run_config=to_yaml(self.config),
             model_config=self.model_config.to_dict(),
+            data=self._data,
             backend=self.backend,
         )
 

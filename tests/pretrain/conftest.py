@@ -1,6 +1,7 @@
 """Token shards of given documents, and a run small enough for tests: byte-level tokenizer, two-layer model."""
 
 import copy
+import gzip
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -79,6 +82,45 @@ def shards_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) ->
     arguments = ["--input", str(source), "--tokenizer", str(tokenizer_dir), "--output", str(folder / "shards")]
     assert main([*arguments, "--validation_fraction", "0.2", "--num_workers", "1"]) == 0
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def dirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every bad input beside good ones: 24 good records in 14 files of which 8 are bad."""
+    folder = tmp_path_factory.mktemp("dirty")
+
+    def records(name: str) -> list[str]:
+        return [json.dumps({"text": f"{name} {i} " + "word " * (i % 40)}) for i in range(4)]
+
+    bad_records = [
+        f'{{"text": "x", "n": {"7" * 5000}}}',
+        f'{{"text": "x", "n": {"[" * 5000 + "]" * 5000}}}',
+        '{"content": "x"}',
+        '["x"]',
+        '{"text": 3}',
+        '{"text": "\\ud800"}',
+        '{"text": "cut',
+    ]
+    (folder / "a.jsonl").write_text("\n".join([*records("a"), *bad_records]))
+    (folder / "bom.jsonl").write_text("\ufeff" + "\n".join(records("bom")), encoding="utf-8")
+    pq.write_table(pa.table({"text": [f"parquet {i}" for i in range(4)]}), folder / "c.parquet")
+    for name in (b"caf\xe9.jsonl", b"d.ndjson"):
+        with open(os.path.join(os.fsencode(folder), name), "w") as file:
+            file.write("\n".join(records(name.decode("latin-1"))))
+    far = tmp_path_factory.mktemp("far")
+    (far / "e.jsonl").write_text("\n".join(records("linked")))
+    (folder / "mounted").symlink_to(far)
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.jsonl").symlink_to("nowhere")
+    (folder / "self.jsonl").symlink_to("self.jsonl")
+    os.mkfifo(folder / "pipe.jsonl")
+    (folder / "fake.jsonl.gz").write_bytes(b"no gzip")
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress("\n".join(records("cut")).encode())[:-12])
+    (folder / "broken.parquet").write_bytes((folder / "c.parquet").read_bytes()[:-30])
+    pq.write_table(pa.table({"body": ["x"]}), folder / "shape.parquet")
+    (folder / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (folder / "notes.pdf").write_bytes(b"%PDF")
+    return folder
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from coda_pretrain.checkpoint import (
 )
 from coda_pretrain.hardware import HardwareConfig
 from coda_pretrain.saver import snapshot, write_checkpoint
+from coda_pretrain.storage import RemotePath, sha256_of
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_a_full_disk_at_the_commit_fails_the_save_too(save, tmp_path, monkeypatc
     assert committed_checkpoints(tmp_path) == [first]
 
 
-@pytest.mark.parametrize("file", ["tensors/__0_0.distcp", "tensors/.metadata", "state.json", "config.yaml"])
+@pytest.mark.parametrize("file", ["tensors/.metadata", "state.json", "config.yaml"])
 def test_a_changed_byte_is_found_and_the_previous_checkpoint_offered(save, tmp_path, file):
     first, second = save(1), save(2)
     flip_a_byte(second / file)
@@ -103,6 +104,27 @@ def test_a_changed_byte_is_found_and_the_previous_checkpoint_offered(save, tmp_p
     with pytest.raises(ValueError, match=message):
         checkpoint_to_resume("auto", tmp_path)
     assert checkpoint_to_resume(str(first), tmp_path) == first
+
+
+def test_a_changed_byte_of_tensors_is_found_by_who_loads_them(save, backend, tmp_path, monkeypatch):
+    first, second = save(1), save(2)
+    flip_a_byte(second / "tensors" / "__0_0.distcp")
+    message = r"step-00000002 is corrupt: tensors/__0_0.distcp has another hash .*checkpoint\.resume="
+    with pytest.raises(ValueError, match=f"{message}{first}"):
+        intact_checkpoint(second)
+    assert checkpoint_to_resume("auto", tmp_path) == second
+    for path in (second, RemotePath(f"file://{second}")):
+        with pytest.raises(ValueError, match=message):
+            restored(path, backend)
+
+
+def test_each_file_of_tensors_is_hashed_once_by_a_process_that_resumes(save, backend, tmp_path, monkeypatch):
+    path, hashed = save(1), []
+    monkeypatch.setattr("coda_pretrain.checkpoint.sha256_of", lambda file: hashed.append(file.name) or sha256_of(file))
+    checkpoint_to_resume("auto", tmp_path)
+    assert not [name for name in hashed if name.endswith(".distcp")]
+    restored(path, backend)
+    assert [name for name in hashed if name.endswith(".distcp")] == ["__0_0.distcp"]
 
 
 def test_missing_and_truncated_files_are_named(save):

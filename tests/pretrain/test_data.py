@@ -13,11 +13,14 @@ def test_the_command_line_prepares_shards_and_reports_counts(tmp_path, tokenizer
     (tmp_path / "in" / "bad.py").write_bytes(b"\xff\n")
     arguments = ["--input", str(tmp_path / "in"), "--tokenizer", str(tokenizer_dir), "--num_workers", "1"]
     caplog.set_level("INFO")
-    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--max_bad_share", "0.5"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"1 documents, \d+ tokens \(0 empty and 1 undecodable skipped\); \d+ tokens made in", printed)
+    assert re.search(
+        r"1 documents, \d+ tokens \(0 empty and 1 undecodable skipped, 0 files not readable\); \d+ tokens made in",
+        printed,
+    )
     assert f"train: {tmp_path / 'out' / 'manifest.json'}" in printed
-    assert "bad.py: 0 empty, 1 undecodable documents skipped" in caplog.text
+    assert "bad.py: invalid or missing encoding declaration" in caplog.text
 
 
 def test_a_full_disk_stops_the_work_and_the_same_command_finishes_it(
@@ -61,7 +64,7 @@ def test_the_options_of_the_command_line_are_stable():
     assert options == {
         *("-h", "--help", "--input", "--exclude", "--text_suffixes", "--hf_dataset", "--hf_config", "--hf_split"),
         *("--text_key", "--tokenizer", "--document_end", "--output", "--validation_fraction", "--shard_tokens"),
-        *("--num_workers", "--overwrite", "--download"),
+        *("--num_workers", "--max_bad_share", "--overwrite", "--download"),
     }
 
 

@@ -85,14 +85,16 @@ def test_identifiers_are_turned_into_texts_and_what_is_gone_is_empty(hub, fetch,
     store.mkdir()
     (store / "one").write_bytes(gzip.compress("caf\u00e9".encode("latin-1")))
     (store / "two").write_bytes(gzip.compress(b"print(2)\n"))
-    rows = [{"blob_id": i, "enc": e} for i, e in (("one", "latin-1"), ("gone", "utf-8"), ("two", "utf-8"))]
+    (store / "cut").write_bytes(gzip.compress(b"print(2)\n")[:-9])
+    rows = [{"blob_id": i, "enc": e} for i, e in (("one", "latin-1"), ("cut", "utf-8"), ("two", "utf-8"))]
+    rows.insert(1, {"blob_id": "gone", "enc": "utf-8"})
     table = pa.table({"files": [rows[:1], rows[1:]]}) if nested else pa.Table.from_pylist(rows)
     (hub[0] / "data").mkdir()
     pq.write_table(table, hub[0] / "data" / "x.parquet")
     contents = {"url": f"file://{store}/{{blob_id}}", "encoding_key": "enc", "gzipped": True}
     assert fetch(contents={**contents, "rows_in": "files" if nested else None}) == 0
     file = tmp_path / "corpora" / "corpus" / "contents" / "data" / "x.parquet"
-    assert pq.read_table(file)["text"].to_pylist() == ["caf\u00e9", None, "print(2)\n"]
+    assert pq.read_table(file)["text"].to_pylist() == ["caf\u00e9", None, None, "print(2)\n"]
     before = file.stat().st_mtime_ns
     assert fetch(contents={**contents, "rows_in": "files" if nested else None}) == 0
     assert file.stat().st_mtime_ns == before
@@ -140,3 +142,34 @@ def test_without_a_connection_the_reason_and_the_remedy_are_named(fetch, caplog,
 def test_a_wrong_description_is_named(fetch, caplog, change, message):
     assert fetch(**change) == 2
     assert message in caplog.text
+
+
+def test_what_another_description_has_fetched_is_not_taken_for_this_one(hub, fetch, tmp_path, caplog):
+    (hub[0] / "a.jsonl").write_text('{"text": "x"}\n')
+    assert fetch(note="first") == 0
+    assert fetch(note="said otherwise") == 0
+    assert fetch(revision="v2", files=["*.parquet"]) == 2
+    assert "another description of corpus has fetched (different: files, revision)" in caplog.text
+    (tmp_path / "corpora" / "corpus" / "DESCRIPTION.json").unlink()  # as before descriptions were kept
+    assert fetch(repo="someone/else") == 2
+    assert "(different: repo)" in caplog.text
+
+
+def test_urls_that_end_in_the_same_name_are_refused(hub, fetch, tmp_path, caplog):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text('{"text": "x"}\n')
+    assert fetch(files=[], urls=[f"file://{tmp_path}/{folder}/a.jsonl" for folder in ("one", "two")]) == 2
+    assert "several URLs end in a.jsonl" in caplog.text
+
+
+def test_a_broken_archive_is_named(hub, fetch, tmp_path, caplog):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("x = 1\n" * 500)
+    with tarfile.open(tmp_path / "books.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "text" / "a.txt", "a.txt")
+    for content in ((tmp_path / "books.tar.gz").read_bytes()[:-40], b"no archive"):
+        (tmp_path / "books.tar.gz").write_bytes(content)
+        shutil.rmtree(tmp_path / "corpora", ignore_errors=True)
+        assert fetch(files=[], urls=[f"file://{tmp_path}/books.tar.gz"], unpack=True) == 2
+        assert "books.tar.gz is not a whole tar archive" in caplog.records[-1].getMessage()

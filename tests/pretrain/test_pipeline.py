@@ -60,6 +60,43 @@ def test_shards_go_behind_a_url_and_a_second_run_does_nothing(texts, tokenizer_d
     assert manifest.stat().st_mtime_ns == written
 
 
+def test_a_dirty_folder_gives_what_the_built_in_preparation_gives(dirty, tokenizer_dir, tmp_path, capsys):
+    more = ["--pattern", "**/*.jsonl*", "--max_bad_share"]
+    assert run(dirty, tokenizer_dir, tmp_path / "out", *more, "0.1") == 2
+    message = capsys.readouterr().err
+    assert "5 of 10 files cannot be read, more than --max_bad_share 0.1 allows" in message
+    assert "gone.jsonl: a link to nowhere, which is not there" in message
+    assert not (tmp_path / "out").exists()
+    assert run(dirty, tokenizer_dir, tmp_path / "out", *more, "0.5") == 2  # one file more is found when it is read
+    assert "cut.jsonl.gz, after line" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert run(dirty, tokenizer_dir, tmp_path / "out", *more, "0.6") == 0
+    pattern = str(dirty / "**/*.jsonl*")
+    own = {"inputs": (pattern,), "tokenizer": str(tokenizer_dir), "output": str(tmp_path / "own")}
+    prepare(PrepareConfig(**own, max_bad_share=0.6))
+    assert documents_of(TokenShards(tmp_path / "out")) == documents_of(TokenShards(tmp_path / "own"))
+    made, expected = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("out", "own"))
+    assert made["input_files"] == expected["input_files"]
+    assert made["input_totals"] == expected["input_totals"]
+    reasons = [{(i["path"], i["reason"]) for i in manifest["skipped"]["items"]} for manifest in (made, expected)]
+    assert reasons[0] == reasons[1]
+    assert len(reasons[0]) == 13
+
+
+def test_tasks_of_other_text_or_settings_are_not_mixed_in(texts, tokenizer_dir, tmp_path, capsys):
+    assert run(texts, tokenizer_dir, tmp_path / "out") == 0
+    assert run(texts, tokenizer_dir, tmp_path / "out", "--validation_fraction", "0.5") == 2
+    assert "tasks of another preparation (different: validation_fraction)" in capsys.readouterr().err
+    (texts / "0.jsonl").write_text('{"text": "another"}\n')
+    assert run(texts, tokenizer_dir, tmp_path / "out") == 2
+    assert "tasks of another preparation (different: input)" in capsys.readouterr().err
+
+
+def test_an_input_without_a_file_is_named(tokenizer_dir, texts, tmp_path, capsys):
+    assert run(texts, tokenizer_dir, tmp_path / "out", "--pattern", "*.csv") == 2
+    assert "holds no file that --pattern *.csv matches" in capsys.readouterr().err
+
+
 def test_no_manifest_is_written_before_every_task_has_finished(tokenizer_dir, tmp_path):
     facts = load_tokenizer(str(tokenizer_dir), "<|endoftext|>")
     WriteTokenShards(facts, str(tmp_path)).run(iter([]), rank=0, world_size=2)

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from coda_pretrain.data import main
 from coda_pretrain.prepare import PrepareConfig, is_held_out, prepare
 from coda_pretrain.progress import exclusive
 from coda_pretrain.shards import TokenShards
@@ -109,9 +110,10 @@ prepare.prepare(prepare.PrepareConfig(**{settings!r}))
 """
 
 
-def test_a_run_killed_in_the_middle_continues_to_the_same_hashes(config_of, tmp_path):
-    prepare(config_of("whole"))
-    config, killed = config_of("killed", num_workers=2), tmp_path / "killed"
+def test_a_run_killed_in_the_middle_continues_to_the_same_hashes(config_of, corpus, dirty, tmp_path):
+    options = {"inputs": (str(corpus), str(dirty)), "max_bad_share": 0.6}
+    prepare(config_of("whole", **options))
+    config, killed = config_of("killed", num_workers=2, **options), tmp_path / "killed"
     code = KILLED_RUN.format(settings=dataclasses.asdict(config))
     assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
     time.sleep(0.3)  # the workers notice by themselves
@@ -122,6 +124,75 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_hashes(config_of, tmp_
     assert 0 < summary["new_tokens"] < summary["tokens"]
     assert hashes(killed) == hashes(tmp_path / "whole")
     assert not list(killed.glob(".*.tmp"))
+
+
+BAD_FILES = {
+    "gone.jsonl": "a link to nowhere, which is not there",
+    "self.jsonl": "a link that leads back to itself",
+    "pipe.jsonl": "a FIFO, socket or device, not a file",
+    "fake.jsonl.gz": "not gzip, as its name says",
+    "cut.jsonl.gz": "Truncated compressed stream",
+    "broken.parquet": "not a whole parquet file",
+    "shape.parquet": "no column --text_key 'text'; it has ['body']",
+    "pointer.jsonl": "a Git LFS pointer",
+}
+BAD_RECORDS = (
+    "not JSON that can be read: Exceeds the limit (4300 digits)",
+    "JSON nested deeper than 256",
+    "no --text_key 'text'; it has ['content']",
+    "no --text_key 'text'; it is no object but list",
+    "--text_key text must hold text, got int",
+    "half of a surrogate pair",
+    "not JSON that can be read: Unterminated string",
+)
+
+
+def test_a_dirty_folder_gives_its_good_rest_and_a_manifest_that_names_each_bad_item(config_of, dirty, tmp_path):
+    options = {"inputs": (str(dirty),), "shard_tokens": 40, "max_bad_share": 0.6}
+    summary = prepare(config_of("one", **options))
+    prepare(config_of("two", num_workers=2, **options))
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
+    TokenShards(tmp_path / "one").verify()
+    named = {path.removeprefix(f"{dirty}/"): counts["documents"] for path, counts in manifest["input_files"].items()}
+    good = {"a.jsonl": 4, "bom.jsonl": 4, "c.parquet": 4, "caf\\xe9.jsonl": 4, "d.ndjson": 4, "mounted/e.jsonl": 4}
+    assert named == {**good, "cut.jsonl.gz": named["cut.jsonl.gz"]}
+    skipped = manifest["skipped"]
+    assert (skipped["documents"], skipped["files"]) == (len(BAD_RECORDS), len(BAD_FILES))
+    reasons = {item["path"].removeprefix(f"{dirty}/"): item["reason"] for item in skipped["items"]}
+    assert all(reasons[name].startswith(reason) for name, reason in BAD_FILES.items()), reasons
+    records = [item for item in skipped["items"] if item["path"] == f"{dirty}/a.jsonl"]
+    for item, reason in zip(records, BAD_RECORDS, strict=True):
+        assert item["reason"].startswith(reason)
+        assert item["where"].startswith("byte ")
+    assert manifest["passed_over"]["names"] == [f"{dirty}/loop", f"{dirty}/notes.pdf"]
+    assert summary["documents"] == manifest["documents"] == sum(named.values())
+
+
+def test_more_that_is_unreadable_than_allowed_stops_with_the_list(config_of, dirty, tmp_path, caplog):
+    arguments = ["--input", str(dirty), "--tokenizer", config_of("out").tokenizer, "--num_workers", "1"]
+    arguments += ["--output", str(tmp_path / "out")]
+    assert main([*arguments, "--max_bad_share", "0.6"]) == 0
+    for share, number, noun in (("0.1", "7 of 14", "files"), ("0.52", "8 of 14", "files")):
+        output = tmp_path / f"out{share}"
+        assert main([*arguments[:-1], str(output), "--max_bad_share", share]) == 2
+        message = caplog.records[-1].getMessage()
+        assert f"{number} {noun} cannot be read, more than --max_bad_share {share} allows" in message
+        assert "gone.jsonl: a link to nowhere, which is not there" in message
+        assert not (output / "manifest.json").exists()
+        # what opening the files shows stops the work before it begins; what reading shows keeps what is made
+        assert output.exists() == (share == "0.52")
+    assert main([*arguments[:-1], str(tmp_path / "out0.52"), "--max_bad_share", "0.6"]) == 0
+    assert hashes(tmp_path / "out0.52") == hashes(tmp_path / "out")
+
+
+def test_a_wrong_text_key_stops_long_before_the_end(config_of, tmp_path):
+    lines = [json.dumps({"content": "x" * 200}) for _ in range(400)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"of about \d+ documents cannot be read(.|\n)*it has \['content'\]"):
+        prepare(config_of("out", inputs=(str(tmp_path / "in"),), shard_tokens=100))
+    assert len((tmp_path / "out" / "progress.jsonl").read_text().splitlines()) < 20
 
 
 def test_a_damaged_shard_and_a_torn_line_are_done_again_and_the_rest_is_kept(config_of, tmp_path):
@@ -153,6 +224,15 @@ def test_another_preparation_is_not_mixed_in(config_of, tmp_path):
     prepare(config_of("fresh", shard_tokens=700))
     assert hashes(tmp_path / "out") == hashes(tmp_path / "fresh")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_a_preparation_of_input_that_has_changed_is_not_continued(config_of, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.py").write_text("x = 1\n")
+    prepare(config_of("out", inputs=(str(tmp_path / "in"),)))
+    (tmp_path / "in" / "b.py").write_text("y = 1\n")
+    with pytest.raises(ValueError, match=r"shards of another preparation \(different: input\)"):
+        prepare(config_of("out", inputs=(str(tmp_path / "in"),)))
 
 
 def test_two_preparations_do_not_write_to_one_folder(config_of, tmp_path):
@@ -205,6 +285,7 @@ def test_a_local_data_set_gives_the_same_tokens_as_its_file(config_of, corpus, t
         ({"num_workers": 0}, "--num_workers must be at least 1, got 0"),
         ({"shard_tokens": -5}, "--shard_tokens must be at least 1, got -5"),
         ({"validation_fraction": 1.0}, r"--validation_fraction must be in \[0, 1\), got 1.0"),
+        ({"max_bad_share": 1.5}, r"--max_bad_share must be in \[0, 1\], got 1.5"),
         ({"text_suffixes": ("py",)}, "--text_suffixes must start with a dot"),
     ],
 )

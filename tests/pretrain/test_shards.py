@@ -73,6 +73,23 @@ def test_another_format_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": "other", "version": 3}')
     with pytest.raises(ValueError, match="must be format 'coda-token-shards' version 1, got format 'other' version 3"):
         TokenShards(tmp_path)
+    for content, reason in (('{"format": ', "is not JSON"), ("[]", "must hold an object, got list")):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"manifest\.json {reason}"):
+            TokenShards(tmp_path)
+
+
+def test_the_identity_is_that_of_the_content_in_its_order_wherever_it_lies(tmp_path, write_shards):
+    def identity(name, documents, **options):
+        return TokenShards(write_shards(tmp_path / name, documents, **options)).identity()
+
+    documents = [[1, 2, 3], [4, 5], [6]]
+    first = identity("a", documents)
+    assert (first["documents"], first["tokens"]) == (3, 9)
+    assert identity("b", documents) == first
+    assert identity("c", [[1, 2, 3], [4, 5, 6]])["sha256"] != first["sha256"]
+    shards = [identity(name, docs, documents_per_shard=1) for name, docs in (("d", documents), ("e", documents[::-1]))]
+    assert shards[0]["sha256"] != shards[1]["sha256"]
 
 
 def test_a_truncated_shard_is_refused(tmp_path, write_shards):

@@ -1,10 +1,12 @@
+import random
 import re
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from coda_pretrain.tokenization import encoder_of, load_tokenizer
+from coda_pretrain import tokenization
+from coda_pretrain.tokenization import encode_texts, encoder_of, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +51,93 @@ def test_a_folder_without_tokenizer_is_named(tmp_path):
 def test_an_unknown_document_end_is_named(tokenizer_dir):
     with pytest.raises(ValueError, match=r"--document_end '</s>' is not a token of"):
         load_tokenizer(str(tokenizer_dir), "</s>")
+
+
+def train(pre_tokenizer, model, trainer, normalizer=None):
+    """An encoder with multi-character tokens, learnt from words, numbers and runs of white space."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizer, normalizer
+    corpus = [
+        "def value(x):\n        return x + 12345\n\n\n",
+        "caf\u00e9 na\u00efve     \u4f60\u597d\uff0cworld aaaa bbbb",
+        *("_" * 64 + "." * 64 + "_" * 7 + "." * 5, '"_._', " " * 64 + "x", "\n" * 32 + "x"),
+    ] * 50
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def encoders():
+    """Tokenizers of the kinds that there are: GPT-2's and Qwen's patterns, and SentencePiece with its first space."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe = {"vocab_size": 400, "show_progress": False, "initial_alphabet": alphabet}
+    qwen = [
+        pre_tokenizers.Split(Regex(QWEN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    unigram = trainers.UnigramTrainer(vocab_size=150, show_progress=False, unk_token="<unk>", special_tokens=["<unk>"])
+    return {
+        "gpt2": train(pre_tokenizers.ByteLevel(add_prefix_space=False), models.BPE(), trainers.BpeTrainer(**bpe)),
+        "qwen": train(pre_tokenizers.Sequence(qwen), models.BPE(), trainers.BpeTrainer(**bpe), normalizers.NFC()),
+        "sentencepiece": train(pre_tokenizers.Metaspace(), models.Unigram(), unigram),
+    }
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen", "sentencepiece"])
+def test_a_long_document_gets_the_ids_that_it_gets_at_once(kind, monkeypatch):
+    encoder = encoders()[kind]
+    rng, divided = random.Random(0), 0
+    pieces = [
+        "value",
+        " value",
+        "(x):",
+        "\n",
+        "\n\n\n",
+        "        ",
+        " ",
+        "123",
+        "e\u0301",
+        "caf\u00e9",
+        "\u4f60\u597d",
+        "\uff0c",
+    ]
+    pieces += ["aaaaaaa", "\r\n", "\t", "'s", "...", "{", '"', ",", "\U0001f600"]
+    pieces += ["_" * 61, "." * 71, " " * 80, "\n" * 50, "x" * 90]  # longer than the context that is looked at
+    for trial in range(30):
+        weights = [rng.random() ** 3 for _ in pieces]
+        text = "".join(rng.choices(pieces, weights, k=400))
+        whole = encoder.encode(text, add_special_tokens=False).ids
+        for window in (40, 300, 1 << 20):
+            monkeypatch.setattr(tokenization, "WINDOW", window)
+            monkeypatch.setattr(tokenization, "CONTEXT", 32)
+            assert next(encode_texts(encoder, [text])).tolist() == whole, (trial, window, text)
+            divided += tokenization._border(encoder, text, 0) < len(text)
+    assert divided > 20
+
+
+def test_two_long_runs_do_not_meet_at_a_border_although_the_ids_near_it_agree(monkeypatch):
+    encoder = encoders()["gpt2"]
+    for name, value in (("WINDOW", 130), ("CONTEXT", 32)):
+        monkeypatch.setattr(tokenization, name, value)
+    for length in range(66, 130):
+        text = "_" * length + "." * 100 + " x" * 100
+        whole = encoder.encode(text, add_special_tokens=False).ids
+        assert next(encode_texts(encoder, [text])).tolist() == whole, length
+
+
+def test_long_documents_are_really_divided_and_one_without_a_border_is_none(monkeypatch):
+    encoder = encoders()["qwen"]
+    monkeypatch.setattr(tokenization, "WINDOW", 100)
+    monkeypatch.setattr(tokenization, "MAX_WINDOW", 300)
+    monkeypatch.setattr(tokenization, "CONTEXT", 50)
+    given = []
+    encode = tokenization._ids
+    monkeypatch.setattr(tokenization, "_ids", lambda encoder, text: given.append(len(text)) or encode(encoder, text))
+    texts = ["short", "def value(x): return x\n" * 100, "a" * 299, "a" * 301, "last"]
+    ids = list(encode_texts(encoder, texts))
+    assert [array is None for array in ids] == [False, False, False, True, False]
+    for text, array in zip(texts, ids, strict=True):
+        assert array is None or array.tolist() == encode(encoder, text)
+    assert max(given) <= 300

@@ -17,6 +17,7 @@ from coda_pretrain.checkpoint import committed_checkpoints
 from coda_pretrain.config import RunConfig
 from coda_pretrain.metrics import read_rows
 from coda_pretrain.plain_data import from_dict, merge
+from coda_pretrain.resume_check import check_same_model
 from coda_pretrain.trainer import Trainer, TrainingDiverged
 
 
@@ -227,6 +228,77 @@ def test_a_resume_with_other_data_or_shapes_is_refused(tmp_path, run_config, cha
     trained(config)
     with pytest.raises(ValueError, match=message):
         Trainer(from_dict(RunConfig, merge(merge(config, change), {"max_steps": 8})))
+
+
+def test_a_resume_on_other_shards_is_refused_unless_accepted_and_then_recorded(
+    tmp_path, run_config, write_shards, shards_dir, caplog
+):
+    def shards(name, first, count):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        write_shards(tmp_path / name, [[first + i % 90, 7, 9] * 8 for i in range(count)], documents_per_shard=20)
+        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+        manifest["tokenizer"] = json.loads((shards_dir / "manifest.json").read_text())["tokenizer"]
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+
+    for name in ("one", "two", "held"):
+        shards(name, 10, 60)
+    settings = {
+        "data": {"root": str(tmp_path), "sources": [{"path": "one"}, {"path": "two"}]},
+        "evaluation": {"every": 2, "batches": 1, "data": {"root": str(tmp_path), "sources": [{"path": "held"}]}},
+    }
+    config = merge(at(tmp_path / "a", run_config), settings) | {"max_steps": 3}
+    trained(config)
+    config["max_steps"] = 4
+
+    def refused(*parts):
+        with pytest.raises(ValueError, match="are not those that the run in .*step-0000000[34] has read") as raised:
+            Trainer(from_dict(RunConfig, config))
+        assert all(part in str(raised.value) for part in (*parts, "--accept_changed_data")), raised.value
+
+    for name in ("one", "two"):
+        shutil.copytree(tmp_path / name, tmp_path / "moved" / name)
+    elsewhere = merge(config, {"data": {"root": str(tmp_path / "moved")}})
+    Trainer(from_dict(RunConfig, elsewhere)).close()  # the same content
+    shards("two", 10, 61)
+    refused("data two: 60 documents before, 61 now, 1500 tokens before, 1525 now")
+    shards("two", 11, 60)
+    refused("data two: as long as before (1500 tokens), with other content")
+    shards("held", 12, 60)
+    refused("data two:", "evaluation.data held:")
+    trainer = Trainer(from_dict(RunConfig, config), accept_changed_data=True)
+    assert "goes on from step 3 with other token shards: data two: as long" in caplog.text
+    trainer.train()
+    trainer.close()
+    record = json.loads((trainer.checkpoints / "step-00000004" / "data.json").read_text())
+    accepted = [(change["step"], change["source"]) for change in record["accepted_changes"]]
+    assert accepted == [(3, "data two"), (3, "evaluation.data held")]
+    config["max_steps"] = 6
+    Trainer(from_dict(RunConfig, config)).close()  # what was accepted once is what the run reads
+    shards("one", 13, 60)
+    refused("data one:")
+
+
+def test_a_checkpoint_that_does_not_say_what_it_read_is_continued_with_a_warning(tmp_path, run_config, caplog):
+    config = at(tmp_path / "a", run_config)
+    newest = committed_checkpoints(trained(config).checkpoints)[-1]
+    marker = json.loads((newest / "COMMITTED.json").read_text())
+    del marker["files"]["data.json"]
+    (newest / "COMMITTED.json").write_text(json.dumps(marker))
+    (newest / "data.json").unlink()
+    trainer = trained({**config, "max_steps": 7})
+    assert "step-00000006 does not say which shards it was trained on" in caplog.text
+    record = json.loads((trainer.checkpoints / "step-00000007" / "data.json").read_text())
+    assert list(record["sources"]["data"]) == [source["path"] for source in config["data"]["sources"]]
+
+
+def test_a_resume_with_another_model_configuration_is_refused(tmp_path, run_config):
+    config = at(tmp_path / "a", run_config)
+    newest = committed_checkpoints(trained(config).checkpoints)[-1]
+    current = json.loads((newest / "model_config.json").read_text())
+    check_same_model(current | {"transformers_version": "another", "eos_token_id": 7, "a_new_key": 1}, newest)
+    message = r"the model's mask_token_id is 5, but the run in .*step-00000006 was made with"
+    with pytest.raises(ValueError, match=message):
+        check_same_model(current | {"mask_token_id": 5}, newest)
 
 
 @pytest.mark.parametrize(
