@@ -134,9 +134,7 @@ class StepFunctions:
         loss = sum(float(self._evaluate(self._put(part, "evaluation"))) for part in parts)
         return self._backend.sum_over_processes([loss])[0]
 
-    def _step_under_control_of_the_host(
-        self, parts: list[Batch], interrupted: Callable[[], bool]
-    ) -> StepResult | None:
+    def _step_under_control_of_the_host(self, parts: list[Batch], interrupted: Callable[[], bool]) -> StepResult | None:
         loss = 0.0
         for i, part in enumerate(parts):
             if i and interrupted():

@@ -28,7 +28,7 @@ from .optim import build_optimizer, set_step_count, state_tensors
 from .plain_data import to_yaml
 from .profiling import PROFILE_FOLDER, StepProfiler
 from .resume_check import check_same_run
-from .saver import Saver, Snapshot, snapshot
+from .saver import Saver, Snapshot, check_folder, snapshot
 from .schedules import learning_rate
 from .step_functions import StepFunctions, StepResult
 from .storage import Place, is_url, place_of
@@ -64,6 +64,7 @@ class Trainer:
         resume_from = checkpoint_to_resume(config.checkpoint.resume, self.checkpoints)
         if resume_from is not None:
             check_same_run(config, resume_from)
+        check_folder(self.checkpoints, backend=self.backend)
         self.backend.prepare_kernel(config.model.attn_implementation)
         model = initial_model(config.model, seed=config.seed)
         self.model_config = model.config
