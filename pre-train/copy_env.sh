@@ -3,8 +3,8 @@
 #
 #   bash pre-train/copy_env.sh
 #
-# A run on the pod does not need it: its settings come as arguments. It serves commands that are given on the machines
-# themselves, and secrets such as HF_TOKEN or WANDB_API_KEY, which are written with access for the owner only.
+# A run on the pod reads it there: WANDB_API_KEY and other secrets reach the run by this file only, which is written with
+# access for the owner alone. Paths of a recipe come as arguments and need no copy.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=load_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/load_env.sh"

@@ -60,7 +60,8 @@ mount_bucket() {
         return 2
     }
     mkdir -p "$CODA_MOUNT_DIR"
-    gcsfuse --implicit-dirs "$CODA_BUCKET" "$CODA_MOUNT_DIR"
+    # A store renames a folder file by file, which gcsfuse refuses beyond this many of them (0 without the option).
+    gcsfuse --implicit-dirs --rename-dir-limit=1000000 "$CODA_BUCKET" "$CODA_MOUNT_DIR"
 }
 
 setup_here() {

@@ -6,7 +6,7 @@ No ``from __future__ import annotations`` in this file: field types must stay ty
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .flops import ChipName
+from .flops import CHIPS, Chip, ChipName
 from .plain_data import require_range
 
 
@@ -68,6 +68,9 @@ XLA_SETTINGS: dict[str, Any] = {
     "loss_chunk": None,
     "activation_rules": None,
     "interpret_kernels": False,
+    "splash_block": None,
+    "libtpu_args": None,
+    "compilation_cache": None,
 }
 """Settings with no effect elsewhere, and their defaults."""
 
@@ -114,6 +117,18 @@ class HardwareConfig:
     interpret_kernels: bool = False
     """xla on virtual CPU devices: run TPU kernels (``splash``) in their interpreter. Exact and very slow: for tests."""
 
+    splash_block: int | None = None
+    """xla: most positions of queries and of keys that ``splash`` holds at a time, a multiple of 128; null takes the
+    default of ``chip``."""
+
+    libtpu_args: list[str] | None = None
+    """xla on TPUs: flags for libtpu; null takes those of ``chip``. A flag that the environment's LIBTPU_INIT_ARGS
+    already sets is left as it is."""
+
+    compilation_cache: str | None = None
+    """xla: local folder in which compiled programs are kept, so that a restart does not compile them again. Each host
+    has a subfolder of its own."""
+
     chip: ChipName | None = None
     """The accelerator, for MFU and ``plan``; a GPU is recognised by its name when null."""
 
@@ -132,7 +147,22 @@ class HardwareConfig:
         data, fsdp, tensor = self.mesh.shape(num_devices // slices)
         return slices * data, fsdp, tensor
 
+    def longest_splash_block(self) -> int:
+        """``splash_block``, or the default of the chip."""
+        return self.splash_block or (CHIPS[self.chip].splash_block if self.chip else Chip.splash_block)
+
+    def libtpu_init_args(self, present: str) -> str:
+        """LIBTPU_INIT_ARGS of a run whose environment has the value ``present``."""
+        flags = self.libtpu_args if self.libtpu_args is not None else CHIPS[self.chip].libtpu_args if self.chip else ()
+        given = {word.partition("=")[0] for word in present.split()}
+        return " ".join([*present.split(), *(flag for flag in flags if flag.partition("=")[0] not in given)])
+
     def __post_init__(self) -> None:
+        if self.splash_block is not None and (self.splash_block < 128 or self.splash_block % 128):
+            raise ValueError(f"hardware.splash_block must be a multiple of 128, at least 128, got {self.splash_block}")
+        wrong = [flag for flag in self.libtpu_args or () if not flag.startswith("--") or len(flag.split()) != 1]
+        if wrong:
+            raise ValueError(f"hardware.libtpu_args must be flags like --name=value, got {wrong[0]!r}")
         if self.peak_tflops is not None:
             require_range("hardware.peak_tflops", self.peak_tflops, above=0.0)
         if self.num_threads is not None:

@@ -7,6 +7,7 @@ verified (``checkpoint``).
 
 import json
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,9 @@ from .resume_check import DATA_NAME
 from .storage import Place, files_below, remove_tree, sha256_of, size_of, write_durably
 
 logger = logging.getLogger(__name__)
+
+SEEN_WITHIN_S = 60.0
+"""How long a process waits at the start for what the others wrote into the checkpoints folder."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,63 @@ class Saver:
         except CheckpointError as error:
             logger.error("%s", error)
         self._thread.shutdown()
+
+
+def check_folder(folder: Place, *, backend: Backend) -> None:
+    """Find out before anything is trained whether checkpoints can be saved: all processes call this together.
+
+    Args:
+        folder: the checkpoints folder of the run; made if it is not there.
+        backend: supplies the group of processes.
+
+    Raises:
+        ValueError: on every process, when one of them cannot write into the folder, or does not see what another
+            one wrote there.
+    """
+    group = backend.saving_group()
+    tokens = [secrets.token_hex(8)]
+    own = folder / f".seen-{tokens[0]}"
+    if group is not None:
+        tokens = [None] * dist.get_world_size(group)
+        dist.all_gather_object(tokens, own.name.removeprefix(".seen-"), group)
+    try:
+        with _agreed(group), _as_os_error():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_durably(own, "written to see whether every process can")
+        with _agreed(group), _as_os_error():
+            unseen = _wait_for([folder / f".seen-{token}" for token in tokens])
+            if unseen:
+                ranks = ", ".join(str(rank) for rank, token in enumerate(tokens) if folder / f".seen-{token}" in unseen)
+                raise OSError(f"what process {ranks} wrote there cannot be seen by process {backend.rank}")
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"checkpoint.folder must be a folder or URL that every process can write into and that all of them share; "
+            f"{folder}: {cause_of(error)}"
+        ) from error
+    finally:
+        try:
+            own.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", own, error)
+
+
+def _wait_for(files: list[Place]) -> list[Place]:
+    """The files that do not appear in time: mounts of a store may show what others wrote some seconds late."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while (unseen := [file for file in files if not file.exists()]) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return unseen
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """What the client of a store raises, which is of its own kinds, as an ``OSError`` with the same words."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ Elsewhere the host looks at loss and norm before it allows the update, which sav
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -63,13 +63,25 @@ class StepFunctions:
         self._evaluate = backend.compile(self._loss_without_gradient)
         self._compiled_shapes: dict[str, dict[str, str]] = {}
 
-    def step(self, parts: list[Batch], *, learning_rate: float, count: int) -> StepResult:
+    def step(
+        self,
+        parts: list[Batch],
+        *,
+        learning_rate: float,
+        count: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> StepResult | None:
         """Change the weights once by the gradient of all parts of a batch, unless it is not finite.
 
         Args:
             parts: this process's rows, in equal parts that go through the model one after another.
             learning_rate: of this update.
             count: number of this update, from 1; skipped steps do not count.
+            interrupted: asked between two parts whether the step is to be given up; its answer must be the same on
+                every process.
+
+        Returns:
+            None when the step was given up: weights and optimizer state are those before it.
 
         Raises:
             ValueError: the parts have other shapes or types than at the step before, which would compile another
@@ -77,14 +89,19 @@ class StepFunctions:
         """
         set_update_numbers(self.optimizer, learning_rate, count=count, backend=self._backend)
         if not self._backend.traces_steps:
-            return self._step_under_control_of_the_host(parts)
+            return self._step_under_control_of_the_host(parts, interrupted)
         batches = [self._put(part, "train") for part in parts]
         graphs = self._backend.compile_count()
         if len(batches) == 1:
             losses, norm = self._whole_step(batches[0])
         else:
             self._allocate_gradients()
-            losses = [self._accumulate(batch) for batch in batches]
+            losses = []
+            for batch in batches:
+                if losses and interrupted():
+                    self._clear_gradients()
+                    return None
+                losses.append(self._accumulate(batch))
             norm = self._update(losses)
         result = StepResult(sum(float(loss) for loss in losses), float(norm))
         self._report_compilation(graphs, count)
@@ -117,8 +134,13 @@ class StepFunctions:
         loss = sum(float(self._evaluate(self._put(part, "evaluation"))) for part in parts)
         return self._backend.sum_over_processes([loss])[0]
 
-    def _step_under_control_of_the_host(self, parts: list[Batch]) -> StepResult:
-        loss = sum(float(self._accumulate(self._put(part, "train"))) for part in parts)
+    def _step_under_control_of_the_host(self, parts: list[Batch], interrupted: Callable[[], bool]) -> StepResult | None:
+        loss = 0.0
+        for i, part in enumerate(parts):
+            if i and interrupted():
+                self._clear_gradients()
+                return None
+            loss += float(self._accumulate(self._put(part, "train")))
         norm = self._gradient_norm()
         (loss,) = self._backend.sum_over_processes([loss])
         result = StepResult(loss, float(norm.full_tensor() if isinstance(norm, DTensor) else norm))

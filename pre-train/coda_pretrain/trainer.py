@@ -28,7 +28,7 @@ from .optim import build_optimizer, set_step_count, state_tensors
 from .plain_data import to_yaml
 from .profiling import PROFILE_FOLDER, StepProfiler
 from .resume_check import check_same_model, check_same_run, record_of_data
-from .saver import Saver, Snapshot, snapshot
+from .saver import Saver, Snapshot, check_folder, snapshot
 from .schedules import learning_rate
 from .step_functions import StepFunctions, StepResult
 from .storage import Place, is_url, place_of
@@ -70,6 +70,7 @@ class Trainer:
             check_same_run(config, resume_from)
         sources = {"data": mixture.identities()} | held_out_identities(config)
         self._data = record_of_data(sources, resume_from, accept_changed=accept_changed_data)
+        check_folder(self.checkpoints, backend=self.backend)
         self.backend.prepare_kernel(config.model.attn_implementation)
         model = initial_model(config.model, seed=config.seed)
         self.model_config = model.config
@@ -102,6 +103,7 @@ class Trainer:
         self.evaluation = Evaluation(config, rows=rows, **ids) if config.evaluation.every is not None else None
         keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
         self._saver = Saver(self.checkpoints, backend=self.backend, keep=keep, asynchronous=asynchronous)
+        self._saved_step = self.state.step  # of the newest checkpoint; 0 needs none
         self._stop_requested = False
         self._profiler = StepProfiler(
             config.metrics.profile_steps,
@@ -113,7 +115,10 @@ class Trainer:
         self._utilization = UtilizationMeter(peak_flops(self.backend), model.config, config.global_batch_size)
 
     def train(self) -> TrainState:
-        """Train to the last step, or to the end of the step in which SIGTERM comes; either way a checkpoint is saved.
+        """Train to the last step, or until SIGTERM comes; either way a checkpoint of the last complete step is saved.
+
+        Launchers kill what still runs some seconds after SIGTERM (torchrun: 30), and a step of many parts or an
+        evaluation takes longer: they are given up at the next part or batch.
 
         Raises:
             CheckpointError: a checkpoint could not be saved.
@@ -134,8 +139,8 @@ class Trainer:
                 self._profiler.after(state.step)
                 last = state.step == self.num_steps
                 if self.evaluation is not None and not stop and (last or self._is_due(config.evaluation.every)):
-                    self._evaluate(reporter, self.evaluation)
-                if last or stop or self._is_due(config.checkpoint.every):
+                    stop = self._evaluate(reporter, self.evaluation)
+                if (last or stop or self._is_due(config.checkpoint.every)) and state.step != self._saved_step:
                     self.save()
                 if stop and not last:
                     logger.warning("SIGTERM: stopped after step %d of %d", state.step, self.num_steps)
@@ -150,6 +155,7 @@ class Trainer:
             CheckpointError: an earlier one could not be written, or this one if saving is not asynchronous.
         """
         self._saver.save(self._snapshot)
+        self._saved_step = self.state.step
 
     def _snapshot(self) -> Snapshot:
         return snapshot(
@@ -184,13 +190,19 @@ class Trainer:
         return split_rows(batch, self.config.global_batch_size // self.config.rows_per_micro_batch)
 
     def _step(self, reporter: Reporter | None) -> bool:
-        """One optimizer step; whether some process was asked to stop."""
+        """One optimizer step, unless it is given up; whether some process was asked to stop."""
         config, state = self.config, self.state
         started = time.perf_counter()
         batch = self.batches.get(state.step)
         data_wait_s = time.perf_counter() - started
         rate = self._rate(state.step)
-        result = self.functions.step(self._parts(batch), learning_rate=rate, count=state.optimizer_steps + 1)
+        parts = self._parts(batch)
+        result = self.functions.step(
+            parts, learning_rate=rate, count=state.optimizer_steps + 1, interrupted=self._asked_to_stop
+        )
+        if result is None:
+            logger.warning("SIGTERM: step %d is given up between two of its %d parts", state.step + 1, len(parts))
+            return True
         stop, save_failed = self.backend.any_over_processes([self._stop_requested, self._saver.failed])
         if save_failed:
             self._saver.wait()  # raises: a failed save fails on every process
@@ -263,12 +275,23 @@ class Trainer:
         state.start_row()
         return row
 
-    def _evaluate(self, reporter: Reporter | None, evaluation: Evaluation) -> None:
+    def _asked_to_stop(self) -> bool:
+        """Whether some process was asked to stop; the same answer on each of them."""
+        return self.backend.any_over_processes([self._stop_requested])[0]
+
+    def _evaluate(self, reporter: Reporter | None, evaluation: Evaluation) -> bool:
+        """Report the validation loss; whether some process was asked to stop, which gives it up."""
         started = time.perf_counter()
-        losses = [self.functions.loss(self._parts(evaluation.batch(i))) for i in range(evaluation.num_batches)]
+        losses = []
+        for i in range(evaluation.num_batches):
+            if self._asked_to_stop():
+                logger.warning("SIGTERM: the evaluation after step %d is given up", self.state.step)
+                return True
+            losses.append(self.functions.loss(self._parts(evaluation.batch(i))))
         if reporter is not None:
             seconds = time.perf_counter() - started
             reporter.row({"step": self.state.step, **evaluation.losses(losses), "eval_s": seconds})
+        return False
 
     def _reporter(self) -> AbstractContextManager[Reporter | None]:
         if not self.backend.is_main:

@@ -14,6 +14,8 @@ exec bash "$coda_pretrain_dir/run_training.sh" \
     --config pre-train/configs/hardware/v4_1024.yaml \
     hardware.mesh.fsdp=256 hardware.mesh.tensor=2 \
     output_dir="$CODA_OUTPUT_DIR/midtrain_v4_1024" \
+    checkpoint.folder="${CODA_CHECKPOINT_DIR:-$CODA_OUTPUT_DIR}/midtrain_v4_1024/checkpoints" \
+    hardware.compilation_cache="$CODA_OUTPUT_DIR/xla_cache" \
     data.root="$CODA_DATA_DIR" \
     model.init_from="$CODA_PRETRAINED_DIR" \
     model.tokenizer="$CODA_TOKENIZER_DIR" \

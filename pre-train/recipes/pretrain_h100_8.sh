@@ -11,6 +11,7 @@ CODA_PROCESSES=8 exec bash "$coda_pretrain_dir/run_training.sh" \
     --config pre-train/configs/pretrain.yaml \
     --config pre-train/configs/hardware/h100_8.yaml \
     output_dir="$CODA_OUTPUT_DIR/pretrain_h100_8" \
+    checkpoint.folder="${CODA_CHECKPOINT_DIR:-$CODA_OUTPUT_DIR}/pretrain_h100_8/checkpoints" \
     data.root="$CODA_DATA_DIR" \
     model.init_from="$CODA_BACKBONE_DIR" \
     model.tokenizer="$CODA_TOKENIZER_DIR" \

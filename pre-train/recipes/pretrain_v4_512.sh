@@ -11,6 +11,8 @@ exec bash "$coda_pretrain_dir/run_training.sh" \
     --config pre-train/configs/pretrain.yaml \
     --config pre-train/configs/hardware/v4_512.yaml \
     output_dir="$CODA_OUTPUT_DIR/pretrain_v4_512" \
+    checkpoint.folder="${CODA_CHECKPOINT_DIR:-$CODA_OUTPUT_DIR}/pretrain_v4_512/checkpoints" \
+    hardware.compilation_cache="$CODA_OUTPUT_DIR/xla_cache" \
     data.root="$CODA_DATA_DIR" \
     model.init_from="$CODA_BACKBONE_DIR" \
     model.tokenizer="$CODA_TOKENIZER_DIR" \

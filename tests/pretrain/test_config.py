@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from coda_pretrain.config import RunConfig, load_config
-from coda_pretrain.hardware import MeshConfig
+from coda_pretrain.hardware import HardwareConfig, MeshConfig
 from coda_pretrain.plain_data import from_dict, merge, to_plain, to_yaml
 
 
@@ -75,6 +75,9 @@ def test_the_resolved_configuration_reads_back_equal(run_config):
         ),
         ({"optimizer": {"ema_decay": 1.0}}, "optimizer.ema_decay must be > 0 and < 1, got 1.0"),
         ({"hardware": {"sharding_rules": {"*": ["fsdp"]}}}, "hardware.sharding_rules has no effect on backend 'cpu'"),
+        ({"hardware": {"compilation_cache": "c"}}, "hardware.compilation_cache has no effect on backend 'cpu'"),
+        ({"hardware": {"backend": "xla", "splash_block": 200}}, "splash_block must be a multiple of 128, at least 128"),
+        ({"hardware": {"backend": "xla", "libtpu_args": ["--a=1 --b"]}}, "must be flags like --name=value, got '--a=1"),
         ({"hardware": {"mesh": {"data": -1}}}, "at most one -1"),
     ],
 )
@@ -112,3 +115,15 @@ def test_the_mesh_takes_what_is_left_of_the_devices():
     assert MeshConfig().shape(1) == (1, 1, 1)
     with pytest.raises(ValueError, match=r"\(3, 1, 1\) needs 3 devices, this run has 4"):
         MeshConfig(data=3).shape(4)
+
+
+def test_flags_of_the_chip_reach_libtpu_unless_settings_or_environment_have_them():
+    v6e = HardwareConfig(backend="xla", chip="v6e")
+    assert v6e.longest_splash_block() == 2048
+    assert "--xla_tpu_scoped_vmem_limit_kib=98304" in v6e.libtpu_init_args("").split()
+    words = v6e.libtpu_init_args("--xla_tpu_scoped_vmem_limit_kib=1 --other").split()
+    assert words[:2] == ["--xla_tpu_scoped_vmem_limit_kib=1", "--other"]
+    assert sum(word.startswith("--xla_tpu_scoped_vmem_limit_kib") for word in words) == 1
+    assert HardwareConfig(backend="xla", chip="v6e", libtpu_args=["--a=1"]).libtpu_init_args("--b") == "--b --a=1"
+    assert HardwareConfig(backend="xla", splash_block=256).longest_splash_block() == 256
+    assert HardwareConfig().libtpu_init_args("") == ""

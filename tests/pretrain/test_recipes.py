@@ -60,7 +60,7 @@ def pod(tmp_path):
     """A folder with a ``gcloud`` that only writes down its arguments, and the settings that reach it."""
     gcloud = tmp_path / "bin" / "gcloud"
     gcloud.parent.mkdir()
-    gcloud.write_text(f"#!/bin/sh\nfor argument; do printf '%s\\n' \"$argument\"; done >{tmp_path}/arguments\n")
+    gcloud.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" '' >>{tmp_path}/arguments\n")
     gcloud.chmod(0o755)
     settings = {
         "TPU_NAME": "pod",
@@ -127,6 +127,8 @@ def test_every_recipe_resolves_to_a_run_that_fits_its_machine(repo, stage, machi
     config = from_dict(RunConfig, yaml.safe_load(result.stdout))
     assert config.max_steps == 7
     assert config.output_dir == f"/runs/{stage}_{machine}"
+    assert config.checkpoint.folder == f"/runs/{stage}_{machine}/checkpoints"
+    assert config.hardware.compilation_cache == ("/runs/xla_cache" if machine in TPUS else None)
     assert config.data.root == "/data dir"
     assert config.model.init_from == {"pretrain": "/backbone", "midtrain": "/pretrained"}[stage]
     expected = stage_config(repo, stage)
@@ -154,6 +156,8 @@ def scaled_down(repo, tmp_path, small, stage, machine):
         "schedule": {**plain["schedule"], "warmup_steps": 1},
         "metrics": {"every": 1},
     }
+    plain["checkpoint"]["folder"] = None
+    plain["hardware"]["compilation_cache"] = None
     path = tmp_path / f"{stage}_{machine}.yaml"
     path.write_text(yaml.safe_dump(plain))
     return path
@@ -216,17 +220,64 @@ def test_a_pod_gets_the_same_arguments_on_all_machines(repo, pod):
     recipe = repo / "pre-train" / "recipes" / "pretrain_v4_1024.sh"
     result = run_script(recipe, "model.config={a: 'b c'}", path=path, **SETTINGS, **settings)
     assert result.returncode == 0, result.stderr
-    arguments = written.read_text().splitlines()
-    assert arguments[:6] == ["compute", "tpus", "tpu-vm", "ssh", "pod", "--zone"]
-    assert "--worker=all" in arguments
-    words = shlex.split(arguments[-1])
-    assert words[:3] == ["cd", "/home/me/the repo", "&&"]
-    assert words[3:7] == ["PJRT_DEVICE=TPU", ".venv/bin/python", "-m", "coda_pretrain"]
-    assert words[7:11] == ["--config", "pre-train/configs/pretrain.yaml", "--config"] + [
+    started, followed = (call.splitlines() for call in written.read_text().strip("\n").split("\n\n"))
+    assert started[:6] == followed[:6] == ["compute", "tpus", "tpu-vm", "ssh", "pod", "--zone"]
+    assert "--worker=all" in started
+    words = shlex.split(started[-1])
+    assert words[:3] == ["bash", "/home/me/the repo/pre-train/pod_run.sh", "start"]
+    assert words[3:7] == ["--config", "pre-train/configs/pretrain.yaml", "--config"] + [
         "pre-train/configs/hardware/v4_1024.yaml"
     ]
     assert "data.root=/data dir" in words
     assert words[-1] == "model.config={a: 'b c'}"
+    assert "--worker=0" in followed
+    assert shlex.split(followed[-1]) == [*words[:2], "follow"]
+
+
+@pytest.mark.parametrize(("word", "worker"), [("follow", "0"), ("status", "all"), ("stop", "all")])
+def test_a_run_on_a_pod_is_followed_and_stopped_from_anywhere(repo, pod, word, worker):
+    path, settings, written = pod
+    result = run_script(repo / "pre-train" / "run_training.sh", f"--{word}", path=path, **settings)
+    assert result.returncode == 0, result.stderr
+    (call,) = written.read_text().strip("\n").split("\n\n")
+    assert f"--worker={worker}" in call.splitlines()
+    assert shlex.split(call.splitlines()[-1])[2:] == [word]
+
+
+def test_a_detached_run_outlives_its_starter_and_is_one_at_a_time(repo, tmp_path):
+    """Its log, its settings and its exit status reach whoever follows it; SIGTERM reaches the program itself."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\ntrap 'echo saved; exit 3' TERM\necho \"$@\" $WANDB_API_KEY $PJRT_DEVICE\n"
+        "while :; do sleep 0.1; done\n"
+    )
+    python.chmod(0o755)
+    (tmp_path / "env").write_text("WANDB_API_KEY=secret\n")
+    settings = {
+        "PYTHON": str(python),
+        "CODA_ENV_FILE": str(tmp_path / "env"),
+        "CODA_LOG_DIR": str(tmp_path / "log"),
+        "PJRT_DEVICE": "",
+    }
+
+    def pod_run(*words):
+        return run_script(repo / "pre-train" / "pod_run.sh", *words, **settings)
+
+    assert pod_run("follow").returncode == 2
+    started = pod_run("start", "max_steps=9", "model.config={a: 'b c'}")
+    assert started.returncode == 0, started.stderr
+    again = pod_run("start", "max_steps=9")
+    assert again.returncode == 1
+    assert "a run is going on here already" in again.stderr
+    assert ": running (process " in pod_run("status").stdout
+    assert "told to stop" in pod_run("stop").stdout
+    followed = pod_run("follow")
+    assert followed.returncode == 3
+    assert followed.stdout.splitlines() == [
+        "-m coda_pretrain max_steps=9 model.config={a: 'b c'} secret TPU",
+        "saved",
+    ]
+    assert "not running, exit status 3" in pod_run("status").stdout
 
 
 def test_setup_reaches_all_machines_and_needs_its_settings(repo, pod):
@@ -234,7 +285,7 @@ def test_setup_reaches_all_machines_and_needs_its_settings(repo, pod):
     script = repo / "pre-train" / "setup_tpu.sh"
     result = run_script(script, path=path, **settings, CODA_BUCKET="bucket", CODA_MOUNT_DIR="/mnt/b")
     assert result.returncode == 0, result.stderr
-    command = written.read_text().splitlines()[-1]
+    command = written.read_text().strip("\n").splitlines()[-1]
     assert subprocess.run(["bash", "-n", "-c", command]).returncode == 0
     assert shlex.split(command)[-5:] == [
         "CODA_BUCKET=bucket",

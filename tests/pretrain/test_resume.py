@@ -167,7 +167,10 @@ def test_each_backend_stops_at_a_signal_and_goes_on_from_the_checkpoint_of_each_
 
     trained_here(run("whole", "cpu"))
     trained_here(run("cpu", "cpu", stop=True))
-    drive([run("pair", "pair", stop=True)], num_processes=2)
+    in_parts = run("parts", "pair", stop=True)
+    in_parts["config"]["micro_batch_size"] = 4
+    drive([run("pair", "pair", stop=True), in_parts], num_processes=2)
+    assert [path.name for path in committed_checkpoints(tmp_path / "parts" / "checkpoints")] == ["step-00000002"]
     drive([run("line", "line", stop=True), run("cube", "cube", stop=True)], environment=devices)
     whole = losses_in(tmp_path / "whole")
     for source in HARDWARE:

@@ -24,7 +24,7 @@ from coda_pretrain.export import main as export_main
 from coda_pretrain.hardware import HardwareConfig
 from coda_pretrain.metrics import read_rows
 from coda_pretrain.plain_data import from_dict, merge
-from coda_pretrain.saver import Saver, snapshot
+from coda_pretrain.saver import Saver, check_folder, snapshot
 from coda_pretrain.storage import RemotePath, place_of
 from coda_pretrain.trainer import Trainer
 
@@ -178,3 +178,38 @@ def test_urls_that_cannot_be_served_are_refused_with_the_reason(run_config, monk
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match="needs a package that is not installed.*gs:// is served by gcsfs"):
         RemotePath("gs://bucket/run")
+
+
+def other_process(monkeypatch, backend, *, token="other", fault=None):
+    """Make ``backend`` one of two processes, of which the other answers with ``token`` and then with ``fault``."""
+    answers = iter([token, fault, fault])
+
+    def gather(found, own, group):
+        found[:] = [own, next(answers)]
+
+    monkeypatch.setattr(backend, "_saving_group", object())
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    monkeypatch.setattr("coda_pretrain.saver.SEEN_WITHIN_S", 0.0)
+
+
+def test_a_checkpoints_folder_is_tried_before_training_and_nothing_stays_in_it(tmp_path, backend, store):
+    check_folder(tmp_path / "run" / "checkpoints", backend=backend)
+    check_folder(store, backend=backend)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"checkpoint.folder must be a folder or URL that every process can write"):
+        check_folder(tmp_path / "file" / "checkpoints", backend=backend)
+
+
+def test_a_folder_that_another_process_does_not_share_is_refused(tmp_path, backend, monkeypatch):
+    other_process(monkeypatch, backend)
+    with pytest.raises(ValueError, match="what process 1 wrote there cannot be seen by process 0"):
+        check_folder(tmp_path, backend=backend)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".seen-other").write_text("")
+    other_process(monkeypatch, backend)
+    check_folder(tmp_path, backend=backend)
+    other_process(monkeypatch, backend, fault="PermissionError: no")
+    with pytest.raises(ValueError, match="process 1: PermissionError: no"):
+        check_folder(tmp_path, backend=backend)

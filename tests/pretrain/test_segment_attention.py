@@ -45,15 +45,15 @@ def test_the_segment_kernel_agrees_with_sdpa_in_loss_and_gradient(is_bf16):
 
 
 def test_blocks_of_splash_divide_the_row():
-    lengths = {seq_len: block_length(seq_len, 128) for seq_len in (128, 384, 2048, 2560, 8192)}
+    lengths = {seq_len: block_length(seq_len, 128, 2048) for seq_len in (128, 384, 2048, 2560, 8192)}
     assert lengths == {128: 128, 384: 384, 2048: 2048, 2560: 1280, 8192: 2048}
     with pytest.raises(ValueError, match="needs seq_len to be a multiple of 128, got 100"):
-        block_length(100, 128)
+        block_length(100, 128, 2048)
     with pytest.raises(ValueError, match="needs the model's head_dim to be a multiple of 128, got 64"):
-        block_length(128, 64)
+        block_length(128, 64, 2048)
 
 
 @pytest.mark.parametrize(("on_tpu", "interpret"), [(False, False), (True, True)])
 def test_splash_is_refused_where_it_would_not_run(on_tpu, interpret):
     with pytest.raises(ValueError, match="'splash' is a TPU kernel"):
-        register_splash(None, on_tpu=on_tpu, interpret=interpret)
+        register_splash(None, on_tpu=on_tpu, interpret=interpret, longest_block=512)

@@ -106,6 +106,56 @@ def test_sigterm_saves_the_step_and_ends_cleanly(tmp_path, run_config):
     assert losses_of(config) == losses_of(at(tmp_path / "whole", run_config))
 
 
+def signal_at_part(trainer, number):
+    """Send SIGTERM while part ``number`` of all parts that go through the model, from 1, is computed."""
+    original, count = trainer.functions._accumulate, iter(range(1, 1000))
+
+    def accumulate(part):
+        if next(count) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(part)
+
+    trainer.functions._accumulate = accumulate
+
+
+@pytest.mark.parametrize(
+    ("part", "saved"),
+    [(2, []), (5, [1]), (8, [2]), (9, [2])],
+    ids=["in the first step", "with the step before saved anew", "in the last part of a step", "right after a save"],
+)
+def test_sigterm_between_parts_gives_the_step_up_and_saves_the_one_before(tmp_path, run_config, part, saved, caplog):
+    config = at(tmp_path / "a", run_config, micro_batch_size=2, checkpoint={"every": 2})
+    trainer = Trainer(from_dict(RunConfig, config))
+    signal_at_part(trainer, part)
+    trainer.train()
+    trainer.close()
+    assert [path.name for path in committed_checkpoints(trainer.checkpoints)] == [f"step-{n:08d}" for n in saved]
+    assert f"stopped after step {saved[-1] if saved else 0} of 6" in caplog.text
+    assert ("is given up between two of its 4 parts" in caplog.text) == (part % 4 != 0)
+    trained(config)
+    trained(at(tmp_path / "whole", run_config, micro_batch_size=2))
+    assert losses_of(config) == losses_of(at(tmp_path / "whole", run_config))
+
+
+def test_sigterm_in_an_evaluation_gives_it_up_and_saves_the_step(tmp_path, run_config, shards_dir):
+    held_out = {"every": 2, "batches": 3, "data": {"sources": [{"path": str(shards_dir / "validation")}]}}
+    config = at(tmp_path / "a", run_config, evaluation=held_out)
+    trainer = Trainer(from_dict(RunConfig, config))
+    original, batches = trainer.functions.loss, []
+
+    def loss(parts):
+        batches.append(parts)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(parts)
+
+    trainer.functions.loss = loss
+    trainer.train()
+    trainer.close()
+    assert len(batches) == 1
+    assert [path.name for path in committed_checkpoints(trainer.checkpoints)] == ["step-00000002"]
+    assert not any("eval_loss" in row for row in rows_of(config))
+
+
 def test_the_last_step_is_always_saved_and_a_finished_run_does_nothing(tmp_path, run_config):
     config = at(tmp_path / "a", run_config, checkpoint={"every": 4})
     trainer = trained(config)

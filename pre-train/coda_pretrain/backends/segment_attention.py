@@ -61,11 +61,11 @@ def register_segment_attention() -> str:
 
 
 LANES = 128
-LONGEST_BLOCK = 2048
+LONGEST_PRODUCT = 512  # keys of one matrix product of splash: its scores take more room than what they are made of
 
 
-def block_length(seq_len: int, head_dim: int) -> int:
-    """The longest block of positions, at most ``LONGEST_BLOCK``, that splash can cut rows into.
+def block_length(seq_len: int, head_dim: int, longest: int) -> int:
+    """The longest block of positions, at most ``longest``, that splash can cut rows into.
 
     Raises:
         ValueError: ``seq_len`` or ``head_dim`` is not a multiple of the 128 lanes of a TPU's vector unit.
@@ -75,17 +75,18 @@ def block_length(seq_len: int, head_dim: int) -> int:
             raise ValueError(
                 f"model.attn_implementation 'splash' needs {name} to be a multiple of {LANES}, got {value}"
             )
-    lengths = range(LANES, min(seq_len, LONGEST_BLOCK) + 1, LANES)
+    lengths = range(LANES, min(seq_len, longest) + 1, LANES)
     return max(length for length in lengths if seq_len % length == 0)
 
 
-def register_splash(mesh: Any, *, on_tpu: bool, interpret: bool) -> None:
+def register_splash(mesh: Any, *, on_tpu: bool, interpret: bool, longest_block: int) -> None:
     """Make ``splash`` known to transformers, for one mesh.
 
     Args:
         mesh: a ``torch_xla`` mesh over (data, fsdp, tensor); heads are split over ``tensor``.
         on_tpu: whether its devices are TPUs.
         interpret: ``hardware.interpret_kernels``.
+        longest_block: most positions of a block.
 
     Raises:
         ValueError: the devices are no TPUs and the kernel is not to be interpreted, or the other way round, jax is
@@ -126,12 +127,14 @@ def register_splash(mesh: Any, *, on_tpu: bool, interpret: bool) -> None:
         segment_ids: Tensor,
         **unused: Any,
     ) -> tuple[Tensor, None]:
-        block = block_length(query.shape[2], query.shape[3])
+        block = block_length(query.shape[2], query.shape[3], longest_block)
+        product = block_length(block, query.shape[3], LONGEST_PRODUCT)
         settings = splash_attention.SplashAttentionConfig(
             mesh=str(mesh),
             qkv_partition_spec=(BATCH_AXES, "tensor", None, None),
             segment_ids_partition_spec=(BATCH_AXES, None),
             **dict.fromkeys(BLOCK_SETTINGS, block),
+            **dict.fromkeys(PRODUCT_SETTINGS, product),
         )
         dtype = torch.get_autocast_dtype("xla") if torch.is_autocast_enabled("xla") else query.dtype
         query, key, value = (x.to(dtype) for x in (query * scaling, key, value))
@@ -146,10 +149,9 @@ def register_splash(mesh: Any, *, on_tpu: bool, interpret: bool) -> None:
 BLOCK_SETTINGS = (
     "sa_block_q",
     "sa_block_kv",
-    "sa_block_kv_compute",
     "sa_block_q_dkv",
     "sa_block_kv_dkv",
-    "sa_block_kv_dkv_compute",
     "sa_block_q_dq",
     "sa_block_kv_dq",
 )
+PRODUCT_SETTINGS = ("sa_block_kv_compute", "sa_block_kv_dkv_compute")

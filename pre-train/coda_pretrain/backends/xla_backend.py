@@ -1,9 +1,12 @@
 """torch_xla SPMD: one program over a mesh of devices, TPU or virtual CPU ones (``CPU_NUM_DEVICES``)."""
 
+import os
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +64,12 @@ class XlaBackend(Backend):
             ValueError: the number of devices does not fit the mesh.
         """
         super().__init__(config)
+        if flags := config.libtpu_init_args(os.environ.get("LIBTPU_INIT_ARGS", "")):
+            os.environ["LIBTPU_INIT_ARGS"] = flags  # read when the client is created, below
+        if config.compilation_cache is not None:  # hosts may share the folder, and write files of the same names
+            cache = Path(config.compilation_cache, socket.gethostname()).absolute()
+            cache.mkdir(parents=True, exist_ok=True)
+            xr.initialize_cache(str(cache))
         xr.use_spmd()
         num_devices = xr.global_runtime_device_count()  # creates the client, which autograd must find when it starts
         self.device = torch_xla.device()
@@ -98,7 +107,12 @@ class XlaBackend(Backend):
     def prepare_kernel(self, name: str) -> None:
         """See ``Backend``."""
         if name == SPLASH_KERNEL:
-            register_splash(self._mesh, on_tpu=self._on_tpu, interpret=self.config.interpret_kernels)
+            register_splash(
+                self._mesh,
+                on_tpu=self._on_tpu,
+                interpret=self.config.interpret_kernels,
+                longest_block=self.config.longest_splash_block(),
+            )
 
     def prepare_model(self, model: nn.Module, *, z_loss: float = 0.0) -> nn.Module:
         """Move to the device and give every weight its partition spec.
