@@ -167,8 +167,11 @@ def weights(run: nn.Module, model: nn.Module, strategy: str) -> list[list[float]
     if strategy == "zero3":
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            return summary(model)
+        rows = []
+        for parameter in model.parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                rows.append([parameter.double().mean().item(), parameter.double().norm().item()])
+        return rows
     if strategy == "fsdp":
         from torch.distributed.fsdp import FullyShardedDataParallel
 
