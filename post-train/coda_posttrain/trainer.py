@@ -269,9 +269,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         remainder = len(self.train_dataset) % self.callback_handler.train_dataloader.total_batch_size
         return rows_of_last - remainder if remainder else 0
 
-    def _weights(
-        self, counted: list[Tensor], levels: list[Tensor], fresh: list[Tensor], num_rows: int
-    ) -> list[Tensor]:
+    def _weights(self, counted: list[Tensor], levels: list[Tensor], fresh: list[Tensor], num_rows: int) -> list[Tensor]:
         """Weight of each row's summed cross-entropy: 1/t over the denominator of the step, 0 for repeated rows.
 
         The Trainer divides by the micro-batches and averages over processes afterwards, so both are multiplied in.
