@@ -36,6 +36,15 @@ EVAL_T_MIN = 0.001
 TOKEN_ID_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+def _stay_on_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    """The storage itself for a numbered CPU; None hands other devices on to torch's own ways."""
+    return storage if location.startswith("cpu:") else None
+
+
+# Each of several processes on the CPU resumes with the device "cpu:0", to which torch.load cannot restore by itself.
+torch.serialization.register_package(15, lambda storage: None, _stay_on_cpu)
+
+
 def run_training(host: dict[str, Any], diffusion: DiffusionArguments, config: dict[str, Any]) -> None:
     """Train as LLaMA-Factory does, with our trainer.
 

@@ -250,10 +250,18 @@ def test_checkpoint_loads_elsewhere_with_remote_code(runs, environment, tmp_path
 def pairs(runs, model_dir, data_dir, environment) -> Path:
     """The runs of ``odd_settings`` again, in two processes, and one with sharded weights."""
     few = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 5}
+    few |= {"save_strategy": "steps", "save_steps": 2}
     commands = [
         ["train", str(CONFIG), *settings(model_dir, data_dir, output_dir=runs / f"pair_{name}", **changes, **few)]
         for name, changes in odd_settings().items()
     ]
+    resumed = {
+        **odd_settings()["row"],
+        **few,
+        "resume_from_checkpoint": runs / "pair_row/checkpoint-4",
+        "output_dir": runs / "pair_resumed",
+    }
+    commands.append(["train", str(CONFIG), *settings(model_dir, data_dir, **resumed)])
     if DEEPSPEED.is_dir():
         sharded = {**odd_settings()["row"], **few, "deepspeed": ZERO3, "output_dir": runs / "pair_zero3"}
         commands.append(["train", str(CONFIG), *settings(model_dir, data_dir, **sharded)])
@@ -280,6 +288,14 @@ def assert_equal_runs(together: Path, alone: Path) -> None:
 def test_two_processes_equal_one_in_every_step_of_an_epoch(pairs, normalize):
     assert len(train_lines(pairs / f"odd_{normalize}")) == 6  # 8, 8 and 5 of 21 rows, twice
     assert_equal_runs(pairs / f"pair_{normalize}", pairs / f"odd_{normalize}")
+
+
+def test_a_resumed_run_of_two_processes_ends_bit_identical(pairs):
+    full, resumed = (load_file(pairs / name / "model.safetensors") for name in ("pair_row", "pair_resumed"))
+    assert all(torch.equal(full[name], resumed[name]) for name in full)
+    assert [line["loss"] for line in train_lines(pairs / "pair_resumed")] == [
+        line["loss"] for line in train_lines(pairs / "pair_row")[4:]
+    ]
 
 
 def test_weights_sharded_over_processes_train_as_one_process_does(pairs):
