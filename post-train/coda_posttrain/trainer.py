@@ -273,10 +273,8 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
 
     def _repeated_rows(self, rows_of_last: int) -> int:
         """How many rows of the last global micro-batch were met before in this epoch, given its number of rows."""
-        if not self.accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
-            return 0
-        remainder = len(self.train_dataset) % self.callback_handler.train_dataloader.total_batch_size
-        return rows_of_last - remainder if remainder else 0
+        at_end = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
+        return -len(self.train_dataset) % rows_of_last if at_end and self.args.world_size > 1 else 0
 
     def _weights(self, counted: list[Tensor], levels: list[Tensor], fresh: list[Tensor], num_rows: int) -> list[Tensor]:
         """Weight of each row's summed cross-entropy: 1/t over the denominator of the step, 0 for repeated rows.

@@ -28,10 +28,11 @@ for argv in commands:
     status = main(argv)
     if status:
         sys.exit(status)
-try:
-    main(refused)
-except ValueError as error:
-    pathlib.Path("refused.txt").write_text(str(error))
+for number, argv in enumerate(refused):
+    try:
+        main(argv)
+    except ValueError as error:
+        pathlib.Path(f"refused_{number}.txt").write_text(str(error))
 
 from llamafactory.data.template import TEMPLATES
 from transformers import AutoTokenizer
@@ -135,10 +136,14 @@ def runs(tmp_path_factory, model_dir, data_dir, environment) -> Path:
             f"adapter_name_or_path={out / 'lora'}", f"export_dir={out / 'merged'}",
         ],
     ]  # fmt: skip
+    refused = [
+        make("refused", learning_rat=1),
+        make("refused", accelerator_config="{even_batches: false}", eval_strategy="no", eval_dataset="null"),
+    ]
     merge = {"template": "qwen3_nothink", "finetuning_type": "lora", "infer_dtype": "float32"}
     (out / "merge.yaml").write_text(yaml.safe_dump(merge))
     result = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps([commands, make("refused", learning_rat=1), str(model_dir)])],
+        [sys.executable, "-c", DRIVER, json.dumps([commands, refused, str(model_dir)])],
         env=environment, cwd=out, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
@@ -191,7 +196,11 @@ def test_padding_up_to_cutoff_len_is_learned_with_the_published_tail(runs):
 
 
 def test_host_keys_that_nobody_knows_are_refused(runs):
-    assert "learning_rat" in (runs / "refused.txt").read_text()
+    assert "learning_rat" in (runs / "refused_0.txt").read_text()
+
+
+def test_processes_with_unlike_numbers_of_batches_are_refused(runs):
+    assert "accelerator_config.even_batches=false" in (runs / "refused_1.txt").read_text()
 
 
 def test_template_gives_the_token_ids_of_the_chat_template(runs):
