@@ -6,6 +6,7 @@ loading, LoRA, optimizer, checkpoints) is LLaMA-Factory's. Not here: what is noi
 
 import functools
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,10 @@ def run_training(host: dict[str, Any], diffusion: DiffusionArguments, config: di
     """
     if not torch.accelerator.is_available():
         host = {"use_cpu": True, **host}  # or bf16 and the choice of the backend would fail
+        if host.get("deepspeed") and "LOCAL_RANK" in os.environ:
+            import deepspeed
+
+            deepspeed.init_distributed("gloo")  # accelerate does so for GPUs only; else there seems to be one process
     trainer_class = functools.partial(
         DiffusionTrainer,
         diffusion=diffusion,

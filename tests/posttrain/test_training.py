@@ -60,7 +60,6 @@ dist.destroy_process_group = lambda *group: None  # one group for all runs
 if any("deepspeed=" in word for word in commands[-1]):
     import deepspeed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo alone: the other would be compiled here
-    deepspeed.init_distributed("gloo")
 diffusion.LOSS_CHUNK_ELEMENTS = 264 * 10  # chunks of 10 tokens: the processes have unlike numbers of them
 for argv in commands:
     status = main(argv)
