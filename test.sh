@@ -62,9 +62,21 @@ lint_shell() {
     git ls-files -z --cached --others --exclude-standard -- '*.sh' .ci/run | xargs -0 "$venv/bin/shellcheck" -x
 }
 
+# Beside the environment, not in it: accelerate imports DeepSpeed wherever it is installed, which takes seconds in every
+# process and fails on machines with a GPU but no CUDA compiler. The tests that need it name this folder.
+# shellcheck disable=SC2329 # called through stage
+install_deepspeed() {
+    local version
+    version=$(sed -n 's/^deepspeed==//p' "$repo/constraints.txt")
+    [ -d "$venv/deepspeed/deepspeed-$version.dist-info" ] ||
+        "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check --no-deps --upgrade \
+            --constraint "$repo/constraints.txt" --target "$venv/deepspeed" deepspeed hjson ninja py-cpuinfo
+}
+
 stage environment "${setup[@]}"
 [ "$failed" -eq 0 ] || finish
 if [ "$environment" = tested ]; then
+    stage deepspeed install_deepspeed
     stage "ruff check" "$venv/bin/ruff" check .
     stage "ruff format" "$venv/bin/ruff" format --check .
     stage shellcheck lint_shell

@@ -190,9 +190,9 @@ def chunked_cross_entropy(
     """Weighted sum of the cross-entropies of the labelled rows, without ever holding all their logits.
 
     The head runs on labelled rows only, a chunk at a time, and again in the backward pass. On XLA and under
-    `torch.compile`, where shapes must be static, it runs on all rows with zero weights instead. A module that is
-    called here must cost nothing but its own arithmetic: one that gathers its weights from other processes in each
-    call is called equally often by all of them, with empty chunks for those that have fewer labels.
+    `torch.compile`, where shapes must be static, it runs on all rows with zero weights instead. A module that gathers
+    its weights from other processes in each call is called once, with all labelled rows: the number of chunks differs
+    between processes, which would wait for each other forever.
 
     Args:
         hidden: (B, T, hidden_size), row i being the one that scores `labels[:, i]`.
@@ -220,14 +220,12 @@ def chunked_cross_entropy(
     else:
         rows = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)  # (N,)
         step = max(1, LOSS_CHUNK_ELEMENTS // vocab_size)
-        parts = [
-            x.index_select(0, rows).split(step) for x in (hidden.flatten(0, 1), labels.flatten(), weights.flatten())
-        ]
-        chunks = list(zip(*parts, strict=True))
         if isinstance(head, nn.Module) and _gathers_weights(head):
-            count = torch.tensor(len(chunks), device=hidden.device)
-            dist.all_reduce(count, dist.ReduceOp.MAX)
-            chunks += [tuple(part[0][:0] for part in parts)] * (int(count) - len(chunks))
+            step = max(1, len(rows))
+        parts = (
+            x.index_select(0, rows).split(step) for x in (hidden.flatten(0, 1), labels.flatten(), weights.flatten())
+        )
+        chunks = list(zip(*parts, strict=True))
     # A single chunk fits in memory: recomputing it would cost time and save nothing.
     if len(chunks) == 1 or not torch.is_grad_enabled():
         return sum((chunk_loss(*chunk) for chunk in chunks), start=hidden.new_zeros((), dtype=torch.float32))

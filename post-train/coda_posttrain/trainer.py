@@ -6,6 +6,7 @@ loading, LoRA, optimizer, checkpoints) is LLaMA-Factory's. Not here: what is noi
 
 import functools
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,15 @@ EVAL_T_MIN = 0.001
 TOKEN_ID_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+def _stay_on_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    """The storage itself for a numbered CPU; None hands other devices on to torch's own ways."""
+    return storage if location.startswith("cpu:") else None
+
+
+# Each of several processes on the CPU resumes with the device "cpu:0", to which torch.load cannot restore by itself.
+torch.serialization.register_package(15, lambda storage: None, _stay_on_cpu)
+
+
 def run_training(host: dict[str, Any], diffusion: DiffusionArguments, config: dict[str, Any]) -> None:
     """Train as LLaMA-Factory does, with our trainer.
 
@@ -49,6 +59,10 @@ def run_training(host: dict[str, Any], diffusion: DiffusionArguments, config: di
     """
     if not torch.accelerator.is_available():
         host = {"use_cpu": True, **host}  # or bf16 and the choice of the backend would fail
+        if host.get("deepspeed") and "LOCAL_RANK" in os.environ:
+            import deepspeed
+
+            deepspeed.init_distributed("gloo")  # accelerate does so for GPUs only; else there seems to be one process
     trainer_class = functools.partial(
         DiffusionTrainer,
         diffusion=diffusion,
@@ -135,6 +149,11 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         elif evaluated is not None:
             kwargs["eval_dataset"] = number(evaluated, name="eval_dataset")
         kwargs["data_collator"] = RowCollator(kwargs["data_collator"])
+        if not kwargs["args"].accelerator_config.even_batches:
+            raise ValueError(
+                "accelerator_config.even_batches=false would give some processes fewer batches than others, which "
+                "then wait for each other forever: leave it true; rows that fill the last batches are not counted"
+            )
         super().__init__(**kwargs)
         # The loss of each micro-batch is already its share of the step; without this the Trainer would not divide by
         # the number of micro-batches, which `_weights` multiplies by.
@@ -194,8 +213,8 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
     def _noise_step(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Turn collated micro-batches of one optimizer step into what the model's forward takes."""
         settings, seed, step = self.diffusion, self.args.seed, self.state.global_step
-        epochs_done = self.state.epoch or 0.0
-        epoch, share = int(epochs_done), curriculum.conditioned_share(epochs_done, settings.prompt_annealing_epochs)
+        epoch, epochs_done = self._epochs_done()
+        share = curriculum.conditioned_share(epochs_done, settings.prompt_annealing_epochs)
         tail_tokens = {
             "eos": curriculum.tail_length(seed, step, settings.tail_tokens),
             "pad": self.cutoff_len,
@@ -206,12 +225,13 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         t_min = curriculum.epoch_value(settings.t_min, epoch)
         self.last_curriculum = dict(zip(CURRICULUM_KEYS, (t_min, probability, share), strict=True))
         levels = curriculum.noise_levels("t", seed, step, num_rows, t_min)
-        noised, levels_of = [], []
+        noised, levels_of, fresh_of = [], [], []
         for batch, place in zip(batches, places, strict=True):
             rows = self._rows(batch, tail_tokens)
+            fresh = place < num_rows  # the others fill up the last batches of the epoch
             sample_ids = rows.sample_ids.tolist()
             device, width = rows.input_ids.device, rows.input_ids.shape[1] + max(settings.span_lengths) - 1
-            t = levels[place].to(device)
+            t, fresh = levels[place.clamp(max=num_rows - 1)].to(device), fresh.to(device)
             result = curriculum.noise_rows(
                 rows,
                 t=t,
@@ -222,7 +242,8 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
             )
             noised.append((result, rows.present))
             levels_of.append(t)
-        weights = self._weights([result.counted for result, _ in noised], levels_of, num_rows)
+            fresh_of.append(fresh)
+        weights = self._weights([result.counted for result, _ in noised], levels_of, fresh_of, num_rows)
         return [
             {
                 "input_ids": result.noised_ids,
@@ -233,35 +254,51 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
             for (result, present), weight in zip(noised, weights, strict=True)
         ]
 
-    def _global_places(self, counts: list[int]) -> tuple[list[slice], int]:
+    def _epochs_done(self) -> tuple[int, float]:
+        """The present epoch and the epochs done, counted in optimizer steps: micro-batches do not tell."""
+        batches = len(self.callback_handler.train_dataloader)
+        steps = max(1, -(-batches // self.args.gradient_accumulation_steps))
+        epoch, step = divmod(self.state.global_step, steps)
+        return epoch, epoch + step / steps
+
+    def _global_places(self, counts: list[int]) -> tuple[list[Tensor], int]:
         """Where the rows of each micro-batch lie in the global batch, and its number of rows.
 
-        The order is micro-batch, process, row: the one in which a single process would meet the same rows.
+        The order is micro-batch, process, row: the one in which a single process would meet the same rows. At the end
+        of an epoch processes get rows a second time, which even out their last batches. They come last: their places
+        lie behind the number of rows.
         """
         gathered = torch.tensor([counts], device=self.args.device)
         if self.args.world_size > 1:
             gathered = self.accelerator.gather(gathered)  # (processes, micro-batches)
         in_order = gathered.T.flatten()  # micro-batch by micro-batch
         starts = (in_order.cumsum(0) - in_order).reshape(len(counts), -1)[:, self.args.process_index].tolist()
-        places = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
-        return places, int(gathered.sum())
+        places = [torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        return places, int(gathered.sum()) - self._repeated_rows(int(gathered[:, -1].sum()))
 
-    def _weights(self, counted: list[Tensor], levels: list[Tensor], num_rows: int) -> list[Tensor]:
-        """Weight of each row's summed cross-entropy: 1/t over the denominator of the step.
+    def _repeated_rows(self, rows_of_last: int) -> int:
+        """How many rows of the last global micro-batch were met before in this epoch, given its number of rows."""
+        at_end = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
+        return -len(self.train_dataset) % rows_of_last if at_end and self.args.world_size > 1 else 0
+
+    def _weights(self, counted: list[Tensor], levels: list[Tensor], fresh: list[Tensor], num_rows: int) -> list[Tensor]:
+        """Weight of each row's summed cross-entropy: 1/t over the denominator of the step, 0 for repeated rows.
 
         The Trainer divides by the micro-batches and averages over processes afterwards, so both are multiplied in.
         """
         averaged_over = len(counted) * self.args.world_size
         if self.diffusion.normalize == "row":
-            return [averaged_over / (num_rows * t * n.clamp(min=1)) for n, t in zip(counted, levels, strict=True)]
-        if self.diffusion.normalize == "padded":
-            total = torch.tensor(float(num_rows * self.cutoff_len))
+            weights = [averaged_over / (num_rows * t * n.clamp(min=1)) for n, t in zip(counted, levels, strict=True)]
         else:
-            total = torch.stack([n.sum() for n in counted]).sum()
-            if self.args.world_size > 1:
-                total = self.accelerator.gather(total.reshape(1)).sum()
-            total = total.clamp(min=1)
-        return [averaged_over / (t * total.to(t.device)) for t in levels]
+            if self.diffusion.normalize == "padded":
+                total = torch.tensor(float(num_rows * self.cutoff_len))
+            else:
+                total = torch.stack([(n * f).sum() for n, f in zip(counted, fresh, strict=True)]).sum()
+                if self.args.world_size > 1:
+                    total = self.accelerator.gather(total.reshape(1)).sum()
+                total = total.clamp(min=1)
+            weights = [averaged_over / (t * total.to(t.device)) for t in levels]
+        return [weight * f for weight, f in zip(weights, fresh, strict=True)]
 
     def compute_loss(
         self,

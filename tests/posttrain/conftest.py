@@ -79,8 +79,12 @@ def data_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for name, rows in (("train", toy_rows(64)), ("held_out", toy_rows(12, 64))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    odd = toy_rows(21)  # no multiple of a batch, answers of unlike lengths
+    for n, row in enumerate(odd):
+        row["output"] += "".join(f"\n# {n}" for _ in range(n % 4))
+    (folder / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in odd))
     columns = {"prompt": "instruction", "response": "output"}
-    info = {name: {"file_name": f"{name}.jsonl", "columns": columns} for name in ("train", "held_out")}
+    info = {name: {"file_name": f"{name}.jsonl", "columns": columns} for name in ("train", "held_out", "odd")}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
 

@@ -1,6 +1,7 @@
 """What a run does, observed from outside: one process trains several tiny runs, each test reads one fact."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from coda_posttrain.__main__ import main
+
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "post-train/LLaMA-Factory/examples/train_full/quickstart.yaml"
+ZERO3 = REPO / "post-train/LLaMA-Factory/examples/deepspeed/zero3.json"
+DEEPSPEED = Path(sys.prefix) / "deepspeed"
+"""Where test.sh installs it."""
 DRIVER = """
 import json, pathlib, sys
 from coda_posttrain.__main__ import main
@@ -22,10 +28,11 @@ for argv in commands:
     status = main(argv)
     if status:
         sys.exit(status)
-try:
-    main(refused)
-except ValueError as error:
-    pathlib.Path("refused.txt").write_text(str(error))
+for number, argv in enumerate(refused):
+    try:
+        main(argv)
+    except ValueError as error:
+        pathlib.Path(f"refused_{number}.txt").write_text(str(error))
 
 from llamafactory.data.template import TEMPLATES
 from transformers import AutoTokenizer
@@ -41,6 +48,30 @@ for system in (None, "be brief"):
     trained[str(system)] = [sum((a + b for a, b in pairs), []), expected, pairs[0][0], prompt]
 pathlib.Path("tokens.json").write_text(json.dumps(trained))
 """
+
+PAIR_DRIVER = """
+import json, os, sys
+import torch.distributed as dist
+from coda_posttrain.__main__ import main
+from CoDALanguageModel import diffusion
+commands = json.loads(sys.argv[1])
+dist.init_process_group("gloo")
+dist.destroy_process_group = lambda *group: None  # one group for all runs
+if any("deepspeed=" in word for word in commands[-1]):
+    import deepspeed
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo alone: the other would be compiled here
+diffusion.LOSS_CHUNK_ELEMENTS = 264 * 10  # chunks of 10 tokens: the processes have unlike numbers of them
+for argv in commands:
+    status = main(argv)
+    if status:
+        sys.exit(status)
+"""
+
+
+def odd_settings() -> dict[str, dict]:
+    """Two epochs with a short last step, once for each denominator of the loss."""
+    changes = {"dataset": "odd", "max_steps": -1, "num_train_epochs": 2, "diffusion.prompt_annealing_epochs": 1.5}
+    return {name: {**changes, "diffusion.normalize": name} for name in ("maskable", "row", "padded")}
 
 
 def settings(model_dir, data_dir, **changes) -> list[str]:
@@ -97,16 +128,21 @@ def runs(tmp_path_factory, model_dir, data_dir, environment) -> Path:
                "diffusion.normalize": "padded", "diffusion.overlong": "drop", "cutoff_len": 96,
                "diffusion.span_probability": "[0.25,0.5,0.75]", "diffusion.span_lengths": "[4,8,16,32]"},
         ),
+        *(make(f"odd_{name}", **changes) for name, changes in odd_settings().items()),
         make("lora", **lora),
         [
             "export", str(out / "merge.yaml"), f"model_name_or_path={model_dir}",
             f"adapter_name_or_path={out / 'lora'}", f"export_dir={out / 'merged'}",
         ],
     ]  # fmt: skip
+    refused = [
+        make("refused", learning_rat=1),
+        make("refused", accelerator_config="{even_batches: false}", eval_strategy="no", eval_dataset="null"),
+    ]
     merge = {"template": "qwen3_nothink", "finetuning_type": "lora", "infer_dtype": "float32"}
     (out / "merge.yaml").write_text(yaml.safe_dump(merge))
     result = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps([commands, make("refused", learning_rat=1), str(model_dir)])],
+        [sys.executable, "-c", DRIVER, json.dumps([commands, refused, str(model_dir)])],
         env=environment, cwd=out, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
@@ -159,7 +195,11 @@ def test_padding_up_to_cutoff_len_is_learned_with_the_published_tail(runs):
 
 
 def test_host_keys_that_nobody_knows_are_refused(runs):
-    assert "learning_rat" in (runs / "refused.txt").read_text()
+    assert "learning_rat" in (runs / "refused_0.txt").read_text()
+
+
+def test_processes_with_unlike_numbers_of_batches_are_refused(runs):
+    assert "accelerator_config.even_batches=false" in (runs / "refused_1.txt").read_text()
 
 
 def test_template_gives_the_token_ids_of_the_chat_template(runs):
@@ -214,17 +254,79 @@ def test_checkpoint_loads_elsewhere_with_remote_code(runs, environment, tmp_path
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_two_processes_equal_one(runs, model_dir, data_dir, environment, tmp_path):
-    changes = {"max_steps": 3, "diffusion.span_probability": "[0.5]", "eval_strategy": "steps", "eval_steps": 3}
-    changes |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 5}
+@pytest.fixture(scope="module")
+def pairs(runs, model_dir, data_dir, environment) -> Path:
+    """The runs of ``odd_settings`` again, in two processes, and one with sharded weights."""
+    few = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 5}
+    few |= {"save_strategy": "steps", "save_steps": 2}
+    commands = [
+        ["train", str(CONFIG), *settings(model_dir, data_dir, output_dir=runs / f"pair_{name}", **changes, **few)]
+        for name, changes in odd_settings().items()
+    ]
+    resumed = {
+        **odd_settings()["row"],
+        **few,
+        "resume_from_checkpoint": runs / "pair_row/checkpoint-4",
+        "output_dir": runs / "pair_resumed",
+    }
+    commands.append(["train", str(CONFIG), *settings(model_dir, data_dir, **resumed)])
+    if DEEPSPEED.is_dir():
+        sharded = {**odd_settings()["row"], **few, "deepspeed": ZERO3, "output_dir": runs / "pair_zero3"}
+        commands.append(["train", str(CONFIG), *settings(model_dir, data_dir, **sharded)])
+    (runs / "pairs.py").write_text(PAIR_DRIVER)
+    path = os.pathsep.join([environment["PYTHONPATH"], str(DEEPSPEED)])
     result = subprocess.run(
-        [sys.executable, "-m", "coda_posttrain", "train", str(CONFIG),
-         *settings(model_dir, data_dir, output_dir=tmp_path, **changes)],
-        env={**environment, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"},
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "pairs.py",
+         json.dumps(commands)],
+        env={**environment, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"},
+        cwd=runs, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    together, alone = train_lines(tmp_path), train_lines(runs / "batch_1x8")
-    for key in ("loss", "grad_norm"):
-        assert [line[key] for line in together] == pytest.approx([line[key] for line in alone], rel=1e-4)
-    assert eval_losses(tmp_path) == pytest.approx(eval_losses(runs / "batch_1x8"), rel=1e-4)
+    return runs
+
+
+def assert_equal_runs(together: Path, alone: Path) -> None:
+    for key in ("step", "loss", "grad_norm", "conditioned_share"):
+        want, got = ([line[key] for line in train_lines(folder)] for folder in (alone, together))
+        assert got == pytest.approx(want, rel=1e-4), key
+    assert eval_losses(together) == pytest.approx(eval_losses(alone), rel=1e-4)
+
+
+@pytest.mark.parametrize("normalize", ["maskable", "row", "padded"])
+def test_two_processes_equal_one_in_every_step_of_an_epoch(pairs, normalize):
+    assert len(train_lines(pairs / f"odd_{normalize}")) == 6  # 8, 8 and 5 of 21 rows, twice
+    assert_equal_runs(pairs / f"pair_{normalize}", pairs / f"odd_{normalize}")
+
+
+def test_a_resumed_run_of_two_processes_ends_bit_identical(pairs):
+    full, resumed = (load_file(pairs / name / "model.safetensors") for name in ("pair_row", "pair_resumed"))
+    assert all(torch.equal(full[name], resumed[name]) for name in full)
+    assert [line["loss"] for line in train_lines(pairs / "pair_resumed")] == [
+        line["loss"] for line in train_lines(pairs / "pair_row")[4:]
+    ]
+
+
+def test_weights_sharded_over_processes_train_as_one_process_does(pairs):
+    if not DEEPSPEED.is_dir():
+        pytest.skip(f"no DeepSpeed in {DEEPSPEED}: test.sh installs it")
+    assert_equal_runs(pairs / "pair_zero3", pairs / "odd_row")
+
+
+def test_the_conditioned_share_follows_optimizer_steps(pairs):
+    for name in ("odd_row", "pair_row"):
+        shares = [line["conditioned_share"] for line in train_lines(pairs / name)]
+        assert shares == pytest.approx([step / 3 / 1.5 for step in range(5)] + [1.0])
+
+
+def test_several_processes_are_started_with_the_same_command(model_dir, data_dir, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(
+        "coda_posttrain.__main__.subprocess.run",
+        lambda command, check: commands.append(command) or subprocess.CompletedProcess(command, 3),
+    )
+    for name, value in (("FORCE_TORCHRUN", "1"), ("NPROC_PER_NODE", "2"), ("MASTER_PORT", "29555")):
+        monkeypatch.setenv(name, value)
+    argv = [str(CONFIG), *settings(model_dir, data_dir, output_dir=tmp_path)]
+    assert main(["train", *argv]) == 3
+    assert commands[0][1:4] == ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+    assert commands[0][-len(argv) - 3 :] == ["-m", "coda_posttrain", "train", *argv]
