@@ -6,6 +6,7 @@ would silently change the objective. It imports neither torch nor transformers, 
 
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,16 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .records import MALFORMED, Layout, data_files, parse_record, read_records, refuse_malformed
+
 TAILS = ("eos", "pad", "none")
 NORMALIZERS = ("maskable", "row", "padded")
 OVERLONG = ("cut", "drop")
 DEFAULT_TEMPLATE = "qwen3_nothink"
 DEFAULT_DATASET_DIR = Path(__file__).resolve().parents[1] / "LLaMA-Factory" / "data"
 MODEL_TYPE = "CoDA"
+LOOKED_AT = 1000
+"""Records of each data set that are checked before anything is loaded; all are when the data is read."""
 
 _OWN_LOSS = "the loss is the masked-diffusion cross-entropy; a causal-language-model loss cannot replace it"
 _PACKED = "rows packed together would share one noise level, one conditioned span and one tail; set it to false"
@@ -233,23 +238,29 @@ def check_datasets(host: Mapping[str, Any]) -> None:
 
 
 def _check_local_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
-    """Check the file of a data set entry and, in a JSONL file, that its first row has the columns it names."""
-    if "file_name" not in entry:
+    """Check the entry of a data set and, where it names local JSON files, their first records."""
+    layout = Layout.of(name, entry)
+    if "file_name" not in entry or any(f"{hub}_hub_url" in entry for hub in ("hf", "ms", "om")):
         return
-    path = folder / entry["file_name"]
-    if not path.exists():
-        raise ValueError(f"dataset {name!r}: file not found: {path.absolute()}")
-    if path.suffix != ".jsonl" or entry.get("formatting", "alpaca") != "alpaca":
+    kind, files = data_files(folder / entry["file_name"], name)
+    if kind != "json":
         return
-    with path.open(encoding="utf-8") as file:
-        first = next((line for line in file if line.strip()), None)
-    if first is None:
-        raise ValueError(f"dataset {name!r}: {path.absolute()} is empty")
-    row = json.loads(first)
-    columns = entry.get("columns", {"prompt": "instruction", "query": "input", "response": "output"})
-    missing = [column for column in columns.values() if column not in row]
+    num_records, problems = 0, []
+    columns: set[str] = set()
+    for place, text, problem in itertools.islice(itertools.chain.from_iterable(map(read_records, files)), LOOKED_AT):
+        num_records += 1
+        fate = parse_record(layout, text, problem)["fate"]
+        if fate.startswith(MALFORMED):
+            problems.append((place, fate))
+        else:
+            columns |= json.loads(text).keys()
+    if not num_records:
+        raise ValueError(f"dataset {name!r}: {', '.join(str(file.absolute()) for file in files)} is empty")
+    refuse_malformed(name, num_records, problems)
+    named = entry.get("columns") or {}
+    missing = [f"{key}={column!r}" for key, column in named.items() if column is not None and column not in columns]
     if missing:
         raise ValueError(
-            f"dataset {name!r}: {path.absolute()} has no column {', '.join(map(repr, missing))} "
-            f"(it has {', '.join(map(repr, row))}); name them under 'columns' in dataset_info.json"
+            f"dataset {name!r}: no record has the columns {', '.join(missing)} of dataset_info.json "
+            f"(they have {', '.join(map(repr, sorted(columns)))})"
         )

@@ -4,15 +4,18 @@ One class and the function that runs it. Everything else of a run (arguments, te
 loading, LoRA, optimizer, checkpoints) is LLaMA-Factory's. Not here: what is noised and when (``curriculum``).
 """
 
+import contextlib
 import functools
 import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
+from llamafactory.data import loader
 from llamafactory.train import tuner
 from llamafactory.train.sft import workflow
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
@@ -27,6 +30,7 @@ from . import curriculum
 from .arguments import DiffusionArguments
 from .batches import EpochOrder, NumberedRows, RowCollator
 from .metrics import CURRICULUM_KEYS, MetricsLog
+from .rows import RowProcessor, align, load_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +60,15 @@ def run_training(host: dict[str, Any], diffusion: DiffusionArguments, config: di
         cutoff_len=host.get("cutoff_len", 2048),
         run_config=config,
     )
-    original = workflow.CustomSeq2SeqTrainer
-    workflow.CustomSeq2SeqTrainer = trainer_class  # the one name that is replaced in LLaMA-Factory
-    try:
+    with contextlib.ExitStack() as replaced:  # the names that are replaced in LLaMA-Factory
+        for module, name, ours in (
+            (workflow, "CustomSeq2SeqTrainer", trainer_class),
+            (loader, "SupervisedDatasetProcessor", functools.partial(RowProcessor, overlong=diffusion.overlong)),
+            (loader, "_load_single_dataset", load_conversations),
+            (loader, "align_dataset", align),
+        ):
+            replaced.enter_context(mock.patch.object(module, name, ours))
         tuner.run_exp(args=host, callbacks=[MetricsLog()])
-    finally:
-        workflow.CustomSeq2SeqTrainer = original
 
 
 def run_export(host: dict[str, Any]) -> None:
@@ -121,12 +128,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         self.tail_token_id = tokenizer.pad_token_id if diffusion.tail == "pad" else tokenizer.eos_token_id
         # The Trainer overwrites these with the tokenizer's, which has one end token where the model may have several.
         self.model_token_ids = {name: getattr(model_config, name, None) for name in TOKEN_ID_NAMES}
-        number = functools.partial(
-            NumberedRows,
-            eos_token_id=tokenizer.eos_token_id,
-            cutoff_len=cutoff_len,
-            drop_cut=diffusion.overlong == "drop",
-        )
+        number = functools.partial(NumberedRows, cutoff_len=cutoff_len)
         if kwargs.get("train_dataset") is not None:
             kwargs["train_dataset"] = number(kwargs["train_dataset"], name="dataset")
         evaluated = kwargs.get("eval_dataset")

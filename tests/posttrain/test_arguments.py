@@ -130,7 +130,7 @@ def test_dataset_errors_name_file_and_key(tmp_path):
     with pytest.raises(ValueError, match="'train': .*is empty"):
         check_datasets({**host, "dataset": "train"})
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "output": "b"}\n')
-    with pytest.raises(ValueError, match="has no column 'instruction', 'input'"):
+    with pytest.raises(ValueError, match="train.jsonl:1: no key 'instruction' .it has 'prompt', 'output'"):
         check_datasets({**host, "dataset": "train"})
     (tmp_path / "train.jsonl").unlink()
     with pytest.raises(ValueError, match="file not found"):
