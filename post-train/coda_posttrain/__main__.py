@@ -15,8 +15,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from .arguments import check_datasets, check_model_folder, load_config, split_config
+from .arguments import check_datasets, check_model_folder, load_config, run_parts, split_config
+from .checkpoints import is_finished, refuse_other_run, resolve_start
+from .records import DataError
 
 logger = logging.getLogger("coda_posttrain")
 
@@ -42,6 +45,13 @@ def _train(argv: list[str]) -> int:
         check_datasets(host)
         if not host.get("output_dir"):
             raise ValueError("output_dir is required: the folder for checkpoints and the trained model")
+        parts = run_parts(host, diffusion) if host.get("do_train") and os.environ.get("RANK", "0") == "0" else {}
+        if parts and not host.get("overwrite_output_dir") and is_finished(Path(host["output_dir"]), parts, config):
+            logger.info("this run has already finished in %s; overwrite_output_dir=true repeats it", host["output_dir"])
+            return 0
+        host = resolve_start(host)
+        if parts and host.get("resume_from_checkpoint"):
+            refuse_other_run(Path(host["resume_from_checkpoint"]), parts, diffusion.accept_changes)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,7 +61,11 @@ def _train(argv: list[str]) -> int:
         logger.info("settings: %s", json.dumps(config))
     from .trainer import run_training  # LLaMA-Factory takes seconds to import: settings are checked first
 
-    run_training(host, diffusion, config)
+    try:
+        run_training(host, diffusion, config, parts)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

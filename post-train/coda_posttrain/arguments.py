@@ -9,6 +9,7 @@ import difflib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,34 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .checkpoints import file_identity, folder_identity
 from .records import MALFORMED, Layout, data_files, parse_record, read_records, refuse_malformed
 
 TAILS = ("eos", "pad", "none")
 NORMALIZERS = ("maskable", "row", "padded")
 OVERLONG = ("cut", "drop")
+SAVE_DTYPES = ("source", "float32", "bfloat16")
+SWITCHES = ("accept_changes",)
 DEFAULT_TEMPLATE = "qwen3_nothink"
 DEFAULT_DATASET_DIR = Path(__file__).resolve().parents[1] / "LLaMA-Factory" / "data"
 MODEL_TYPE = "CoDA"
+DEFAULTS: dict[str, Any] = {
+    "template": DEFAULT_TEMPLATE,
+    "dataset_dir": str(DEFAULT_DATASET_DIR),
+    "include_num_input_tokens_seen": "non_padding",
+    "save_total_limit": 2,  # a checkpoint holds weights and optimizer: 12 bytes for each parameter
+    "ddp_timeout": 21_600,  # seconds that the other processes wait while the first one tokenises the data
+    "disable_tqdm": not sys.stderr.isatty(),  # a bar redrawn into a file floods the log
+}
+"""What stands in for LLaMA-Factory's own defaults."""
+
+IDENTITY = (
+    "cutoff_len", "template", "mask_history", "max_samples", "val_size", "mix_strategy", "default_system",
+    "tool_format", "enable_thinking", "seed", "data_seed", "disable_shuffling", "train_sampling_strategy",
+    "finetuning_type", "lora_rank", "lora_target", "dataset", "eval_dataset",
+)  # fmt: skip
+"""LLaMA-Factory settings that decide what is learned, or fit the tensors of a checkpoint."""
+
 LOOKED_AT = 1000
 """Records of each data set that are checked before anything is loaded; all are when the data is read."""
 
@@ -81,10 +102,16 @@ class DiffusionArguments:
     """What the summed loss is divided by: ``maskable`` tokens, ``row`` means, ``padded`` batch size (published)."""
 
     overlong: str = "cut"
-    """Rows longer than cutoff_len: ``cut`` them there (their end is lost), or ``drop`` them (published)."""
+    """Rows longer than cutoff_len: ``cut`` oldest turns and the answer's end, or ``drop`` them (published)."""
 
     eval_seed: int = 0
     """Seed of the fixed noise of the evaluation loss; independent of ``seed``, so that runs can be compared."""
+
+    save_dtype: str = "source"
+    """Precision of the trained model's weights: that of the ``source``, ``float32`` or ``bfloat16``."""
+
+    accept_changes: bool = False
+    """Continue from a checkpoint of other data, another model or other settings of the objective."""
 
     def __post_init__(self) -> None:
         """Check every value; lists may be given as scalars."""
@@ -98,9 +125,14 @@ class DiffusionArguments:
         _check_numbers("prompt_annealing_epochs", (self.prompt_annealing_epochs,), "a number >= 0", lambda v: v >= 0)
         _check_numbers("tail_tokens", (self.tail_tokens,), "a whole number >= 0", lambda v: v >= 0, whole=True)
         _check_numbers("eval_seed", (self.eval_seed,), "a whole number >= 0", lambda v: v >= 0, whole=True)
-        for name, allowed in (("tail", TAILS), ("normalize", NORMALIZERS), ("overlong", OVERLONG)):
+        for name, allowed in (
+            ("tail", TAILS), ("normalize", NORMALIZERS), ("overlong", OVERLONG), ("save_dtype", SAVE_DTYPES),
+        ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"diffusion.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"diffusion.{name} must be true or false, got {getattr(self, name)!r}")
 
 
 def _check_numbers(name: str, values: Sequence[Any], allowed: str, holds: Any, whole: bool = False) -> None:
@@ -180,9 +212,8 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionAr
     if stage not in ("sft", "ddm-sft"):
         raise ValueError(f"stage must be sft, got {stage!r}")
     host["stage"] = "sft"
-    host.setdefault("template", DEFAULT_TEMPLATE)
-    host.setdefault("dataset_dir", str(DEFAULT_DATASET_DIR))
-    host.setdefault("include_num_input_tokens_seen", "non_padding")
+    for key, value in DEFAULTS.items():
+        host.setdefault(key, value)
     for key in ("eval_strategy", "save_strategy", "logging_strategy"):
         if host.get(key) is False:  # YAML reads a bare `no` as false
             host[key] = "no"
@@ -224,23 +255,69 @@ def check_datasets(host: Mapping[str, Any]) -> None:
     folder = str(host["dataset_dir"])
     if folder == "ONLINE" or folder.startswith("REMOTE:"):
         return
-    info_file = Path(folder) / "dataset_info.json"
-    if not info_file.is_file():
-        raise ValueError(f"dataset_dir={folder!r}: {info_file.absolute()} not found")
-    info = json.loads(info_file.read_text())
+    info = _dataset_info(Path(folder))
     for key in ("dataset", "eval_dataset"):
-        for name in filter(None, (part.strip() for part in str(host.get(key) or "").split(","))):
+        for name in _names(host, key):
             if name not in info:
                 near = difflib.get_close_matches(name, info, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{key}: {name!r} is not in {info_file}{hint} (known: {', '.join(info)})")
+                file = Path(folder) / "dataset_info.json"
+                raise ValueError(f"{key}: {name!r} is not in {file}{hint} (known: {', '.join(info)})")
             _check_local_file(Path(folder), name, info[name])
+
+
+def run_parts(host: Mapping[str, Any], diffusion: DiffusionArguments) -> dict[str, Any]:
+    """What a run is made of: its model, its data by content, and the settings that decide what is learned.
+
+    A run continues from a checkpoint only where these are the same.
+    """
+    parts: dict[str, Any] = {key: host.get(key) for key in IDENTITY}
+    for field in dataclasses.fields(diffusion):
+        if field.name not in ("eval_seed", "save_dtype", *SWITCHES):
+            parts[f"diffusion.{field.name}"] = getattr(diffusion, field.name)
+    model = Path(host["model_name_or_path"])
+    parts["model"] = folder_identity(model) if model.is_dir() else str(model)
+    folder = str(host["dataset_dir"])
+    if folder == "ONLINE" or folder.startswith("REMOTE:"):
+        return parts
+    info = _dataset_info(Path(folder))
+    for name in dict.fromkeys(_names(host, "dataset") + _names(host, "eval_dataset")):
+        files = []
+        if _is_local(info[name]):
+            _, paths = data_files(Path(folder) / info[name]["file_name"], name)
+            files = [[path.name, file_identity(path, whole=True)] for path in paths]
+        parts[f"data {name}"] = [{k: v for k, v in info[name].items() if k != "file_name"}, files]
+    return parts
+
+
+def _dataset_info(folder: Path) -> dict[str, Any]:
+    file = folder / "dataset_info.json"
+    if not file.is_file():
+        raise ValueError(f"dataset_dir={str(folder)!r}: {file.absolute()} not found")
+    try:
+        info = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{file.absolute()} cannot be read: {error}") from error
+    if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
+        raise ValueError(f"{file.absolute()} must hold one object for each data set, by its name")
+    return info
+
+
+def _names(host: Mapping[str, Any], key: str) -> list[str]:
+    """Names of data sets in a setting: a list, or text with commas."""
+    value = host.get(key) or ""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _is_local(entry: Mapping[str, Any]) -> bool:
+    return "file_name" in entry and not any(f"{hub}_hub_url" in entry for hub in ("hf", "ms", "om"))
 
 
 def _check_local_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
     """Check the entry of a data set and, where it names local JSON files, their first records."""
     layout = Layout.of(name, entry)
-    if "file_name" not in entry or any(f"{hub}_hub_url" in entry for hub in ("hf", "ms", "om")):
+    if not _is_local(entry):
         return
     kind, files = data_files(folder / entry["file_name"], name)
     if kind != "json":
