@@ -17,7 +17,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import check_datasets, check_model_folder, load_config, run_parts, split_config
+from .arguments import (
+    check_datasets,
+    check_export,
+    check_host_keys,
+    check_model_folder,
+    load_config,
+    run_parts,
+    split_config,
+)
 from .checkpoints import is_finished, refuse_other_run, resolve_start
 from .records import DataError
 
@@ -41,6 +49,7 @@ def _train(argv: list[str]) -> int:
     try:
         config = load_config(argv[0], argv[1:])
         host, diffusion = split_config(config)
+        check_host_keys(host)
         check_model_folder(host)
         check_datasets(host)
         if not host.get("output_dir"):
@@ -72,9 +81,9 @@ def _train(argv: list[str]) -> int:
 def _export(argv: list[str]) -> int:
     try:
         host = load_config(argv[0], argv[1:])
+        check_host_keys(host)
         check_model_folder(host)
-        if not host.get("export_dir"):
-            raise ValueError("export_dir is required: the folder for the merged model")
+        check_export(host)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

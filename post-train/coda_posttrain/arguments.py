@@ -4,8 +4,10 @@ Everything outside ``diffusion:`` is LLaMA-Factory's and is checked by LLaMA-Fac
 would silently change the objective. It imports neither torch nor transformers, so a misspelt key fails at once.
 """
 
+import ast
 import dataclasses
 import difflib
+import importlib.util
 import itertools
 import json
 import os
@@ -30,6 +32,9 @@ SWITCHES = ("accept_changes",)
 DEFAULT_TEMPLATE = "qwen3_nothink"
 DEFAULT_DATASET_DIR = Path(__file__).resolve().parents[1] / "LLaMA-Factory" / "data"
 MODEL_TYPE = "CoDA"
+CUTOFF_LEN = 2048
+"""LLaMA-Factory's default for ``cutoff_len``, in tokens."""
+
 DEFAULTS: dict[str, Any] = {
     "template": DEFAULT_TEMPLATE,
     "dataset_dir": str(DEFAULT_DATASET_DIR),
@@ -47,6 +52,12 @@ IDENTITY = (
 )  # fmt: skip
 """LLaMA-Factory settings that decide what is learned, or fit the tensors of a checkpoint."""
 
+PATHS = (
+    "model_name_or_path", "adapter_name_or_path", "dataset_dir", "output_dir", "export_dir", "cache_dir", "media_dir",
+    "logging_dir", "resume_from_checkpoint", "deepspeed",
+)  # fmt: skip
+"""Settings whose value on the command line is text, whatever it looks like."""
+
 LOOKED_AT = 1000
 """Records of each data set that are checked before anything is loaded; all are when the data is read."""
 
@@ -54,6 +65,7 @@ _OWN_LOSS = "the loss is the masked-diffusion cross-entropy; a causal-language-m
 _PACKED = "rows packed together would share one noise level, one conditioned span and one tail; set it to false"
 _GENERATES = "evaluate generations with coda_eval; the evaluation here is the masked-diffusion loss"
 _OTHER_MODEL = "it replaces parts of causal models that CoDA does not have"
+_VOCABULARY = "the vocabulary, with the mask token, belongs to the model; convert with save_hf_model.py to change it"
 INCOMPATIBLE: dict[str, str] = {
     "use_dft_loss": _OWN_LOSS,
     "use_eaft_loss": _OWN_LOSS,
@@ -68,6 +80,15 @@ INCOMPATIBLE: dict[str, str] = {
     "train_on_prompt": "the prompt could no longer be told from the answer; use diffusion.prompt_annealing_epochs",
     "use_unsloth": _OTHER_MODEL,
     "enable_liger_kernel": _OTHER_MODEL,
+    "use_liger_kernel": _OTHER_MODEL,
+    "resize_vocab": _VOCABULARY,
+    "add_tokens": _VOCABULARY,
+    "add_special_tokens": _VOCABULARY,
+    "new_special_tokens_config": _VOCABULARY,
+    "split_special_tokens": "control tokens in texts are always read as text, and those of the template never",
+    "train_from_scratch": "fine-tuning starts from trained weights; train new ones with coda_pretrain",
+    "auto_find_batch_size": "the batch decides the noise and the order of the rows; give a batch that fits",
+    "tokenized_path": "rows are cached by what they are made of; a saved copy would be used whatever has changed since",
     "shift_attn": _OTHER_MODEL,
     "mixture_of_depths": _OTHER_MODEL,
     "use_hyper_parallel": _OTHER_MODEL,
@@ -161,6 +182,12 @@ def parse_diffusion(section: Mapping[str, Any] | None) -> DiffusionArguments:
     return DiffusionArguments(**section)
 
 
+def _literal(overrides: Sequence[str]) -> dict[str, str | None]:
+    """Overrides that are paths, as they stand: a path may hold commas, brackets, quotes or be a number."""
+    pairs = (override.split("=", 1) for override in overrides)
+    return {key: None if value == "null" else value for key, value in pairs if key in PATHS}
+
+
 def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file and put ``key=value`` overrides over it (``diffusion.t_min=0.01`` reaches into a section).
 
@@ -179,10 +206,35 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         loaded = OmegaConf.load(file)
         if not isinstance(loaded, DictConfig):
             raise ValueError("it must hold key: value lines")
-        config = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_cli(list(overrides))), resolve=True)
+        parsed = OmegaConf.from_cli([override for override in overrides if override.split("=", 1)[0] not in PATHS])
+        config = OmegaConf.to_container(OmegaConf.merge(loaded, parsed), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         raise ValueError(f"cannot read {path} with overrides {list(overrides)}: {error}") from error
-    return config
+    return {**config, **_literal(overrides)}
+
+
+def check_host_keys(host: Mapping[str, Any]) -> None:
+    """Refuse keys that LLaMA-Factory does not have, before its seconds of imports.
+
+    Its fields are read from the source text of the installed packages, so they are those of its version.
+
+    Raises:
+        ValueError: an unknown key, with the nearest known one, or LLaMA-Factory is not installed.
+    """
+    known: set[str] = set()
+    for package, pattern in (("llamafactory", "hparams/*.py"), ("transformers", "training_args*.py")):
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"{package} is not installed for {sys.executable}; run: bash setup_env.sh")
+        for file in Path(spec.submodule_search_locations[0]).glob(pattern):
+            classes = (node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef))
+            fields = (node for part in classes for node in part.body if isinstance(node, ast.AnnAssign))
+            known |= {field.target.id for field in fields if isinstance(field.target, ast.Name)}
+    for key in host:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else " (diffusion settings go into the diffusion section)"
+            raise ValueError(f"unknown key {key!r}: LLaMA-Factory has no such setting{hint}")
 
 
 def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionArguments]:
@@ -203,6 +255,14 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionAr
     for key, reason in INCOMPATIBLE.items():
         if host.get(key):
             raise ValueError(f"{key}={host[key]!r} is not supported for masked diffusion: {reason}")
+    for key in PATHS:
+        if host.get(key) is not None and not isinstance(host[key], str):
+            raise ValueError(f"{key} must be text, got {host[key]!r}; put it in quotes")
+    if host.get("push_to_hub") and host.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
+        raise ValueError(
+            f"hub_strategy={host['hub_strategy']!r} is not supported: a checkpoint gets its name only when it is "
+            "whole; use every_save or end"
+        )
     if host.get("ignore_pad_token_for_loss") is False:
         raise ValueError("ignore_pad_token_for_loss=False is not supported: to learn padding set diffusion.tail=pad")
     for variable in ("ALLOW_EXTRA_ARGS", "USE_MCA", "USE_RAY", "USE_V1"):
@@ -236,12 +296,53 @@ def check_model_folder(host: Mapping[str, Any]) -> None:
     if looks_local and not (folder / "config.json").is_file():
         raise ValueError(f"model_name_or_path: no config.json in {folder.absolute()}")
     if looks_local:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        try:
+            model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"model_name_or_path: {folder / 'config.json'} cannot be read: {error}") from error
+        model_type = model_config.get("model_type")
         if model_type != MODEL_TYPE:
             raise ValueError(
                 f"model_name_or_path={name!r} is a {model_type!r} model, not a {MODEL_TYPE!r} one: "
                 "convert it with save_hf_model.py first"
             )
+        check_length(host.get("cutoff_len", CUTOFF_LEN), model_config.get("max_position_embeddings"))
+
+
+def check_length(cutoff_len: Any, context: int | None) -> None:
+    """Refuse rows that are longer than the model can read.
+
+    Raises:
+        ValueError: ``cutoff_len`` is no positive whole number or above the model's context, in tokens.
+    """
+    if isinstance(cutoff_len, bool) or not isinstance(cutoff_len, int) or cutoff_len < 1:
+        raise ValueError(f"cutoff_len must be a whole number >= 1, got {cutoff_len!r}")
+    if context is not None and cutoff_len > context:
+        raise ValueError(f"cutoff_len must be at most the model's max_position_embeddings={context}, got {cutoff_len}")
+
+
+def check_export(host: Mapping[str, Any]) -> None:
+    """Refuse an export that has nothing to merge, or nowhere to go.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if not host.get("adapter_name_or_path"):
+        raise ValueError(
+            "adapter_name_or_path is required: export merges a LoRA adapter; the folder of a full fine-tuning is "
+            "a model already"
+        )
+    if host.get("finetuning_type", "lora") != "lora":
+        raise ValueError(f"finetuning_type must be lora to merge an adapter, got {host['finetuning_type']!r}")
+    for adapter in str(host["adapter_name_or_path"]).split(","):
+        folder = Path(adapter.strip())
+        if (folder.is_absolute() or folder.exists()) and not (folder / "adapter_config.json").is_file():
+            raise ValueError(f"adapter_name_or_path: no adapter_config.json in {folder.absolute()}")
+    if not host.get("export_dir"):
+        raise ValueError("export_dir is required: the folder for the merged model")
+    for key in ("model_name_or_path", "adapter_name_or_path"):
+        if Path(host["export_dir"]).resolve() == Path(host[key]).resolve():
+            raise ValueError(f"export_dir={host['export_dir']!r} is {key} itself; choose another folder")
 
 
 def check_datasets(host: Mapping[str, Any]) -> None:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import datasets
 import torch
+import transformers
 import yaml
 from llamafactory.data import loader
 from llamafactory.train import tuner
@@ -29,7 +31,7 @@ from transformers.utils import cached_file
 from CoDALanguageModel import CoDAConfig  # also registers the model: its code here wins over a checkpoint's copy
 
 from . import curriculum
-from .arguments import DiffusionArguments
+from .arguments import CUTOFF_LEN, DiffusionArguments, check_length
 from .batches import EpochOrder, NumberedRows, RowCollator
 from .checkpoints import (
     FINISHED,
@@ -68,11 +70,14 @@ def run_training(
     """
     if not torch.accelerator.is_available():
         host = {"use_cpu": True, **host}  # or bf16 and the choice of the backend would fail
+    if host["disable_tqdm"]:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     trainer_class = functools.partial(
         DiffusionTrainer,
         diffusion=diffusion,
         source=host["model_name_or_path"],
-        cutoff_len=host.get("cutoff_len", 2048),
+        cutoff_len=host.get("cutoff_len", CUTOFF_LEN),
         run_config=config,
         run_parts=parts,
     )
@@ -94,8 +99,12 @@ def run_training(
 
 def run_export(host: dict[str, Any]) -> None:
     """Merge a LoRA adapter into its base model and write a folder that loads by itself."""
-    tuner.export_model(host)
-    restore_generation_config(host["model_name_or_path"], Path(host["export_dir"]))
+    source, folder = host["model_name_or_path"], Path(host["export_dir"])
+    litter = [folder / name for name in ("Modelfile",) if not (folder / name).exists()]
+    tuner.export_model({**host, "infer_dtype": host.get("infer_dtype") or source_dtype(source)})
+    restore_generation_config(source, folder)
+    for file in litter:  # instructions for a runtime that cannot run this model
+        file.unlink(missing_ok=True)
 
 
 def restore_generation_config(source: str, folder: Path) -> None:
@@ -143,6 +152,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
     ) -> None:
         model_config, tokenizer = kwargs["model"].config, kwargs["tokenizer"]
         check_model(model_config, tokenizer, source)
+        check_length(cutoff_len, getattr(model_config, "max_position_embeddings", None))
         self.diffusion = diffusion
         self.source = source
         self.cutoff_len = cutoff_len

@@ -22,10 +22,7 @@ for argv in commands:
     status = main(argv)
     if status:
         sys.exit(status)
-try:
-    main(refused)
-except ValueError as error:
-    pathlib.Path("refused.txt").write_text(str(error))
+assert main(refused) == 2  # settings of LLaMA-Factory that nobody knows
 
 from llamafactory.data.template import TEMPLATES
 from transformers import AutoTokenizer
@@ -156,10 +153,6 @@ def test_curriculum_follows_the_epochs(runs):
 def test_padding_up_to_cutoff_len_is_learned_with_the_published_tail(runs):
     lines = train_lines(runs / "annealed")
     assert lines[0]["tokens"] == 8 * 96
-
-
-def test_host_keys_that_nobody_knows_are_refused(runs):
-    assert "learning_rat" in (runs / "refused.txt").read_text()
 
 
 def test_template_gives_the_token_ids_of_the_chat_template(runs):
