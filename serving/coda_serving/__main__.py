@@ -54,7 +54,14 @@ def serve(settings: ServerSettings) -> None:
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens,
     )
-    engine = Engine(sampler, prompting.decode, scheduler, batch_wait_s=settings.batch_wait_ms / 1000, metrics=metrics)
+    engine = Engine(
+        sampler,
+        prompting.decode,
+        scheduler,
+        batch_wait_s=settings.batch_wait_ms / 1000,
+        step_timeout_s=settings.step_timeout_s,
+        metrics=metrics,
+    )
     app = build_app(Service(settings=settings, engine=engine, encoder=prompting, limits=sampler, metrics=metrics))
     config = uvicorn.Config(
         app, log_config=None, log_level=settings.log_level, timeout_graceful_shutdown=settings.drain_timeout_s

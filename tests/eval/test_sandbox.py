@@ -21,7 +21,14 @@ AVAILABLE = [level for level in LEVELS if works(level)]
 ISOLATED = [level for level in AVAILABLE if level != "rlimits"]
 TESTS = "assert f(2) == 4"
 
+MARK = f"333{os.getpid()}".encode()
+
 HOSTILE = {
+    "another program that lives on": (
+        "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        f"        os.execve('/bin/sleep', ['sleep', '{MARK.decode()}'], {{}})\n    os._exit(0)\nraise ValueError",
+        "failed",
+    ),
     "wrong answer": ("def f(x): return 5", "failed"),
     "syntax error": ("def f(x): return (", "failed"),
     "sys.exit(0)": ("import sys; sys.exit(0)", "exited"),
@@ -68,7 +75,7 @@ def test_hostile_programs_fail_and_leave_nothing_behind(level):
     verdicts = dict(zip(HOSTILE, run_programs(programs, level=level), strict=True))
     assert not any(verdict.passed for verdict in verdicts.values()), verdicts
     for name, (_, status) in HOSTILE.items():
-        assert verdicts[name].isolation == level
+        assert verdicts[name].isolation == sandbox.isolation_label(level)
         if status is not None:
             assert verdicts[name].status == status, (name, verdicts[name])
         assert verdicts[name].seconds < 4, (name, verdicts[name])
@@ -83,7 +90,8 @@ def leftovers() -> list[str]:
     for entry in Path("/proc").iterdir():
         try:
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            if b"CODA_EVAL_SANDBOX_ID=" in (entry / "environ").read_bytes() and state not in "ZX":
+            ours = f"CODA_EVAL_PID={os.getpid()}\0".encode() in (entry / "environ").read_bytes()
+            if (ours or MARK in (entry / "cmdline").read_bytes()) and state not in "ZX":
                 found.append(entry.name)
         except OSError:
             continue
@@ -174,19 +182,93 @@ def test_auto_takes_the_best_level():
     assert isolation_level("auto") == AVAILABLE[0]
 
 
-def test_weak_isolation_is_announced(monkeypatch, caplog):
-    monkeypatch.setattr(sandbox, "_probe", lambda level: level == "rlimits")
-    assert isolation_level("auto") == "rlimits"
-    assert "resource limits only" in caplog.text
+def test_auto_never_takes_a_level_that_does_not_isolate(monkeypatch):
+    monkeypatch.setattr(sandbox._probe, "reasons", {"bubblewrap": "no bwrap", "unshare": "EPERM", "rlimits": ""})
+    with pytest.raises(
+        ValueError, match=r"\(bubblewrap: no bwrap; unshare: EPERM\).* ask for the level rlimits by name"
+    ):
+        isolation_level("auto")
+    assert isolation_level("rlimits") == "rlimits"
+    assert sandbox.isolation_label("rlimits") == "rlimits (not isolated)"
 
 
 def test_unusable_level_is_an_error_that_says_why(monkeypatch):
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     monkeypatch.setattr(sandbox._probe, "reasons", {})
-    with pytest.raises(ValueError, match="'bubblewrap' does not work on this machine: bwrap is not on PATH"):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="'bubblewrap' does not work on this machine: bubblewrap: bwrap is not on"):
         isolation_level("bubblewrap")
     with pytest.raises(ValueError, match="must be auto, bubblewrap, unshare, rlimits; got 'docker'"):
         isolation_level("docker")
+
+
+def test_the_reason_holds_the_words_of_the_child(monkeypatch):
+    monkeypatch.setattr(sandbox._probe, "reasons", {})
+    monkeypatch.setattr(sandbox, "_binds", lambda: ([("/nowhere", "/nowhere")], []))
+    with pytest.raises(ValueError, match=r"unshare sandbox could not be built: \w+Error: .*mount: .*/nowhere"):
+        isolation_level("unshare")
+
+
+CALLS = {
+    "namespace": "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.unshare(0x10000000): raise OSError(ctypes.get_errno(), 'unshare')",
+    "signal to the parent": "import os\nos.kill(os.getppid(), 0)",
+    "memory file": "import os\nos.memfd_create('x')",
+    "socket": "import socket\nsocket.socket()",
+    "shared segment": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.shmget(0, 4096, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'shmget')",
+    "trace": "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.ptrace(16, os.getppid(), 0, 0): raise OSError(ctypes.get_errno(), 'ptrace')",
+    "limits of the parent": "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
+    "keys": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.syscall(250, 0, -3, 1) < 0: raise OSError(ctypes.get_errno(), 'keyctl')",
+    "io_uring": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.syscall(425, 1, 0) < 0: raise OSError(ctypes.get_errno(), 'io_uring')",
+}
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_calls_that_reach_beyond_the_program_are_refused(level):
+    if os.uname().machine != "x86_64":
+        pytest.skip("two of the calls are written as x86_64 numbers")
+    codes = {name: code for name, code in CALLS.items() if level == "rlimits" or "parent" not in name}
+    verdicts = run_programs([Program(candidate=code, tests="") for code in codes.values()], level=level)
+    errors = {name: verdict.error for name, verdict in zip(codes, verdicts, strict=True)}
+    assert all("PermissionError" in error for error in errors.values()), errors
+
+
+FORGED = (
+    b'{"status": "sandbox", "error": "", "nonce": ""}\n',
+    b"[" * 60000 + b"\n",
+    b'{"status": "passed", "error": "", "nonce": "\\ud800"}\n',
+    b"\xed\xa0\x80 \xff\n",
+    b"9" * 5000 + b"\n",
+    b"null\n",
+    b"ready\n",
+    b"passed\n",
+    b"\n",
+    b"a" * 300000,
+)
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_nothing_a_program_writes_ends_the_evaluation(level):
+    flood = "import os\nfor fd in range(3, 128):\n    try: os.set_blocking(fd, False), os.write(fd, {!r})\n"
+    codes = [flood.format(text) + "    except OSError: pass\nos._exit(0)" for text in FORGED]
+    codes += ["raise ValueError('\\ud800')", "'\ud800'", "class E(Exception):\n    __str__ = 1\nraise E"]
+    programs = [Program(candidate=code, tests=TESTS, timeout_s=10) for code in codes]
+    good = Program(candidate="def f(x): return 4", tests=TESTS)
+    verdicts = run_programs([good, *programs, good], level=level)
+    assert [verdict.passed for verdict in verdicts] == [True, *[False] * len(programs), True]
+    assert {verdict.status for verdict in verdicts[1:-1]} <= {"failed", "killed"}
+
+
+def test_a_sandbox_that_cannot_be_built_is_a_program_with_a_reason(monkeypatch):
+    level = AVAILABLE[0]
+    monkeypatch.setattr(sandbox, "_command", lambda level: ["/nowhere/python"])
+    monkeypatch.setattr(sandbox.time, "sleep", lambda seconds: None)
+    verdict = run_programs([Program(candidate="", tests="")], level=level)[0]
+    assert verdict.status == "unjudged"
+    assert "/nowhere/python" in verdict.error
 
 
 def test_nonpositive_timeout_is_an_error():

@@ -119,6 +119,7 @@ def make_engine(sampler: FakeSampler, settings: ServerSettings, metrics: Metrics
         bytes_to_text,
         scheduler,
         batch_wait_s=settings.batch_wait_ms / 1000,
+        step_timeout_s=settings.step_timeout_s,
         metrics=metrics or Metrics(),
     )
 
