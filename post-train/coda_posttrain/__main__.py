@@ -1,13 +1,15 @@
-"""Command line: ``python -m coda_posttrain train|export|get``.
+"""Command line: ``python -m coda_posttrain train|export|get|identity``.
 
     train CONFIG.yaml [key=value ...]       fine-tune; ``diffusion.`` keys are ours, the others LLaMA-Factory's
     export CONFIG.yaml [key=value ...]      merge a LoRA adapter into a folder that loads by itself
     get KEY CONFIG.yaml [key=value ...]     print one setting, for scripts
+    identity CONFIG.yaml [key=value ...]    print a hash of settings, model and data: what a run is made of
 
 With several GPUs, or FORCE_TORCHRUN=1, training relaunches itself under torchrun. LLaMA-Factory's variables choose
 the processes: NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS, RDZV_ID.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .arguments import (
+    PATHS,
     check_datasets,
     check_export,
     check_host_keys,
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, 2 for settings that cannot be used."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    commands = {"train": _train, "export": _export, "get": _get}
+    commands = {"train": _train, "export": _export, "get": _get, "identity": _identity}
     if not argv or argv[0] not in commands or len(argv) < (3 if argv[0] == "get" else 2):
         print(__doc__)
         return 0 if argv in (["-h"], ["--help"]) else 2
@@ -60,7 +63,7 @@ def _train(argv: list[str]) -> int:
             return 0
         host = resolve_start(host)
         if parts and host.get("resume_from_checkpoint"):
-            refuse_other_run(Path(host["resume_from_checkpoint"]), parts, diffusion.accept_changes)
+            refuse_other_run(Path(host["resume_from_checkpoint"]), parts, config, diffusion.accept_changes)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -100,6 +103,22 @@ def _get(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("" if value is None else value)
+    return 0
+
+
+def _identity(argv: list[str]) -> int:
+    try:
+        config = load_config(argv[0], argv[1:])
+        host, diffusion = split_config(config)
+        check_model_folder(host)
+        check_datasets(host)
+        parts = run_parts(host, diffusion)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # Where the model and the data lie and where the run goes is not what it is made of.
+    settings = {key: value for key, value in config.items() if key not in PATHS}
+    print(hashlib.blake2b(json.dumps([parts, settings], sort_keys=True).encode(), digest_size=16).hexdigest())
     return 0
 
 

@@ -28,15 +28,13 @@ TAILS = ("eos", "pad", "none")
 NORMALIZERS = ("maskable", "row", "padded")
 OVERLONG = ("cut", "drop")
 SAVE_DTYPES = ("source", "float32", "bfloat16")
-SWITCHES = ("accept_changes",)
-DEFAULT_TEMPLATE = "qwen3_nothink"
+SWITCHES = ("accept_changes", "other_template")
 DEFAULT_DATASET_DIR = Path(__file__).resolve().parents[1] / "LLaMA-Factory" / "data"
 MODEL_TYPE = "CoDA"
 CUTOFF_LEN = 2048
 """LLaMA-Factory's default for ``cutoff_len``, in tokens."""
 
 DEFAULTS: dict[str, Any] = {
-    "template": DEFAULT_TEMPLATE,
     "dataset_dir": str(DEFAULT_DATASET_DIR),
     "include_num_input_tokens_seen": "non_padding",
     "save_total_limit": 2,  # a checkpoint holds weights and optimizer: 12 bytes for each parameter
@@ -127,6 +125,9 @@ class DiffusionArguments:
 
     eval_seed: int = 0
     """Seed of the fixed noise of the evaluation loss; independent of ``seed``, so that runs can be compared."""
+
+    other_template: bool = False
+    """Train with ``template`` although evaluation and serving ask by the checkpoint's own chat template."""
 
     save_dtype: str = "source"
     """Precision of the trained model's weights: that of the ``source``, ``float32`` or ``bfloat16``."""
@@ -263,6 +264,11 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionAr
             f"hub_strategy={host['hub_strategy']!r} is not supported: a checkpoint gets its name only when it is "
             "whole; use every_save or end"
         )
+    if host.get("enable_thinking") is False and host.get("template") is None:
+        raise ValueError(
+            "enable_thinking=False is not supported with the checkpoint's own chat template, which is trained as "
+            "evaluation and serving render it; give a template"
+        )
     if host.get("ignore_pad_token_for_loss") is False:
         raise ValueError("ignore_pad_token_for_loss=False is not supported: to learn padding set diffusion.tail=pad")
     for variable in ("ALLOW_EXTRA_ARGS", "USE_MCA", "USE_RAY", "USE_V1"):
@@ -374,7 +380,7 @@ def run_parts(host: Mapping[str, Any], diffusion: DiffusionArguments) -> dict[st
     """
     parts: dict[str, Any] = {key: host.get(key) for key in IDENTITY}
     for field in dataclasses.fields(diffusion):
-        if field.name not in ("eval_seed", "save_dtype", *SWITCHES):
+        if field.name not in ("eval_seed", "save_dtype", "accept_changes"):
             parts[f"diffusion.{field.name}"] = getattr(diffusion, field.name)
     model = Path(host["model_name_or_path"])
     parts["model"] = folder_identity(model) if model.is_dir() else str(model)

@@ -226,8 +226,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def refuse_other_run(checkpoint: Path, parts: Mapping[str, Any], accept_changes: bool) -> None:
-    """Compare what a checkpoint was made from with what the run would go on with.
+def refuse_other_run(
+    checkpoint: Path, parts: Mapping[str, Any], settings: Mapping[str, Any], accept_changes: bool
+) -> None:
+    """Compare what a checkpoint was made from with what the run would go on with; other settings are named in the log.
 
     Raises:
         ValueError: something differs and ``accept_changes`` is off.
@@ -239,8 +241,8 @@ def refuse_other_run(checkpoint: Path, parts: Mapping[str, Any], accept_changes:
             f"{checkpoint} was made from something else; choose another output_dir, or set "
             "diffusion.accept_changes=true to go on with it:\n  " + "\n  ".join(changed)
         )
-    for line in changed:
-        logger.warning("accepted change at %s: %s", checkpoint, line)
+    for line in dict.fromkeys([*changed, *(differences(run["settings"], settings) if run else ())]):
+        logger.warning("changes at %s: %s", checkpoint, line)
 
 
 def _shown(value: Any) -> str:

@@ -6,7 +6,7 @@ length of the whole row is known. Rows that are left out stay in the dataset as 
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .records import (
     read_records,
     refuse_malformed,
 )
+from .templates import Pairs, TurnEncoder
 
 VERSION = 1
 """Part of every cache key: raise it when records or rows are made differently."""
@@ -43,9 +44,6 @@ CONVERSATION = Features(
         **{key: Value("string") for key in ("system", "tools", "fate", "place")},
     }
 )
-
-Pairs = list[tuple[list[int], list[int]]]
-"""Token ids of each turn: the request with all that stands around it, and the answer with its end."""
 
 
 _load_from_hub = loader._load_single_dataset
@@ -140,12 +138,15 @@ class RowProcessor(SupervisedDatasetProcessor):
 
     Args:
         overlong: ``cut`` or ``drop``, what happens to rows longer than ``cutoff_len``.
+        encoder: conversations to token ids.
         **kwargs: what LLaMA-Factory passes to its own class.
     """
 
-    def __init__(self, *, overlong: str, **kwargs: Any) -> None:
+    def __init__(self, *, overlong: str, encoder: TurnEncoder, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.overlong = overlong
+        self.encoder = encoder
+        self.version = VERSION
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Rows for a batch of aligned conversations (columns ``messages, system, tools, fate, place``).
@@ -159,7 +160,10 @@ class RowProcessor(SupervisedDatasetProcessor):
         ):
             pairs: Pairs = []
             if fate == WHOLE:
-                pairs, fate = self._fitted(messages, system, tools)
+                try:
+                    pairs, fate = self._fitted(messages, system, tools)
+                except DataError as error:
+                    raise DataError(f"{place}: {error}") from error
             input_ids = [token for source, target in pairs for token in source + target]
             labels = []
             for number, (source, target) in enumerate(pairs):
@@ -173,10 +177,6 @@ class RowProcessor(SupervisedDatasetProcessor):
             columns["place"].append(place)
         return columns
 
-    def _encode(self, messages: Sequence[dict[str, str]], system: str, tools: str) -> Pairs:
-        discarding = self.data_args.mask_history and not self.template.preserve_thinking
-        return self.template.encode_multiturn(self.tokenizer, list(messages), system, tools, discarding)
-
     def _fitted(self, messages: Sequence[dict[str, str]], system: str, tools: str) -> tuple[Pairs, str]:
         """The turns that fit into ``cutoff_len``, and what became of the row.
 
@@ -187,7 +187,7 @@ class RowProcessor(SupervisedDatasetProcessor):
         if any(not answer["content"].strip() for answer in (answers[-1:] if self.data_args.mask_history else answers)):
             return [], EMPTY_ANSWER
         room = self.data_args.cutoff_len
-        pairs = whole = self._encode(messages, system, tools)
+        pairs = whole = self.encoder.pairs(messages, system, tools)
         if _length(pairs) <= room:
             return pairs, WHOLE
         if self.overlong == "drop":
@@ -196,7 +196,7 @@ class RowProcessor(SupervisedDatasetProcessor):
         for start in starts[1:]:
             if start != starts[-1] and _length(whole[start // 2 :]) > room:
                 continue  # without its system message, already too long
-            pairs = self._encode(messages[start:], system, tools)
+            pairs = self.encoder.pairs(messages[start:], system, tools)
             if _length(pairs) <= room:
                 return pairs, OLDEST_LEFT_OUT
         source, target = pairs[-1]
@@ -204,6 +204,25 @@ class RowProcessor(SupervisedDatasetProcessor):
         if left < 1:
             return [], PROMPT_TOO_LONG
         return [*pairs[:-1], (source, target[:left])], SHORTENED
+
+
+def processors(overlong: str, other_template: bool) -> Callable[..., RowProcessor]:
+    """What makes a ``RowProcessor`` of LLaMA-Factory's arguments; all of a run share one encoder.
+
+    Raises (the function that is returned):
+        DataError: the template does not fit the checkpoint.
+    """
+    encoders: list[TurnEncoder] = []
+
+    def make(**kwargs: Any) -> RowProcessor:
+        if not encoders:
+            try:
+                encoders.append(TurnEncoder(kwargs["tokenizer"], kwargs["data_args"], other_template))
+            except ValueError as error:
+                raise DataError(str(error)) from error
+        return RowProcessor(overlong=overlong, encoder=encoders[0], **kwargs)
+
+    return make
 
 
 def _length(pairs: Pairs) -> int:

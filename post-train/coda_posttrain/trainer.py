@@ -44,7 +44,8 @@ from .checkpoints import (
     write_run,
 )
 from .metrics import CURRICULUM_KEYS, MetricsLog
-from .rows import RowProcessor, align, load_conversations
+from .rows import align, load_conversations, processors
+from .templates import template_for_collation
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ def run_training(
     with contextlib.ExitStack() as replaced:  # the names that are replaced in LLaMA-Factory
         for module, name, ours in (
             (workflow, "CustomSeq2SeqTrainer", trainer_class),
-            (loader, "SupervisedDatasetProcessor", functools.partial(RowProcessor, overlong=diffusion.overlong)),
+            (loader, "SupervisedDatasetProcessor", processors(diffusion.overlong, diffusion.other_template)),
+            (workflow, "get_template_and_fix_tokenizer", template_for_collation),
             (loader, "_load_single_dataset", load_conversations),
             (loader, "align_dataset", align),
         ):
@@ -101,7 +103,8 @@ def run_export(host: dict[str, Any]) -> None:
     """Merge a LoRA adapter into its base model and write a folder that loads by itself."""
     source, folder = host["model_name_or_path"], Path(host["export_dir"])
     litter = [folder / name for name in ("Modelfile",) if not (folder / name).exists()]
-    tuner.export_model({**host, "infer_dtype": host.get("infer_dtype") or source_dtype(source)})
+    with mock.patch.object(tuner, "get_template_and_fix_tokenizer", template_for_collation):
+        tuner.export_model({**host, "infer_dtype": host.get("infer_dtype") or source_dtype(source)})
     restore_generation_config(source, folder)
     for file in litter:  # instructions for a runtime that cannot run this model
         file.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from coda_posttrain.records import (
     DataError,
     fates,
 )
-from coda_posttrain.rows import RowProcessor, load_conversations
+from coda_posttrain.rows import RowProcessor, load_conversations, processors
 
 from .conftest import byte_tokenizer
 
@@ -31,13 +31,11 @@ def tokenizer():
 
 
 def processor(tokenizer, overlong: str, cutoff_len: int = ROOM, mask_history: bool = False) -> RowProcessor:
-    return RowProcessor(
-        overlong=overlong,
-        template=TEMPLATES["qwen3_nothink"],
-        tokenizer=tokenizer,
-        processor=None,
-        data_args=SimpleNamespace(cutoff_len=cutoff_len, mask_history=mask_history),
+    data_args = SimpleNamespace(
+        cutoff_len=cutoff_len, mask_history=mask_history, template=None, default_system=None, tool_format=None
     )
+    make = processors(overlong, other_template=False)
+    return make(template=TEMPLATES["empty"], tokenizer=tokenizer, processor=None, data_args=data_args)
 
 
 def conversation(*texts: str, system: str = "", fate: str = WHOLE) -> dict[str, list]:
