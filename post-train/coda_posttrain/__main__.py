@@ -85,7 +85,7 @@ def _export(argv: list[str]) -> int:
     try:
         host = load_config(argv[0], argv[1:])
         check_host_keys(host)
-        check_model_folder(host)
+        check_model_folder(host, reads_rows=False)
         check_export(host)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -286,8 +286,12 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionAr
     return host, diffusion
 
 
-def check_model_folder(host: Mapping[str, Any]) -> None:
+def check_model_folder(host: Mapping[str, Any], reads_rows: bool = True) -> None:
     """Fail early when ``model_name_or_path`` looks like a folder but is not a usable one.
+
+    Args:
+        host: LLaMA-Factory's settings.
+        reads_rows: whether rows of ``cutoff_len`` tokens are read, which must fit into the model's context.
 
     Raises:
         ValueError: the setting is missing, or names a local folder that does not exist or has no config.json.
@@ -312,7 +316,8 @@ def check_model_folder(host: Mapping[str, Any]) -> None:
                 f"model_name_or_path={name!r} is a {model_type!r} model, not a {MODEL_TYPE!r} one: "
                 "convert it with save_hf_model.py first"
             )
-        check_length(host.get("cutoff_len", CUTOFF_LEN), model_config.get("max_position_embeddings"))
+        if reads_rows:
+            check_length(host.get("cutoff_len", CUTOFF_LEN), model_config.get("max_position_embeddings"))
 
 
 def check_length(cutoff_len: Any, context: int | None) -> None:
