@@ -25,6 +25,7 @@ from .arguments import (
     check_export,
     check_host_keys,
     check_model_folder,
+    check_weights,
     load_config,
     run_parts,
     split_config,
@@ -54,6 +55,7 @@ def _train(argv: list[str]) -> int:
         host, diffusion = split_config(config)
         check_host_keys(host)
         check_model_folder(host)
+        check_weights(host)
         check_datasets(host)
         if not host.get("output_dir"):
             raise ValueError("output_dir is required: the folder for checkpoints and the trained model")
@@ -86,6 +88,7 @@ def _export(argv: list[str]) -> int:
         host = load_config(argv[0], argv[1:])
         check_host_keys(host)
         check_model_folder(host, reads_rows=False)
+        check_weights(host)
         check_export(host)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

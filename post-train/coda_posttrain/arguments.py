@@ -21,7 +21,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .checkpoints import file_identity, folder_identity
+from .checkpoints import file_identity, folder_identity, weights_problem
 from .records import MALFORMED, Layout, data_files, parse_record, read_records, refuse_malformed
 
 TAILS = ("eos", "pad", "none")
@@ -318,6 +318,18 @@ def check_model_folder(host: Mapping[str, Any], reads_rows: bool = True) -> None
             )
         if reads_rows:
             check_length(host.get("cutoff_len", CUTOFF_LEN), model_config.get("max_position_embeddings"))
+
+
+def check_weights(host: Mapping[str, Any]) -> None:
+    """Refuse a local model folder whose weights are missing or cut off.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    folder = Path(host["model_name_or_path"])
+    problem = weights_problem(folder) if folder.is_dir() else ""
+    if problem:
+        raise ValueError(f"model_name_or_path={str(folder)!r} cannot be used: {problem}")
 
 
 def check_length(cutoff_len: Any, context: int | None) -> None:

@@ -136,6 +136,23 @@ def _looks_broken(folder: Path, weights_only: bool) -> str:
     return ""
 
 
+def weights_problem(folder: Path) -> str:
+    """What is wrong with the weights of a model folder, or an empty string; only headers are read."""
+    try:
+        if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+            return "there are no weights"
+        for index in folder.glob("*.index.json"):
+            for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+                if not (folder / name).is_file():
+                    return f"{name} is missing"
+        for file in sorted(folder.glob("*.safetensors")):
+            if file.stat().st_size != _safetensors_size(file):
+                return f"{file.name} has {file.stat().st_size} of {_safetensors_size(file)} bytes"
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        return f"the weights cannot be read: {error}"
+    return ""
+
+
 def _safetensors_size(file: Path) -> int:
     """Size that the header of a safetensors file promises, in bytes."""
     with file.open("rb") as content:
@@ -213,7 +230,7 @@ def is_finished(output_dir: Path, parts: Mapping[str, Any], settings: Mapping[st
     """Whether exactly this run has finished in ``output_dir``."""
     run = read_run(output_dir)
     same = run.get("settings") == json.loads(json.dumps(settings)) and not differences(run.get("parts", {}), parts)
-    return run.get("state") == FINISHED and same
+    return run.get("state") == FINISHED and same and not weights_problem(output_dir)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

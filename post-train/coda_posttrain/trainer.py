@@ -437,6 +437,8 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         (written / RUN_CONFIG).write_text(yaml.safe_dump(self.run_config, sort_keys=False))
         if final:
             for file in sorted(written.iterdir()):
+                if file.is_dir():
+                    remove(folder / file.name)
                 os.replace(file, folder / file.name)
             remove(written)
 

@@ -194,6 +194,18 @@ def test_changed_data_under_the_same_name_is_noticed(runs, model_dir, data_dir, 
     assert "model: " in capsys.readouterr().err
 
 
+def test_a_model_whose_weights_are_cut_off_is_refused_at_once(model_dir, data_dir, tmp_path, capsys):
+    shutil.copytree(model_dir, tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["train", *settings(tmp_path / "model", data_dir, tmp_path / "out")]) == 2
+    size = (model_dir / "model.safetensors").stat().st_size
+    assert f"cannot be used: model.safetensors has {size - 100} of {size} bytes" in capsys.readouterr().err
+    weights.unlink()
+    assert main(["train", *settings(tmp_path / "model", data_dir, tmp_path / "out")]) == 2
+    assert "cannot be used: there are no weights" in capsys.readouterr().err
+
+
 def test_settings_of_the_run_lie_beside_every_checkpoint(runs):
     for folder in ("whole", "whole/checkpoint-4"):
         run = read_run(runs / folder)
