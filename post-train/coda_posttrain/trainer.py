@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,7 +32,7 @@ from CoDALanguageModel import CoDAConfig  # also registers the model: its code h
 
 from . import curriculum
 from .arguments import CUTOFF_LEN, DiffusionArguments, check_length
-from .batches import EpochOrder, NumberedRows, RowCollator
+from .batches import EpochOrder, NumberedRows, RowCollator, report_fates
 from .checkpoints import (
     FINISHED,
     RUNNING,
@@ -44,6 +44,7 @@ from .checkpoints import (
     write_run,
 )
 from .metrics import CURRICULUM_KEYS, MetricsLog
+from .records import KEPT, fates
 from .rows import align, load_conversations, processors
 from .templates import template_for_collation
 
@@ -90,6 +91,7 @@ def run_training(
             (workflow, "CustomSeq2SeqTrainer", trainer_class),
             (loader, "SupervisedDatasetProcessor", processors(diffusion.overlong, diffusion.other_template)),
             (workflow, "get_template_and_fix_tokenizer", template_for_collation),
+            (workflow, "get_dataset", functools.partial(dataset_with_rows, workflow.get_dataset)),
             (loader, "_load_single_dataset", load_conversations),
             (loader, "align_dataset", align),
         ):
@@ -97,6 +99,20 @@ def run_training(
         tuner.run_exp(args=host, callbacks=[MetricsLog()])
     if parts:
         write_run(output_dir, FINISHED, parts, config)
+
+
+def dataset_with_rows(get_dataset: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What LLaMA-Factory's ``get_dataset`` gives; data of which nothing is left is refused before a model is loaded.
+
+    Raises:
+        DataError: a data set has no row that can be trained on.
+    """
+    found = get_dataset(*args, **kwargs)
+    for setting, rows in found.items():
+        for name, part in rows.items() if isinstance(rows, dict) else [("", rows)]:
+            if not any(fate in KEPT for fate, _ in fates(part)):
+                report_fates(f"{setting.removeprefix('train_')} {name}".strip(), list(fates(part)), args[2].cutoff_len)
+    return found
 
 
 def run_export(host: dict[str, Any]) -> None:
