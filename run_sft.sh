@@ -23,12 +23,19 @@ for argument in "$@"; do
         -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
         model_name_or_path=*) model=${argument#*=} ;;
         output_dir=*) output=${argument#*=} ;;
+        *.yaml | *.yml)
+            if [[ $argument == *=* && ! -f $argument ]]; then overrides+=("$argument"); else configs+=("$argument"); fi ;;
         *=*) overrides+=("$argument") ;;
-        *.yaml | *.yml) configs+=("$argument") ;;
         *) echo "run_sft.sh: expected CONFIG.yaml or key=value, got '$argument'" >&2; exit 2 ;;
     esac
 done
 [ ${#configs[@]} -gt 0 ] || configs=("$examples/coda_sft_stage1.yaml" "$examples/coda_sft_stage2.yaml")
+
+names=$(for config in "${configs[@]}"; do basename "${config%.*}"; done | sort | uniq -d)
+if [ -n "$names" ]; then
+    echo "run_sft.sh: several configurations are called $names and would share a folder; rename one" >&2
+    exit 2
+fi
 
 python=${PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=$(command -v python3)
@@ -58,23 +65,23 @@ for config in "${configs[@]}"; do
     fi
     command=("$python" -m coda_posttrain train "$config" "model_name_or_path=$start" "output_dir=$folder"
         ${overrides[@]+"${overrides[@]}"})
-    # What a finished run is compared with: its configuration file and everything given on the command line.
-    asked=$(cksum <"$config" | cut -d' ' -f1)" $start ${overrides[*]+"${overrides[*]}"}"
+    # What a finished run is compared with: its settings, and the model and the data by content.
+    asked=$("$python" -m coda_posttrain identity "${command[@]:4}")
     if [ -f "$folder/.finished" ]; then
         if [ "$(cat "$folder/.finished")" != "$asked" ]; then
-            echo "run_sft.sh: $folder holds a finished run with other settings; choose another output_dir" >&2
+            echo "run_sft.sh: $folder holds a finished run with other settings, model or data; choose another output_dir" >&2
             exit 2
         fi
         echo "run_sft.sh: $stage is already finished in $folder"
     else
-        mkdir -p "$folder"
+        mkdir -p -- "$folder"
         echo "run_sft.sh: $stage: $start -> $folder, log $folder/train.log"
         begin=$SECONDS
         if ! "${command[@]}" 2>&1 | tee -a "$folder/train.log"; then
             echo "run_sft.sh: FAILED in $stage; see $folder/train.log" >&2
             exit 1
         fi
-        echo "$asked" >"$folder/.finished"
+        echo "$asked" >"$folder/.finished.new" && mv -- "$folder/.finished.new" "$folder/.finished"
         echo "run_sft.sh: $stage finished in $((SECONDS - begin)) s"
     fi
     model=$folder

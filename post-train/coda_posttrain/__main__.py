@@ -1,13 +1,15 @@
-"""Command line: ``python -m coda_posttrain train|export|get``.
+"""Command line: ``python -m coda_posttrain train|export|get|identity``.
 
     train CONFIG.yaml [key=value ...]       fine-tune; ``diffusion.`` keys are ours, the others LLaMA-Factory's
     export CONFIG.yaml [key=value ...]      merge a LoRA adapter into a folder that loads by itself
     get KEY CONFIG.yaml [key=value ...]     print one setting, for scripts
+    identity CONFIG.yaml [key=value ...]    print a hash of settings, model and data: what a run is made of
 
 With several GPUs, or FORCE_TORCHRUN=1, training relaunches itself under torchrun. LLaMA-Factory's variables choose
 the processes: NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS, RDZV_ID.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -15,8 +17,21 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from .arguments import check_datasets, check_model_folder, load_config, split_config
+from .arguments import (
+    PATHS,
+    check_datasets,
+    check_export,
+    check_host_keys,
+    check_model_folder,
+    check_weights,
+    load_config,
+    run_parts,
+    split_config,
+)
+from .checkpoints import is_finished, refuse_other_run, resolve_start
+from .records import DataError
 
 logger = logging.getLogger("coda_posttrain")
 
@@ -25,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, 2 for settings that cannot be used."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    commands = {"train": _train, "export": _export, "get": _get}
+    commands = {"train": _train, "export": _export, "get": _get, "identity": _identity}
     if not argv or argv[0] not in commands or len(argv) < (3 if argv[0] == "get" else 2):
         print(__doc__)
         return 0 if argv in (["-h"], ["--help"]) else 2
@@ -38,10 +53,19 @@ def _train(argv: list[str]) -> int:
     try:
         config = load_config(argv[0], argv[1:])
         host, diffusion = split_config(config)
+        check_host_keys(host)
         check_model_folder(host)
+        check_weights(host)
         check_datasets(host)
         if not host.get("output_dir"):
             raise ValueError("output_dir is required: the folder for checkpoints and the trained model")
+        parts = run_parts(host, diffusion) if host.get("do_train") and os.environ.get("RANK", "0") == "0" else {}
+        if parts and not host.get("overwrite_output_dir") and is_finished(Path(host["output_dir"]), parts, config):
+            logger.info("this run has already finished in %s; overwrite_output_dir=true repeats it", host["output_dir"])
+            return 0
+        host = resolve_start(host)
+        if parts and host.get("resume_from_checkpoint"):
+            refuse_other_run(Path(host["resume_from_checkpoint"]), parts, config, diffusion.accept_changes)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,16 +75,21 @@ def _train(argv: list[str]) -> int:
         logger.info("settings: %s", json.dumps(config))
     from .trainer import run_training  # LLaMA-Factory takes seconds to import: settings are checked first
 
-    run_training(host, diffusion, config)
+    try:
+        run_training(host, diffusion, config, parts)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 def _export(argv: list[str]) -> int:
     try:
         host = load_config(argv[0], argv[1:])
-        check_model_folder(host)
-        if not host.get("export_dir"):
-            raise ValueError("export_dir is required: the folder for the merged model")
+        check_host_keys(host)
+        check_model_folder(host, reads_rows=False)
+        check_weights(host)
+        check_export(host)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -77,6 +106,22 @@ def _get(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("" if value is None else value)
+    return 0
+
+
+def _identity(argv: list[str]) -> int:
+    try:
+        config = load_config(argv[0], argv[1:])
+        host, diffusion = split_config(config)
+        check_model_folder(host)
+        check_datasets(host)
+        parts = run_parts(host, diffusion)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # Where the model and the data lie and where the run goes is not what it is made of.
+    settings = {key: value for key, value in config.items() if key not in PATHS}
+    print(hashlib.blake2b(json.dumps([parts, settings], sort_keys=True).encode(), digest_size=16).hexdigest())
     return 0
 
 

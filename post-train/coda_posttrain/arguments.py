@@ -4,10 +4,14 @@ Everything outside ``diffusion:`` is LLaMA-Factory's and is checked by LLaMA-Fac
 would silently change the objective. It imports neither torch nor transformers, so a misspelt key fails at once.
 """
 
+import ast
 import dataclasses
 import difflib
+import importlib.util
+import itertools
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +21,49 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .checkpoints import file_identity, folder_identity, weights_problem
+from .records import MALFORMED, Layout, data_files, parse_record, read_records, refuse_malformed
+
 TAILS = ("eos", "pad", "none")
 NORMALIZERS = ("maskable", "row", "padded")
 OVERLONG = ("cut", "drop")
-DEFAULT_TEMPLATE = "qwen3_nothink"
+SAVE_DTYPES = ("source", "float32", "bfloat16")
+SWITCHES = ("accept_changes", "other_template")
 DEFAULT_DATASET_DIR = Path(__file__).resolve().parents[1] / "LLaMA-Factory" / "data"
 MODEL_TYPE = "CoDA"
+CUTOFF_LEN = 2048
+"""LLaMA-Factory's default for ``cutoff_len``, in tokens."""
+
+DEFAULTS: dict[str, Any] = {
+    "dataset_dir": str(DEFAULT_DATASET_DIR),
+    "include_num_input_tokens_seen": "non_padding",
+    "save_total_limit": 2,  # a checkpoint holds weights and optimizer: 12 bytes for each parameter
+    "ddp_timeout": 21_600,  # seconds that the other processes wait while the first one tokenises the data
+    "disable_tqdm": not sys.stderr.isatty(),  # a bar redrawn into a file floods the log
+}
+"""What stands in for LLaMA-Factory's own defaults."""
+
+IDENTITY = (
+    "cutoff_len", "template", "mask_history", "max_samples", "val_size", "mix_strategy", "default_system",
+    "tool_format", "enable_thinking", "seed", "data_seed", "disable_shuffling", "train_sampling_strategy",
+    "finetuning_type", "lora_rank", "lora_target", "dataset", "eval_dataset",
+)  # fmt: skip
+"""LLaMA-Factory settings that decide what is learned, or fit the tensors of a checkpoint."""
+
+PATHS = (
+    "model_name_or_path", "adapter_name_or_path", "dataset_dir", "output_dir", "export_dir", "cache_dir", "media_dir",
+    "logging_dir", "resume_from_checkpoint", "deepspeed",
+)  # fmt: skip
+"""Settings whose value on the command line is text, whatever it looks like."""
+
+LOOKED_AT = 1000
+"""Records of each data set that are checked before anything is loaded; all are when the data is read."""
 
 _OWN_LOSS = "the loss is the masked-diffusion cross-entropy; a causal-language-model loss cannot replace it"
 _PACKED = "rows packed together would share one noise level, one conditioned span and one tail; set it to false"
 _GENERATES = "evaluate generations with coda_eval; the evaluation here is the masked-diffusion loss"
 _OTHER_MODEL = "it replaces parts of causal models that CoDA does not have"
+_VOCABULARY = "the vocabulary, with the mask token, belongs to the model; convert with save_hf_model.py to change it"
 INCOMPATIBLE: dict[str, str] = {
     "use_dft_loss": _OWN_LOSS,
     "use_eaft_loss": _OWN_LOSS,
@@ -42,6 +78,15 @@ INCOMPATIBLE: dict[str, str] = {
     "train_on_prompt": "the prompt could no longer be told from the answer; use diffusion.prompt_annealing_epochs",
     "use_unsloth": _OTHER_MODEL,
     "enable_liger_kernel": _OTHER_MODEL,
+    "use_liger_kernel": _OTHER_MODEL,
+    "resize_vocab": _VOCABULARY,
+    "add_tokens": _VOCABULARY,
+    "add_special_tokens": _VOCABULARY,
+    "new_special_tokens_config": _VOCABULARY,
+    "split_special_tokens": "control tokens in texts are always read as text, and those of the template never",
+    "train_from_scratch": "fine-tuning starts from trained weights; train new ones with coda_pretrain",
+    "auto_find_batch_size": "the batch decides the noise and the order of the rows; give a batch that fits",
+    "tokenized_path": "rows are cached by what they are made of; a saved copy would be used whatever has changed since",
     "shift_attn": _OTHER_MODEL,
     "mixture_of_depths": _OTHER_MODEL,
     "use_hyper_parallel": _OTHER_MODEL,
@@ -76,10 +121,19 @@ class DiffusionArguments:
     """What the summed loss is divided by: ``maskable`` tokens, ``row`` means, ``padded`` batch size (published)."""
 
     overlong: str = "cut"
-    """Rows longer than cutoff_len: ``cut`` them there (their end is lost), or ``drop`` them (published)."""
+    """Rows longer than cutoff_len: ``cut`` oldest turns and the answer's end, or ``drop`` them (published)."""
 
     eval_seed: int = 0
     """Seed of the fixed noise of the evaluation loss; independent of ``seed``, so that runs can be compared."""
+
+    other_template: bool = False
+    """Train with ``template`` although evaluation and serving ask by the checkpoint's own chat template."""
+
+    save_dtype: str = "source"
+    """Precision of the trained model's weights: that of the ``source``, ``float32`` or ``bfloat16``."""
+
+    accept_changes: bool = False
+    """Continue from a checkpoint of other data, another model or other settings of the objective."""
 
     def __post_init__(self) -> None:
         """Check every value; lists may be given as scalars."""
@@ -93,9 +147,14 @@ class DiffusionArguments:
         _check_numbers("prompt_annealing_epochs", (self.prompt_annealing_epochs,), "a number >= 0", lambda v: v >= 0)
         _check_numbers("tail_tokens", (self.tail_tokens,), "a whole number >= 0", lambda v: v >= 0, whole=True)
         _check_numbers("eval_seed", (self.eval_seed,), "a whole number >= 0", lambda v: v >= 0, whole=True)
-        for name, allowed in (("tail", TAILS), ("normalize", NORMALIZERS), ("overlong", OVERLONG)):
+        for name, allowed in (
+            ("tail", TAILS), ("normalize", NORMALIZERS), ("overlong", OVERLONG), ("save_dtype", SAVE_DTYPES),
+        ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"diffusion.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"diffusion.{name} must be true or false, got {getattr(self, name)!r}")
 
 
 def _check_numbers(name: str, values: Sequence[Any], allowed: str, holds: Any, whole: bool = False) -> None:
@@ -124,6 +183,12 @@ def parse_diffusion(section: Mapping[str, Any] | None) -> DiffusionArguments:
     return DiffusionArguments(**section)
 
 
+def _literal(overrides: Sequence[str]) -> dict[str, str | None]:
+    """Overrides that are paths, as they stand: a path may hold commas, brackets, quotes or be a number."""
+    pairs = (override.split("=", 1) for override in overrides)
+    return {key: None if value == "null" else value for key, value in pairs if key in PATHS}
+
+
 def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file and put ``key=value`` overrides over it (``diffusion.t_min=0.01`` reaches into a section).
 
@@ -142,10 +207,35 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         loaded = OmegaConf.load(file)
         if not isinstance(loaded, DictConfig):
             raise ValueError("it must hold key: value lines")
-        config = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_cli(list(overrides))), resolve=True)
+        parsed = OmegaConf.from_cli([override for override in overrides if override.split("=", 1)[0] not in PATHS])
+        config = OmegaConf.to_container(OmegaConf.merge(loaded, parsed), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         raise ValueError(f"cannot read {path} with overrides {list(overrides)}: {error}") from error
-    return config
+    return {**config, **_literal(overrides)}
+
+
+def check_host_keys(host: Mapping[str, Any]) -> None:
+    """Refuse keys that LLaMA-Factory does not have, before its seconds of imports.
+
+    Its fields are read from the source text of the installed packages, so they are those of its version.
+
+    Raises:
+        ValueError: an unknown key, with the nearest known one, or LLaMA-Factory is not installed.
+    """
+    known: set[str] = set()
+    for package, pattern in (("llamafactory", "hparams/*.py"), ("transformers", "training_args*.py")):
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"{package} is not installed for {sys.executable}; run: bash setup_env.sh")
+        for file in Path(spec.submodule_search_locations[0]).glob(pattern):
+            classes = (node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef))
+            fields = (node for part in classes for node in part.body if isinstance(node, ast.AnnAssign))
+            known |= {field.target.id for field in fields if isinstance(field.target, ast.Name)}
+    for key in host:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else " (diffusion settings go into the diffusion section)"
+            raise ValueError(f"unknown key {key!r}: LLaMA-Factory has no such setting{hint}")
 
 
 def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionArguments]:
@@ -166,6 +256,19 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionAr
     for key, reason in INCOMPATIBLE.items():
         if host.get(key):
             raise ValueError(f"{key}={host[key]!r} is not supported for masked diffusion: {reason}")
+    for key in PATHS:
+        if host.get(key) is not None and not isinstance(host[key], str):
+            raise ValueError(f"{key} must be text, got {host[key]!r}; put it in quotes")
+    if host.get("push_to_hub") and host.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
+        raise ValueError(
+            f"hub_strategy={host['hub_strategy']!r} is not supported: a checkpoint gets its name only when it is "
+            "whole; use every_save or end"
+        )
+    if host.get("enable_thinking") is False and host.get("template") is None:
+        raise ValueError(
+            "enable_thinking=False is not supported with the checkpoint's own chat template, which is trained as "
+            "evaluation and serving render it; give a template"
+        )
     if host.get("ignore_pad_token_for_loss") is False:
         raise ValueError("ignore_pad_token_for_loss=False is not supported: to learn padding set diffusion.tail=pad")
     for variable in ("ALLOW_EXTRA_ARGS", "USE_MCA", "USE_RAY", "USE_V1"):
@@ -175,17 +278,20 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionAr
     if stage not in ("sft", "ddm-sft"):
         raise ValueError(f"stage must be sft, got {stage!r}")
     host["stage"] = "sft"
-    host.setdefault("template", DEFAULT_TEMPLATE)
-    host.setdefault("dataset_dir", str(DEFAULT_DATASET_DIR))
-    host.setdefault("include_num_input_tokens_seen", "non_padding")
+    for key, value in DEFAULTS.items():
+        host.setdefault(key, value)
     for key in ("eval_strategy", "save_strategy", "logging_strategy"):
         if host.get(key) is False:  # YAML reads a bare `no` as false
             host[key] = "no"
     return host, diffusion
 
 
-def check_model_folder(host: Mapping[str, Any]) -> None:
+def check_model_folder(host: Mapping[str, Any], reads_rows: bool = True) -> None:
     """Fail early when ``model_name_or_path`` looks like a folder but is not a usable one.
+
+    Args:
+        host: LLaMA-Factory's settings.
+        reads_rows: whether rows of ``cutoff_len`` tokens are read, which must fit into the model's context.
 
     Raises:
         ValueError: the setting is missing, or names a local folder that does not exist or has no config.json.
@@ -200,12 +306,66 @@ def check_model_folder(host: Mapping[str, Any]) -> None:
     if looks_local and not (folder / "config.json").is_file():
         raise ValueError(f"model_name_or_path: no config.json in {folder.absolute()}")
     if looks_local:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        try:
+            model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"model_name_or_path: {folder / 'config.json'} cannot be read: {error}") from error
+        model_type = model_config.get("model_type")
         if model_type != MODEL_TYPE:
             raise ValueError(
                 f"model_name_or_path={name!r} is a {model_type!r} model, not a {MODEL_TYPE!r} one: "
                 "convert it with save_hf_model.py first"
             )
+        if reads_rows:
+            check_length(host.get("cutoff_len", CUTOFF_LEN), model_config.get("max_position_embeddings"))
+
+
+def check_weights(host: Mapping[str, Any]) -> None:
+    """Refuse a local model folder whose weights are missing or cut off.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    folder = Path(host["model_name_or_path"])
+    problem = weights_problem(folder) if folder.is_dir() else ""
+    if problem:
+        raise ValueError(f"model_name_or_path={str(folder)!r} cannot be used: {problem}")
+
+
+def check_length(cutoff_len: Any, context: int | None) -> None:
+    """Refuse rows that are longer than the model can read.
+
+    Raises:
+        ValueError: ``cutoff_len`` is no positive whole number or above the model's context, in tokens.
+    """
+    if isinstance(cutoff_len, bool) or not isinstance(cutoff_len, int) or cutoff_len < 1:
+        raise ValueError(f"cutoff_len must be a whole number >= 1, got {cutoff_len!r}")
+    if context is not None and cutoff_len > context:
+        raise ValueError(f"cutoff_len must be at most the model's max_position_embeddings={context}, got {cutoff_len}")
+
+
+def check_export(host: Mapping[str, Any]) -> None:
+    """Refuse an export that has nothing to merge, or nowhere to go.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if not host.get("adapter_name_or_path"):
+        raise ValueError(
+            "adapter_name_or_path is required: export merges a LoRA adapter; the folder of a full fine-tuning is "
+            "a model already"
+        )
+    if host.get("finetuning_type", "lora") != "lora":
+        raise ValueError(f"finetuning_type must be lora to merge an adapter, got {host['finetuning_type']!r}")
+    for adapter in str(host["adapter_name_or_path"]).split(","):
+        folder = Path(adapter.strip())
+        if (folder.is_absolute() or folder.exists()) and not (folder / "adapter_config.json").is_file():
+            raise ValueError(f"adapter_name_or_path: no adapter_config.json in {folder.absolute()}")
+    if not host.get("export_dir"):
+        raise ValueError("export_dir is required: the folder for the merged model")
+    for key in ("model_name_or_path", "adapter_name_or_path"):
+        if Path(host["export_dir"]).resolve() == Path(host[key]).resolve():
+            raise ValueError(f"export_dir={host['export_dir']!r} is {key} itself; choose another folder")
 
 
 def check_datasets(host: Mapping[str, Any]) -> None:
@@ -219,37 +379,89 @@ def check_datasets(host: Mapping[str, Any]) -> None:
     folder = str(host["dataset_dir"])
     if folder == "ONLINE" or folder.startswith("REMOTE:"):
         return
-    info_file = Path(folder) / "dataset_info.json"
-    if not info_file.is_file():
-        raise ValueError(f"dataset_dir={folder!r}: {info_file.absolute()} not found")
-    info = json.loads(info_file.read_text())
+    info = _dataset_info(Path(folder))
     for key in ("dataset", "eval_dataset"):
-        for name in filter(None, (part.strip() for part in str(host.get(key) or "").split(","))):
+        for name in _names(host, key):
             if name not in info:
                 near = difflib.get_close_matches(name, info, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{key}: {name!r} is not in {info_file}{hint} (known: {', '.join(info)})")
+                file = Path(folder) / "dataset_info.json"
+                raise ValueError(f"{key}: {name!r} is not in {file}{hint} (known: {', '.join(info)})")
             _check_local_file(Path(folder), name, info[name])
 
 
+def run_parts(host: Mapping[str, Any], diffusion: DiffusionArguments) -> dict[str, Any]:
+    """What a run is made of: its model, its data by content, and the settings that decide what is learned.
+
+    A run continues from a checkpoint only where these are the same.
+    """
+    parts: dict[str, Any] = {key: host.get(key) for key in IDENTITY}
+    for field in dataclasses.fields(diffusion):
+        if field.name not in ("eval_seed", "save_dtype", "accept_changes"):
+            parts[f"diffusion.{field.name}"] = getattr(diffusion, field.name)
+    model = Path(host["model_name_or_path"])
+    parts["model"] = folder_identity(model) if model.is_dir() else str(model)
+    folder = str(host["dataset_dir"])
+    if folder == "ONLINE" or folder.startswith("REMOTE:"):
+        return parts
+    info = _dataset_info(Path(folder))
+    for name in dict.fromkeys(_names(host, "dataset") + _names(host, "eval_dataset")):
+        files = []
+        if _is_local(info[name]):
+            _, paths = data_files(Path(folder) / info[name]["file_name"], name)
+            files = [[path.name, file_identity(path, whole=True)] for path in paths]
+        parts[f"data {name}"] = [{k: v for k, v in info[name].items() if k != "file_name"}, files]
+    return parts
+
+
+def _dataset_info(folder: Path) -> dict[str, Any]:
+    file = folder / "dataset_info.json"
+    if not file.is_file():
+        raise ValueError(f"dataset_dir={str(folder)!r}: {file.absolute()} not found")
+    try:
+        info = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{file.absolute()} cannot be read: {error}") from error
+    if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
+        raise ValueError(f"{file.absolute()} must hold one object for each data set, by its name")
+    return info
+
+
+def _names(host: Mapping[str, Any], key: str) -> list[str]:
+    """Names of data sets in a setting: a list, or text with commas."""
+    value = host.get(key) or ""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _is_local(entry: Mapping[str, Any]) -> bool:
+    return "file_name" in entry and not any(f"{hub}_hub_url" in entry for hub in ("hf", "ms", "om"))
+
+
 def _check_local_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
-    """Check the file of a data set entry and, in a JSONL file, that its first row has the columns it names."""
-    if "file_name" not in entry:
+    """Check the entry of a data set and, where it names local JSON files, their first records."""
+    layout = Layout.of(name, entry)
+    if not _is_local(entry):
         return
-    path = folder / entry["file_name"]
-    if not path.exists():
-        raise ValueError(f"dataset {name!r}: file not found: {path.absolute()}")
-    if path.suffix != ".jsonl" or entry.get("formatting", "alpaca") != "alpaca":
+    kind, files = data_files(folder / entry["file_name"], name)
+    if kind != "json":
         return
-    with path.open(encoding="utf-8") as file:
-        first = next((line for line in file if line.strip()), None)
-    if first is None:
-        raise ValueError(f"dataset {name!r}: {path.absolute()} is empty")
-    row = json.loads(first)
-    columns = entry.get("columns", {"prompt": "instruction", "query": "input", "response": "output"})
-    missing = [column for column in columns.values() if column not in row]
+    num_records, problems = 0, []
+    columns: set[str] = set()
+    for place, text, problem in itertools.islice(itertools.chain.from_iterable(map(read_records, files)), LOOKED_AT):
+        num_records += 1
+        fate = parse_record(layout, text, problem)["fate"]
+        if fate.startswith(MALFORMED):
+            problems.append((place, fate))
+        else:
+            columns |= json.loads(text).keys()
+    if not num_records:
+        raise ValueError(f"dataset {name!r}: {', '.join(str(file.absolute()) for file in files)} is empty")
+    refuse_malformed(name, num_records, problems)
+    named = entry.get("columns") or {}
+    missing = [f"{key}={column!r}" for key, column in named.items() if column is not None and column not in columns]
     if missing:
         raise ValueError(
-            f"dataset {name!r}: {path.absolute()} has no column {', '.join(map(repr, missing))} "
-            f"(it has {', '.join(map(repr, row))}); name them under 'columns' in dataset_info.json"
+            f"dataset {name!r}: no record has the columns {', '.join(missing)} of dataset_info.json "
+            f"(they have {', '.join(map(repr, sorted(columns)))})"
         )

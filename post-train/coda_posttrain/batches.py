@@ -1,9 +1,10 @@
 """Rows and their order: samples that know their index, the order of an epoch, and the collator.
 
-Not here: tokenising and templates (LLaMA-Factory), noise (``curriculum``).
+Not here: reading and tokenising (``rows``), noise (``curriculum``).
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.utils.data import Dataset, Sampler
 
 from CoDALanguageModel.diffusion import named_rng
 
+from .records import KEPT, OLDEST_LEFT_OUT, PROMPT_TOO_LONG, SHORTENED, TOO_LONG, WHOLE, DataError, fates
+
 logger = logging.getLogger(__name__)
 
 SCAN_BATCH = 10_000
@@ -22,40 +25,27 @@ GROUPED_BATCHES = 50
 
 
 class NumberedRows(Dataset):
-    """Tokenised rows that carry their index as ``sample_id`` and whether they end with their end token.
+    """The rows that are trained on, with their index as ``sample_id`` and whether they are complete (``ended``).
 
     Args:
-        rows: a tokenised dataset of LLaMA-Factory with ``input_ids``, ``attention_mask``, ``labels``.
+        rows: what ``RowProcessor`` made: ``input_ids``, ``attention_mask``, ``labels``, ``fate``, ``place``.
         name: how errors call it, e.g. the setting that named it.
-        eos_token_id: the token that ends an answer.
-        cutoff_len: length at which LLaMA-Factory cut the rows, in tokens.
-        drop_cut: leave out the rows that were cut.
+        cutoff_len: longest row, in tokens.
 
     Raises:
-        ValueError: no row is left, or no row ends with the end token.
+        ValueError: the rows were tokenised by something else.
+        DataError: no row is left.
     """
 
-    def __init__(self, rows: Any, *, name: str, eos_token_id: int, cutoff_len: int, drop_cut: bool):
-        self.rows = rows
-        lengths, ended = scan_ends(rows, eos_token_id)
-        # A row that does not end with its end token was cut; an uncut row always ends with it.
-        kept = np.flatnonzero(ended) if drop_cut else np.arange(len(lengths))
-        num_cut = int((~ended).sum())
-        if num_cut:
-            logger.warning(
-                "%s: %d of %d rows were longer than cutoff_len=%d and are %s",
-                name, num_cut, len(lengths), cutoff_len, "left out" if drop_cut else "cut, without their end",
-            )  # fmt: skip
-        if not len(kept):
-            raise ValueError(f"{name}: none of {len(lengths)} rows is left; raise cutoff_len={cutoff_len}")
-        if not ended.any():
-            raise ValueError(
-                f"{name}: no row ends with the end token {eos_token_id}: the template does not fit the tokenizer, "
-                f"or every row is longer than cutoff_len={cutoff_len}"
-            )
-        self.sample_ids = kept
-        self.lengths = lengths[kept]
-        self.ended = ended[kept]
+    def __init__(self, rows: Any, *, name: str, cutoff_len: int):
+        if not {"fate", "place"} <= set(rows.column_names):
+            raise ValueError(f"{name}: these rows were not tokenised by coda_posttrain; remove tokenized_path")
+        self.rows = rows.remove_columns(["fate", "place"])
+        found = list(fates(rows))
+        self.sample_ids = np.array([i for i, (fate, _) in enumerate(found) if fate in KEPT], dtype=np.int64)
+        report_fates(name, found, cutoff_len)
+        self.lengths = row_lengths(rows)[self.sample_ids]
+        self.ended = np.array([found[i][0] != SHORTENED for i in self.sample_ids], dtype=bool)
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -64,21 +54,49 @@ class NumberedRows(Dataset):
         return {**self.rows[int(self.sample_ids[index])], "sample_id": index, "ended": bool(self.ended[index])}
 
 
-def scan_ends(rows: Any, eos_token_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Length of each row, in tokens, and whether the end token is among its last two tokens (ChatML adds a newline)."""
-    lengths, ended = [], []
+def report_fates(name: str, found: Sequence[tuple[str, str]], cutoff_len: int) -> None:
+    """Say in the log what became of the rows that are not whole, with the place of the first of each kind.
+
+    Args:
+        name: the setting that named the data.
+        found: fate and place of every row.
+        cutoff_len: longest row, in tokens.
+
+    Raises:
+        DataError: no row is left.
+    """
+    first: dict[str, str] = {}
+    for fate, place in found:
+        first.setdefault(fate, place)
+    counts = Counter(fate for fate, _ in found)
+    told = {fate: f"{count} {fate} (first: {first[fate]})" for fate, count in counts.items() if fate != WHOLE}
+    long = [fate for fate in (SHORTENED, OLDEST_LEFT_OUT, TOO_LONG, PROMPT_TOO_LONG) if fate in counts]
+    invalid = [fate for fate in told if fate not in long]
+    num_long, num_left_out = sum(counts[fate] for fate in long), sum(counts[fate] for fate in long if fate not in KEPT)
+    if long:
+        logger.warning(
+            "%s: %d of %d rows were longer than cutoff_len=%d: %d are cut, %d left out: %s",
+            name, num_long, len(found), cutoff_len, num_long - num_left_out, num_left_out,
+            ", ".join(told[fate] for fate in long),
+        )  # fmt: skip
+    if invalid:
+        logger.warning(
+            "%s: %d of %d rows teach nothing and are left out: %s",
+            name, sum(counts[fate] for fate in invalid), len(found), ", ".join(told[fate] for fate in invalid),
+        )  # fmt: skip
+    if not any(fate in KEPT for fate in counts):
+        remedy = f"; raise cutoff_len={cutoff_len}" if long else ""
+        raise DataError(f"{name}: none of {len(found)} rows is left: {', '.join(told.values()) or 'no data'}{remedy}")
+
+
+def row_lengths(rows: Any) -> np.ndarray:
+    """Length of each row, in tokens."""
     columns = rows.select_columns(["input_ids"]).with_format("arrow")
+    lengths = [np.zeros(0, dtype=np.int64)]
     for start in range(0, len(columns), SCAN_BATCH):
         ids = columns[start : start + SCAN_BATCH]["input_ids"].combine_chunks()
-        offsets = ids.offsets.to_numpy()
-        tokens = ids.values.to_numpy()
-        size = np.diff(offsets)
-        last, before = tokens[offsets[1:] - 1], tokens[np.maximum(offsets[1:] - 2, 0)]
-        lengths.append(size)
-        ended.append((size > 1) & ((last == eos_token_id) | (before == eos_token_id)))
-    if not lengths:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
-    return np.concatenate(lengths).astype(np.int64), np.concatenate(ended)
+        lengths.append(np.diff(ids.offsets.to_numpy()).astype(np.int64))
+    return np.concatenate(lengths)
 
 
 class RowCollator:

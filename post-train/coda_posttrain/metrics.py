@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .checkpoints import write_whole
+
 METRICS_FILE = "metrics.jsonl"
 CURRICULUM_KEYS = ("t_min", "span_probability", "conditioned_share")
 
@@ -44,7 +46,7 @@ class MetricsLog(TrainerCallback):
         lines = read_metrics(path) if state.global_step and path.exists() else []
         kept = [line for line in lines if line["step"] <= state.global_step]
         self.time_before_s = self.last_time_s = max((line["time_s"] for line in kept), default=0.0)
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(
         self,

@@ -4,30 +4,49 @@ One class and the function that runs it. Everything else of a run (arguments, te
 loading, LoRA, optimizer, checkpoints) is LLaMA-Factory's. Not here: what is noised and when (``curriculum``).
 """
 
+import contextlib
 import functools
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import datasets
 import torch
+import transformers
 import yaml
+from llamafactory.data import loader
 from llamafactory.train import tuner
 from llamafactory.train.sft import workflow
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 from transformers.utils import cached_file
 
 from CoDALanguageModel import CoDAConfig  # also registers the model: its code here wins over a checkpoint's copy
 
 from . import curriculum
-from .arguments import DiffusionArguments
-from .batches import EpochOrder, NumberedRows, RowCollator
+from .arguments import CUTOFF_LEN, DiffusionArguments, check_length
+from .batches import EpochOrder, NumberedRows, RowCollator, report_fates
+from .checkpoints import (
+    FINISHED,
+    RUNNING,
+    STAGING,
+    TRAINER_STATE,
+    put_in_place,
+    remove,
+    write_marker,
+    write_run,
+)
 from .metrics import CURRICULUM_KEYS, MetricsLog
+from .records import KEPT, fates
+from .rows import align, load_conversations, processors
+from .templates import template_for_collation
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +65,16 @@ def _stay_on_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedS
 torch.serialization.register_package(15, lambda storage: None, _stay_on_cpu)
 
 
-def run_training(host: dict[str, Any], diffusion: DiffusionArguments, config: dict[str, Any]) -> None:
+def run_training(
+    host: dict[str, Any], diffusion: DiffusionArguments, config: dict[str, Any], parts: dict[str, Any]
+) -> None:
     """Train as LLaMA-Factory does, with our trainer.
 
     Args:
         host: LLaMA-Factory's settings.
         diffusion: our settings.
         config: both together as the user gave them, saved beside every checkpoint.
+        parts: what the run is made of, saved there too; empty on all but the main process and without training.
 
     Raises:
         ValueError: from LLaMA-Factory's or our checks of settings, model and data.
@@ -63,25 +85,58 @@ def run_training(host: dict[str, Any], diffusion: DiffusionArguments, config: di
             import deepspeed
 
             deepspeed.init_distributed("gloo")  # accelerate does so for GPUs only; else there seems to be one process
+    if host["disable_tqdm"]:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     trainer_class = functools.partial(
         DiffusionTrainer,
         diffusion=diffusion,
         source=host["model_name_or_path"],
-        cutoff_len=host.get("cutoff_len", 2048),
+        cutoff_len=host.get("cutoff_len", CUTOFF_LEN),
         run_config=config,
+        run_parts=parts,
     )
-    original = workflow.CustomSeq2SeqTrainer
-    workflow.CustomSeq2SeqTrainer = trainer_class  # the one name that is replaced in LLaMA-Factory
-    try:
+    output_dir = Path(host["output_dir"])
+    if parts:
+        write_run(output_dir, RUNNING, parts, config)
+    with contextlib.ExitStack() as replaced:  # the names that are replaced in LLaMA-Factory
+        for module, name, ours in (
+            (workflow, "CustomSeq2SeqTrainer", trainer_class),
+            (loader, "SupervisedDatasetProcessor", processors(diffusion.overlong, diffusion.other_template)),
+            (workflow, "get_template_and_fix_tokenizer", template_for_collation),
+            (workflow, "get_dataset", functools.partial(dataset_with_rows, workflow.get_dataset)),
+            (loader, "_load_single_dataset", load_conversations),
+            (loader, "align_dataset", align),
+        ):
+            replaced.enter_context(mock.patch.object(module, name, ours))
         tuner.run_exp(args=host, callbacks=[MetricsLog()])
-    finally:
-        workflow.CustomSeq2SeqTrainer = original
+    if parts:
+        write_run(output_dir, FINISHED, parts, config)
+
+
+def dataset_with_rows(get_dataset: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What LLaMA-Factory's ``get_dataset`` gives; data of which nothing is left is refused before a model is loaded.
+
+    Raises:
+        DataError: a data set has no row that can be trained on.
+    """
+    found = get_dataset(*args, **kwargs)
+    for setting, rows in found.items():
+        for name, part in rows.items() if isinstance(rows, dict) else [("", rows)]:
+            if not any(fate in KEPT for fate, _ in fates(part)):
+                report_fates(f"{setting.removeprefix('train_')} {name}".strip(), list(fates(part)), args[2].cutoff_len)
+    return found
 
 
 def run_export(host: dict[str, Any]) -> None:
     """Merge a LoRA adapter into its base model and write a folder that loads by itself."""
-    tuner.export_model(host)
-    restore_generation_config(host["model_name_or_path"], Path(host["export_dir"]))
+    source, folder = host["model_name_or_path"], Path(host["export_dir"])
+    litter = [folder / name for name in ("Modelfile",) if not (folder / name).exists()]
+    with mock.patch.object(tuner, "get_template_and_fix_tokenizer", template_for_collation):
+        tuner.export_model({**host, "infer_dtype": host.get("infer_dtype") or source_dtype(source)})
+    restore_generation_config(source, folder)
+    for file in litter:  # instructions for a runtime that cannot run this model
+        file.unlink(missing_ok=True)
 
 
 def restore_generation_config(source: str, folder: Path) -> None:
@@ -110,6 +165,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         source: folder or Hub name of the model that training starts from.
         cutoff_len: longest row, in tokens.
         run_config: saved beside every checkpoint.
+        run_parts: what the run is made of, saved beside every checkpoint.
         **kwargs: what LLaMA-Factory passes to its own trainer.
 
     Raises:
@@ -123,24 +179,24 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         source: str,
         cutoff_len: int,
         run_config: dict[str, Any],
+        run_parts: dict[str, Any],
         **kwargs: Any,
     ) -> None:
         model_config, tokenizer = kwargs["model"].config, kwargs["tokenizer"]
         check_model(model_config, tokenizer, source)
+        check_length(cutoff_len, getattr(model_config, "max_position_embeddings", None))
         self.diffusion = diffusion
         self.source = source
         self.cutoff_len = cutoff_len
         self.run_config = run_config
+        self.run_parts = run_parts
+        self.staging: Path | None = None  # where a checkpoint is being written
+        self.save_dtype = source_dtype(source) if diffusion.save_dtype == "source" else diffusion.save_dtype
         self.mask_token_id = model_config.mask_token_id
         self.tail_token_id = tokenizer.pad_token_id if diffusion.tail == "pad" else tokenizer.eos_token_id
         # The Trainer overwrites these with the tokenizer's, which has one end token where the model may have several.
         self.model_token_ids = {name: getattr(model_config, name, None) for name in TOKEN_ID_NAMES}
-        number = functools.partial(
-            NumberedRows,
-            eos_token_id=tokenizer.eos_token_id,
-            cutoff_len=cutoff_len,
-            drop_cut=diffusion.overlong == "drop",
-        )
+        number = functools.partial(NumberedRows, cutoff_len=cutoff_len)
         if kwargs.get("train_dataset") is not None:
             kwargs["train_dataset"] = number(kwargs["train_dataset"], name="dataset")
         evaluated = kwargs.get("eval_dataset")
@@ -370,15 +426,93 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.staging) if self.staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside and rename it when it is whole, so that a stop at any point leaves the one before.
+
+        Where processes have disks of their own, each machine renames its own part.
+        """
+        output_dir = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = output_dir / STAGING
+        if self.args.local_process_index == 0:
+            remove(staging)
+            staging.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        self.staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.staging = None
+        if self.state.best_model_checkpoint == str(staging / name):
+            self.state.best_model_checkpoint = str(output_dir / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / name / TRAINER_STATE))
+        if self.is_world_process_zero():
+            write_run(staging / name, RUNNING, self.run_parts, self.run_config)
+        self.accelerator.wait_for_everyone()
+        for renames in (self.is_world_process_zero(), self.args.local_process_index == 0):
+            if renames and (staging / name).is_dir():
+                write_marker(staging / name)
+                put_in_place(staging / name, output_dir / name)
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(output_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        final = folder == Path(self.args.output_dir)  # else a checkpoint, which keeps what a resume needs
+        written = folder / STAGING if final else folder
+        if final:
+            remove(written)
         model_config = self.accelerator.unwrap_model(self.model).config
         for name, value in self.model_token_ids.items():
             setattr(model_config, name, value)
-        super()._save(str(folder), state_dict)
+        if final and self.finetuning_args.finetuning_type != "lora":
+            state_dict = cast_weights(
+                state_dict if state_dict is not None else self.model.state_dict(), self.save_dtype
+            )
+        super()._save(str(written), state_dict)
         if self.finetuning_args.finetuning_type != "lora":
-            restore_generation_config(self.source, folder)
-        (folder / RUN_CONFIG).write_text(yaml.safe_dump(self.run_config, sort_keys=False))
+            restore_generation_config(self.source, written)
+            if final:
+                config_file = written / "config.json"
+                saved = json.loads(config_file.read_text())
+                config_file.write_text(json.dumps({**saved, "dtype": self.save_dtype}, indent=2) + "\n")
+        (written / RUN_CONFIG).write_text(yaml.safe_dump(self.run_config, sort_keys=False))
+        if final:
+            for file in sorted(written.iterdir()):
+                if file.is_dir():
+                    remove(folder / file.name)
+                os.replace(file, folder / file.name)
+            remove(written)
+
+
+def source_dtype(source: str) -> str:
+    """Precision of the weights that training starts from, as ``config.json`` has it; float32 if it does not say."""
+    return str(CoDAConfig.from_pretrained(source).dtype or torch.float32).removeprefix("torch.")
+
+
+def cast_weights(state_dict: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The same weights in another precision; tensors that share their memory still do."""
+    cast: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    result = {}
+    for name, weight in state_dict.items():
+        if weight.is_floating_point():
+            key = (weight.data_ptr(), tuple(weight.shape))
+            if key not in cast:
+                cast[key] = weight.detach().to(getattr(torch, dtype))
+            result[name] = cast[key]
+        else:
+            result[name] = weight
+    return result
 
 
 def check_model(model_config: Any, tokenizer: Any, source: str) -> None:

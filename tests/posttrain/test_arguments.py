@@ -11,6 +11,8 @@ from coda_posttrain.arguments import (
     INCOMPATIBLE,
     DiffusionArguments,
     check_datasets,
+    check_export,
+    check_host_keys,
     check_model_folder,
     load_config,
     parse_diffusion,
@@ -130,7 +132,7 @@ def test_dataset_errors_name_file_and_key(tmp_path):
     with pytest.raises(ValueError, match="'train': .*is empty"):
         check_datasets({**host, "dataset": "train"})
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "output": "b"}\n')
-    with pytest.raises(ValueError, match="has no column 'instruction', 'input'"):
+    with pytest.raises(ValueError, match="train.jsonl:1: no key 'instruction' .it has 'prompt', 'output'"):
         check_datasets({**host, "dataset": "train"})
     (tmp_path / "train.jsonl").unlink()
     with pytest.raises(ValueError, match="file not found"):
@@ -167,3 +169,55 @@ def test_recipes_are_the_published_ones():
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("train_*/*.yaml")), ids=lambda file: file.stem)
 def test_every_example_parses(file):
     split_config(load_config(str(file)))
+
+
+def test_host_keys_that_nobody_knows_are_refused_before_any_import(tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("model_name_or_path: m\nlearning_rat: 1\n")
+    assert main(["train", str(tmp_path / "x.yaml")]) == 2
+    assert "unknown key 'learning_rat': LLaMA-Factory has no such setting; did you mean" in capsys.readouterr().err
+    check_host_keys(
+        split_config({"learning_rate": 1, "lora_rank": 8, "cutoff_len": 9, "overwrite_output_dir": True})[0]
+    )
+
+
+@pytest.mark.parametrize("value", ["a,b", "[x]/o'neil", '{q}"', "40000", "run #1: x", "${home}", "~", "a=b", " s "])
+def test_paths_on_the_command_line_are_text(tmp_path, value):
+    (tmp_path / "x.yaml").write_text("output_dir: null\n")
+    assert load_config(str(tmp_path / "x.yaml"), [f"output_dir={value}"])["output_dir"] == value
+
+
+def test_a_path_in_a_file_must_be_text():
+    with pytest.raises(ValueError, match="output_dir must be text, got 40000; put it in quotes"):
+        split_config({"output_dir": 40000})
+
+
+def test_rows_longer_than_the_models_context_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "CoDA", "max_position_embeddings": 512}')
+    host = {"model_name_or_path": str(tmp_path)}
+    check_model_folder({**host, "cutoff_len": 512})
+    with pytest.raises(ValueError, match="at most the model's max_position_embeddings=512, got 2048"):
+        check_model_folder(host)
+    with pytest.raises(ValueError, match="cutoff_len must be a whole number >= 1, got 0"):
+        check_model_folder({**host, "cutoff_len": 0})
+
+
+def test_an_export_needs_an_adapter_and_a_folder_of_its_own(tmp_path):
+    with pytest.raises(ValueError, match="adapter_name_or_path is required: export merges a LoRA adapter"):
+        check_export({"export_dir": "x"})
+    host = {"model_name_or_path": "m", "adapter_name_or_path": str(tmp_path)}
+    with pytest.raises(ValueError, match="no adapter_config.json in"):
+        check_export({**host, "export_dir": "x"})
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="export_dir is required"):
+        check_export(host)
+    with pytest.raises(ValueError, match="is adapter_name_or_path itself"):
+        check_export({**host, "export_dir": str(tmp_path)})
+    check_export({**host, "export_dir": "x"})
+
+
+def test_defaults_spare_the_disk_the_log_and_the_first_tokenisation():
+    host, _ = split_config({})
+    assert host["save_total_limit"] == 2
+    assert host["ddp_timeout"] >= 6 * 3600
+    assert host["disable_tqdm"] is True  # no terminal here
+    assert split_config({"save_total_limit": None})[0]["save_total_limit"] is None

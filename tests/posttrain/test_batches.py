@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from coda_posttrain.batches import EpochOrder, NumberedRows, scan_ends
+from coda_posttrain.batches import EpochOrder, NumberedRows
+from coda_posttrain.records import EMPTY_ANSWER, OLDEST_LEFT_OUT, SHORTENED, TOO_LONG, WHOLE, DataError
 
-END = 7
+FATES = [WHOLE, TOO_LONG, SHORTENED, EMPTY_ANSWER, OLDEST_LEFT_OUT]
 
 
-def dataset() -> Dataset:
-    ids = [[1, 2, END, 3], [1, END], [1, 2, 3, 4], [END, 1, 2, 3, 4]]
-    return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * len(row) for row in ids]})
+def dataset(fates: list[str] = FATES) -> Dataset:
+    ids = [[1, 2, 7, 3], [0], [1, 2, 3, 4], [0], [1, 7, 2]][: len(fates)]
+    columns = {"input_ids": ids, "labels": ids, "attention_mask": [[1] * len(row) for row in ids]}
+    return Dataset.from_dict({**columns, "fate": fates, "place": [f"a.jsonl:{i}" for i in range(1, len(fates) + 1)]})
 
 
 def order(epoch: int, grouped: bool, count: int = 103, batch_size: int = 10) -> list[int]:
@@ -21,27 +23,27 @@ def order(epoch: int, grouped: bool, count: int = 103, batch_size: int = 10) -> 
     return list(sampler)
 
 
-def test_scan_gives_lengths_and_ends():
-    lengths, ended = scan_ends(dataset(), END)
-    assert lengths.tolist() == [4, 2, 4, 5]
-    assert ended.tolist() == [True, True, False, False]
-    lengths, ended = scan_ends(dataset().select([3, 1]), END)  # with an indices mapping
-    assert (lengths.tolist(), ended.tolist()) == ([5, 2], [False, True])
+def test_only_rows_that_are_kept_are_numbered():
+    rows = NumberedRows(dataset(), name="dataset", cutoff_len=4)
+    assert [rows[i]["input_ids"] for i in range(len(rows))] == [[1, 2, 7, 3], [1, 2, 3, 4], [1, 7, 2]]
+    assert [rows[i]["sample_id"] for i in range(3)] == [0, 1, 2]
+    assert [rows[i]["ended"] for i in range(3)] == [True, False, True]
+    assert rows.lengths.tolist() == [4, 4, 3]
+    assert "fate" not in rows[0]
 
 
-def test_cut_rows_are_kept_or_left_out():
-    kept = NumberedRows(dataset(), name="dataset", eos_token_id=END, cutoff_len=4, drop_cut=False)
-    assert [kept[i]["ended"] for i in range(len(kept))] == [True, True, False, False]
-    dropped = NumberedRows(dataset(), name="dataset", eos_token_id=END, cutoff_len=4, drop_cut=True)
-    assert [dropped[i]["input_ids"] for i in range(len(dropped))] == [[1, 2, END, 3], [1, END]]
-    assert [dropped[i]["sample_id"] for i in range(2)] == [0, 1]
+def test_every_row_that_is_not_whole_is_counted_in_the_log(caplog):
+    NumberedRows(dataset(), name="dataset", cutoff_len=4)
+    assert "3 of 5 rows were longer than cutoff_len=4: 2 are cut, 1 left out" in caplog.text
+    assert "1 too long (first: a.jsonl:2)" in caplog.text
+    assert "1 of 5 rows teach nothing and are left out: 1 empty answer (first: a.jsonl:4)" in caplog.text
 
 
-def test_data_without_an_end_token_is_refused():
-    with pytest.raises(ValueError, match="no row ends with the end token 55"):
-        NumberedRows(dataset(), name="dataset", eos_token_id=55, cutoff_len=4, drop_cut=False)
-    with pytest.raises(ValueError, match="none of 4 rows is left; raise cutoff_len=4"):
-        NumberedRows(dataset(), name="dataset", eos_token_id=55, cutoff_len=4, drop_cut=True)
+def test_data_of_which_nothing_is_left_is_refused():
+    with pytest.raises(DataError, match="eval: none of 2 rows is left: 2 too long .*raise cutoff_len=4"):
+        NumberedRows(dataset([TOO_LONG] * 2), name="eval", cutoff_len=4)
+    with pytest.raises(ValueError, match="not tokenised by coda_posttrain; remove tokenized_path"):
+        NumberedRows(dataset().remove_columns("fate"), name="dataset", cutoff_len=4)
 
 
 @pytest.mark.parametrize("grouped", [False, True])

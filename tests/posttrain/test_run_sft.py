@@ -9,10 +9,12 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 
 FAKE_PYTHON = """#!/usr/bin/env bash
-# Stands for the interpreter: answers `get` from the YAML, records `train`, fails where it is told to.
+# Stands for the interpreter: answers `get` from the YAML, `identity` with its arguments and $DATA, records `train`,
+# fails where it is told to.
 if [ "$1" = -c ]; then exit 0; fi
 shift 2
 if [ "$1" = get ]; then sed -n "s/^$2: //p" "$3"; exit 0; fi
+if [ "$1" = identity ]; then shift; echo "$@" "$DATA" | cksum; exit 0; fi
 echo "$@" >> "$CALLS"
 case "$*" in *"$FAIL_AT"*) exit 3 ;; esac
 """
@@ -26,10 +28,10 @@ def run(tmp_path, monkeypatch):
     for name in ("first", "second"):
         (tmp_path / f"{name}.yaml").write_text("finetuning_type: full\n")
 
-    def call(*arguments: str, fail_at: str = "never") -> tuple[int, str, list[str]]:
+    def call(*arguments: str, fail_at: str = "never", data: str = "") -> tuple[int, str, list[str]]:
         calls = tmp_path / "calls"
         calls.unlink(missing_ok=True)
-        environment = {**os.environ, "PYTHON": str(fake), "CALLS": str(calls), "FAIL_AT": fail_at}
+        environment = {**os.environ, "PYTHON": str(fake), "CALLS": str(calls), "FAIL_AT": fail_at, "DATA": data}
         result = subprocess.run(
             ["bash", str(REPO / "run_sft.sh"), *arguments],
             env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
@@ -70,6 +72,28 @@ def test_finished_runs_are_not_repeated_and_never_mixed_up(run):
     status, output, calls = run(*arguments, "learning_rate=1")
     assert (status, calls) == (2, [])
     assert "finished run with other settings" in output
+    status, output, calls = run(*arguments, data="other rows under the same name")
+    assert (status, calls) == (2, [])
+    assert "model or data" in output
+
+
+@pytest.mark.parametrize("name", ["a,b [1]", "o'neil", 'q"x"', "x=y", "40000", "$(touch no)", "a  b"])
+def test_folders_of_any_name_arrive_as_they_are(run, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "c.yaml").write_text("finetuning_type: full\n")
+    status, output, calls = run(f"{folder}/c.yaml", f"model_name_or_path={folder}/M", f"output_dir={folder}/out")
+    assert (status, len(calls)) == (0, 1), output
+    assert calls[0].endswith(f"{folder}/c.yaml model_name_or_path={folder}/M output_dir={folder}/out")
+    assert (folder / "out/.finished").exists()
+
+
+def test_configurations_of_one_name_would_share_a_folder(run, tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/first.yaml").write_text("finetuning_type: full\n")
+    status, output, calls = run("first.yaml", "more/first.yaml", "model_name_or_path=M", "output_dir=o")
+    assert (status, calls) == (2, [])
+    assert "several configurations are called first" in output
 
 
 def test_bad_arguments_are_refused(run, tmp_path):

@@ -136,7 +136,6 @@ def runs(tmp_path_factory, model_dir, data_dir, environment) -> Path:
         ],
     ]  # fmt: skip
     refused = [
-        make("refused", learning_rat=1),
         make("refused", accelerator_config="{even_batches: false}", eval_strategy="no", eval_dataset="null"),
     ]
     merge = {"template": "qwen3_nothink", "finetuning_type": "lora", "infer_dtype": "float32"}
@@ -194,12 +193,8 @@ def test_padding_up_to_cutoff_len_is_learned_with_the_published_tail(runs):
     assert lines[0]["tokens"] == 8 * 96
 
 
-def test_host_keys_that_nobody_knows_are_refused(runs):
-    assert "learning_rat" in (runs / "refused_0.txt").read_text()
-
-
 def test_processes_with_unlike_numbers_of_batches_are_refused(runs):
-    assert "accelerator_config.even_batches=false" in (runs / "refused_1.txt").read_text()
+    assert "accelerator_config.even_batches=false" in (runs / "refused_0.txt").read_text()
 
 
 def test_template_gives_the_token_ids_of_the_chat_template(runs):
