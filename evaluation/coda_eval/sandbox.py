@@ -1,9 +1,9 @@
 """Run untrusted Python programs: namespaces, resource limits, a private verdict pipe, many at once.
 
-Three levels of isolation, best first: ``bubblewrap`` (the ``bwrap`` program), ``unshare`` (util-linux), and
-``rlimits``, which limits what a program uses but neither hides the machine nor cuts the network. The first two show
-a program the standard library, numpy where installed, a small scratch folder, and nothing else: no network, no other
-process, no file of the machine. The level that ran is part of every verdict.
+Two levels isolate, best first: ``bubblewrap`` (the ``bwrap`` program) and ``unshare`` (namespaces that the child makes
+itself). They show a program the standard library, numpy where installed, a small scratch folder, and nothing else: no
+network, no other process, no file of the machine. ``rlimits`` limits what a program uses but neither hides the machine
+nor cuts the network: it is never chosen unasked. The level that ran is part of every verdict.
 
 Not here: what a program consists of (``programs.py``).
 """
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 LEVELS = ("bubblewrap", "unshare", "rlimits")
 """Isolation levels, best first."""
+
+ISOLATED = ("bubblewrap", "unshare")
+"""Levels that ``auto`` may choose: a program there reaches nothing of the machine."""
 
 PACKAGES = ("numpy",)
 """Packages outside the standard library that programs may import (the MBPP+ tests need them)."""
@@ -98,33 +101,42 @@ def default_workers() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def isolation_label(level: str) -> str:
+    """What results say of a level: its name, and that it is no isolation where that is so."""
+    return level if level in ISOLATED else f"{level} (not isolated)"
+
+
 def isolation_level(requested: str = "auto") -> str:
-    """The level to use: the best that works here, or the requested one.
+    """The level to use: the best of ``ISOLATED`` that works here, or the requested one.
 
     Args:
         requested: ``auto`` or one of ``LEVELS``.
 
     Raises:
-        ValueError: the name is unknown, or that level does not work on this machine.
+        ValueError: the name is unknown, or that level (for ``auto``: every level that isolates) does not work here.
     """
     if requested not in ("auto", *LEVELS):
         raise ValueError(f"the sandbox level must be auto, {', '.join(LEVELS)}; got {requested!r}")
-    for level in LEVELS if requested == "auto" else (requested,):
-        if not _probe(level):
-            continue
-        if level == "rlimits" and requested == "auto":
-            logger.warning(
-                "neither bubblewrap nor unshare works here: programs run with resource limits only, can read this "
-                "machine's files and use its network. Install bubblewrap, or allow user namespaces."
-            )
-        return level
-    raise ValueError(f"sandbox level {requested!r} does not work on this machine: {_probe.reasons.get(requested)}")
+    tried = ISOLATED if requested == "auto" else (requested,)
+    for level in tried:
+        if _probe(level):
+            return level
+    reasons = "; ".join(f"{level}: {_probe.reasons[level]}" for level in tried)
+    if requested == "auto":
+        raise ValueError(
+            f"no sandbox level that isolates works on this machine ({reasons}). Install bubblewrap or allow user "
+            "namespaces; or ask for the level rlimits by name, which does not isolate and is recorded as such"
+        )
+    raise ValueError(f"sandbox level {requested!r} does not work on this machine: {reasons}")
 
 
 def run_programs(
     programs: Sequence[Program], *, level: str = "auto", workers: int | None = None, limits: Limits | None = None
 ) -> list[Verdict]:
     """Run every program in its own sandbox and interpreter, several at once, and judge each.
+
+    Nothing that a program does raises here. A sandbox that cannot be built although the level works (the machine is
+    out of processes, say) is tried again; what then still cannot be judged has the status ``unjudged``.
 
     Args:
         programs: what to run; order is kept.
@@ -134,13 +146,25 @@ def run_programs(
 
     Raises:
         ValueError: the level is unknown or does not work here.
-        RuntimeError: a sandbox could not be built although the level works (never counted as a failed program).
     """
     level = isolation_level(level)
     workers = workers or default_workers()
     limits = limits or Limits()
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda program: _run(program, level, limits), programs))
+        return list(pool.map(lambda program: _run_surely(program, level, limits), programs))
+
+
+def _run_surely(program: Program, level: str, limits: Limits) -> Verdict:
+    """``_run``, three times if the sandbox could not be built."""
+    for wait in (0.5, 2.0, None):
+        try:
+            return _run(program, level, limits)
+        except OSError as error:
+            if wait is None:
+                logger.error("a program could not be judged: %s", error)
+                return Verdict(status="unjudged", error=str(error), seconds=0.0, isolation=isolation_label(level))
+            time.sleep(wait)
+    raise AssertionError("unreachable")
 
 
 def _probe(level: str) -> bool:
@@ -149,12 +173,25 @@ def _probe(level: str) -> bool:
         try:
             verdict = _run(Program(candidate="", tests=""), level, Limits())
             _probe.reasons[level] = "" if verdict.passed else f"{verdict.status}: {verdict.error}"
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             _probe.reasons[level] = str(error)
     return not _probe.reasons[level]
 
 
 _probe.reasons = {}
+
+
+@functools.cache
+def _capable() -> bool:
+    """Whether this process may build the walls as root: CHOWN 0, SETGID 6, SETUID 7 and SYS_ADMIN 21.
+
+    Root in a container often may not; it is then treated as any user.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("CapEff:"):
+            held = int(line.split()[1], 16)
+            return os.geteuid() == 0 and all(held >> bit & 1 for bit in (0, 6, 7, 21))
+    return False
 
 
 @functools.cache
@@ -176,12 +213,6 @@ def _binds() -> tuple[list[tuple[str, str]], list[str]]:
     return list(binds.items()), ["/packages"]
 
 
-def _stdlib_is_public() -> bool:
-    """Whether every user may enter the folder of the standard library."""
-    folder = Path(os.path.realpath(sysconfig.get_path("stdlib")))
-    return all(path.stat().st_mode & 0o001 for path in (folder, *folder.parents))
-
-
 def _site_folders() -> list[str]:
     """Folders inside the bound standard library that hold third-party packages: they are covered by empty ones."""
     stdlib = Path(os.path.realpath(sysconfig.get_path("stdlib")))
@@ -192,15 +223,12 @@ def _site_folders() -> list[str]:
 def _command(level: str) -> list[str]:
     """The command line that starts the child inside its walls."""
     child = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _child_source()]
-    root = os.geteuid() == 0
-    if level == "rlimits":
+    root = _capable()
+    if level != "bubblewrap":
         return child
-    tool = shutil.which("bwrap" if level == "bubblewrap" else "unshare")
+    tool = shutil.which("bwrap")
     if tool is None:
-        raise RuntimeError(f"{'bwrap' if level == 'bubblewrap' else 'unshare'} is not on PATH")
-    if level == "unshare":
-        namespaces = ["--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child=KILL"]
-        return [tool, *([] if root else ["--user", "--map-root-user"]), *namespaces, *child]
+        raise FileNotFoundError("bwrap is not on PATH")
     command = [tool, "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
     # Root builds the walls as root and lets the child become a user of its own; others need a user namespace.
     command += ["--cap-drop", "ALL", *(["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else [])]
@@ -224,25 +252,32 @@ def _run(program: Program, level: str, limits: Limits) -> Verdict:
     """Start the child, wait for its report or the deadline, and leave no process behind."""
     nonce, started = secrets.token_hex(16), time.monotonic()
     binds, packages = _binds()
-    with tempfile.TemporaryDirectory(prefix="coda-eval-") as folder, tempfile.TemporaryFile() as stdin:
-        uid = FIRST_UID + (os.getpid() + next(_numbers)) % 4096 if os.geteuid() == 0 else None
+    with (
+        tempfile.TemporaryDirectory(prefix="coda-eval-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as stdin,
+        tempfile.TemporaryFile() as stderr,
+    ):
+        uid = FIRST_UID + (os.getpid() + next(_numbers)) % 4096 if _capable() else None
         if level == "rlimits":
             packages = sorted({str(Path(source).parent) for source, target in binds if target.startswith("/packages")})
             if uid is not None:
                 os.chown(folder, uid, uid)
         reader, writer = os.pipe()
+        setup_reader, setup_writer = os.pipe()
         job = {
             "candidate": program.candidate,
             "tests": program.tests,
             "nonce": nonce,
             "report_fd": writer,
+            "setup_fd": setup_writer,
+            "user_namespace": uid is None,
+            "keep_imports": level == "rlimits" and uid is not None,
             "root": folder if level == "unshare" else None,
             "binds": binds,
             "scratch_bytes": _SCRATCH_BYTES,
             "workdir": folder if level == "rlimits" else "/tmp",
             "packages": packages,
             "uid": uid,
-            "read_all": level == "rlimits" and uid is not None and not _stdlib_is_public(),
             "limits": {
                 "RLIMIT_AS": limits.memory_bytes,
                 "RLIMIT_FSIZE": limits.file_bytes,
@@ -262,23 +297,32 @@ def _run(program: Program, level: str, limits: Limits) -> Verdict:
             "OMP_NUM_THREADS": "1",
             "CODA_EVAL_SANDBOX_ID": nonce[::-1],
         }
-        with os.fdopen(reader, "rb", buffering=0) as pipe:
+        with os.fdopen(reader, "rb", buffering=0) as pipe, os.fdopen(setup_reader, "rb", buffering=0) as setup:
             try:
                 process = subprocess.Popen(
                     _command(level),
                     stdin=stdin,
                     stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=(writer,),
+                    stderr=stderr,
+                    pass_fds=(writer, setup_writer),
                     env=environment,
                     start_new_session=True,
                 )
             finally:
                 os.close(writer)
+                os.close(setup_writer)
             try:
-                line, timed_out = _read_report(pipe.fileno(), started + program.timeout_s)
+                ready, late = _read_report(setup.fileno(), started + program.timeout_s)
+                line, timed_out = b"", True
+                if ready == b"ready\n":
+                    line, timed_out = _read_report(pipe.fileno(), started + program.timeout_s)
             finally:
                 _kill(process, level, environment["CODA_EVAL_SANDBOX_ID"])
+        if ready != b"ready\n":
+            stderr.seek(0)
+            reasons = [ready.decode("ascii", "replace").strip(), stderr.read(500).decode("utf-8", "replace").strip()]
+            reason = "; ".join(filter(None, reasons)) or f"exit status {process.returncode}"
+            raise OSError(f"the {level} sandbox could not be built{' in time' if late else ''}: {reason}")
         return _judge(line, timed_out, nonce, process, program, level, time.monotonic() - started)
 
 
@@ -302,20 +346,20 @@ def _judge(
     """Turn a report into a verdict; only the right nonce is a pass."""
 
     def verdict(status: str, error: str) -> Verdict:
-        return Verdict(status=status, error=error, seconds=round(seconds, 4), isolation=level)
+        return Verdict(status=status, error=error, seconds=round(seconds, 4), isolation=isolation_label(level))
 
     if timed_out:
         return verdict("timeout", f"no verdict after {program.timeout_s:g} s")
-    try:
-        report = json.loads(line)
-        status, error, given = str(report["status"]), str(report["error"])[:500], str(report["nonce"])
-    except (ValueError, KeyError, TypeError):
+    if not line.endswith(b"\n"):
         return verdict("killed", f"ended without a verdict (exit status {process.returncode})")
-    if status == "sandbox":
-        raise RuntimeError(f"the {level} sandbox could not be built: {error}")
-    if status == "passed" and not secrets.compare_digest(given.encode(), nonce.encode()):
-        return verdict("failed", "the verdict was forged")
-    return verdict(status if status in ("passed", "failed", "exited", "memory") else "failed", error)
+    # Whatever the program wrote: three words of bytes, of which nothing but the nonce is believed.
+    status, given, error = (*line.split(b"\n")[0].split(b" ", 2), b"", b"")[:3]
+    if status == b"passed" and secrets.compare_digest(given, nonce.encode()):
+        return verdict("passed", "")
+    text = error.decode("ascii", "replace")[:500]
+    if status in (b"failed", b"exited", b"memory"):
+        return verdict(status.decode("ascii"), text)
+    return verdict("failed", "the verdict was forged")
 
 
 def _kill(process: subprocess.Popen, level: str, marker: str) -> None:

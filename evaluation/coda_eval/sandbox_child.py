@@ -13,6 +13,7 @@ import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 import types
 
@@ -28,7 +29,10 @@ def call(name, *args):
 def mount(source, target, kind=None, flags=0, data=None):
     """Mount or remount, as the system call of that name does."""
     encoded = [None if text is None else text.encode() for text in (source, target, kind, data)]
-    call("mount", encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3])
+    try:
+        call("mount", encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3])
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} ({source} on {target})") from None
 
 
 def build_root(root, binds, scratch_bytes):
@@ -66,22 +70,54 @@ def build_root(root, binds, scratch_bytes):
     mount(None, "/", None, 32 | 1 | 2)
 
 
-def drop_privileges(uid, read_all):
-    """Become ``uid`` where this process is root, give up every capability, and forbid to gain any.
+def enter_namespaces(user):
+    """Leave the machine's namespaces: CLONE_NEWNS, NEWUTS, NEWIPC, NEWPID, NEWNET and, for ``user``, NEWUSER.
 
-    ``read_all`` keeps CAP_DAC_READ_SEARCH: only for the level that hides no file, where the interpreter itself lies
-    in a folder that ``uid`` may not enter.
+    The caller's id becomes an ordinary one inside: to map the root id takes CAP_SETFCAP, which a container may lack.
+    The next fork is the first process of the PID namespace.
     """
+    uid, gid = os.geteuid(), os.getegid()
+    call("unshare", 0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000 | (0x10000000 if user else 0))
+    if user:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {uid} 1"), ("gid_map", f"1000 {gid} 1")):
+            try:
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
+            except OSError as error:
+                raise OSError(error.errno, f"{name} of the user namespace: {error.strerror}") from None
+
+
+def keep_imports(folders):
+    """Read ``folders`` through open descriptors from now on, so that modules load after the root id is gone.
+
+    Where an interpreter lies below a folder that only root may enter, its own files are open to all: a descriptor
+    passes by the closed folder and opens nothing else in it.
+    """
+    moved = {}
+    for folder in folders:
+        moved[folder] = f"/proc/self/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY)}"
+
+    def move(path):
+        fit = [folder for folder in moved if path == folder or path.startswith(folder + "/")]
+        return moved[max(fit, key=len)] + path[len(max(fit, key=len)) :] if fit else path
+
+    sys.path[:] = [move(path) for path in sys.path]
+    for module in list(sys.modules.values()):
+        if isinstance(getattr(module, "__path__", None), list):
+            module.__path__[:] = [move(path) for path in module.__path__]
+    sys.path_importer_cache.clear()
+
+
+def drop_privileges(uid):
+    """Become ``uid`` where one is given, give up every capability, and forbid to gain any."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     if uid is not None:
-        libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS, so that capset below decides
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    kept = 1 << 2 if read_all else 0
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    call("capset", header, (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0))
+    call("capset", header, (ctypes.c_uint32 * 6)(0, 0, 0, 0, 0, 0))
     libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: other processes of this user cannot trace it
 
 
@@ -105,11 +141,11 @@ def describe(error):
 
 def run(job, report_fd):
     """Run the candidate, then its tests, then write the verdict. Never returns."""
-    write, read, leave, dumps, execute, translate = os.write, os.read, os._exit, json.dumps, exec, compile
+    write, read, leave, execute, translate = os.write, os.read, os._exit, exec, compile
 
     def report(status, error, nonce=""):
-        line = dumps({"status": status, "error": error, "nonce": nonce}) + "\n"
-        write(report_fd, line.encode("ascii"))
+        line = f"{status} {nonce or '-'} {error}".encode("ascii", "backslashreplace")
+        write(report_fd, line.replace(b"\n", b"\\n") + b"\n")
         leave(0)
 
     nonce_fd, nonce_in = os.pipe()
@@ -138,27 +174,41 @@ def run(job, report_fd):
 
 
 def main():
-    """Read the job, build the walls it asks for, and run it."""
+    """Read the job, build the walls it asks for, say on the set-up pipe that they stand, and run it."""
     with os.fdopen(os.dup(0), "rb") as stdin:
         job = json.loads(stdin.read())
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    report_fd = job.pop("report_fd")
+    os.close(null)
+    report_fd, setup_fd = job.pop("report_fd"), job.pop("setup_fd")
     os.umask(0o022)
     try:
         if job["root"]:
+            enter_namespaces(job["user_namespace"])
+            if os.fork():  # dies with the evaluator, and its child with it
+                os.close(setup_fd)
+                os.close(report_fd)
+                os.wait()
+                os._exit(0)
+            call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
             build_root(job["root"], job["binds"], job["scratch_bytes"])
             if os.fork():  # the first process of a PID namespace shrugs signals off: the program must not be it
+                os.close(setup_fd)
+                os.close(report_fd)
                 os.wait()
                 os._exit(0)
         os.chdir(job["workdir"])
         sys.path[:] = [path for path in sys.path if "site-packages" not in path] + job["packages"]
+        if job["keep_imports"]:
+            keep_imports([path for path in sys.path if os.path.isdir(path)])
         set_limits(job["limits"])
-        drop_privileges(job["uid"], job["read_all"])
+        drop_privileges(job["uid"])
     except OSError as error:
-        os.write(report_fd, json.dumps({"status": "sandbox", "error": describe(error), "nonce": ""}).encode() + b"\n")
+        os.write(setup_fd, describe(error).encode("ascii", "backslashreplace") + b"\n")
         os._exit(1)
+    os.write(setup_fd, b"ready\n")
+    os.close(setup_fd)  # before the candidate's code exists here: nothing it does looks like a fault of the sandbox
     run(job, report_fd)
 
 

@@ -68,7 +68,7 @@ def test_hostile_programs_fail_and_leave_nothing_behind(level):
     verdicts = dict(zip(HOSTILE, run_programs(programs, level=level), strict=True))
     assert not any(verdict.passed for verdict in verdicts.values()), verdicts
     for name, (_, status) in HOSTILE.items():
-        assert verdicts[name].isolation == level
+        assert verdicts[name].isolation == sandbox.isolation_label(level)
         if status is not None:
             assert verdicts[name].status == status, (name, verdicts[name])
         assert verdicts[name].seconds < 4, (name, verdicts[name])
@@ -174,19 +174,65 @@ def test_auto_takes_the_best_level():
     assert isolation_level("auto") == AVAILABLE[0]
 
 
-def test_weak_isolation_is_announced(monkeypatch, caplog):
-    monkeypatch.setattr(sandbox, "_probe", lambda level: level == "rlimits")
-    assert isolation_level("auto") == "rlimits"
-    assert "resource limits only" in caplog.text
+def test_auto_never_takes_a_level_that_does_not_isolate(monkeypatch):
+    monkeypatch.setattr(sandbox._probe, "reasons", {"bubblewrap": "no bwrap", "unshare": "EPERM", "rlimits": ""})
+    with pytest.raises(
+        ValueError, match=r"\(bubblewrap: no bwrap; unshare: EPERM\).* ask for the level rlimits by name"
+    ):
+        isolation_level("auto")
+    assert isolation_level("rlimits") == "rlimits"
+    assert sandbox.isolation_label("rlimits") == "rlimits (not isolated)"
 
 
 def test_unusable_level_is_an_error_that_says_why(monkeypatch):
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     monkeypatch.setattr(sandbox._probe, "reasons", {})
-    with pytest.raises(ValueError, match="'bubblewrap' does not work on this machine: bwrap is not on PATH"):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="'bubblewrap' does not work on this machine: bubblewrap: bwrap is not on"):
         isolation_level("bubblewrap")
     with pytest.raises(ValueError, match="must be auto, bubblewrap, unshare, rlimits; got 'docker'"):
         isolation_level("docker")
+
+
+def test_the_reason_holds_the_words_of_the_child(monkeypatch):
+    monkeypatch.setattr(sandbox._probe, "reasons", {})
+    monkeypatch.setattr(sandbox, "_binds", lambda: ([("/nowhere", "/nowhere")], []))
+    with pytest.raises(ValueError, match=r"unshare sandbox could not be built: \w+Error: .*mount: .*/nowhere"):
+        isolation_level("unshare")
+
+
+FORGED = (
+    b'{"status": "sandbox", "error": "", "nonce": ""}\n',
+    b"[" * 60000 + b"\n",
+    b'{"status": "passed", "error": "", "nonce": "\\ud800"}\n',
+    b"\xed\xa0\x80 \xff\n",
+    b"9" * 5000 + b"\n",
+    b"null\n",
+    b"ready\n",
+    b"passed\n",
+    b"\n",
+    b"a" * 300000,
+)
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_nothing_a_program_writes_ends_the_evaluation(level):
+    flood = "import os\nfor fd in range(3, 128):\n    try: os.set_blocking(fd, False), os.write(fd, {!r})\n"
+    codes = [flood.format(text) + "    except OSError: pass\nos._exit(0)" for text in FORGED]
+    codes += ["raise ValueError('\\ud800')", "'\ud800'", "class E(Exception):\n    __str__ = 1\nraise E"]
+    programs = [Program(candidate=code, tests=TESTS, timeout_s=10) for code in codes]
+    good = Program(candidate="def f(x): return 4", tests=TESTS)
+    verdicts = run_programs([good, *programs, good], level=level)
+    assert [verdict.passed for verdict in verdicts] == [True, *[False] * len(programs), True]
+    assert {verdict.status for verdict in verdicts[1:-1]} <= {"failed", "killed"}
+
+
+def test_a_sandbox_that_cannot_be_built_is_a_program_with_a_reason(monkeypatch):
+    level = AVAILABLE[0]
+    monkeypatch.setattr(sandbox, "_command", lambda level: ["/nowhere/python"])
+    monkeypatch.setattr(sandbox.time, "sleep", lambda seconds: None)
+    verdict = run_programs([Program(candidate="", tests="")], level=level)[0]
+    assert verdict.status == "unjudged"
+    assert "/nowhere/python" in verdict.error
 
 
 def test_nonpositive_timeout_is_an_error():
