@@ -271,6 +271,7 @@ def _run(program: Program, level: str, limits: Limits) -> Verdict:
             "report_fd": writer,
             "setup_fd": setup_writer,
             "user_namespace": uid is None,
+            "shared": level == "rlimits",
             "keep_imports": level == "rlimits" and uid is not None,
             "root": folder if level == "unshare" else None,
             "binds": binds,
@@ -295,7 +296,7 @@ def _run(program: Program, level: str, limits: Limits) -> Verdict:
             "LANG": "C.UTF-8",
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
-            "CODA_EVAL_SANDBOX_ID": nonce[::-1],
+            "CODA_EVAL_PID": str(os.getpid()),
         }
         with os.fdopen(reader, "rb", buffering=0) as pipe, os.fdopen(setup_reader, "rb", buffering=0) as setup:
             try:
@@ -317,7 +318,7 @@ def _run(program: Program, level: str, limits: Limits) -> Verdict:
                 if ready == b"ready\n":
                     line, timed_out = _read_report(pipe.fileno(), started + program.timeout_s)
             finally:
-                _kill(process, level, environment["CODA_EVAL_SANDBOX_ID"])
+                _kill(process)
         if ready != b"ready\n":
             stderr.seek(0)
             reasons = [ready.decode("ascii", "replace").strip(), stderr.read(500).decode("utf-8", "replace").strip()]
@@ -362,35 +363,36 @@ def _judge(
     return verdict("failed", "the verdict was forged")
 
 
-def _kill(process: subprocess.Popen, level: str, marker: str) -> None:
-    """End the process, its group, and (where no PID namespace does it) whatever left the group."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        logger.debug("process group %d had ended", process.pid)
-    process.wait()
-    if level != "rlimits":
-        return  # the end of a PID namespace's first process ends all others
-    while strays := _marked_processes(marker):
-        for pid in strays:
+def _kill(process: subprocess.Popen) -> None:
+    """End whatever the program started, then the process that waits for it all, and collect it.
+
+    The descendants go first: orphans stay below the waiting process (the first of a PID namespace, or a subreaper) as
+    long as that lives.
+    """
+    while left := _descendants(process.pid):
+        for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+    process.kill()
+    process.wait()
 
 
-def _marked_processes(marker: str) -> list[int]:
-    """Living processes whose environment at their start holds ``marker`` (forks inherit it)."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
+def _descendants(pid: int) -> list[int]:
+    """Living processes below ``pid``."""
+    found, to_see = [], [pid]
+    while to_see:
+        parent = to_see.pop()
         try:
-            alive = entry.joinpath("stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-            if alive and marker.encode() in entry.joinpath("environ").read_bytes():
-                found.append(int(entry.name))
-        except (OSError, IndexError):
-            continue  # gone meanwhile, or another user's
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                children = Path(f"/proc/{parent}/task/{thread}/children").read_text(encoding="ascii").split()
+                to_see += [int(child) for child in children]
+            state = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # gone meanwhile
+        if parent != pid and state.split()[0] not in "ZX":
+            found.append(parent)
     return found
 
 

@@ -10,12 +10,53 @@ enough to count benchmark answers, not to reward a policy that learns to cheat.)
 """
 
 import ctypes
+import errno
+import fcntl
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 import types
+
+LAST_SYSCALL = 449
+"""Highest system call number that the table below was written for; later ones do not exist for a program."""
+
+REFUSED = """
+acct 163 89, add_key 248 217, adjtimex 159 171, bpf 321 280, chroot 161 51, clock_adjtime 305 266,
+clock_settime 227 112, delete_module 176 106, fanotify_init 300 262, finit_module 313 273, fsconfig 431 431,
+fsmount 432 432, fsopen 430 430, fspick 433 433, init_module 175 105, io_uring_enter 426 426,
+io_uring_register 427 427, io_uring_setup 425 425, ioperm 173 -, iopl 172 -, kcmp 312 272, kexec_file_load 320 294,
+kexec_load 246 104, keyctl 250 219, lookup_dcookie 212 18, mbind 237 235, memfd_create 319 279, memfd_secret 447 447,
+migrate_pages 256 238, modify_ldt 154 -, mount 165 40, mount_setattr 442 442, move_mount 429 429, move_pages 279 239,
+mq_open 240 180, mq_unlink 241 181, msgctl 71 187, msgget 68 186, msgrcv 70 188, msgsnd 69 189,
+name_to_handle_at 303 264, nfsservctl 180 42, open_by_handle_at 304 265, open_tree 428 428, perf_event_open 298 241,
+pidfd_getfd 438 438, pidfd_open 434 434, pidfd_send_signal 424 424, pivot_root 155 41, process_madvise 440 440,
+process_mrelease 448 448, process_vm_readv 310 270, process_vm_writev 311 271, ptrace 101 117, quotactl 179 60,
+quotactl_fd 443 443, reboot 169 142, request_key 249 218, semctl 66 191, semget 64 190, semop 65 193,
+semtimedop 220 192, set_mempolicy 238 237, setdomainname 171 162, sethostname 170 161, setns 308 268,
+settimeofday 164 170, shmat 30 196, shmctl 31 195, shmdt 67 197, shmget 29 194, socket 41 198, swapoff 168 225,
+swapon 167 224, sysfs 139 -, syslog 103 116, umount2 166 39, unshare 272 97, uselib 134 -, userfaultfd 323 282,
+ustat 136 -, vhangup 153 58
+"""
+"""System calls that no program needs, with their numbers on x86_64 and aarch64: they reach the kernel's young or
+privileged parts, other processes, or memory that outlives a process. ``socket`` is among them: the socket families are
+not all covered by a network namespace (vsock), and pairs come from ``socketpair``."""
+
+SHARED = """
+chmod 90 -, chown 92 -, fchmod 91 52, fchmodat 268 53, fchown 93 55, fchownat 260 54, fremovexattr 199 16,
+fsetxattr 190 7, futimesat 261 -, inotify_add_watch 254 27, ioprio_set 251 30, lchown 94 -, lremovexattr 198 15,
+lsetxattr 189 6, removexattr 197 14, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, sched_setaffinity 203 122,
+sched_setattr 314 274, sched_setparam 142 118, sched_setscheduler 144 119, setpriority 141 140, setxattr 188 5,
+tkill 200 130, utime 132 -, utimensat 280 88, utimes 235 -
+"""
+"""Refused as well where processes and file system are the machine's: what reaches other processes of the same user, or
+changes files by name."""
+
+ARGUMENTS = {"clone": (56, 220), "clone3": (435, 435), "prlimit64": (302, 261), "kill": (62, 129), "tgkill": (234, 131)}
+ARGUMENTS |= {"fcntl": (72, 25), "ioctl": (16, 29)}
+"""System calls that are refused by their arguments."""
 
 
 def call(name, *args):
@@ -121,6 +162,47 @@ def drop_privileges(uid):
     libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: other processes of this user cannot trace it
 
 
+def refuse_system_calls(pid):
+    """Install the seccomp filter of a program, in this process and all that come from it, for good.
+
+    Args:
+        pid: this process where it shares the machine's processes: then it may signal itself and its group alone.
+            None where it has a PID namespace of its own.
+    """
+    machine = os.uname().machine
+    if machine not in ("x86_64", "aarch64"):
+        raise OSError(errno.ENOSYS, f"the system call filter knows x86_64 and aarch64, not {machine}")
+    column, audit = (0, 0xC000003E) if machine == "x86_64" else (1, 0xC00000B7)
+    kill, allow, refuse, absent = 0x80000000, 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
+    load, equal, greater, some_bit, leave = 0x20, 0x15, 0x25, 0x45, 0x06  # BPF_LD|W|ABS, JEQ, JGT, JSET, RET
+    code = [(load, 0, 0, 4), (equal, 1, 0, audit), (leave, 0, 0, kill)]  # no other architecture's calls
+    code += [(load, 0, 0, 0), (greater, 0, 1, LAST_SYSCALL), (leave, 0, 0, absent)]  # the calls of x32 too
+    for row in (REFUSED + ("," + SHARED if pid else "")).split(","):
+        number = row.split()[1 + column]
+        if number != "-":
+            code += [(equal, 0, 1, int(number)), (leave, 0, 0, refuse)]
+
+    def look(name, argument, tests, otherwise):
+        body = [(load, 0, 0, 16 + 8 * argument)]  # the lower half of the argument
+        for kind, value, verdict in tests:
+            body += [(kind, 0, 1, value), (leave, 0, 0, verdict)]
+        body.append((leave, 0, 0, otherwise))
+        code.extend([(equal, 0, len(body), ARGUMENTS[name][column]), *body])
+
+    look("clone3", 0, [], absent)  # its flags lie in memory; the C library then takes clone
+    look("clone", 0, [(some_bit, 0x7E020000, refuse)], allow)  # CLONE_NEW*
+    look("prlimit64", 0, [(equal, 0, allow)], refuse)
+    if pid:
+        for name in ("kill", "tgkill"):
+            look(name, 0, [(equal, 0, allow), (equal, pid, allow)], refuse)
+        look("fcntl", 1, [(equal, value, refuse) for value in (8, 10, 15)], allow)  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+        look("ioctl", 1, [(equal, value, refuse) for value in (0x5412, 0x8901, 0x8902)], allow)  # TIOCSTI, FIOSETOWN
+    code.append((leave, 0, 0, allow))
+    packed = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in code))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(packed)))
+    call("prctl", 22, 2, program, 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
 def set_limits(limits):
     """Set soft and hard resource limits by name, never above the hard limits of the caller."""
     for name, value in limits.items():
@@ -139,7 +221,17 @@ def describe(error):
     return f"{type(error).__name__}: {text}"[:500]
 
 
-def run(job, report_fd):
+def lay_aside(text):
+    """Put ``text`` into a sealed memory file; returns descriptor and size."""
+    file, size = os.memfd_create("tests", os.MFD_ALLOW_SEALING), len(text)
+    while text:
+        text = text[os.write(file, text) :]
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+    return file, size
+
+
+def run(job, report_fd, tests_fd, size):
     """Run the candidate, then its tests, then write the verdict. Never returns."""
     write, read, leave, execute, translate = os.write, os.read, os._exit, exec, compile
 
@@ -151,11 +243,6 @@ def run(job, report_fd):
     nonce_fd, nonce_in = os.pipe()
     write(nonce_in, job.pop("nonce").encode())
     os.close(nonce_in)
-    tests = job.pop("tests").encode("utf-8", "surrogatepass")
-    tests_fd, size = os.memfd_create("tests"), len(tests)
-    while tests:
-        tests = tests[write(tests_fd, tests) :]
-    os.lseek(tests_fd, 0, os.SEEK_SET)
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = module  # dataclasses and pickle look a class up by its module
     del sys.modules["__main__"]
@@ -163,7 +250,7 @@ def run(job, report_fd):
     try:
         execute(translate(job.pop("candidate"), "<candidate>", "exec"), module.__dict__)
         phase = "tests"
-        execute(translate(read(tests_fd, size), "<tests>", "exec"), module.__dict__)
+        execute(translate(os.pread(tests_fd, size, 0), "<tests>", "exec"), module.__dict__)
     except SystemExit as error:
         report("exited", f"the program left with code {error.code!r} before its tests were done"[:500])
     except MemoryError:
@@ -171,6 +258,15 @@ def run(job, report_fd):
     except BaseException as error:
         report("failed", f"{phase}: {describe(error)}")
     report("passed", "", read(nonce_fd, 64).decode())
+
+
+def reap():
+    """Wait for every descendant, then leave."""
+    try:
+        while True:
+            os.wait()
+    except ChildProcessError:
+        os._exit(0)
 
 
 def main():
@@ -198,18 +294,27 @@ def main():
                 os.close(report_fd)
                 os.wait()
                 os._exit(0)
+        if job["shared"]:
+            call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what the program leaves behind stays findable
+            if os.fork():
+                os.close(setup_fd)
+                os.close(report_fd)
+                reap()
+            os.setsid()
         os.chdir(job["workdir"])
         sys.path[:] = [path for path in sys.path if "site-packages" not in path] + job["packages"]
         if job["keep_imports"]:
             keep_imports([path for path in sys.path if os.path.isdir(path)])
         set_limits(job["limits"])
         drop_privileges(job["uid"])
+        tests_fd, size = lay_aside(job.pop("tests").encode("utf-8", "surrogatepass"))
+        refuse_system_calls(os.getpid() if job["shared"] else None)
     except OSError as error:
         os.write(setup_fd, describe(error).encode("ascii", "backslashreplace") + b"\n")
         os._exit(1)
     os.write(setup_fd, b"ready\n")
     os.close(setup_fd)  # before the candidate's code exists here: nothing it does looks like a fault of the sandbox
-    run(job, report_fd)
+    run(job, report_fd, tests_fd, size)
 
 
 main()

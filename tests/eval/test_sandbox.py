@@ -21,7 +21,14 @@ AVAILABLE = [level for level in LEVELS if works(level)]
 ISOLATED = [level for level in AVAILABLE if level != "rlimits"]
 TESTS = "assert f(2) == 4"
 
+MARK = f"333{os.getpid()}".encode()
+
 HOSTILE = {
+    "another program that lives on": (
+        "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        f"        os.execve('/bin/sleep', ['sleep', '{MARK.decode()}'], {{}})\n    os._exit(0)\nraise ValueError",
+        "failed",
+    ),
     "wrong answer": ("def f(x): return 5", "failed"),
     "syntax error": ("def f(x): return (", "failed"),
     "sys.exit(0)": ("import sys; sys.exit(0)", "exited"),
@@ -83,7 +90,8 @@ def leftovers() -> list[str]:
     for entry in Path("/proc").iterdir():
         try:
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            if b"CODA_EVAL_SANDBOX_ID=" in (entry / "environ").read_bytes() and state not in "ZX":
+            ours = f"CODA_EVAL_PID={os.getpid()}\0".encode() in (entry / "environ").read_bytes()
+            if (ours or MARK in (entry / "cmdline").read_bytes()) and state not in "ZX":
                 found.append(entry.name)
         except OSError:
             continue
@@ -198,6 +206,34 @@ def test_the_reason_holds_the_words_of_the_child(monkeypatch):
     monkeypatch.setattr(sandbox, "_binds", lambda: ([("/nowhere", "/nowhere")], []))
     with pytest.raises(ValueError, match=r"unshare sandbox could not be built: \w+Error: .*mount: .*/nowhere"):
         isolation_level("unshare")
+
+
+CALLS = {
+    "namespace": "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.unshare(0x10000000): raise OSError(ctypes.get_errno(), 'unshare')",
+    "signal to the parent": "import os\nos.kill(os.getppid(), 0)",
+    "memory file": "import os\nos.memfd_create('x')",
+    "socket": "import socket\nsocket.socket()",
+    "shared segment": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.shmget(0, 4096, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'shmget')",
+    "trace": "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.ptrace(16, os.getppid(), 0, 0): raise OSError(ctypes.get_errno(), 'ptrace')",
+    "limits of the parent": "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
+    "keys": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.syscall(250, 0, -3, 1) < 0: raise OSError(ctypes.get_errno(), 'keyctl')",
+    "io_uring": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.syscall(425, 1, 0) < 0: raise OSError(ctypes.get_errno(), 'io_uring')",
+}
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_calls_that_reach_beyond_the_program_are_refused(level):
+    if os.uname().machine != "x86_64":
+        pytest.skip("two of the calls are written as x86_64 numbers")
+    codes = {name: code for name, code in CALLS.items() if level == "rlimits" or "parent" not in name}
+    verdicts = run_programs([Program(candidate=code, tests="") for code in codes.values()], level=level)
+    errors = {name: verdict.error for name, verdict in zip(codes, verdicts, strict=True)}
+    assert all("PermissionError" in error for error in errors.values()), errors
 
 
 FORGED = (
