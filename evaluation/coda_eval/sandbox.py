@@ -1,9 +1,20 @@
-"""Run untrusted Python programs: namespaces, resource limits, a private verdict pipe, many at once.
+"""Run untrusted Python programs and judge them from outside: walls, limits, a checker apart, many at once.
 
-Two levels isolate, best first: ``bubblewrap`` (the ``bwrap`` program) and ``unshare`` (namespaces that the child makes
-itself). They show a program the standard library, numpy where installed, a small scratch folder, and nothing else: no
-network, no other process, no file of the machine. ``rlimits`` limits what a program uses but neither hides the machine
-nor cuts the network: it is never chosen unasked. The level that ran is part of every verdict.
+Three levels isolate, best first. ``bubblewrap`` (the ``bwrap`` program) and ``unshare`` (namespaces that the child
+makes itself) show a program the standard library, numpy where installed, a small scratch folder, and nothing else: no
+network, no other process, no file of the machine. ``landlock``, for containers without namespaces, refuses the same to
+a program that lives among the machine's processes and on its file system: it can learn that a path or a process exists
+and a file's size and times, no more. ``rlimits`` limits what a program uses and refuses it sockets and signals to
+others, but it reads, and as an ordinary user writes, the machine's files: it is never chosen unasked. At all levels a
+filter refuses the system calls that no program needs (``sandbox_child.py``). The level that ran is part of every
+verdict.
+
+A candidate and its tests run in two processes (``sandbox_child.py``). The candidate's has no word of the tests, no file
+or pipe but its line to the checker, and what crosses is plain data. What remains possible: to recognise the tests'
+inputs and answer from a table; to answer differently from call to call; to be an object, where a test only asks for
+the truth, the length, the items or the order of the candidate's own objects; to pass tests that compare a candidate
+with itself; and whatever a fault of the kernel allows. Memory is looked at some twenty times a second, so a program
+may exceed its limit for that long.
 
 Not here: what a program consists of (``programs.py``).
 """
@@ -34,13 +45,13 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-LEVELS = ("bubblewrap", "unshare", "rlimits")
+LEVELS = ("bubblewrap", "unshare", "landlock", "rlimits")
 """Isolation levels, best first."""
 
-SHARED = ("rlimits",)
+SHARED = ("landlock", "rlimits")
 """Levels where a program lives among the machine's processes and on its file system."""
 
-ISOLATED = ("bubblewrap", "unshare")
+ISOLATED = ("bubblewrap", "unshare", "landlock")
 """Levels that ``auto`` may choose: a program there reaches nothing of the machine."""
 
 PACKAGES = ("numpy", "tzdata")
@@ -343,7 +354,8 @@ def _run(program: Program, level: str, limits: Limits) -> Verdict:
             file.seek(0)
         environment = {
             "PATH": "/usr/bin:/bin",
-            "HOME": "/tmp",
+            "HOME": folder if level in SHARED else "/tmp",
+            "TMPDIR": folder if level in SHARED else "/tmp",
             "LANG": "C.UTF-8",
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
@@ -373,6 +385,7 @@ def _run(program: Program, level: str, limits: Limits) -> Verdict:
             reasons = [ready.decode("ascii", "replace").strip(), stderr.read(500).decode("utf-8", "replace").strip()]
             reason = "; ".join(filter(None, reasons)) or f"exit status {process.returncode}"
             raise OSError(f"the {level} sandbox could not be built{' in time' if trouble else ''}: {reason}")
+        trouble = trouble or watch.look_at_files()
     if trouble:
         status, error = trouble
     else:  # the report pipe is the checker's alone; it stays empty where the checker itself was ended
@@ -413,6 +426,8 @@ def _job(
 ) -> dict[str, Any]:
     """What the child is told. The candidate's process comes to know it: it holds no word of the tests."""
     binds, packages = _binds()
+    if level == "rlimits" and os.geteuid() == 0 and not _capable():
+        raise OSError("root that may not become another user would let programs own root's files")
     uid = FIRST_UID + (os.getpid() + next(_numbers)) % 2048 * 2 if _capable() else None
     if level in SHARED:
         packages = sorted({str(Path(source).parent) for source, target in binds if target.startswith("/packages")})
@@ -426,6 +441,7 @@ def _job(
         "tests_fd": tests_fd,
         "user_namespace": uid is None,
         "shared": level in SHARED,
+        "landlock": level == "landlock",
         "keep_imports": level in SHARED and uid is not None,
         "root": folder if level == "unshare" else None,
         "binds": binds,
@@ -505,13 +521,17 @@ class _Watch:
             )
         if before - self.started > WALL_FACTOR * limit + WALL_S:
             return "near", f"no verdict after {before - self.started:.0f} s, of which {self.cpu_s:.1f} s on a processor"
-        if self.folder and not _small(self.folder, self.limits):
+        return self.look_at_files()
+
+    def look_at_files(self) -> tuple[str, str] | None:
+        """(status, error) once a scratch folder on the machine's own disk is larger than other levels give one."""
+        if self.folder and not _small(self.folder):
             return "memory", f"more than {_SCRATCH_BYTES >> 20} MB or {_SCRATCH_FILES} entries in the scratch folder"
         return None
 
 
-def _small(folder: str, limits: Limits) -> bool:
-    """Whether a scratch folder on the machine's own disk keeps to the size that the other levels give one."""
+def _small(folder: str) -> bool:
+    """Whether a folder keeps to the size of a scratch folder."""
     used = entries = 0
     for place, folders, files in os.walk(folder):
         entries += len(folders) + len(files)
@@ -522,7 +542,7 @@ def _small(folder: str, limits: Limits) -> bool:
                 used += os.lstat(os.path.join(place, name)).st_blocks * 512
             except OSError:
                 continue  # gone meanwhile
-    return used <= max(_SCRATCH_BYTES, 2 * limits.file_bytes)
+    return used <= _SCRATCH_BYTES
 
 
 def _memory_of(pid: int) -> int:

@@ -18,7 +18,7 @@ def works(level: str) -> bool:
 
 
 AVAILABLE = [level for level in LEVELS if works(level)]
-ISOLATED = [level for level in AVAILABLE if level != "rlimits"]
+ISOLATED = [level for level in AVAILABLE if level in sandbox.ISOLATED]
 TESTS = "assert f(2) == 4"
 
 MARK = f"333{os.getpid()}".encode()
@@ -337,17 +337,17 @@ def test_the_machine_is_out_of_sight_and_reach(level, tmp_path):
         "become root": "import os\nos.setuid(0) if os.getuid() else 1 / 0\ndef f(x): return 4",
         "third-party packages": "import torch\ndef f(x): return 4",
         "fill the scratch folder": (
-            "for i in range(9):\n    open(f'/tmp/{i}', 'wb').write(bytes(30 << 20))\ndef f(x): return 4"
+            "for i in range(9):\n    open(f'{i}', 'wb').write(bytes(30 << 20))\ndef f(x): return 4"
         ),
     }
     verdicts = run_programs([Program(candidate=c, tests=TESTS, timeout_s=10) for c in code.values()], level=level)
-    assert [verdict.status for verdict in verdicts] == ["failed"] * len(code), dict(zip(code, verdicts, strict=True))
+    assert {verdict.status for verdict in verdicts} <= {"failed", "memory"}, dict(zip(code, verdicts, strict=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt"]
 
 
 @pytest.mark.parametrize("level", ISOLATED)
 def test_programs_do_not_see_each_other(level):
-    code = "import os\nassert os.listdir('/tmp') == []\nopen('/tmp/mark', 'w').close()\ndef f(x): return 4"
+    code = "import os\nassert os.listdir('.') == []\nopen('mark', 'w').close()\ndef f(x): return 4"
     assert all(v.passed for v in run_programs([Program(candidate=code, tests=TESTS)] * 4, level=level, workers=2))
 
 
@@ -368,9 +368,11 @@ def test_auto_takes_the_best_level():
 
 
 def test_auto_never_takes_a_level_that_does_not_isolate(monkeypatch):
-    monkeypatch.setattr(sandbox._probe, "reasons", {"bubblewrap": "no bwrap", "unshare": "EPERM", "rlimits": ""})
+    monkeypatch.setattr(
+        sandbox._probe, "reasons", {"bubblewrap": "no bwrap", "unshare": "EPERM", "landlock": "old", "rlimits": ""}
+    )
     with pytest.raises(
-        ValueError, match=r"\(bubblewrap: no bwrap; unshare: EPERM\).* ask for the level rlimits by name"
+        ValueError, match=r"\(bubblewrap: no bwrap; unshare: EPERM; landlock: old\).* ask for the level rlimits by name"
     ):
         isolation_level("auto")
     assert isolation_level("rlimits") == "rlimits"
@@ -382,7 +384,7 @@ def test_unusable_level_is_an_error_that_says_why(monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="'bubblewrap' does not work on this machine: bubblewrap: bwrap is not on"):
         isolation_level("bubblewrap")
-    with pytest.raises(ValueError, match="must be auto, bubblewrap, unshare, rlimits; got 'docker'"):
+    with pytest.raises(ValueError, match="must be auto, bubblewrap, unshare, landlock, rlimits; got 'docker'"):
         isolation_level("docker")
 
 
@@ -415,7 +417,7 @@ CALLS = {
 def test_calls_that_reach_beyond_the_program_are_refused(level):
     if os.uname().machine != "x86_64":
         pytest.skip("two of the calls are written as x86_64 numbers")
-    codes = {name: code for name, code in CALLS.items() if level == "rlimits" or "parent" not in name}
+    codes = {name: code for name, code in CALLS.items() if level in sandbox.SHARED or "parent" not in name}
     verdicts = run_programs([Program(candidate=code, tests="") for code in codes.values()], level=level)
     errors = {name: verdict.error for name, verdict in zip(codes, verdicts, strict=True)}
     assert all("PermissionError" in error for error in errors.values()), errors
