@@ -28,13 +28,14 @@ import os
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -525,24 +526,30 @@ class _Watch:
 
     def look_at_files(self) -> tuple[str, str] | None:
         """(status, error) once a scratch folder on the machine's own disk is larger than other levels give one."""
-        if self.folder and not _small(self.folder):
+        if self.folder and not _small(self.folder, _tree(self.pid)):
             return "memory", f"more than {_SCRATCH_BYTES >> 20} MB or {_SCRATCH_FILES} entries in the scratch folder"
         return None
 
 
-def _small(folder: str) -> bool:
-    """Whether a folder keeps to the size of a scratch folder."""
-    used = entries = 0
+def _small(folder: str, pids: Iterable[int]) -> bool:
+    """Whether a folder, and what was removed from it but is still open, keep to the size of a scratch folder."""
+    sizes: dict[int, int] = {}
+    entries = 0
     for place, folders, files in os.walk(folder):
         entries += len(folders) + len(files)
         if entries > _SCRATCH_FILES:
             return False
         for name in files:
-            try:
-                used += os.lstat(os.path.join(place, name)).st_blocks * 512
-            except OSError:
-                continue  # gone meanwhile
-    return used <= _SCRATCH_BYTES
+            with contextlib.suppress(OSError):  # gone meanwhile
+                found = os.lstat(os.path.join(place, name))
+                sizes[found.st_ino] = found.st_blocks
+    for pid in pids:
+        with contextlib.suppress(OSError):  # gone meanwhile, or the checker, which hides itself
+            for entry in os.scandir(f"/proc/{pid}/fd"):
+                found = entry.stat()
+                if stat.S_ISREG(found.st_mode) and found.st_nlink == 0:
+                    sizes[found.st_ino] = found.st_blocks
+    return sum(sizes.values()) * 512 <= _SCRATCH_BYTES
 
 
 def _memory_of(pid: int) -> int:
@@ -564,12 +571,13 @@ def _kill(process: subprocess.Popen) -> None:
     The descendants go first: orphans stay below the waiting process (the first of a PID namespace, or a subreaper) as
     long as that lives.
     """
-    while left := [pid for pid, states in _tree(process.pid).items() if pid != process.pid and set(states) - set("ZX")]:
+    empty = 0
+    while empty < 3:  # one look can miss a process whose parent ends meanwhile
+        left = [pid for pid, states in _tree(process.pid).items() if pid != process.pid and set(states) - set("ZX")]
+        empty = 0 if left else empty + 1
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
     process.kill()
     process.wait()
 

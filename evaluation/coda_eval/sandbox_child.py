@@ -708,6 +708,14 @@ def collect(*_):
         return
 
 
+def wait_for_the_end():
+    """Collect what ends until this process is killed."""
+    signal.signal(signal.SIGCHLD, collect)
+    collect()
+    while True:
+        signal.pause()
+
+
 def ending():
     """How the candidate's process ended, as far as is known."""
     collect()
@@ -785,12 +793,15 @@ def main(job):
             if os.fork():  # stays outside to wait; dies with the evaluator, and its child with it
                 for fd in (setup_fd, report_fd, tests_fd):
                     os.close(fd)
-                os.wait()
-                os._exit(0)
+                wait_for_the_end()
             call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
             build_root(job["root"], job["binds"], job["scratch_bytes"])
         if job["shared"]:
             call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what the program leaves behind stays findable
+            if os.fork():  # below this process, which lives until the evaluator has ended all the others
+                for fd in (setup_fd, report_fd, tests_fd):
+                    os.close(fd)
+                wait_for_the_end()
         sys.path[:] = [path for path in sys.path if "site-packages" not in path] + job["packages"]
         job["kept"] = keep_imports([path for path in sys.path if os.path.isdir(path)]) if job["keep_imports"] else []
         if job["landlock"]:
@@ -820,4 +831,4 @@ def main(job):
     status, error = check(Client(Line(answers, asked)), tests_fd)
     line = f"{status} {error}".encode("ascii", "backslashreplace")[:2000]
     os.write(report_fd, line.replace(b"\n", b"\\n") + b"\n")
-    os._exit(0)
+    wait_for_the_end()

@@ -1,6 +1,9 @@
 """Programs are judged rightly and contained at every isolation level that this machine offers."""
 
 import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -47,6 +50,11 @@ HOSTILE = {
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True: time.sleep(1)\nraise ValueError",
         "failed",
     ),
+    "one child after the other": (
+        "import os\nif os.fork() == 0:\n    os.setsid()\n    while os.fork() == 0: pass\n    os._exit(0)\n"
+        "raise ValueError",
+        "failed",
+    ),
     "kills its parent": ("import os\nos.kill(os.getppid(), 9)", None),
     "kills everybody": ("import os\nos.kill(-1, 9)", None),
     "forged report": (
@@ -67,22 +75,6 @@ HOSTILE = {
     ),
     "reads from the keyboard": ("x = input()", "failed"),
 }
-
-
-@pytest.mark.parametrize("level", AVAILABLE)
-def test_hostile_programs_fail_and_leave_nothing_behind(level):
-    programs = [Program(candidate=code, tests=TESTS, timeout_s=1.5) for code, _ in HOSTILE.values()]
-    verdicts = dict(zip(HOSTILE, run_programs(programs, level=level), strict=True))
-    assert not any(verdict.passed for verdict in verdicts.values()), verdicts
-    for name, (_, status) in HOSTILE.items():
-        assert verdicts[name].isolation == sandbox.isolation_label(level)
-        if status is not None:
-            assert verdicts[name].status == status, (name, verdicts[name])
-        assert verdicts[name].seconds < 30, (name, verdicts[name])
-    deadline = time.monotonic() + 2
-    while (left := leftovers()) and time.monotonic() < deadline:
-        time.sleep(0.05)  # the kernel ends the processes of a PID namespace after its first one
-    assert not left
 
 
 def leftovers() -> list[str]:
@@ -166,15 +158,50 @@ CHEATS = {
 }
 
 
-@pytest.mark.parametrize("level", AVAILABLE)
-def test_wrong_functions_do_not_pass(level):
-    programs = [
-        Program(candidate=code, tests=tests, setup="def helper(x): return 4", called=("f",), timeout_s=5)
+GOOD = Program(candidate="def f(x): return x * 2", tests=TESTS)
+
+
+@pytest.fixture(scope="module", params=AVAILABLE)
+def mixed(request, tmp_path_factory):
+    """Every hostile program and every cheat, each with a good one behind it, in one run."""
+    folder, level = tmp_path_factory.mktemp("scratch"), request.param
+    programs = [Program(candidate=code, tests=TESTS, timeout_s=1.5) for code, _ in HOSTILE.values()] + [
+        Program(candidate=code, tests=tests, setup="def helper(x): return 4", called=("f",), timeout_s=3)
         for code, tests in CHEATS.values()
     ]
-    verdicts = dict(zip(CHEATS, run_programs(programs, level=level), strict=True))
+    before = segments()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox.tempfile, "tempdir", str(folder))
+        verdicts = run_programs([p for program in programs for p in (program, GOOD)], level=level, workers=3)
+    left = {"files": list(folder.iterdir()), "segments": segments() - before}
+    deadline = time.monotonic() + 2
+    while (processes := leftovers()) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the kernel ends the processes of a PID namespace after its first one
+    return level, dict(zip([*HOSTILE, *CHEATS], verdicts[::2], strict=True)), verdicts[1::2], left, processes
+
+
+def segments() -> set[str]:
+    lines = Path("/proc/sysvipc/shm").read_text().splitlines()[1:] if Path("/proc/sysvipc/shm").exists() else []
+    return {line.split()[1] for line in lines} | {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def test_hostile_programs_and_cheats_fail(mixed):
+    level, verdicts, _, _, _ = mixed
     assert {name for name, verdict in verdicts.items() if verdict.passed} == set()
+    assert {verdict.isolation for verdict in verdicts.values()} == {sandbox.isolation_label(level)}
+    expected = {name: status for name, (_, status) in HOSTILE.items() if status}
+    assert {name: verdicts[name].status for name in expected} == expected
     assert "unjudged" not in {verdict.status for verdict in verdicts.values()}
+
+
+def test_programs_beside_hostile_ones_pass(mixed):
+    assert [verdict.error for verdict in mixed[2] if not verdict.passed] == []
+
+
+def test_hostile_programs_leave_nothing_behind(mixed):
+    _, _, _, left, processes = mixed
+    assert left == {"files": [], "segments": set()}
+    assert processes == []
 
 
 RIGHT = {
@@ -421,6 +448,79 @@ def test_calls_that_reach_beyond_the_program_are_refused(level):
     verdicts = run_programs([Program(candidate=code, tests="") for code in codes.values()], level=level)
     errors = {name: verdict.error for name, verdict in zip(codes, verdicts, strict=True)}
     assert all("PermissionError" in error for error in errors.values()), errors
+
+
+MEMORY = {
+    "forks": "import os, time\nfor i in range(12):\n    if os.fork() == 0:\n"
+    "        x = bytearray(b'x') * (120 << 20)\n"
+    "        time.sleep(60)\ntime.sleep(60)",
+    "shared by forks": "import mmap, os, time\nfor i in range(6):\n    if os.fork() == 0:\n"
+    "        m = mmap.mmap(-1, 100 << 20)\n"
+    "        m.write(bytes(100 << 20))\n        time.sleep(60)\ntime.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_memory_of_all_processes_counts(level):
+    programs = [Program(candidate=code, tests="") for code in MEMORY.values()]
+    verdicts = run_programs(programs, level=level, limits=Limits(memory_bytes=256 << 20))
+    assert [(v.status, v.error) for v in verdicts] == [("memory", "more than 256 MB in all processes")] * 2
+
+
+def test_time_is_processor_time_of_all_processes():
+    level = AVAILABLE[0]
+    burn = "import os, time\ndef burn(s):\n    while time.process_time() < s: sum(range(9999))\n"
+    alone = Program(candidate=burn + "def f(x): burn(1.2); return 4", tests=TESTS, timeout_s=2.5)
+    crowd = Program(candidate=burn + "burn(2)\ndef f(x): return 4", tests=TESTS, timeout_s=20)
+    children = burn + "for i in range(4):\n    if os.fork() == 0:\n        burn(2)\n        os._exit(0)\n"
+    programs = [alone, alone, crowd, crowd, crowd, crowd]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+        patch.setattr(sandbox.os, "sched_getaffinity", lambda pid: range(6))
+        verdicts = run_programs(programs, level=level, workers=6)
+    assert [verdict.status for verdict in verdicts] == ["passed"] * 6
+    forks = Program(candidate=children + "for i in range(4): os.wait()", tests="", timeout_s=3)
+    sleeper = Program(candidate="import time\ntime.sleep(60)", tests="", timeout_s=1)
+    verdicts = run_programs([forks, sleeper], level=level)
+    assert [verdict.status for verdict in verdicts] == ["timeout", "timeout"]
+    assert verdicts[1].seconds < 20
+
+
+def test_a_program_that_found_no_processor_runs_again_alone(monkeypatch):
+    run, seen = sandbox._run, []
+
+    def busy(program, level, limits):
+        seen.append(program.candidate)
+        verdict = run(program, level, limits)
+        return sandbox.replace(verdict, status="near") if len(seen) == 1 else verdict
+
+    monkeypatch.setattr(sandbox, "_run", busy)
+    other = Program(candidate="def f(x): return 4", tests=TESTS)
+    verdicts = run_programs([GOOD, other], level=AVAILABLE[0], workers=1)
+    assert [verdict.status for verdict in verdicts] == ["passed", "passed"]
+    assert seen == [GOOD.candidate, other.candidate, GOOD.candidate]
+
+
+def test_fewer_programs_run_where_others_use_the_machine(monkeypatch):
+    monkeypatch.setattr(sandbox.os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(sandbox.os, "getloadavg", lambda: (6.0, 0.0, 0.0))
+    gate = sandbox._Gate(8)
+    assert [gate._enter() for _ in range(4)] == [True, True, True, True]
+    monkeypatch.setattr(sandbox.os, "getloadavg", lambda: (60.0, 0.0, 0.0))
+    assert not gate._enter()
+    assert sandbox._Gate(8)._enter()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
+def test_root_without_capabilities_gets_a_level_or_every_reason():
+    code = "from coda_eval.sandbox import *\nlevel = isolation_level()\n"
+    code += f"print(level, run_programs([Program(candidate='def f(x): return 4', tests={TESTS!r})])[0].status)"
+    command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "landlock" in AVAILABLE:
+        assert done.stdout.split() == ["landlock", "passed"], done.stderr
+    else:
+        assert all(f"{level}: " in done.stderr for level in sandbox.ISOLATED)
 
 
 FORGED = (
