@@ -13,16 +13,19 @@ import errno
 import json
 import logging
 import os
+import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -32,47 +35,85 @@ from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGeneration
 from CoDALanguageModel.conversion import (
     DEFAULT_MASK_TOKEN,
     build_model,
+    cast_weights,
     complete_tokenizer,
     load_source,
     number_of_ids,
 )
+from CoDALanguageModel.weight_files import check_tokenizer, refuse_not_finite
 
 logger = logging.getLogger("save_hf_model")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 CHECK_TEXT = "def add(a, b):\n    return a + b\n"
-# Largest difference of two computations of the same logits, relative to the largest logit.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+# Largest difference of two float32 computations of the same logits, relative to the largest one. Weights of any dtype
+# are compared in float32 arithmetic, so that no tolerance has to make room for the rounding of activations.
+TOLERANCE = 1e-4
 
 # Runs in a process of its own, on the folder alone.
 CHECK_PROGRAM = """
 import json, sys
 sys.modules["CoDALanguageModel"] = None  # an import of the repository's package fails
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
 logging.set_verbosity_error()
-folder, expected_file, text = sys.argv[1:]
-expected = load_file(expected_file)
-difference = 0.0
+folder, inputs, outputs, text = sys.argv[1:]
+ids = load_file(inputs)["input_ids"]
+logits, types = {}, []
 for auto_class in (AutoModel, AutoModelForCausalLM):
     model = auto_class.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    types.append([type(model).__name__, str(model.dtype)])
     with torch.no_grad():
-        logits = model(input_ids=expected["input_ids"]).logits
-    same_type = type(model).__name__ == "CoDALanguageModel" and logits.dtype == expected["logits"].dtype
-    difference = max(difference, (logits.double() - expected["logits"].double()).abs().max().item())
+        logits[auto_class.__name__] = model.float()(input_ids=ids).logits
+save_file(logits, outputs)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 names = ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids")
 print(json.dumps({
-    "difference": difference,
-    "same_type": same_type,
+    "types": types,
     "token_ids": tokenizer(text)["input_ids"],
     "tokenizer": [tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id],
     "generation": [getattr(model.generation_config, name) for name in names],
     "config": [getattr(model.config, name) for name in names],
 }))
 """
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two computations of the same logits compare.
+
+    Attributes:
+        difference: largest difference of two logits, relative to the largest expected one.
+        same_best: share of positions with the same best token.
+        divergence: largest Kullback-Leibler divergence of a position, in nats, of the found from the expected.
+    """
+
+    difference: float
+    same_best: float
+    divergence: float
+
+    @classmethod
+    def of(cls, found: Tensor, expected: Tensor) -> "Agreement":
+        """Compare (..., V) logits."""
+        found, expected = found.double(), expected.double()
+        difference = (found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        same_best = (found.argmax(dim=-1) == expected.argmax(dim=-1)).double().mean()
+        log_found, log_expected = found.log_softmax(dim=-1), expected.log_softmax(dim=-1)
+        divergence = (log_expected.exp() * (log_expected - log_found)).sum(dim=-1).max()
+        return cls(difference.item(), same_best.item(), divergence.item())
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the two differ by no more than the order of float32 sums; False where a number is not finite."""
+        return self.difference <= TOLERANCE and self.divergence <= TOLERANCE
+
+    def __str__(self) -> str:
+        return (
+            f"max difference {self.difference:.2e} of the largest logit, same best token at {self.same_best:.1%}, "
+            f"KL at most {self.divergence:.2e}"
+        )
 
 
 def find_checkpoint(checkpoint_dir: str) -> tuple[Path, dict[str, str]]:
@@ -107,6 +148,7 @@ def load_tokenizer(folder: Path, gguf: dict[str, str]) -> PreTrainedTokenizerBas
         raise ValueError(
             f"{str(folder)!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)}): name its folder with --tokenizer"
         )
+    check_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder, **gguf)
 
 
@@ -116,18 +158,39 @@ def check_input(num_ids: int) -> Tensor:
 
 
 @torch.no_grad()
-def causal_difference(source: torch.nn.Module, model: CoDALanguageModel) -> float:
-    """Largest difference between the logits of an autoregressive model and of its CoDA twin under a causal mask."""
+def check_source(source: torch.nn.Module, model: CoDALanguageModel) -> Agreement:
+    """Compare the logits of an autoregressive model with those of its CoDA twin under a causal mask, both float32.
+
+    Raises:
+        ValueError: they differ.
+    """
     vocab_size = source.config.vocab_size
     ids = check_input(vocab_size)
     causal = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril().expand(len(ids), -1, -1, -1)
     expected = source(input_ids=ids).logits
-    difference = (model(input_ids=ids, attention_mask=causal).logits[..., :vocab_size] - expected).abs().max().item()
-    if difference > TOLERANCES[torch.float32] * max(1.0, expected.abs().max().item()):
-        raise ValueError(
-            f"the logits differ from the source's by {difference:.3g} under a causal mask; nothing written"
-        )
-    return difference
+    seen = Agreement.of(model(input_ids=ids, attention_mask=causal).logits[..., :vocab_size], expected)
+    if not seen.is_equal:
+        raise ValueError(f"the logits differ from the source's under a causal mask; nothing written: {seen}")
+    return seen
+
+
+def round_weights(model: CoDALanguageModel, dtype: torch.dtype) -> None:
+    """Round the float32 weights of `model` to `dtype` in place, and say what that changes in the logits.
+
+    Raises:
+        ValueError: a weight is too large for `dtype`.
+    """
+    if dtype == torch.float32:
+        return
+    ids = masked_input(model)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        cast_weights(model, dtype)
+        name = str(dtype).removeprefix("torch.")
+        refuse_not_finite(model.named_parameters(), f"--dtype {name} ends at {torch.finfo(dtype).max:.3g}")
+        cast_weights(model, torch.float32)
+        logger.info("rounded to %s: %s", name, Agreement.of(model(input_ids=ids).logits, before))
+    cast_weights(model, dtype)
 
 
 def decoding_defaults(config: CoDAConfig) -> DiffusionGenerationConfig:
@@ -139,29 +202,38 @@ def decoding_defaults(config: CoDAConfig) -> DiffusionGenerationConfig:
     return defaults.merged({"max_new_tokens": num_tokens, "steps": num_tokens, **ids})
 
 
-def check_folder(folder: Path, model: CoDALanguageModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Load a folder in a process without this repository and compare; give the largest difference of the logits.
+def masked_input(model: CoDALanguageModel) -> Tensor:
+    """A fixed (2, 16) batch of the model's ids, every third one masked."""
+    ids = check_input(model.config.num_token_ids)
+    ids[:, ::3] = model.config.mask_token_id
+    return ids
+
+
+def check_folder(folder: Path, model: CoDALanguageModel, tokenizer: PreTrainedTokenizerBase) -> Agreement:
+    """Load a folder in a process without this repository and compare, in float32 arithmetic.
 
     Raises:
         ValueError: the folder does not load there, or gives something else than the model in memory.
     """
+    config, dtype = model.config, model.dtype
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        ids = check_input(model.config.num_token_ids)
-        ids[:, ::3] = model.config.mask_token_id
-        logits = model(input_ids=ids).logits
-        expected = Path(scratch, "expected.safetensors")
-        save_file({"input_ids": ids, "logits": logits.contiguous()}, expected)
+        ids = masked_input(model)
+        cast_weights(model, torch.float32)
+        expected = model(input_ids=ids).logits
+        cast_weights(model, dtype)
+        inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
+        save_file({"input_ids": ids}, inputs)
         environment = os.environ | {"HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
         text = CHECK_TEXT + tokenizer.mask_token
-        command = [sys.executable, "-I", "-c", CHECK_PROGRAM, str(folder.resolve()), str(expected), text]
+        command = [sys.executable, "-I", "-c", CHECK_PROGRAM, str(folder.resolve()), str(inputs), str(outputs), text]
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise ValueError(f"what was written does not load on its own: {done.stderr.strip()[-2000:]}")
-    seen = json.loads(done.stdout.splitlines()[-1])
-    config = model.config
+        if done.returncode != 0:
+            raise ValueError(f"what was written does not load on its own: {done.stderr.strip()[-2000:]}")
+        seen = json.loads(done.stdout.splitlines()[-1])
+        agreements = [Agreement.of(logits, expected) for logits in load_file(outputs).values()]
     ids = [config.mask_token_id, config.pad_token_id, config.eos_token_id]
     wanted = {
-        "same_type": True,
+        "types": [["CoDALanguageModel", str(dtype)]] * len(agreements),
         "token_ids": tokenizer(text)["input_ids"],
         "tokenizer": ids,
         "generation": [*ids, config.num_token_ids],
@@ -170,9 +242,10 @@ def check_folder(folder: Path, model: CoDALanguageModel, tokenizer: PreTrainedTo
     for name, value in wanted.items():
         if seen[name] != value:
             raise ValueError(f"what was written loads with another {name}: {seen[name]} instead of {value}")
-    if seen["difference"] > TOLERANCES[logits.dtype] * max(1.0, logits.abs().max().item()):
-        raise ValueError(f"what was written gives other logits when loaded: difference {seen['difference']:.3g}")
-    return seen["difference"]
+    for agreement in agreements:
+        if not agreement.is_equal:
+            raise ValueError(f"what was written gives other logits when loaded: {agreement}")
+    return agreements[0]
 
 
 @contextmanager
@@ -186,11 +259,12 @@ def replacing(output: Path, *, overwrite: bool) -> Iterator[Path]:
         raise ValueError(f"--output_dir must be a folder, got the file {str(output)!r}")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise ValueError(f"--output_dir must be new or empty, got {str(output)!r} (replace it with --overwrite)")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    made_parents = [parent for parent in output.parents if not parent.exists()]
+    # Under a name that is known before it is made: whatever stops the program from here on, it is removed.
+    scratch = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    new, old = scratch / "new", scratch / "old"
     try:
-        new, old = scratch / "new", scratch / "old"
-        new.mkdir()
+        new.mkdir(parents=True)
         yield new
         if output.exists():
             output.rename(old)
@@ -201,7 +275,35 @@ def replacing(output: Path, *, overwrite: bool) -> Iterator[Path]:
             raise ValueError(f"no space left for --output_dir {str(output)!r}; nothing was changed there") from error
         raise
     finally:
-        shutil.rmtree(scratch)
+        if old.exists() and not output.exists():  # stopped between the two renames
+            old.rename(output)
+        if scratch.exists():
+            shutil.rmtree(scratch)
+        if not output.exists():
+            for parent in made_parents:
+                if parent.exists():
+                    parent.rmdir()
+
+
+@contextmanager
+def cleaning_up_when_stopped() -> Iterator[None]:
+    """Turn the signals that end a program into `SystemExit`, once, so that what it began is removed."""
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def stop(number: int, frame: object) -> None:
+        for each in stopping:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not stop the removal
+        sys.exit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in stopping}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def convert(
@@ -242,16 +344,16 @@ def convert(
         complete_tokenizer(tokenizer, mask_token)
         model = build_model(source, tokenizer)
         if source.config.model_type != CoDAConfig.model_type:
-            logger.info("same as the source under a causal mask: max difference %.2e", causal_difference(source, model))
+            logger.info("same as the source under a causal mask: %s", check_source(source, model))
         del source
-        model.to(stored if dtype == "auto" else DTYPES[dtype])
+        round_weights(model, stored if dtype == "auto" else DTYPES[dtype])
         model.generation_config = decoding_defaults(model.config)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):  # written for the owner alone; the other files follow the umask
             shutil.copymode(folder / "config.json", weights)
         if check:
-            logger.info("loaded alone, same logits: max difference %.2e", check_folder(folder, model, tokenizer))
+            logger.info("loaded alone, same logits: %s", check_folder(folder, model, tokenizer))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info("%s: %.1f M parameters, %s", output_dir, num_parameters / 1e6, str(model.dtype).removeprefix("torch."))
     return model
@@ -268,14 +370,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
     options = parser.parse_args(arguments)
     try:
-        convert(
-            options.checkpoint_dir,
-            options.output_dir,
-            tokenizer_dir=options.tokenizer,
-            dtype=options.dtype,
-            mask_token=options.mask_token,
-            overwrite=options.overwrite,
-        )
+        with cleaning_up_when_stopped():
+            convert(
+                options.checkpoint_dir,
+                options.output_dir,
+                tokenizer_dir=options.tokenizer,
+                dtype=options.dtype,
+                mask_token=options.mask_token,
+                overwrite=options.overwrite,
+            )
     except (ValueError, OSError) as error:
         print(f"save_hf_model.py: error: {error}", file=sys.stderr)
         return 1

@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from .modeling_coda import CoDALanguageModel
-from .prompts import encode, encode_chat
+from .prompts import Codec
 
 REGIME_SETTINGS = (
     "kv_cache",
@@ -132,7 +132,7 @@ def read_prompts(path: Path, tokenizer: Any, *, chat: bool) -> list[list[int]]:
     Raises:
         ValueError: the file holds no prompt, or a JSON line has none.
     """
-    prompts = []
+    prompts, codec = [], Codec(tokenizer)
     for line in filter(str.strip, path.read_text().splitlines()):
         text = line
         if path.suffix == ".jsonl":
@@ -140,7 +140,7 @@ def read_prompts(path: Path, tokenizer: Any, *, chat: bool) -> list[list[int]]:
             if "prompt" not in row:
                 raise ValueError(f"each line of {path} must have the key 'prompt', got {', '.join(row)}")
             text = row["prompt"]
-        prompts.append((encode_chat if chat else encode)(tokenizer, text))
+        prompts.append(codec.encode_chat([{"role": "user", "content": text}]) if chat else codec.encode_text(text))
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts

@@ -16,6 +16,10 @@ from .generation_config_coda import DiffusionGenerationConfig
 from .sampling import Commit, plan_commits
 
 
+class DecodingStalled(RuntimeError):
+    """A step committed nothing in a row, which would then be decoded for ever."""
+
+
 class Step(NamedTuple):
     """One denoising step of some rows of the canvas."""
 
@@ -80,7 +84,7 @@ class Canvas:
         self.source = predecessor_rows(self.attention_mask)
         fillable = (self.ids == config.mask_token_id) & self.attention_mask.bool()
         self.ordinal = torch.where(fillable, fillable.long().cumsum(dim=1) - 1, -1)  # (B, T) masks left of it
-        self.block_length = config.block_length or self.ids.shape[1]
+        self.block_length = min(config.block_length or self.ids.shape[1], self.ids.shape[1])
         self.block = torch.where(fillable, self.ordinal // self.block_length, -1)  # (B, T)
         self.plans = [
             plan_commits(n, steps=config.steps, block_length=config.block_length, eps=config.eps, alg=config.alg)
@@ -142,7 +146,20 @@ class Canvas:
         return int(((self.block >= 0) & (self.ids != self.config.mask_token_id) & answer).sum())
 
     def commit(self, step: Step, decision: Decision) -> None:
-        """Store what a step decided, and retire the rows that are finished."""
+        """Store what a step decided, and retire the rows that are finished.
+
+        Raises:
+            DecodingStalled: nothing was chosen in a row although its plan asks for it in every step: the scores by
+                which positions are ranked are not numbers.
+        """
+        counts = decision.chosen.sum(dim=1).tolist()
+        for row, commit, count in zip(step.rows, step.commits, counts, strict=True):
+            if not count:
+                raise DecodingStalled(
+                    f"step {commit.step} of row {row} committed none of {commit.count} tokens: its scores are not "
+                    f"finite (alg {self.config.alg!r}, alg_temp {self.config.alg_temp}, temperature "
+                    f"{self.config.temperature})"
+                )
         ids = self.take(self.ids, step)
         updated = torch.where(decision.chosen, decision.tokens, ids)
         if self.config.alg == "p2":
@@ -159,7 +176,7 @@ class Canvas:
             fresh = decision.chosen & (ids == self.config.mask_token_id)
             new = torch.where(fresh, steps, self.take(self.step_of_commit, step))
             self.step_of_commit = self._store(self.step_of_commit, step, new)
-        for row, count in zip(step.rows, decision.chosen.sum(dim=1).tolist(), strict=True):
+        for row, count in zip(step.rows, counts, strict=True):
             self.committed[row] += count
             self.num_steps[row] += 1
         self._retire(step, updated)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from .configuration_coda import CoDAConfig
 from .modeling_coda import CoDALanguageModel
+from .weight_files import check_weights, refuse_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +64,22 @@ def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, to
     """Load a CoDA or autoregressive model in float32; also give the dtype that it was stored in.
 
     Raises:
-        ValueError: unsupported type, or weights that are missing, left over or of another shape.
+        ValueError: unsupported type, broken or quantised files, or weights that are missing, left over, of another
+            shape or not finite.
     """
-    config = AutoConfig.from_pretrained(folder, **gguf)
+    check_weights(folder, gguf.get("gguf_file"))
+    try:
+        config = AutoConfig.from_pretrained(folder, **gguf)  # of a GGUF file it reads the table of tensors too
+    except (ValueError, IndexError) as error:
+        if not gguf:
+            raise
+        file = str(folder / gguf["gguf_file"])
+        raise ValueError(f"{file!r} is not a whole GGUF file, or one that cannot be read: {error}") from error
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     if config.model_type == CoDAConfig.model_type:
-        return CoDALanguageModel.from_pretrained(folder, dtype=torch.float32).eval(), stored
+        model = CoDALanguageModel.from_pretrained(folder, dtype=torch.float32)
+        refuse_not_finite(model.named_parameters(), str(folder))
+        return model.eval(), stored
     coda_config_of(config)  # refuse before the weights are read
     # Mismatched sizes are let through here to be named with the other faults below.
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -80,6 +91,7 @@ def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, to
     if faults:
         report = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}: {keys[:5]}" for kind, keys in faults.items())
         raise ValueError(f"the weights of {str(folder)!r} do not fit its config.json: {report}")
+    refuse_not_finite(model.named_parameters(), str(folder))
     return model.eval(), stored
 
 
@@ -160,6 +172,12 @@ def build_model(source: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> 
     if model.config.tie_word_embeddings:
         weights[HEAD_WEIGHT] = weights[EMBEDDING_WEIGHT]
     model.load_state_dict(weights, assign=True, strict=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its tables are no weights
+    cast_weights(model, torch.float32)
     model.tie_weights()
     return model.eval()
+
+
+def cast_weights(model: CoDALanguageModel, dtype: torch.dtype) -> None:
+    """Cast the weights in place. The tables of the rotary embedding are no weights and stay float32, as when loaded."""
+    model.to(dtype)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)

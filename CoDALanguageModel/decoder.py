@@ -63,7 +63,7 @@ class Decoder:
         if rule is not None:
             probability = spread(candidates.probability, -torch.inf)
             entropy = spread(candidates.entropy, torch.inf)
-            accepted, distance = accept(rule, getattr(config, rule), probability, entropy)
+            accepted, distance = accept(rule, float(getattr(config, rule)), probability, entropy)
             chosen |= accepted
             margin = torch.minimum(margin, distance) if guarded else None
         log_probability = None

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
@@ -189,13 +190,15 @@ def chunked_cross_entropy(
     """Weighted sum of the cross-entropies of the labelled rows, without ever holding all their logits.
 
     The head runs on labelled rows only, a chunk at a time, and again in the backward pass. On XLA and under
-    `torch.compile`, where shapes must be static, it runs on all rows with zero weights instead.
+    `torch.compile`, where shapes must be static, it runs on all rows with zero weights instead. A module that is
+    called here must cost nothing but its own arithmetic: one that gathers its weights from other processes in each
+    call is called equally often by all of them, with empty chunks for those that have fewer labels.
 
     Args:
         hidden: (B, T, hidden_size), row i being the one that scores `labels[:, i]`.
         labels: (B, T) int64, `IGNORE_INDEX` where nothing is scored.
         weights: (B, T) float32, weight of each position.
-        head: the language-model head, (..., hidden_size) -> (..., vocab_size).
+        head: the language-model head, (..., hidden_size) -> (..., vocab_size): a function or a module.
         vocab_size: V, to size the chunks.
         z_loss: c; adds `c * log(Z_i)^2` to `CE_i`, Z being the sum of the exponentiated logits, which keeps logits
             from drifting (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, section 5).
@@ -217,12 +220,27 @@ def chunked_cross_entropy(
     else:
         rows = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)  # (N,)
         step = max(1, LOSS_CHUNK_ELEMENTS // vocab_size)
-        parts = (
+        parts = [
             x.index_select(0, rows).split(step) for x in (hidden.flatten(0, 1), labels.flatten(), weights.flatten())
-        )
+        ]
         chunks = list(zip(*parts, strict=True))
+        if isinstance(head, nn.Module) and _gathers_weights(head):
+            count = torch.tensor(len(chunks), device=hidden.device)
+            dist.all_reduce(count, dist.ReduceOp.MAX)
+            chunks += [tuple(part[0][:0] for part in parts)] * (int(count) - len(chunks))
     # A single chunk fits in memory: recomputing it would cost time and save nothing.
     if len(chunks) == 1 or not torch.is_grad_enabled():
         return sum((chunk_loss(*chunk) for chunk in chunks), start=hidden.new_zeros((), dtype=torch.float32))
     losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(losses).sum()
+
+
+def _gathers_weights(module: nn.Module) -> bool:
+    """Whether a call of the module is a collective: DeepSpeed's ZeRO-3, FSDP or FSDP2 hold shards of its weights."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # a second, for sharded runs only
+
+    return any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in module.parameters()
+    )

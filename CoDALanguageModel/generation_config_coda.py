@@ -12,6 +12,12 @@ from .sampling import ALGORITHMS
 
 KV_CACHES = ("none", "prefix", "dual")
 PARALLEL_RULES = ("threshold", "factor", "entropy_bound")
+LARGEST_INTEGER = 2**31 - 1
+"""Of every setting that counts something: arithmetic on the device has 64 bits."""
+
+LEAST_RANDOMNESS = 1e-6
+"""A temperature below this is 0: dividing by it would exceed float32, and it means the most probable choice."""
+
 OPTIONAL_INTEGERS = {"block_length": 1, "top_k": 1, "refresh_interval": 1, "refresh_window": 0, "suffix_window": 0}
 """Settings that may be None, with their least value."""
 
@@ -73,12 +79,13 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     Args:
         max_new_tokens: masks appended to each row; 0 fills only the masks that are in the input.
-        steps: denoising steps per row, at least the number of blocks; steps that would commit nothing cost nothing.
+        steps: denoising steps per row, at least the number of blocks; steps that would commit nothing cost nothing,
+            and more than one per token (or 512, if that is more) are that many.
         alg: order of the commits: `origin`, `maskgit_plus`, `topk_margin`, `entropy` or `p2`.
-        alg_temp: randomness of that order; None or 0 takes the most confident first.
+        alg_temp: randomness of that order; None or 0 takes the most confident first. Below 1e-6 it becomes 0.
         block_length: decode this many masked tokens at a time from left to right; None all at once.
         eps: last time of the schedule, in (0, 1).
-        temperature: 0 takes the most probable token, otherwise tokens are sampled.
+        temperature: 0 takes the most probable token, otherwise tokens are sampled. Below 1e-6 it becomes 0.
         top_p: mass of the nucleus to sample from, in (0, 1]; None for all.
         top_k: number of tokens to sample from; None for all.
         do_sample: False means temperature 0; None and True leave the temperature as it is.
@@ -164,13 +171,13 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name, low in OPTIONAL_INTEGERS.items():
             if getattr(self, name) is not None:
                 self._check_number(name, low, math.inf, f"an integer >= {low} or None", integer=True)
-        self._check_number("temperature", 0, 1e6, "a number >= 0")
+        self._check_number("temperature", 0, 1e6, "a number in [0, 1e6]")
         self._check_number("eps", tiny, 1 - 1e-9, "in (0, 1)")
         self._check_number("near_tie", 0, 1, "in [0, 1]")
         ranges = {
             "top_p": (tiny, 1, "in (0, 1]"),
-            "alg_temp": (0, 1e6, "a number >= 0"),
-            "repetition_penalty": (tiny, 1e6, "a number > 0"),
+            "alg_temp": (0, 1e6, "a number in [0, 1e6]"),
+            "repetition_penalty": (1e-6, 1e6, "a number in [1e-6, 1e6]"),
             "cache_drift": (0, math.inf, "a number >= 0"),
             "threshold": (tiny, 1, "in (0, 1]"),
             "factor": (tiny, math.inf, "a number > 0"),
@@ -180,12 +187,18 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name, (low, high, allowed) in ranges.items():
             if getattr(self, name) is not None:
                 self._check_number(name, low, high, f"{allowed} or None")
+        for name in ("temperature", "alg_temp"):
+            value = getattr(self, name)
+            if value is not None and value < LEAST_RANDOMNESS:
+                setattr(self, name, 0.0)
 
     def _check_number(self, name: str, low: float, high: float, allowed: str, *, integer: bool = False) -> None:
         value = getattr(self, name)
         right_type = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
         if not right_type or not low <= value <= high:
             raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        if integer and value > LARGEST_INTEGER:
+            raise ValueError(f"{name} must be at most {LARGEST_INTEGER}, got {value!r}")
 
     def _check_choices(self) -> None:
         if self.alg not in ALGORITHMS:
@@ -207,6 +220,10 @@ class DiffusionGenerationConfig(GenerationConfig):
             raise ValueError(f"stop_strings must be a list of non-empty strings or None, got {strings!r}")
         if self.logit_bias is not None and not isinstance(self.logit_bias, dict):
             raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+        for token, value in (self.logit_bias or {}).items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not (-1e6 <= value <= 1e6 or value == -math.inf):
+                raise ValueError(f"logit_bias must hold numbers in [-1e6, 1e6] or -inf, got {value!r} for {token!r}")
 
     def _check_combinations(self) -> None:
         rules = [name for name in PARALLEL_RULES if getattr(self, name) is not None]

@@ -29,6 +29,7 @@ from .configuration_coda import CoDAConfig
 from .diffusion import IGNORE_INDEX, chunked_cross_entropy
 from .generation_coda import DiffusionGenerationMixin
 from .generation_config_coda import DiffusionGenerationConfig
+from .weight_files import check_weights
 
 # transformers copies the files that this one imports into a saved folder, so every file of the model is named here.
 from .cache import CanvasCache as CanvasCache  # isort: skip
@@ -247,6 +248,22 @@ def _kernel_mask(allowed: Tensor, kernel: str, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
+class CoDAHead(nn.Linear):
+    """The language-model head, which can also compute the loss of its logits.
+
+    Loss and head are one call: a sharded model (ZeRO-3, FSDP) gathers the weights of a module once for each of its
+    calls and once for each backward pass, and all processes must do so equally often, whatever the number of labels.
+    """
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None, *, z_loss: float = 0.0
+    ) -> Tensor:
+        """Give the logits, (..., hidden_size) -> (..., vocab_size); with labels what `chunked_cross_entropy` gives."""
+        if labels is None:
+            return super().forward(hidden)
+        return chunked_cross_entropy(hidden, labels, weights, super().forward, self.out_features, z_loss=z_loss)
+
+
 class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
     """Masked-diffusion language model; `from_pretrained` loads, `diffusion_generate` decodes."""
 
@@ -255,7 +272,7 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
     def __init__(self, config: CoDAConfig):
         super().__init__(config)
         self.model = CoDAModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = CoDAHead(config.hidden_size, config.vocab_size, bias=False)
         self.generation_config = DiffusionGenerationConfig()
         self.post_init()
 
@@ -367,7 +384,10 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
 
         A trainer may put a function of its own here, on one model.
         """
-        return chunked_cross_entropy(hidden, labels, weights, self.lm_head, self.config.vocab_size)
+        head = self.lm_head
+        if isinstance(head, CoDAHead) or isinstance(getattr(head, "module", None), CoDAHead):  # the second is FSDP's
+            return head(hidden, labels, weights)
+        return chunked_cross_entropy(hidden, labels, weights, head, self.config.vocab_size)  # e.g. LoRA on the head
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -377,12 +397,15 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
         embedding. Missing, unexpected or misshapen weights are errors.
 
         Raises:
-            ValueError: the folder does not exist, or the weights do not fit the configuration.
+            ValueError: the folder does not exist, its files are broken (see `weight_files.check_weights`), or the
+                weights do not fit the configuration.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         path = str(pretrained_model_name_or_path)
         if not HUB_ID.fullmatch(path) and not Path(path).is_dir():
             raise ValueError(f"no model folder at {path!r}")
+        if Path(path).is_dir() and kwargs.get("state_dict") is None:
+            check_weights(Path(path, kwargs.get("subfolder") or ""), kwargs.get("gguf_file"))
         # Not CoDAConfig: transformers may import a folder's configuration apart from its model, as another class.
         if not isinstance(kwargs.get("config"), PreTrainedConfig):
             source = kwargs.pop("config", None) or path

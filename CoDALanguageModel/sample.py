@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from .agreement import parse_settings
 from .generation_config_coda import DEFAULTS, refuse_unknown
 from .modeling_coda import CoDALanguageModel
-from .prompts import encode, encode_chat
+from .prompts import Codec
 
 GAP = re.compile(r"<gap(?::(\d+))?>")
 MASK_SIGN = "\u2591"
@@ -196,16 +196,17 @@ def read_gaps(text: str, default_length: int) -> tuple[list[str], list[int]]:
 
 def build_canvas(options: argparse.Namespace, tokenizer: Any, model: Any, settings: dict[str, Any]) -> list[int]:
     """The ids to decode from: a prompt, or a text with gaps."""
+    codec = Codec(tokenizer)
     if options.infill is not None:
         pieces, lengths = read_gaps(options.infill.read_text(), options.gap_length)
         settings["max_new_tokens"] = 0
-        ids = encode(tokenizer, pieces[0])
+        ids = codec.encode_text(pieces[0])
         for piece, length in zip(pieces[1:], lengths, strict=True):
-            ids += [model.config.mask_token_id] * length + encode(tokenizer, piece)
+            ids += [model.config.mask_token_id] * length + codec.encode_text(piece)
         return ids
     if options.raw or not tokenizer.chat_template:
-        return encode(tokenizer, options.prompt)
-    return encode_chat(tokenizer, options.prompt)
+        return codec.encode_text(options.prompt)
+    return codec.encode_chat([{"role": "user", "content": options.prompt}])
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:

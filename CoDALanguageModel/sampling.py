@@ -24,6 +24,10 @@ ROUNDING = 1e-10
 FIRST_SELECTION = 256
 """Tokens that the search for a top-p nucleus looks at first."""
 
+MOST_STEPS = 512
+"""More steps than this, and than there are masks, change nothing in a block. The published schedule then commits one
+token a step as long as `steps * eps` is about 1/2, and beyond it leaves more and more tokens to its last step."""
+
 ELEMENTS_AT_ONCE = 2**20
 """Scores that a CPU goes through at a time: intermediate results stay in its caches."""
 
@@ -63,7 +67,7 @@ class Candidates(NamedTuple):
     """(N,) float32, bound on the change of the confidence per nat of error of the logits; when asked for."""
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=64)
 def commit_counts(num_masked: int, steps: int, eps: float) -> tuple[int, ...]:
     """Tokens to commit at each of `steps` steps, in the published schedule.
 
@@ -74,15 +78,15 @@ def commit_counts(num_masked: int, steps: int, eps: float) -> tuple[int, ...]:
         `steps` counts that sum to `num_masked`; some may be zero.
     """
     times = torch.linspace(1, eps, steps + 1, dtype=torch.float32)
-    fractions = 1 - times[1:] / times[:-1]
+    fractions = (1 - times[1:] / times[:-1]).numpy()
     counts, left = [], num_masked
     for fraction in fractions[:-1]:
-        counts.append(int(torch.tensor(left, dtype=torch.float32) * fraction))
+        counts.append(int(np.float32(left) * fraction))
         left -= counts[-1]
     return (*counts, left)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=64)
 def plan_commits(num_masked: int, *, steps: int, block_length: int | None, eps: float, alg: str) -> tuple[Commit, ...]:
     """Plan all forward passes of one row; those that would change nothing are left out.
 
@@ -91,7 +95,8 @@ def plan_commits(num_masked: int, *, steps: int, block_length: int | None, eps: 
 
     Args:
         num_masked: masked tokens of the row.
-        steps: denoising steps for the row.
+        steps: denoising steps for the row. A block takes at most as many as it has masks, or `MOST_STEPS` if that is
+            more, so that neither time nor memory grows with a number that a client may choose.
         block_length: masked tokens per block; None decodes all at once.
         eps: last time of the schedule.
         alg: one of `ALGORITHMS`.
@@ -110,8 +115,8 @@ def plan_commits(num_masked: int, *, steps: int, block_length: int | None, eps: 
         )
     plan, first_step = [], 0
     for block in range(num_blocks):
-        block_steps = steps // num_blocks + (block < steps % num_blocks)
         size = min(length, num_masked - block * length)
+        block_steps = min(steps // num_blocks + (block < steps % num_blocks), max(size, MOST_STEPS))
         if alg == "p2":  # kept after step i: size - floor(size * (1 - (i + 1) / steps)), in integers
             kept = [size - size * (block_steps - i - 1) // block_steps for i in range(block_steps)]
             counts = [k if k > previous else 0 for previous, k in zip([0, *kept], kept, strict=False)]

@@ -39,14 +39,18 @@ def serve(settings: ServerSettings) -> None:
     """
     listener = bind(settings.host, settings.port)
     # Imported here because they bring torch: a wrong setting should be told at once.
+    from CoDALanguageModel.prompts import Codec
+
     from .app import Service, build_app
     from .engine import Engine
     from .metrics import Metrics
-    from .prompting import Prompting
     from .sampler import ModelSampler
     from .scheduler import Scheduler
 
-    prompting = Prompting.load(settings.model_name)
+    try:
+        codec = Codec.load(settings.model_name)
+    except ValueError as error:
+        raise ValueError(f"MODEL_NAME={error}") from error
     sampler = ModelSampler.load(settings.model_name, device=settings.device, dtype=settings.dtype)
     metrics = Metrics()
     scheduler = Scheduler(
@@ -54,8 +58,15 @@ def serve(settings: ServerSettings) -> None:
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens,
     )
-    engine = Engine(sampler, prompting.decode, scheduler, batch_wait_s=settings.batch_wait_ms / 1000, metrics=metrics)
-    app = build_app(Service(settings=settings, engine=engine, encoder=prompting, limits=sampler, metrics=metrics))
+    engine = Engine(
+        sampler,
+        codec.decode,
+        scheduler,
+        batch_wait_s=settings.batch_wait_ms / 1000,
+        step_timeout_s=settings.step_timeout_s,
+        metrics=metrics,
+    )
+    app = build_app(Service(settings=settings, engine=engine, encoder=codec, limits=sampler, metrics=metrics))
     config = uvicorn.Config(
         app, log_config=None, log_level=settings.log_level, timeout_graceful_shutdown=settings.drain_timeout_s
     )

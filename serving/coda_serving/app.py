@@ -36,7 +36,7 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class Encoder(Protocol):
-    """What the app needs of a tokenizer; ``prompting.Prompting`` is one."""
+    """What the app needs of a tokenizer; ``CoDALanguageModel.prompts.Codec`` is one."""
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids of a conversation, up to where the answer begins."""

@@ -71,27 +71,43 @@ class Engine:
         decode: token ids to text, as ``answers.Decode``.
         scheduler: the queue.
         batch_wait_s: how long an idle engine waits for company before it starts a batch.
+        step_timeout_s: how long a batch may go without finishing a step. A thread cannot be ended from outside: a
+            batch that takes longer is failed, and its thread left behind, once; the thread ends itself at its next
+            step. If the next thread gets stuck too while the first still is, the engine is no longer alive.
         metrics: where to count.
     """
 
     def __init__(
-        self, sampler: Sampler, decode: Decode, scheduler: Scheduler, *, batch_wait_s: float, metrics: Metrics
+        self,
+        sampler: Sampler,
+        decode: Decode,
+        scheduler: Scheduler,
+        *,
+        batch_wait_s: float,
+        step_timeout_s: float,
+        metrics: Metrics,
     ) -> None:
         self._sampler = sampler
         self._decode = decode
         self._scheduler = scheduler
         self._batch_wait_s = batch_wait_s
+        self._step_timeout_s = step_timeout_s
         self._metrics = metrics
         self._seconds_per_job = 1.0
         self._running: list[Job] = []
+        self._progress_s = 0.0
+        """When the running batch started or finished its last step, on the monotonic clock."""
         self._stopping = False
+        self._stopped = threading.Event()
+        self._stuck: threading.Thread | None = None
         self._thread = threading.Thread(target=self._work, name="coda-engine", daemon=True)
+        self._watchdog = threading.Thread(target=self._watch, name="coda-engine-watchdog", daemon=True)
         metrics.watch(num_waiting=lambda: self.num_waiting, num_running=lambda: self.num_running)
 
     @property
     def is_alive(self) -> bool:
         """True while requests can be answered."""
-        return self._thread.is_alive() and not self._stopping
+        return self._thread.is_alive() and not self._stopping and self._thread is not self._stuck
 
     @property
     def num_waiting(self) -> int:
@@ -116,10 +132,12 @@ class Engine:
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+        self._watchdog.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
         """End the running batch at its next step, fail what waits, and join the thread."""
         self._stopping = True
+        self._stopped.set()
         for job in self._scheduler.close():
             job.listener(Failure("the server is shutting down"))
         self._thread.join(timeout_s)
@@ -149,13 +167,15 @@ class Engine:
 
     def _work(self) -> None:
         while batch := self._scheduler.next_batch(self._batch_wait_s):
+            started_s = self._progress_s = time.monotonic()
             self._running = batch
             self._metrics.batch_size.observe(len(batch))
-            started_s = time.monotonic()
             try:
                 self._sampler.run([job.request for job in batch], lambda ids, n: self._on_step(batch, ids, n))
             except Exception:  # one batch's fault must not end the service; every listener and the log hear of it
                 logger.exception("a batch of %d failed", len(batch))
+            if threading.current_thread() is not self._thread:
+                return  # the watchdog has given this batch up, and another thread works
             # Whoever has no answer by now gets none: the batch failed or the server is stopping.
             message = "the server is shutting down" if self._stopping else "the model failed; see the server's log"
             for job in batch:
@@ -163,8 +183,32 @@ class Engine:
             self._running = []
             self._seconds_per_job += 0.2 * ((time.monotonic() - started_s) / len(batch) - self._seconds_per_job)
 
+    def _watch(self) -> None:
+        """Give up a batch that finishes no step within ``step_timeout_s``, and go on with a new thread."""
+        while not self._stopped.wait(min(1.0, self._step_timeout_s / 4)):
+            batch, waited_s = self._running, time.monotonic() - self._progress_s
+            if not batch or waited_s <= self._step_timeout_s:
+                continue
+            logger.error("a batch of %d is given up: no step was finished in %.0f s", len(batch), waited_s)
+            stuck, self._running = self._thread, []
+            another_is_stuck = self._stuck is not None and self._stuck.is_alive()
+            self._stuck = stuck
+            if not another_is_stuck:
+                self._thread = threading.Thread(target=self._work, name="coda-engine", daemon=True)
+                self._thread.start()
+            for job in batch:
+                self._finish(job, Failure(f"the model finished no step in {self._step_timeout_s:g} s"))
+            if another_is_stuck:
+                logger.critical("two batches are stuck: no more requests are taken")
+                for job in self._scheduler.close():
+                    job.listener(Failure("the model is stuck"))
+                return
+
     def _on_step(self, batch: list[Job], answer_ids: list[list[int]], num_passes: int) -> bool:
         """Show each row's listener what has become final; False once no row is wanted any more."""
+        if threading.current_thread() is not self._thread:
+            return False
+        self._progress_s = time.monotonic()
         self._metrics.forwards.inc()
         for job, ids in zip(batch, answer_ids, strict=True):
             if not job.done and not job.cancelled:

@@ -96,6 +96,9 @@ class ServerSettings(BaseSettings):
     request_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds from a request's arrival, queue included, after which it is cancelled with 504."""
 
+    step_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """Seconds that one forward pass of a batch may take before its requests get 500 and others go on without it."""
+
     drain_timeout_s: int = Field(30, ge=0)
     """Seconds that running requests get to finish after SIGTERM or SIGINT."""
 

@@ -3,9 +3,12 @@
 import errno
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +29,7 @@ from transformers import (
 
 import save_hf_model
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
-from save_hf_model import convert, main
+from save_hf_model import Agreement, convert, main
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SHAPE = {
@@ -327,8 +330,162 @@ def test_a_folder_with_other_weights_than_the_model_is_refused(tmp_path, monkeyp
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
     monkeypatch.setattr(CoDALanguageModel, "save_pretrained", changed)
-    with pytest.raises(ValueError, match="gives other logits when loaded: difference"):
+    with pytest.raises(ValueError, match="gives other logits when loaded: max difference"):
         convert(str(tmp_path / "export"), str(tmp_path / "made"))
+
+
+def make_loud(model, scale):
+    """Scale the head of a model in memory until its logits reach `scale`."""
+    ids = torch.arange(32).view(2, 16)
+    with torch.no_grad():
+        model.lm_head.weight *= scale / logits_of(model, ids).abs().max()
+    return model
+
+
+def test_large_logits_in_bfloat16_pass_and_a_wrong_folder_does_not(tmp_path, monkeypatch, caplog):
+    source = make_loud(make_autoregressive(tmp_path / "source", "qwen2", tie_word_embeddings=False), 40.0)
+    source.save_pretrained(tmp_path / "source")
+    with caplog.at_level("INFO", logger="save_hf_model"):
+        made = convert(str(tmp_path / "source"), str(tmp_path / "made"), dtype="bfloat16")
+    assert made.dtype == torch.bfloat16
+    assert "rounded to bfloat16: max difference" in caplog.text
+    assert logits_of(made.float(), torch.arange(32).view(2, 16)).abs().max() > 35
+    save = CoDALanguageModel.save_pretrained
+
+    def one_weight_wrong(weights):
+        weights["model.layers.1.self_attn.v_proj.weight"][0, 0] += 0.25
+
+    def layers_swapped(weights):
+        for name in [name for name in weights if name.startswith("model.layers.0.")]:
+            other = name.replace("layers.0", "layers.1")
+            weights[name], weights[other] = weights[other], weights[name]
+
+    for change in (one_weight_wrong, layers_swapped):
+
+        def changed(self, folder, change=change, **kwargs):
+            save(self, folder, **kwargs)
+            weights = load_file(folder / "model.safetensors")
+            change(weights)
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+        monkeypatch.setattr(CoDALanguageModel, "save_pretrained", changed)
+        with pytest.raises(ValueError, match="gives other logits when loaded: max difference"):
+            convert(str(tmp_path / "source"), str(tmp_path / "wrong"), dtype="bfloat16")
+    assert sorted(os.listdir(tmp_path)) == ["made", "source"]
+
+
+def test_agreement_lets_no_nan_pass():
+    logits = torch.randn(2, 5)
+    assert Agreement.of(logits, logits).is_equal
+    for broken in (float("nan"), float("inf")):
+        wrong = logits.clone()
+        wrong[0, 0] = broken
+        assert not Agreement.of(wrong, logits).is_equal
+        assert not Agreement.of(wrong, wrong).is_equal
+    assert not Agreement.of(logits + torch.tensor([1e-2, 0, 0, 0, 0]), logits).is_equal
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["autoregressive", "export"])
+def test_weights_that_are_not_finite_are_refused_by_name(kind, value, tmp_path):
+    source = tmp_path / "source"
+    make_autoregressive(source) if kind == "autoregressive" else make_export(source)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][3, 4] = value
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"source.*: weights are not finite: model\.layers\.0\.mlp\.up_proj\.weight$"):
+        convert(str(source), str(tmp_path / "made"), check=False)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_weight_beyond_float16_is_refused_by_name(tmp_path):
+    source = make_autoregressive(tmp_path / "source")
+    with torch.no_grad():
+        source.model.layers[1].mlp.down_proj.weight[0, 0] = 70000.0
+    source.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"--dtype float16 ends at 6.55e\+04: .* model.layers.1.mlp.down_proj.weight"):
+        convert(str(tmp_path / "source"), str(tmp_path / "made"), dtype="float16", check=False)
+    convert(str(tmp_path / "source"), str(tmp_path / "made"), dtype="bfloat16", check=False)
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 3441185608\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pointer", "model.safetensors' is a Git LFS pointer"),
+        ("cut", "model.safetensors' is not a whole safetensors file"),
+        ("empty", "model.safetensors' is not a whole safetensors file"),
+        ("quantised", "quantised weights are not supported: .*config.json' says quant_method 'awq'"),
+        ("tokenizer", "tokenizer.json' is a Git LFS pointer"),
+        ("shard", "model-2.safetensors' is missing, which its index names"),
+        ("gguf", "model.gguf' is not a GGUF file"),
+        ("gguf cut", "model.gguf' is not a whole GGUF file"),
+        ("gguf pointer", "model.gguf' is a Git LFS pointer"),
+    ],
+)
+def test_broken_files_are_named_in_one_line(name, message, tmp_path, capsys):
+    source = tmp_path / "source"
+    make_autoregressive(source)
+    weights, config = source / "model.safetensors", source / "config.json"
+    if name == "cut":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size * 2 // 3])
+    elif name == "empty":
+        weights.write_bytes(b"")
+    elif name == "pointer":
+        weights.write_text(LFS_POINTER)
+    elif name == "tokenizer":
+        (source / "tokenizer.json").write_text(LFS_POINTER)
+    elif name == "quantised":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
+    elif name == "shard":
+        weights.rename(source / "model-1.safetensors")
+        index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        config.unlink()
+        content = {"gguf": b"no", "gguf cut": b"GGUF" + bytes(16), "gguf pointer": LFS_POINTER.encode()}[name]
+        (source / "model.gguf").write_bytes(content)
+    assert main(["--checkpoint_dir", str(source), "--output_dir", str(tmp_path / "made")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("save_hf_model.py: error: ")
+    assert re.search(message, error), error
+    assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stop_at_any_point_leaves_the_old_folder_or_the_new_one(stop, tmp_path, monkeypatch):
+    make_autoregressive(tmp_path / "source")
+    made = tmp_path / "deep/made"
+    arguments = ["--checkpoint_dir", str(tmp_path / "source"), "--output_dir", str(made), "--overwrite"]
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+
+    def stopping(function):
+        def call(*arguments, **kwargs):
+            result = function(*arguments, **kwargs)
+            os.kill(os.getpid(), stop)
+            return result
+
+        return call
+
+    monkeypatch.setattr(save_hf_model, "check_folder", stopping(lambda *_: None))
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 128 + stop
+    assert os.listdir(tmp_path) == ["source"]
+
+    made.mkdir(parents=True)
+    (made / "notes.txt").write_text("mine")
+    for point, owner in [("check_folder", save_hf_model), ("save_pretrained", CoDALanguageModel), ("rename", Path)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(save_hf_model, "check_folder", lambda *_: None)
+            patch.setattr(owner, point, stopping(getattr(owner, point)))
+            with pytest.raises(SystemExit):
+                main(arguments)
+        assert os.listdir(tmp_path / "deep") == ["made"], point
+        assert [file.name for file in made.iterdir()] == ["notes.txt"], point
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == handlers
 
 
 def test_command_line_flags_are_stable(capsys):

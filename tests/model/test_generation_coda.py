@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from CoDALanguageModel import CoDALanguageModel, DiffusionGenerationConfig
+from CoDALanguageModel.canvas import DecodingStalled
 from CoDALanguageModel.diffusion import named_rng
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy", "p2")
@@ -474,10 +475,10 @@ def test_settings_round_trip_through_generation_config_json(tmp_path):
         ({"top_k": 0}, "top_k must be an integer >= 1 or None, got 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\] or None, got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\] or None, got 1.5"),
-        ({"temperature": -0.1}, "temperature must be a number >= 0, got -0.1"),
-        ({"temperature": math.nan}, "temperature must be a number >= 0, got nan"),
-        ({"temperature": "hot"}, "temperature must be a number >= 0, got 'hot'"),
-        ({"alg_temp": -1}, "alg_temp must be a number >= 0 or None, got -1"),
+        ({"temperature": -0.1}, r"temperature must be a number in \[0, 1e6\], got -0.1"),
+        ({"temperature": math.nan}, r"temperature must be a number in \[0, 1e6\], got nan"),
+        ({"temperature": "hot"}, r"temperature must be a number in \[0, 1e6\], got 'hot'"),
+        ({"alg_temp": -1}, r"alg_temp must be a number in \[0, 1e6\] or None, got -1"),
         ({"eps": 1.0}, r"eps must be in \(0, 1\), got 1.0"),
         ({"alg": "greedy"}, "alg must be one of origin, maskgit_plus, topk_margin, entropy, p2, got 'greedy'"),
         ({"seed": -1}, "seed must be an integer >= 0 or a list of them, one per row, got -1"),
@@ -564,3 +565,69 @@ def test_a_folder_with_an_autoregressive_generation_config_names_the_setting_it_
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "num_beams": 4}))
     with pytest.raises(ValueError, match="unknown generation setting 'num_beams'"):
         CoDALanguageModel.from_pretrained(tmp_path)
+
+
+EXTREMES = [0, -0.0, 5e-324, 1e-310, 1e-39, 1e-7, 1e-6, 1e-5, 1, 2**31 - 1, 2**31, 2**63, 10**30, 1e30, 1e300]
+EXTREMES += [math.inf, -math.inf, math.nan, True, "1"]
+NUMBERS = {
+    "steps": {},
+    "block_length": {},
+    "eps": {},
+    "temperature": {},
+    "alg_temp": {"temperature": 0.7},
+    "top_p": {"temperature": 0.7},
+    "top_k": {"temperature": 0.7},
+    "repetition_penalty": {},
+    "threshold": {},
+    "factor": {},
+    "entropy_bound": {},
+    "eta": {"remask": "conf"},
+    "refresh_interval": {"kv_cache": "dual"},
+    "refresh_window": {"kv_cache": "dual", "block_length": 3},
+    "suffix_window": {"block_length": 3},
+    "cache_drift": {"kv_cache": "dual"},
+    "drift_interval": {"kv_cache": "dual", "cache_drift": 1e-3},
+    "speculate": {},
+    "near_tie": {"speculate": 2},
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_at_its_extremes_is_refused_by_name_or_ends_within_its_steps(model, name):
+    prompt, new = torch.tensor([[1, 2, 3]]), 6
+    for alg in ("entropy", "topk_margin", "origin"):
+        for value in EXTREMES:
+            options = {"max_new_tokens": new, "steps": 4, "alg": alg, **NUMBERS[name], name: value}
+            try:
+                output = model.diffusion_generate(prompt, return_dict_in_generate=True, **options)
+            except ValueError as error:
+                assert name in str(error), (name, value)  # noqa: PT017  refused, and said what
+                continue
+            assert not (output.sequences == model.config.mask_token_id).any(), (name, value)
+            # A cache that is compared with fresh scores, and speculation, look twice at a step.
+            assert output.num_forwards.item() <= 2 * max(new, 4), (name, value)
+
+
+@pytest.mark.parametrize("name", ["temperature", "alg_temp"])
+def test_a_temperature_that_means_zero_is_zero(model, name):
+    options = {"max_new_tokens": 8, "steps": 8, "alg": "entropy", "seed": 3}
+    zero = model.diffusion_generate(torch.tensor([[1, 2, 3]]), **{**options, name: 0.0})
+    for value in (1e-310, 1e-39, 9e-7):
+        assert model.generation_config.merged({name: value}).to_dict()[name] == 0.0
+        assert torch.equal(model.diffusion_generate(torch.tensor([[1, 2, 3]]), **{**options, name: value}), zero)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 1e7, True, "1"])
+def test_a_bias_that_would_hide_all_other_scores_is_refused(model, value):
+    with pytest.raises(ValueError, match="logit_bias must hold numbers in"):
+        model.generation_config.merged({"logit_bias": {3: value}})
+
+
+@pytest.mark.parametrize("options", [{}, {"alg": "p2"}, {"remask": "conf"}, {"speculate": 2}, {"threshold": 0.9}])
+def test_a_step_that_commits_nothing_is_an_error_and_not_an_endless_loop(model, monkeypatch, options):
+    def nothing(scores, counts):
+        return torch.zeros_like(scores, dtype=torch.bool)
+
+    monkeypatch.setattr("CoDALanguageModel.decoder.choose", nothing)
+    with pytest.raises(DecodingStalled, match=r"step \d+ of row 0 committed none of 1 tokens"):
+        model.diffusion_generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, steps=4, **options)

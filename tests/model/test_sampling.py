@@ -8,6 +8,7 @@ import torch
 from CoDALanguageModel.diffusion import named_rng
 from CoDALanguageModel.sampling import (
     ALGORITHMS,
+    MOST_STEPS,
     choose,
     commit_counts,
     filter_scores,
@@ -90,6 +91,23 @@ def test_p2_keeps_the_share_of_the_steps_done_in_exact_integers():
             kept = {i: size - math.floor(size * (1 - Fraction(i + 1, steps))) for i in range(steps)}
             want = [(i, kept[i]) for i in range(steps) if kept[i] > kept.get(i - 1, 0)]
             assert [(commit.step, commit.count) for commit in plan] == want
+
+
+@pytest.mark.parametrize("alg", ALGORITHMS)
+def test_a_plan_costs_no_more_for_more_steps_and_commits_one_token_a_step(alg):
+    for num_masked, block_length in ((8, None), (600, None), (70, 32)):
+        options = {"block_length": block_length, "eps": EPS, "alg": alg}
+        enough = plan_commits(num_masked, steps=3 * max(num_masked, MOST_STEPS), **options)
+        for steps in (10**6, 2**62, 10**30):
+            assert plan_commits(num_masked, steps=steps, **options) == enough
+        length = block_length or num_masked  # one step a token
+        published = plan_commits(num_masked, steps=length * math.ceil(num_masked / length), **options)
+        assert [(c.block, c.count) for c in enough] == [(c.block, c.count) for c in published]
+
+
+def test_plans_that_are_kept_are_few():
+    for function in (commit_counts, plan_commits):
+        assert function.cache_info().maxsize <= 64
 
 
 def test_more_blocks_than_steps_are_refused():

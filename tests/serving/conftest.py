@@ -25,20 +25,6 @@ from coda_serving.settings import ServerSettings
 
 REPO = Path(__file__).resolve().parents[2]
 MASK, EOS, DOCUMENT_START = 256, 257, 258
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|mask|>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-]
 
 
 def bytes_to_text(ids: Sequence[int]) -> str:
@@ -119,6 +105,7 @@ def make_engine(sampler: FakeSampler, settings: ServerSettings, metrics: Metrics
         bytes_to_text,
         scheduler,
         batch_wait_s=settings.batch_wait_ms / 1000,
+        step_timeout_s=settings.step_timeout_s,
         metrics=metrics or Metrics(),
     )
 
@@ -145,36 +132,6 @@ def _plain_environment(monkeypatch):
     for name in ServerSettings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.delenv("ENV_FILE", raising=False)
-
-
-def train_tokenizer():
-    """A byte-level BPE with the control tokens and the chat template of the real one."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["def add(a, b):\n    return a + b\n\n\n  user assistant"] * 4, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        mask_token="<|mask|>",
-        chat_template=CHATML,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-@pytest.fixture(scope="session")
-def chatml_tokenizer():
-    return train_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 
 import pytest
 
@@ -103,6 +104,33 @@ def test_cancelling_the_only_row_stops_the_batch(start, ask, serving_fakes):
     _, (after,) = submit(engine, ask(max_tokens=3))
     assert isinstance(collect(after)[-1], Answer)
     assert sampler.forwards < 400
+
+
+def test_a_batch_that_finishes_no_step_is_given_up_and_others_go_on(start, ask, serving_fakes, caplog):
+    sampler = serving_fakes.FakeSampler(gate=threading.Event())
+    engine, gate = start(sampler, step_timeout_s=0.2), sampler.gate
+    _, (stuck,) = submit(engine, ask())
+    assert collect(stuck) == [Failure("the model finished no step in 0.2 s")]
+    assert "a batch of 1 is given up" in caplog.text
+    sampler.gate = None
+    _, (events,) = submit(engine, ask())
+    assert collect(events)[-1].text == "hello"
+    assert engine.is_alive
+    gate.set()  # the thread that was left behind ends, and answers nobody
+    assert stuck.empty()
+
+
+def test_an_engine_whose_next_thread_is_stuck_too_is_no_longer_alive(start, ask, serving_fakes):
+    sampler = serving_fakes.FakeSampler(gate=threading.Event())
+    engine = start(sampler, step_timeout_s=0.1)
+    for seed in range(2):
+        _, (events,) = submit(engine, ask(seed=seed))
+        assert isinstance(collect(events)[-1], Failure)
+    deadline = time.monotonic() + 5
+    while engine.is_alive and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not engine.is_alive
+    sampler.gate.set()
 
 
 def test_cancelling_one_row_leaves_the_others(start, ask, serving_fakes):

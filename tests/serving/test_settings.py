@@ -30,6 +30,7 @@ DEFAULTS = {
     "max_batch_tokens": 32768,
     "batch_wait_ms": 10.0,
     "request_timeout_s": 600.0,
+    "step_timeout_s": 600.0,
     "drain_timeout_s": 30,
     "log_level": "info",
 }

@@ -17,8 +17,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
 
-from CoDALanguageModel.diffusion import chunked_cross_entropy
-
 from ..hardware import HardwareConfig
 from .base import Backend, host_tensors, process_environment
 
@@ -62,9 +60,7 @@ class TorchBackend(Backend):
     def prepare_model(self, model: nn.Module, *, z_loss: float = 0.0) -> nn.Module:
         """Move to the device; checkpoint and compile each layer if asked; shard if there are several processes."""
         if z_loss:
-            model.weighted_cross_entropy = partial(
-                chunked_cross_entropy, head=model.lm_head, vocab_size=model.config.vocab_size, z_loss=z_loss
-            )
+            model.weighted_cross_entropy = partial(model.lm_head, z_loss=z_loss)
         model.to(self.device)
         if self.config.remat:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

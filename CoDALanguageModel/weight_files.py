@@ -1,0 +1,130 @@
+"""What is wrong with the files of a checkpoint, said in one line before a loader falls over them.
+
+Not here: whether the weights fit a configuration (`modeling_coda` and `conversion` compare names and shapes).
+"""
+
+import json
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+SINGLE_FILES, INDEX_SUFFIX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer folder that was cloned without its large files.
+
+    Raises:
+        ValueError: a file is a Git LFS pointer.
+    """
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            refuse_pointer(folder / name)
+
+
+def check_weights(folder: Path, gguf_file: str | None = None) -> None:
+    """Refuse a model folder whose weight files cannot be what they are named.
+
+    Args:
+        folder: of the model. What is missing altogether is left for the loader to say.
+        gguf_file: the file of `folder` that holds the weights; None means safetensors or PyTorch files.
+
+    Raises:
+        ValueError: a file is a Git LFS pointer or not whole, a shard is missing, or the weights are quantised (those
+            of a GGUF file are turned into floats by its loader).
+    """
+    if gguf_file is not None:
+        _check_gguf(folder / gguf_file)
+        return
+    config = folder / "config.json"
+    if config.is_file():
+        refuse_pointer(config)
+        method = (_read_json(config).get("quantization_config") or {}).get("quant_method")
+        if method is not None:
+            raise ValueError(f"quantised weights are not supported: {str(config)!r} says quant_method {method!r}")
+    for file in weight_files(folder):
+        if not file.is_file():
+            raise ValueError(f"{str(file)!r} is missing, which its index names: download it again")
+        refuse_pointer(file)
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt"):  # compares the table of tensors with the size of the file
+                    pass
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{str(file)!r} is not a whole safetensors file, download it again: {error}"
+                ) from error
+        elif _starts_with(file, b"PK") and not zipfile.is_zipfile(file):  # the table of a zip file stands at its end
+            raise ValueError(f"{str(file)!r} is not a whole PyTorch file, download it again")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a loader reads the weights of a folder from, in the order in which transformers looks for them.
+
+    Raises:
+        ValueError: an index of shards is not valid JSON, or names no files.
+    """
+    for name in SINGLE_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / (name + INDEX_SUFFIX)
+        if index.is_file():
+            refuse_pointer(index)
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{str(index)!r} has no weight_map: download it again")
+            return [folder / file for file in sorted(set(weight_map.values()))]
+    return []
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuse a file that stands for the real one in a repository that was cloned without Git LFS.
+
+    Raises:
+        ValueError: it does.
+    """
+    if _starts_with(file, LFS_POINTER):
+        raise ValueError(f"{str(file)!r} is a Git LFS pointer, not the file itself: get it with `git lfs pull`")
+
+
+def refuse_not_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """Refuse weights with NaN or infinite numbers, which every comparison of numbers lets pass.
+
+    Args:
+        weights: names and tensors.
+        what: whose weights they are, for the message.
+
+    Raises:
+        ValueError: naming the weights.
+    """
+    broken = [name for name, tensor in weights if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ValueError(f"{what}: weights are not finite: {', '.join(broken[:3])}{more}")
+
+
+def _starts_with(file: Path, start: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(start)) == start
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the JSON, or of its encoding
+        raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(file)!r} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _check_gguf(file: Path) -> None:
+    refuse_pointer(file)
+    if not _starts_with(file, b"GGUF"):
+        raise ValueError(f"{str(file)!r} is not a GGUF file")
