@@ -48,54 +48,92 @@ class Answer(str):
 
 def extract_code(answer: str, entry_point: str | None = None) -> str:
     """The code of a chat answer: the first fenced block that defines ``entry_point``, else the first, else all."""
+    answer = answer.removeprefix("\ufeff")
     blocks = _FENCE.findall(answer)
     defines = re.compile(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(entry_point)}\b", re.M) if entry_point else None
     return next((block for block in blocks if defines and defines.search(block)), blocks[0] if blocks else answer)
 
 
-def _parses_with(code: str, entry_point: str) -> bool:
-    """Whether ``code`` is a program of its own that defines ``entry_point`` at top level."""
+def _parse(code: str) -> ast.Module | None:
+    """The syntax tree of ``code``, if it is a program of its own."""
     try:
-        tree = ast.parse(code)
+        return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return any(getattr(node, "name", None) == entry_point for node in tree.body)
+        return None
+
+
+def _defined(code: str) -> tuple[str, ...]:
+    """Names of the functions and classes that ``code`` defines at top level."""
+    tree = _parse(code)
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return tuple(node.name for node in tree.body if isinstance(node, kinds)) if tree else ()
+
+
+def _join(prompt: str, code: str, entry_point: str) -> str:
+    """The program of a prompt and an answer that continues it, or that is a program of its own.
+
+    The prompt's imports and auxiliary functions stand above either way, but below what must come first in a program:
+    its ``from __future__`` lines.
+    """
+    if entry_point not in _defined(code):
+        return prompt + code
+    future = [n for n in _parse(code).body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
+    lines = code.splitlines(keepends=True)
+    first = future[-1].end_lineno if future else 0
+    return "".join([*lines[:first], "\n" * bool(first), prompt, "\n\n", *lines[first:]])
 
 
 def humaneval_program(row: dict[str, Any], answer: str) -> Program:
     """HumanEval and HumanEval+: the answer continues the prompt, or repeats the whole function.
 
-    The prompt's imports and auxiliary functions stand above either way.
+    Some tests use an auxiliary function of the prompt: they get the prompt's, whatever the answer made of it.
     """
-    code = extract_code(answer, row["entry_point"])
-    joint = "\n\n" if _parses_with(code, row["entry_point"]) else ""
-    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
-    return Program(candidate=row["prompt"] + joint + code, tests=tests, timeout_s=row["timeout_s"])
+    name = row["entry_point"]
+    return Program(
+        candidate=_join(row["prompt"], extract_code(answer, name), name),
+        setup=row["prompt"],
+        tests=f"{row['test']}\ncheck({name})\n",
+        called=(name,),
+        timeout_s=row["timeout_s"],
+    )
 
 
 def infilling_program(row: dict[str, Any], answer: str) -> Program:
-    """HumanEval infilling: prefix, answer and suffix joined as they are."""
-    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
-    candidate = row["prompt"] + answer + row["suffix"]
-    return Program(candidate=candidate, tests=tests, timeout_s=row["timeout_s"])
+    """HumanEval infilling: prefix, answer and suffix joined as they are; tests get the reference's helpers."""
+    name = row["entry_point"]
+    return Program(
+        candidate=row["prompt"] + answer + row["suffix"],
+        setup=row["prompt"] + row["canonical_solution"] + row["suffix"],
+        tests=f"{row['test']}\ncheck({name})\n",
+        called=(name,),
+        timeout_s=row["timeout_s"],
+    )
 
 
 def mbpp_program(row: dict[str, Any], answer: str) -> Program:
     """MBPP: the three asserts, after the set-up code that some problems need."""
-    tests = "\n".join([row.get("test_setup_code") or "", *row["test_list"]])
-    return Program(candidate=extract_code(answer), tests=tests, timeout_s=row["timeout_s"])
+    return Program(
+        candidate=extract_code(answer),
+        tests="\n".join([row.get("test_setup_code") or "", *row["test_list"]]),
+        called=_defined(row.get("code") or ""),
+        timeout_s=row["timeout_s"],
+    )
 
 
 def mbpp_plus_program(row: dict[str, Any], answer: str) -> Program:
     """MBPP+: the full tests of EvalPlus, not only the asserts that the prompt shows."""
-    tests = "\n".join([*(row.get("test_imports") or []), row["test"]])
-    return Program(candidate=extract_code(answer), tests=tests, timeout_s=row["timeout_s"])
+    return Program(
+        candidate=extract_code(answer),
+        tests="\n".join([*(row.get("test_imports") or []), row["test"]]),
+        called=_defined(row.get("code") or ""),
+        timeout_s=row["timeout_s"],
+    )
 
 
 def quickstart_program(row: dict[str, Any], answer: str) -> Program:
     """Quickstart problems: the answer's code, then the problem's asserts."""
     code = extract_code(answer, row["entry_point"])
-    return Program(candidate=code, tests=row["test"], timeout_s=row["timeout_s"])
+    return Program(candidate=code, tests=row["test"], called=(row["entry_point"],), timeout_s=row["timeout_s"])
 
 
 def _record(answer: str, **fields: Any) -> str:

@@ -1,43 +1,62 @@
-"""Run untrusted Python programs: namespaces, resource limits, a private verdict pipe, many at once.
+"""Run untrusted Python programs and judge them from outside: walls, limits, a checker apart, many at once.
 
-Two levels isolate, best first: ``bubblewrap`` (the ``bwrap`` program) and ``unshare`` (namespaces that the child makes
-itself). They show a program the standard library, numpy where installed, a small scratch folder, and nothing else: no
-network, no other process, no file of the machine. ``rlimits`` limits what a program uses but neither hides the machine
-nor cuts the network: it is never chosen unasked. The level that ran is part of every verdict.
+Three levels isolate, best first. ``bubblewrap`` (the ``bwrap`` program) and ``unshare`` (namespaces that the child
+makes itself) show a program the standard library, numpy where installed, a small scratch folder, and nothing else: no
+network, no other process, no file of the machine. ``landlock``, for containers without namespaces, refuses the same to
+a program that lives among the machine's processes and on its file system: it can learn that a path or a process exists
+and a file's size and times, no more. ``rlimits`` limits what a program uses and refuses it sockets and signals to
+others, but it reads, and as an ordinary user writes, the machine's files: it is never chosen unasked. At all levels a
+filter refuses the system calls that no program needs (``sandbox_child.py``). The level that ran is part of every
+verdict.
+
+A candidate and its tests run in two processes (``sandbox_child.py``). The candidate's has no word of the tests, no file
+or pipe but its line to the checker, and what crosses is plain data. What remains possible: to recognise the tests'
+inputs and answer from a table; to answer differently from call to call; to be an object, where a test only asks for
+the truth, the length, the items or the order of the candidate's own objects; to pass tests that compare a candidate
+with itself; and whatever a fault of the kernel allows. Memory is looked at some twenty times a second, so a program
+may exceed its limit for that long.
 
 Not here: what a program consists of (``programs.py``).
 """
 
+import contextlib
 import functools
 import itertools
-import json
 import logging
+import marshal
 import os
-import secrets
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-LEVELS = ("bubblewrap", "unshare", "rlimits")
+LEVELS = ("bubblewrap", "unshare", "landlock", "rlimits")
 """Isolation levels, best first."""
 
-ISOLATED = ("bubblewrap", "unshare")
+SHARED = ("landlock", "rlimits")
+"""Levels where a program lives among the machine's processes and on its file system."""
+
+ISOLATED = ("bubblewrap", "unshare", "landlock")
 """Levels that ``auto`` may choose: a program there reaches nothing of the machine."""
 
-PACKAGES = ("numpy",)
-"""Packages outside the standard library that programs may import (the MBPP+ tests need them)."""
+PACKAGES = ("numpy", "tzdata")
+"""Packages outside the standard library that programs may import: the MBPP+ tests need numpy, zoneinfo the zones."""
 
 FIRST_UID = 61184
 """First user id that programs take when the caller is root: the range that systemd gives to transient users, so that
@@ -45,19 +64,30 @@ no account owns it. Each program has its own, which makes the limit on processes
 kernel still takes a fork bomb down."""
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
+WALL_FACTOR, WALL_S = 8, 30
+"""A program that waits for a processor gets this many times its limit, and these seconds more, by the clock; then it
+is run again alone."""
+
 _SCRATCH_BYTES = 64 << 20
+_SCRATCH_FILES = 4096
 _REPORT_BYTES = 1 << 16
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A candidate and the tests it must survive, both Python source, run one after the other in one namespace."""
+    """A candidate and the tests it must survive, both Python source, run in two processes."""
 
     candidate: str
     tests: str
+    setup: str = ""
+    """Source that stands before the tests on their side: helpers that they need and no candidate may replace."""
+
+    called: tuple[str, ...] = ()
+    """Names that are the candidate's although ``setup`` or the builtins have them."""
+
     timeout_s: float = 20.0
-    """Wall-clock limit in seconds, the start of the interpreter included."""
+    """Limit in seconds of processor time of all its processes, plus the time in which it does nothing but wait."""
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
@@ -84,11 +114,18 @@ class Verdict:
     """What became of one program."""
 
     status: str
-    """passed, failed (an exception), exited (left early), memory, timeout, or killed (died without a word)."""
+    """passed, failed (an exception), exited (left early), memory, timeout, killed (died without a word), or unjudged
+    (no sandbox could be built)."""
 
     error: str
     seconds: float
+    """By the clock."""
+
     isolation: str
+    """What ``isolation_label`` says of the level that ran."""
+
+    cpu_seconds: float = 0.0
+    """Processor time of all processes, as last seen: zero for what ends at once."""
 
     @property
     def passed(self) -> bool:
@@ -150,8 +187,49 @@ def run_programs(
     level = isolation_level(level)
     workers = workers or default_workers()
     limits = limits or Limits()
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda program: _run_surely(program, level, limits), programs))
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(programs), desc="programs", unit="", delay=10, mininterval=10, maxinterval=60) as progress,
+    ):
+        gate = _Gate(workers)
+
+        def run(program: Program) -> Verdict:
+            verdict = gate.run(_run_surely, program, level, limits)
+            progress.update()
+            return verdict
+
+        verdicts = list(pool.map(run, programs))
+    for place, verdict in enumerate(verdicts):
+        if verdict.status == "near":  # the machine was too busy to tell
+            again = _run_surely(programs[place], level, limits)
+            verdicts[place] = replace(again, status="timeout") if again.status == "near" else again
+    return verdicts
+
+
+class _Gate:
+    """Lets fewer programs run at once while others use the machine, but always one."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers, self.running, self.lock = workers, 0, threading.Lock()
+
+    def run(self, function: Callable[..., Verdict], *arguments: Any) -> Verdict:
+        """Call ``function`` once there is room."""
+        while not self._enter():
+            time.sleep(0.2)
+        try:
+            return function(*arguments)
+        finally:
+            with self.lock:
+                self.running -= 1
+
+    def _enter(self) -> bool:
+        with self.lock:
+            busy = os.getloadavg()[0] - self.running
+            room = min(self.workers, max(1, round(len(os.sched_getaffinity(0)) - busy)))
+            if self.running >= room:
+                return False
+            self.running += 1
+            return True
 
 
 def _run_surely(program: Program, level: str, limits: Limits) -> Verdict:
@@ -200,7 +278,8 @@ def _binds() -> tuple[list[tuple[str, str]], list[str]]:
     python = os.path.realpath(sys.executable)
     stdlib = os.path.realpath(sysconfig.get_path("stdlib"))
     base = os.path.realpath(sys.base_prefix)
-    paths = ["/usr/lib", "/usr/lib64", "/usr/lib32", "/lib", "/lib64", "/etc/ld.so.cache", python, stdlib]
+    paths = ["/usr/lib", "/usr/lib64", "/usr/lib32", "/lib", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo"]
+    paths += [python, stdlib]
     paths += [str(path) for path in Path(base, "lib").glob("lib*.so*")]
     binds = {path: path for path in paths if os.path.exists(path)}
     for name in PACKAGES:
@@ -222,7 +301,7 @@ def _site_folders() -> list[str]:
 
 def _command(level: str) -> list[str]:
     """The command line that starts the child inside its walls."""
-    child = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _child_source()]
+    child = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _START]
     root = _capable()
     if level != "bubblewrap":
         return child
@@ -243,124 +322,247 @@ def _command(level: str) -> list[str]:
     return [*command, "--tmpfs", "/tmp", "--remount-ro", "/", *child]
 
 
+_START = """import marshal, sys
+file = open(0, "rb", closefd=False)
+for name, code in marshal.load(file):
+    module = sys.modules[name] = type(sys)(name)
+    exec(code, module.__dict__)
+module.main(marshal.load(file))"""
+
+
 @functools.cache
-def _child_source() -> str:
-    return _CHILD.read_text(encoding="utf-8")
+def _child_code() -> bytes:
+    """The modules of the child, compiled once: the same interpreter reads them."""
+    paths = [_CHILD.with_name("sandbox_values.py"), _CHILD]
+    return marshal.dumps([(path.stem, compile(path.read_text(encoding="utf-8"), path.name, "exec")) for path in paths])
 
 
 def _run(program: Program, level: str, limits: Limits) -> Verdict:
-    """Start the child, wait for its report or the deadline, and leave no process behind."""
-    nonce, started = secrets.token_hex(16), time.monotonic()
-    binds, packages = _binds()
-    with (
-        tempfile.TemporaryDirectory(prefix="coda-eval-", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as stdin,
-        tempfile.TemporaryFile() as stderr,
-    ):
-        uid = FIRST_UID + (os.getpid() + next(_numbers)) % 4096 if _capable() else None
-        if level == "rlimits":
-            packages = sorted({str(Path(source).parent) for source, target in binds if target.startswith("/packages")})
-            if uid is not None:
-                os.chown(folder, uid, uid)
-        reader, writer = os.pipe()
-        setup_reader, setup_writer = os.pipe()
-        job = {
-            "candidate": program.candidate,
-            "tests": program.tests,
-            "nonce": nonce,
-            "report_fd": writer,
-            "setup_fd": setup_writer,
-            "user_namespace": uid is None,
-            "shared": level == "rlimits",
-            "keep_imports": level == "rlimits" and uid is not None,
-            "root": folder if level == "unshare" else None,
-            "binds": binds,
-            "scratch_bytes": _SCRATCH_BYTES,
-            "workdir": folder if level == "rlimits" else "/tmp",
-            "packages": packages,
-            "uid": uid,
-            "limits": {
-                "RLIMIT_AS": limits.memory_bytes,
-                "RLIMIT_FSIZE": limits.file_bytes,
-                "RLIMIT_NOFILE": limits.open_files,
-                "RLIMIT_NPROC": limits.processes + (0 if level != "rlimits" or uid else _processes_of_user()),
-                "RLIMIT_CORE": 0,
-                "RLIMIT_CPU": int(program.timeout_s) + 2,
-            },
-        }
-        stdin.write(json.dumps(job).encode("ascii"))
-        stdin.seek(0)
+    """Start the child, watch it until its report or a limit, and leave no process behind.
+
+    Raises:
+        OSError: the sandbox could not be built; nothing of the program ran.
+    """
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_folder())
+        stdin, tests, stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+        (reader, writer), (setup_reader, setup_writer) = _pipe(stack), _pipe(stack)
+        job = _job(program, level, limits, folder, writer.fileno(), setup_writer.fileno(), tests.fileno())
+        stdin.write(_child_code() + marshal.dumps(job))
+        tests.write(marshal.dumps((program.setup, program.tests, program.called)))
+        for file in (stdin, tests):
+            file.seek(0)
         environment = {
             "PATH": "/usr/bin:/bin",
-            "HOME": "/tmp",
+            "HOME": folder if level in SHARED else "/tmp",
+            "TMPDIR": folder if level in SHARED else "/tmp",
             "LANG": "C.UTF-8",
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
             "CODA_EVAL_PID": str(os.getpid()),
         }
-        with os.fdopen(reader, "rb", buffering=0) as pipe, os.fdopen(setup_reader, "rb", buffering=0) as setup:
-            try:
-                process = subprocess.Popen(
-                    _command(level),
-                    stdin=stdin,
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                    pass_fds=(writer, setup_writer),
-                    env=environment,
-                    start_new_session=True,
-                )
-            finally:
-                os.close(writer)
-                os.close(setup_writer)
-            try:
-                ready, late = _read_report(setup.fileno(), started + program.timeout_s)
-                line, timed_out = b"", True
-                if ready == b"ready\n":
-                    line, timed_out = _read_report(pipe.fileno(), started + program.timeout_s)
-            finally:
-                _kill(process)
-        if ready != b"ready\n":
+        process = subprocess.Popen(
+            _command(level),
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            pass_fds=(writer.fileno(), setup_writer.fileno(), tests.fileno()),
+            env=environment,
+            start_new_session=True,
+        )
+        watch = _Watch(process.pid, program, limits, folder if level in SHARED else None)
+        try:
+            writer.close()
+            setup_writer.close()
+            ready, trouble = _read_line(setup_reader.fileno(), watch)
+            line = b""
+            if ready == b"ready\n":
+                line, trouble = _read_line(reader.fileno(), watch)
+        finally:
+            _kill(process)
+        if ready != b"ready\n" and not (trouble and trouble[0] == "near"):
             stderr.seek(0)
             reasons = [ready.decode("ascii", "replace").strip(), stderr.read(500).decode("utf-8", "replace").strip()]
             reason = "; ".join(filter(None, reasons)) or f"exit status {process.returncode}"
-            raise OSError(f"the {level} sandbox could not be built{' in time' if late else ''}: {reason}")
-        return _judge(line, timed_out, nonce, process, program, level, time.monotonic() - started)
+            raise OSError(f"the {level} sandbox could not be built{' in time' if trouble else ''}: {reason}")
+        trouble = trouble or watch.look_at_files()
+    if trouble:
+        status, error = trouble
+    else:  # the report pipe is the checker's alone; it stays empty where the checker itself was ended
+        word, _, text = line.decode("ascii", "replace").rstrip("\n").partition(" ")
+        status, error = (word, text[:500]) if line.endswith(b"\n") else ("killed", "ended without a verdict")
+    seconds = time.monotonic() - started
+    return Verdict(
+        status=status,
+        error=error,
+        seconds=round(seconds, 4),
+        cpu_seconds=round(watch.cpu_s, 2),
+        isolation=isolation_label(level),
+    )
 
 
-def _read_report(fd: int, deadline: float) -> tuple[bytes, bool]:
-    """Read up to the first newline, the end of the pipe, the size limit or the deadline: (bytes, timed out)."""
+def _pipe(stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO]:
+    """Both ends of a pipe, closed with ``stack``."""
+    reader, writer = os.pipe()
+    return stack.enter_context(os.fdopen(reader, "rb", 0)), stack.enter_context(os.fdopen(writer, "wb", 0))
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """A temporary folder; what a program made of it (deep trees, closed folders) does not stop its removal."""
+    folder = tempfile.mkdtemp(prefix="coda-eval-")
+    try:
+        yield folder
+    finally:
+        try:
+            os.rmdir(folder)
+        except OSError:
+            subprocess.run(["chmod", "-R", "u+rwx", folder], check=False, stderr=subprocess.DEVNULL)
+            subprocess.run(["rm", "-rf", folder], check=False, stderr=subprocess.DEVNULL)
+
+
+def _job(
+    program: Program, level: str, limits: Limits, folder: str, report_fd: int, setup_fd: int, tests_fd: int
+) -> dict[str, Any]:
+    """What the child is told. The candidate's process comes to know it: it holds no word of the tests."""
+    binds, packages = _binds()
+    if level == "rlimits" and os.geteuid() == 0 and not _capable():
+        raise OSError("root that may not become another user would let programs own root's files")
+    uid = FIRST_UID + (os.getpid() + next(_numbers)) % 2048 * 2 if _capable() else None
+    if level in SHARED:
+        packages = sorted({str(Path(source).parent) for source, target in binds if target.startswith("/packages")})
+        if uid is not None:
+            os.chown(folder, uid, uid)
+    own = level not in SHARED or uid is not None
+    return {
+        "candidate": program.candidate,
+        "report_fd": report_fd,
+        "setup_fd": setup_fd,
+        "tests_fd": tests_fd,
+        "user_namespace": uid is None,
+        "shared": level in SHARED,
+        "landlock": level == "landlock",
+        "keep_imports": level in SHARED and uid is not None,
+        "root": folder if level == "unshare" else None,
+        "binds": binds,
+        "scratch_bytes": _SCRATCH_BYTES,
+        "workdir": folder if level in SHARED else "/tmp",
+        "packages": packages,
+        "preload": "numpy" if "numpy" in program.candidate and "numpy" in program.tests else None,
+        "uid": uid,
+        "checker_uid": uid and uid + 1,
+        "limits": {
+            "RLIMIT_AS": limits.memory_bytes,
+            "RLIMIT_FSIZE": limits.file_bytes,
+            "RLIMIT_NOFILE": limits.open_files,
+            "RLIMIT_NPROC": limits.processes + (2 if own else _processes_of_user()),
+            "RLIMIT_CORE": 0,
+            "RLIMIT_CPU": int(program.timeout_s) + 5,
+        },
+    }
+
+
+def _read_line(fd: int, watch: "_Watch") -> tuple[bytes, tuple[str, str] | None]:
+    """Read up to the first newline or the end of the pipe, watching meanwhile: (bytes, what the watch ended it for)."""
     data = b""
     while b"\n" not in data and len(data) < _REPORT_BYTES:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([fd], [], [], left)[0]:
-            return data, True
-        chunk = os.read(fd, 4096)
-        if not chunk:
-            break
-        data += chunk
-    return data, False
+        if select.select([fd], [], [], watch.pause_s)[0]:
+            chunk = os.read(fd, 4096)
+            if not chunk:
+                break
+            data += chunk
+        elif trouble := watch.look():
+            return data, trouble
+    return data, None
 
 
-def _judge(
-    line: bytes, timed_out: bool, nonce: str, process: subprocess.Popen, program: Program, level: str, seconds: float
-) -> Verdict:
-    """Turn a report into a verdict; only the right nonce is a pass."""
+class _Watch:
+    """Adds up what all processes of a program use, and says when it is too much.
 
-    def verdict(status: str, error: str) -> Verdict:
-        return Verdict(status=status, error=error, seconds=round(seconds, 4), isolation=isolation_label(level))
+    Time counts as processor time of all processes plus the time in which none of them could run (a program that
+    sleeps), so that a busy machine takes nothing from a program. Memory is the sum of proportional set sizes, shared
+    memory included; memory that belongs to no process (memory files, segments) is refused to programs.
+    """
 
-    if timed_out:
-        return verdict("timeout", f"no verdict after {program.timeout_s:g} s")
-    if not line.endswith(b"\n"):
-        return verdict("killed", f"ended without a verdict (exit status {process.returncode})")
-    # Whatever the program wrote: three words of bytes, of which nothing but the nonce is believed.
-    status, given, error = (*line.split(b"\n")[0].split(b" ", 2), b"", b"")[:3]
-    if status == b"passed" and secrets.compare_digest(given, nonce.encode()):
-        return verdict("passed", "")
-    text = error.decode("ascii", "replace")[:500]
-    if status in (b"failed", b"exited", b"memory"):
-        return verdict(status.decode("ascii"), text)
-    return verdict("failed", "the verdict was forged")
+    def __init__(self, pid: int, program: Program, limits: Limits, folder: str | None) -> None:
+        self.pid, self.program, self.limits, self.folder = pid, program, limits, folder
+        self.cpu_s = self.idle_s = 0.0
+        self.pause_s = 0.02
+        self.started = self.seen = time.monotonic()
+
+    def look(self) -> tuple[str, str] | None:
+        """(status, error) once the program has used too much."""
+        before = time.monotonic()
+        ticks = memory = threads = 0
+        could_run = False
+        for pid, states in _tree(self.pid).items():
+            try:
+                fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+                ticks += sum(map(int, fields.split()[11:15]))  # utime, stime, and those of children waited for
+                memory += _memory_of(pid)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            threads += len(states)
+            could_run |= any(state in "RD" for state in states)
+        cpu_s = ticks / os.sysconf("SC_CLK_TCK")
+        if not could_run and cpu_s <= self.cpu_s:
+            self.idle_s += before - self.seen
+        self.cpu_s, self.seen = max(self.cpu_s, cpu_s), before
+        self.pause_s = min(0.05, 10 * (time.monotonic() - before) + 0.02)
+        limit = self.program.timeout_s
+        if memory > self.limits.memory_bytes:
+            return "memory", f"more than {self.limits.memory_bytes >> 20} MB in all processes"
+        if threads > self.limits.processes + 8:
+            return "killed", f"more than {self.limits.processes} processes"
+        if self.cpu_s + self.idle_s > limit:
+            return (
+                "timeout",
+                f"no verdict after {limit:g} s (processor {self.cpu_s:.1f}, waiting {self.idle_s:.1f})",
+            )
+        if before - self.started > WALL_FACTOR * limit + WALL_S:
+            return "near", f"no verdict after {before - self.started:.0f} s, of which {self.cpu_s:.1f} s on a processor"
+        return self.look_at_files()
+
+    def look_at_files(self) -> tuple[str, str] | None:
+        """(status, error) once a scratch folder on the machine's own disk is larger than other levels give one."""
+        if self.folder and not _small(self.folder, _tree(self.pid)):
+            return "memory", f"more than {_SCRATCH_BYTES >> 20} MB or {_SCRATCH_FILES} entries in the scratch folder"
+        return None
+
+
+def _small(folder: str, pids: Iterable[int]) -> bool:
+    """Whether a folder, and what was removed from it but is still open, keep to the size of a scratch folder."""
+    sizes: dict[int, int] = {}
+    entries = 0
+    for place, folders, files in os.walk(folder):
+        entries += len(folders) + len(files)
+        if entries > _SCRATCH_FILES:
+            return False
+        for name in files:
+            with contextlib.suppress(OSError):  # gone meanwhile
+                found = os.lstat(os.path.join(place, name))
+                sizes[found.st_ino] = found.st_blocks
+    for pid in pids:
+        with contextlib.suppress(OSError):  # gone meanwhile, or the checker, which hides itself
+            for entry in os.scandir(f"/proc/{pid}/fd"):
+                found = entry.stat()
+                if stat.S_ISREG(found.st_mode) and found.st_nlink == 0:
+                    sizes[found.st_ino] = found.st_blocks
+    return sum(sizes.values()) * 512 <= _SCRATCH_BYTES
+
+
+def _memory_of(pid: int) -> int:
+    """Bytes of memory that a process answers for: its proportional share, or all it maps where that is hidden."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+    except OSError:  # another user's, or a process that hides itself
+        kinds = ("RssAnon:", "RssShmem:")
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
+        return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(kinds))
+    return 0
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -369,30 +571,32 @@ def _kill(process: subprocess.Popen) -> None:
     The descendants go first: orphans stay below the waiting process (the first of a PID namespace, or a subreaper) as
     long as that lives.
     """
-    while left := _descendants(process.pid):
+    empty = 0
+    while empty < 3:  # one look can miss a process whose parent ends meanwhile
+        left = [pid for pid, states in _tree(process.pid).items() if pid != process.pid and set(states) - set("ZX")]
+        empty = 0 if left else empty + 1
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
     process.kill()
     process.wait()
 
 
-def _descendants(pid: int) -> list[int]:
-    """Living processes below ``pid``."""
-    found, to_see = [], [pid]
+def _tree(pid: int) -> dict[int, list[str]]:
+    """The process ``pid`` and all below it, each with the states of its threads."""
+    found, to_see = {}, [pid]
     while to_see:
         parent = to_see.pop()
         try:
+            states = []
             for thread in os.listdir(f"/proc/{parent}/task"):
-                children = Path(f"/proc/{parent}/task/{thread}/children").read_text(encoding="ascii").split()
-                to_see += [int(child) for child in children]
-            state = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+                place = Path(f"/proc/{parent}/task/{thread}")
+                to_see += map(int, (place / "children").read_text(encoding="ascii").split())
+                fields = (place / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+                states.append(fields.split()[0])
+            found[parent] = states
         except (FileNotFoundError, ProcessLookupError):
             continue  # gone meanwhile
-        if parent != pid and state.split()[0] not in "ZX":
-            found.append(parent)
     return found
 
 

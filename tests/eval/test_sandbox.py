@@ -1,6 +1,9 @@
 """Programs are judged rightly and contained at every isolation level that this machine offers."""
 
 import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +21,7 @@ def works(level: str) -> bool:
 
 
 AVAILABLE = [level for level in LEVELS if works(level)]
-ISOLATED = [level for level in AVAILABLE if level != "rlimits"]
+ISOLATED = [level for level in AVAILABLE if level in sandbox.ISOLATED]
 TESTS = "assert f(2) == 4"
 
 MARK = f"333{os.getpid()}".encode()
@@ -47,6 +50,11 @@ HOSTILE = {
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True: time.sleep(1)\nraise ValueError",
         "failed",
     ),
+    "one child after the other": (
+        "import os\nif os.fork() == 0:\n    os.setsid()\n    while os.fork() == 0: pass\n    os._exit(0)\n"
+        "raise ValueError",
+        "failed",
+    ),
     "kills its parent": ("import os\nos.kill(os.getppid(), 9)", None),
     "kills everybody": ("import os\nos.kill(-1, 9)", None),
     "forged report": (
@@ -58,7 +66,7 @@ HOSTILE = {
         "import builtins, os, json\nbuiltins.exec = builtins.compile = lambda *a, **k: None\n"
         "builtins.AssertionError = type('A', (BaseException,), {})\njson.dumps = lambda *a, **k: 'passed'\n"
         "os.write = lambda *a: 1\nos._exit = lambda *a: None\ndef f(x): return 5",
-        "failed",
+        None,
     ),
     "frame walk": (
         "import sys\nframe = sys._getframe()\nwhile frame:\n    for name, value in list(frame.f_locals.items()):\n"
@@ -67,22 +75,6 @@ HOSTILE = {
     ),
     "reads from the keyboard": ("x = input()", "failed"),
 }
-
-
-@pytest.mark.parametrize("level", AVAILABLE)
-def test_hostile_programs_fail_and_leave_nothing_behind(level):
-    programs = [Program(candidate=code, tests=TESTS, timeout_s=1.5) for code, _ in HOSTILE.values()]
-    verdicts = dict(zip(HOSTILE, run_programs(programs, level=level), strict=True))
-    assert not any(verdict.passed for verdict in verdicts.values()), verdicts
-    for name, (_, status) in HOSTILE.items():
-        assert verdicts[name].isolation == sandbox.isolation_label(level)
-        if status is not None:
-            assert verdicts[name].status == status, (name, verdicts[name])
-        assert verdicts[name].seconds < 4, (name, verdicts[name])
-    deadline = time.monotonic() + 2
-    while (left := leftovers()) and time.monotonic() < deadline:
-        time.sleep(0.05)  # the kernel ends the processes of a PID namespace after its first one
-    assert not left
 
 
 def leftovers() -> list[str]:
@@ -96,6 +88,225 @@ def leftovers() -> list[str]:
         except OSError:
             continue
     return found
+
+
+EQUAL = "class E(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n"
+FLOATS = "import numpy as np\nassert np.allclose(f(2), [4.0, 8.0])"
+FRAMES = (
+    "import sys, gc\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
+    "        for space in (frame.f_locals, frame.f_globals):\n"
+    "            for name in ('tests', 'names', 'job', 'status', 'broken'):\n"
+    "                if name in space: space[name] = ''\n"
+    "        frame = frame.f_back\n    return 5"
+)
+EVERY = "import os\nfor fd in range(3, 128):\n    try:\n        {}\n    except OSError: pass\n"
+CHEATS = {
+    "redefines a builtin of the tests": (
+        "def zip(*a): return []\ndef f(x): return 5",
+        "for a, b in zip([2], [4]):\n    assert f(a) == b",
+    ),
+    "patches the builtins": (
+        "import builtins\nbuiltins.zip = lambda *a: []\ndef f(x): return 5",
+        "for a, b in zip([2], [4]):\n    assert f(a) == b",
+    ),
+    "patches numpy": ("import numpy\nnumpy.allclose = lambda *a, **k: True\ndef f(x): return [5.0]", FLOATS),
+    "equals everything": (EQUAL + "def f(x): return E(5)", TESTS),
+    "instance that equals everything": (
+        "class E:\n    def __eq__(self, o): return True\n    __hash__ = None\ndef f(x): return E()",
+        TESTS,
+    ),
+    "in a list": (EQUAL + "def f(x): return [E(5)]", "assert f(2) == [4]"),
+    "reflected": (EQUAL + "def f(x): return E(5)", "assert 4 == f(2) and not 4 != f(2)"),
+    "class that is a float": (
+        "class E(float):\n    def __sub__(s, o): return 0.0\n    __rsub__ = __sub__\n    __abs__ = lambda s: 0.0\n"
+        "def f(x): return E(5)",
+        "assert abs(f(2) - 4.0) < 1e-6",
+    ),
+    "hooks the tests' comparison": (
+        "class E:\n    def __lt__(s, o): return True\n    __le__ = __gt__ = __ge__ = __lt__\ndef f(x): return E()",
+        "assert f(2) < 5",
+    ),
+    "array that equals everything": (
+        "import numpy as np\nclass E(np.ndarray):\n    def __eq__(s, o): return np.True_\n"
+        "def f(x): return np.zeros(2).view(E)",
+        "import numpy as np\nassert (f(2) == np.ones(2)).all()",
+    ),
+    "traces the calls": (
+        "import sys\ndef g(x): return 4\ndef t(frame, event, arg):\n    frame.f_locals['f'] = g\n    return t\n"
+        "sys.settrace(t)\ndef f(x): return 5",
+        TESTS,
+    ),
+    "walks the frames": (FRAMES, TESTS),
+    "empties every file": (EVERY.format("os.ftruncate(fd, 0)") + "def f(x): return 5", TESTS),
+    "overwrites every file": (EVERY.format("os.pwrite(fd, b'#' * 100, 0)") + "def f(x): return 5", TESTS),
+    "reads every pipe": (
+        EVERY.format("os.set_blocking(fd, False); print(os.read(fd, 99))") + "def f(x): return 5",
+        TESTS,
+    ),
+    "says passed": (EVERY.format("os.write(fd, b'passed \\n')") + "os._exit(0)", TESTS),
+    "answers before it is asked": (EVERY.format("os.write(fd, b'A' * 9)") + "def f(x): return 5", TESTS),
+    "leaves when asked": ("import sys\ndef f(x): sys.exit(0)", TESTS),
+    "dies when asked": ("import os\ndef f(x): os._exit(0)", "try:\n    f(2)\nexcept: pass"),
+    "replaces a helper of the tests": ("def helper(x): return 5\ndef f(x): return 5", "assert f(2) == helper(2)"),
+    "raises what the tests swallow": ("def f(x): raise StopIteration", "assert next(iter([f(2)])) == 4"),
+    "patches every module": (
+        "import sys\nfor m in list(sys.modules.values()):\n"
+        "    for n in ('check', 'exec', 'compile', 'len', 'all', 'decode'):\n"
+        "        if hasattr(m, n): setattr(m, n, lambda *a, **k: True)\ndef f(x): return 5",
+        TESTS,
+    ),
+}
+
+
+GOOD = Program(candidate="def f(x): return x * 2", tests=TESTS)
+
+
+@pytest.fixture(scope="module", params=AVAILABLE)
+def mixed(request, tmp_path_factory):
+    """Every hostile program and every cheat, each with a good one behind it, in one run."""
+    folder, level = tmp_path_factory.mktemp("scratch"), request.param
+    programs = [Program(candidate=code, tests=TESTS, timeout_s=1.5) for code, _ in HOSTILE.values()] + [
+        Program(candidate=code, tests=tests, setup="def helper(x): return 4", called=("f",), timeout_s=3)
+        for code, tests in CHEATS.values()
+    ]
+    before = segments()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox.tempfile, "tempdir", str(folder))
+        verdicts = run_programs([p for program in programs for p in (program, GOOD)], level=level, workers=3)
+    left = {"files": list(folder.iterdir()), "segments": segments() - before}
+    deadline = time.monotonic() + 2
+    while (processes := leftovers()) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the kernel ends the processes of a PID namespace after its first one
+    return level, dict(zip([*HOSTILE, *CHEATS], verdicts[::2], strict=True)), verdicts[1::2], left, processes
+
+
+def segments() -> set[str]:
+    lines = Path("/proc/sysvipc/shm").read_text().splitlines()[1:] if Path("/proc/sysvipc/shm").exists() else []
+    return {line.split()[1] for line in lines} | {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def test_hostile_programs_and_cheats_fail(mixed):
+    level, verdicts, _, _, _ = mixed
+    assert {name for name, verdict in verdicts.items() if verdict.passed} == set()
+    assert {verdict.isolation for verdict in verdicts.values()} == {sandbox.isolation_label(level)}
+    expected = {name: status for name, (_, status) in HOSTILE.items() if status}
+    assert {name: verdicts[name].status for name in expected} == expected
+    assert "unjudged" not in {verdict.status for verdict in verdicts.values()}
+
+
+def test_programs_beside_hostile_ones_pass(mixed):
+    assert [verdict.error for verdict in mixed[2] if not verdict.passed] == []
+
+
+def test_hostile_programs_leave_nothing_behind(mixed):
+    _, _, _, left, processes = mixed
+    assert left == {"files": [], "segments": set()}
+    assert processes == []
+
+
+RIGHT = {
+    "helper named like one of the tests": (
+        "def check(x): return x\ndef is_floats(x): return 1\ndef f(x): return check(x) * 2",
+        "def is_floats(x): return False\ndef check(c):\n    assert not is_floats(1)\n    assert c(2) == 4\ncheck(f)",
+    ),
+    "function named like a builtin": ("def sum(x): return x * 2", "assert sum(2) == 4"),
+    "sorts in place": (
+        "def f(x): x.sort()",
+        "v = [3, [1], 2]\nv = [3, 1, 2]\nassert f(v) is None\nassert v == [1, 2, 3]",
+    ),
+    "fills a dictionary and a set": (
+        "def f(d, s):\n    d['k'].append(1)\n    s.add(2)",
+        "d, s = {'k': []}, set()\ninner = d['k']\nf(d, s)\nassert d == {'k': [1]} and inner == [1] and s == {2}",
+    ),
+    "generator": (
+        "def f(n):\n    i = 0\n    while True:\n        yield i\n        i += 1",
+        "g = f(3)\nassert next(g) == 0\nimport itertools\nassert list(itertools.islice(g, 3)) == [1, 2, 3]",
+    ),
+    "finite iterators": (
+        "def f(x): return map(str, x)",
+        "assert list(f([1, 2])) == ['1', '2']\nassert sorted(f([2, 1])) == ['1', '2']",
+    ),
+    "closure": ("def f(x):\n    return lambda y: x + y", "assert f(2)(3) == 5"),
+    "class": (
+        "class Node:\n    def __init__(self, v): self.v, self.left = v, None\n"
+        "    def depth(self): return 1 + (self.left.depth() if self.left else 0)\n"
+        "def f(node): return node.depth()",
+        "root = Node(1)\nroot.left = Node(2)\nroot.left.left = Node(3)\n"
+        "assert f(root) == 3 and root.left.v == 2 and root.depth() == 3\n"
+        "assert isinstance(root, Node) and not isinstance(3, Node) and root != Node(1)",
+    ),
+    "class with equality and order": (
+        "import functools\n@functools.total_ordering\nclass P:\n    def __init__(self, x): self.x = x\n"
+        "    def __eq__(self, o): return self.x == o.x\n    def __lt__(self, o): return self.x < o.x\n"
+        "    def __repr__(self): return f'P({self.x})'\n"
+        "    def __len__(self): return 7\n    def __getitem__(self, i): return i * self.x",
+        "assert P(1) == P(1) and P(1) < P(2) and max([P(1), P(3), P(2)]) == P(3)\n"
+        "assert repr(P(1)) == 'P(1)' and len(P(1)) == 7 and P(2)[3] == 6",
+    ),
+    "raises": (
+        "def f(x):\n    if x < 0: raise ValueError('negative')\n    class Own(KeyError): pass\n    raise Own('k')",
+        "try:\n    f(-1)\n    raise AssertionError\nexcept ValueError as e:\n    assert str(e) == 'negative'\n"
+        "try:\n    f(1)\n    raise AssertionError\nexcept KeyError: pass",
+    ),
+    "function as an argument": (
+        "def f(g, xs): return [g(x) for x in xs]",
+        "assert f(lambda x: x + 1, [1, 2]) == [2, 3]\nassert f(str, [1]) == ['1']\n"
+        "import math\nassert f(math.sqrt, [4]) == [2.0]",
+    ),
+    "named arguments": ("def f(a, *, b=1): return a - b", "assert f(5, b=3) == 2 and f(a=5) == 4"),
+    "named tuple and subclass": (
+        "from collections import namedtuple\nimport enum\nT = namedtuple('T', 'a b')\nclass C(enum.IntEnum):\n"
+        "    R = 1\n"
+        "def f(): return T(1, 2), C.R",
+        "assert f() == ((1, 2), 1)",
+    ),
+    "recursion": ("def f(n): return 0 if n == 0 else 1 + f(n - 1)", "assert f(900) == 900"),
+    "main module": (
+        "import __main__, sys\ndef f(x): return __main__.g(x) + len(sys.modules['__main__'].__name__) * 0\n"
+        "def g(x): return x * 2",
+        TESTS,
+    ),
+    "file name": ("import os\nos.path.dirname(os.path.abspath(__file__))\ndef f(x): return 4", TESTS),
+    "exit exists": ("def f(x):\n    if x == 3: exit()\n    return 4", TESTS),
+    "time zones": ("import zoneinfo\ndef f(x): return 4 if zoneinfo.ZoneInfo('Europe/Paris').key else 0", TESTS),
+    "doctest": (
+        "def f(x):\n    '''\n    >>> f(2)\n    4\n    '''\n    return 4\nimport doctest\n"
+        "assert doctest.testmod().attempted == 1",
+        TESTS,
+    ),
+    "unittest": (
+        "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(2), 4)\n"
+        "def f(x): return 4\n"
+        "assert unittest.main(argv=['x'], exit=False).result.testsRun == 1",
+        TESTS,
+    ),
+    "byte order mark": ("\ufeffdef f(x): return 4", TESTS),
+    "main block": ("def f(x): return 4\nif __name__ == '__main__': input()", TESTS),
+    "source of itself": ("import inspect\ndef f(x): return 4 if 'return 4' in inspect.getsource(f) else 5", TESTS),
+    "future": ("from __future__ import annotations\ndef f(x: Unknown) -> Unknown: return 4", TESTS),
+    "child that runs on": ("import os\nif os.fork() == 0: pass\nelse: os.wait()\ndef f(x): return 4", TESTS),
+    "async": (
+        "import asyncio\nasync def g(x):\n    await asyncio.sleep(0)\n    return x * 2\n"
+        "def f(x): return asyncio.run(g(x))",
+        TESTS,
+    ),
+    "pool": (
+        "from concurrent.futures import ThreadPoolExecutor\ndef f(x):\n"
+        "    with ThreadPoolExecutor(2) as p: return sum(p.map(int, [x, x]))",
+        TESTS,
+    ),
+}
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_right_programs_pass(level):
+    called = {"function named like a builtin": ("sum",)}
+    programs = [
+        Program(candidate=code, tests=tests, called=called.get(name, ("f",)), timeout_s=20)
+        for name, (code, tests) in RIGHT.items()
+    ]
+    verdicts = dict(zip(RIGHT, run_programs(programs, level=level), strict=True))
+    assert {name: verdict for name, verdict in verdicts.items() if not verdict.passed} == {}
 
 
 @pytest.mark.parametrize("level", AVAILABLE)
@@ -113,7 +324,8 @@ def test_honest_programs_pass(level):
         Program(candidate="import numpy as np\ndef f(x): return int(np.full(x, 2).sum())", tests=TESTS),
         Program(candidate="if __name__ == '__main__': raise SystemExit\ndef f(x): return 4", tests=TESTS),
         Program(
-            candidate="import dataclasses, pickle, tempfile, threading\n@dataclasses.dataclass\nclass A:\n    x: int\n"
+            candidate="import dataclasses, pickle, tempfile, threading\n@dataclasses.dataclass\nclass A:\n"
+            "    x: int\n"
             "t = threading.Thread(target=print)\nt.start(); t.join()\nopen(tempfile.mkstemp()[1], 'w').write('a')\n"
             "def f(x): return pickle.loads(pickle.dumps(A(x * 2))).x",
             tests=TESTS,
@@ -152,17 +364,17 @@ def test_the_machine_is_out_of_sight_and_reach(level, tmp_path):
         "become root": "import os\nos.setuid(0) if os.getuid() else 1 / 0\ndef f(x): return 4",
         "third-party packages": "import torch\ndef f(x): return 4",
         "fill the scratch folder": (
-            "for i in range(9):\n    open(f'/tmp/{i}', 'wb').write(bytes(30 << 20))\ndef f(x): return 4"
+            "for i in range(9):\n    open(f'{i}', 'wb').write(bytes(30 << 20))\ndef f(x): return 4"
         ),
     }
     verdicts = run_programs([Program(candidate=c, tests=TESTS, timeout_s=10) for c in code.values()], level=level)
-    assert [verdict.status for verdict in verdicts] == ["failed"] * len(code), dict(zip(code, verdicts, strict=True))
+    assert {verdict.status for verdict in verdicts} <= {"failed", "memory"}, dict(zip(code, verdicts, strict=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt"]
 
 
 @pytest.mark.parametrize("level", ISOLATED)
 def test_programs_do_not_see_each_other(level):
-    code = "import os\nassert os.listdir('/tmp') == []\nopen('/tmp/mark', 'w').close()\ndef f(x): return 4"
+    code = "import os\nassert os.listdir('.') == []\nopen('mark', 'w').close()\ndef f(x): return 4"
     assert all(v.passed for v in run_programs([Program(candidate=code, tests=TESTS)] * 4, level=level, workers=2))
 
 
@@ -183,9 +395,11 @@ def test_auto_takes_the_best_level():
 
 
 def test_auto_never_takes_a_level_that_does_not_isolate(monkeypatch):
-    monkeypatch.setattr(sandbox._probe, "reasons", {"bubblewrap": "no bwrap", "unshare": "EPERM", "rlimits": ""})
+    monkeypatch.setattr(
+        sandbox._probe, "reasons", {"bubblewrap": "no bwrap", "unshare": "EPERM", "landlock": "old", "rlimits": ""}
+    )
     with pytest.raises(
-        ValueError, match=r"\(bubblewrap: no bwrap; unshare: EPERM\).* ask for the level rlimits by name"
+        ValueError, match=r"\(bubblewrap: no bwrap; unshare: EPERM; landlock: old\).* ask for the level rlimits by name"
     ):
         isolation_level("auto")
     assert isolation_level("rlimits") == "rlimits"
@@ -197,7 +411,7 @@ def test_unusable_level_is_an_error_that_says_why(monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="'bubblewrap' does not work on this machine: bubblewrap: bwrap is not on"):
         isolation_level("bubblewrap")
-    with pytest.raises(ValueError, match="must be auto, bubblewrap, unshare, rlimits; got 'docker'"):
+    with pytest.raises(ValueError, match="must be auto, bubblewrap, unshare, landlock, rlimits; got 'docker'"):
         isolation_level("docker")
 
 
@@ -230,10 +444,83 @@ CALLS = {
 def test_calls_that_reach_beyond_the_program_are_refused(level):
     if os.uname().machine != "x86_64":
         pytest.skip("two of the calls are written as x86_64 numbers")
-    codes = {name: code for name, code in CALLS.items() if level == "rlimits" or "parent" not in name}
+    codes = {name: code for name, code in CALLS.items() if level in sandbox.SHARED or "parent" not in name}
     verdicts = run_programs([Program(candidate=code, tests="") for code in codes.values()], level=level)
     errors = {name: verdict.error for name, verdict in zip(codes, verdicts, strict=True)}
     assert all("PermissionError" in error for error in errors.values()), errors
+
+
+MEMORY = {
+    "forks": "import os, time\nfor i in range(12):\n    if os.fork() == 0:\n"
+    "        x = bytearray(b'x') * (120 << 20)\n"
+    "        time.sleep(60)\ntime.sleep(60)",
+    "shared by forks": "import mmap, os, time\nfor i in range(6):\n    if os.fork() == 0:\n"
+    "        m = mmap.mmap(-1, 100 << 20)\n"
+    "        m.write(bytes(100 << 20))\n        time.sleep(60)\ntime.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_memory_of_all_processes_counts(level):
+    programs = [Program(candidate=code, tests="") for code in MEMORY.values()]
+    verdicts = run_programs(programs, level=level, limits=Limits(memory_bytes=256 << 20))
+    assert [(v.status, v.error) for v in verdicts] == [("memory", "more than 256 MB in all processes")] * 2
+
+
+def test_time_is_processor_time_of_all_processes():
+    level = AVAILABLE[0]
+    burn = "import os, time\ndef burn(s):\n    while time.process_time() < s: sum(range(9999))\n"
+    alone = Program(candidate=burn + "def f(x): burn(1.2); return 4", tests=TESTS, timeout_s=2.5)
+    crowd = Program(candidate=burn + "burn(2)\ndef f(x): return 4", tests=TESTS, timeout_s=20)
+    children = burn + "for i in range(4):\n    if os.fork() == 0:\n        burn(2)\n        os._exit(0)\n"
+    programs = [alone, alone, crowd, crowd, crowd, crowd]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+        patch.setattr(sandbox.os, "sched_getaffinity", lambda pid: range(6))
+        verdicts = run_programs(programs, level=level, workers=6)
+    assert [verdict.status for verdict in verdicts] == ["passed"] * 6
+    forks = Program(candidate=children + "for i in range(4): os.wait()", tests="", timeout_s=3)
+    sleeper = Program(candidate="import time\ntime.sleep(60)", tests="", timeout_s=1)
+    verdicts = run_programs([forks, sleeper], level=level)
+    assert [verdict.status for verdict in verdicts] == ["timeout", "timeout"]
+    assert verdicts[1].seconds < 20
+
+
+def test_a_program_that_found_no_processor_runs_again_alone(monkeypatch):
+    run, seen = sandbox._run, []
+
+    def busy(program, level, limits):
+        seen.append(program.candidate)
+        verdict = run(program, level, limits)
+        return sandbox.replace(verdict, status="near") if len(seen) == 1 else verdict
+
+    monkeypatch.setattr(sandbox, "_run", busy)
+    other = Program(candidate="def f(x): return 4", tests=TESTS)
+    verdicts = run_programs([GOOD, other], level=AVAILABLE[0], workers=1)
+    assert [verdict.status for verdict in verdicts] == ["passed", "passed"]
+    assert seen == [GOOD.candidate, other.candidate, GOOD.candidate]
+
+
+def test_fewer_programs_run_where_others_use_the_machine(monkeypatch):
+    monkeypatch.setattr(sandbox.os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(sandbox.os, "getloadavg", lambda: (6.0, 0.0, 0.0))
+    gate = sandbox._Gate(8)
+    assert [gate._enter() for _ in range(4)] == [True, True, True, True]
+    monkeypatch.setattr(sandbox.os, "getloadavg", lambda: (60.0, 0.0, 0.0))
+    assert not gate._enter()
+    assert sandbox._Gate(8)._enter()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
+def test_root_without_capabilities_gets_a_level_or_every_reason():
+    code = "from coda_eval.sandbox import *\nlevel = isolation_level()\n"
+    code += f"print(level, run_programs([Program(candidate='def f(x): return 4', tests={TESTS!r})])[0].status)"
+    command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "landlock" in AVAILABLE:
+        assert done.stdout.split() == ["landlock", "passed"], done.stderr
+    else:
+        assert all(f"{level}: " in done.stderr for level in sandbox.ISOLATED)
 
 
 FORGED = (

@@ -1,0 +1,397 @@
+"""Values that cross between a candidate and its tests: a bounded, closed encoding of plain data.
+
+Nothing here runs code of the other side: ``decode`` builds exact builtin and standard types (and numpy arrays) from
+bytes and refuses everything else. An instance of a subclass is sent as what it is underneath (a named tuple as a
+tuple); what is no data at all (functions, classes, instances, iterators) goes by number, see ``Codec``. Copies lose
+shared references. Runs inside the sandbox: standard library only.
+"""
+
+import builtins
+import itertools
+import re
+import struct
+import sys
+from array import array
+
+MAX_DEPTH = 400
+"""Nesting of containers that is carried."""
+
+MAX_BYTES = 1 << 31
+"""Size of one message."""
+
+_HEAD = struct.Struct("<cQ")
+_NATURAL = struct.Struct("<Q")
+_DTYPE = re.compile(r"[<>|=](?:[biufc](?:1|2|4|8|16|32)|[SU]\d{1,6}|[mM]8(?:\[\d*[A-Za-z]{1,2}\])?)")
+_SHORT = 4  # lists below this length are not worth a look for a packed form
+
+CLASSES = ("int", "float", "complex", "bool", "str", "bytes", "bytearray", "list", "tuple", "dict", "set", "frozenset")
+CLASSES += ("object", "range", "slice")
+"""Builtin classes that go by name; exceptions do too."""
+
+
+class Uncarried(TypeError):
+    """A value that cannot be passed by value, or bytes that are no value."""
+
+
+def exception_class(name):
+    """The builtin exception ``name``, or None."""
+    found = getattr(builtins, name, None)
+    return found if isinstance(found, type) and issubclass(found, BaseException) else None
+
+
+class Codec:
+    """Encodes and decodes values.
+
+    Args:
+        number_of: gives the pair (tag byte, number) of an object that is no data, or raises ``Uncarried``.
+        object_of: gives the object for a pair (tag byte, number) that came from the other side.
+    """
+
+    def __init__(self, number_of, object_of):
+        self.number_of = number_of
+        self.object_of = object_of
+
+    def encode(self, value):
+        """The bytes of ``value``. Raises ``Uncarried``."""
+        parts = []
+        self._put(value, parts.append, 0)
+        return b"".join(parts)
+
+    def decode(self, data):
+        """The value of ``data``. Raises ``Uncarried`` for whatever is wrong with it."""
+        try:
+            value, end = self._get(memoryview(data), 0, 0)
+        except MemoryError:
+            raise
+        except Exception as error:  # constructors of many types, given anything, raise anything
+            raise Uncarried(f"unreadable value: {error}"[:300]) from None
+        if end != len(data):
+            raise Uncarried("unreadable value: bytes left over")
+        return value
+
+    def _put(self, value, put, depth):
+        if depth > MAX_DEPTH:
+            raise Uncarried(f"a value nested deeper than {MAX_DEPTH} levels cannot be passed")
+        kind = type(value)
+        if value is None or value is True or value is False:
+            put(_HEAD.pack(b"N" if value is None else b"T" if value else b"F", 0))
+        elif kind is int:
+            self._put_bytes(b"i", b"%x" % value, put)
+        elif kind is float:
+            put(_HEAD.pack(b"f", 8) + struct.pack("<d", value))
+        elif kind is str:
+            self._put_bytes(b"s", value.encode("utf-8", "surrogatepass"), put)
+        elif kind is list or kind is tuple:
+            self._put_sequence(b"[" if kind is list else b"(", value, put, depth)
+        elif kind is dict:
+            self._put_dict(b"d", value, put, depth)
+        elif kind in (set, frozenset):
+            put(_HEAD.pack(b"{" if kind is set else b"<", 0))
+            self._put_sequence(b"[", list(value), put, depth)
+        elif kind is complex:
+            put(_HEAD.pack(b"c", 16) + struct.pack("<dd", value.real, value.imag))
+        elif kind is bytes or kind is bytearray:
+            self._put_bytes(b"b" if kind is bytes else b"y", bytes(value), put)
+        elif value is Ellipsis or value is NotImplemented:
+            put(_HEAD.pack(b"E" if value is Ellipsis else b"M", 0))
+        elif kind is range or kind is slice:
+            put(_HEAD.pack(b"r" if kind is range else b"l", 0))
+            self._put_sequence(b"(", (value.start, value.stop, value.step), put, depth)
+        elif kind in (type({}.keys()), type({}.values()), type({}.items())):
+            put(_HEAD.pack({"dict_keys": b"1", "dict_values": b"2", "dict_items": b"3"}[kind.__name__], 0))
+            self._put_sequence(b"[", list(value), put, depth)
+        elif kind is type and value.__module__ == "builtins" and getattr(builtins, value.__name__, None) is value:
+            if value.__name__ in CLASSES or issubclass(value, BaseException):
+                self._put_bytes(b"B", value.__name__.encode(), put)
+            else:
+                self._put_number(value, put)
+        elif isinstance(value, type) or not self._put_library(value, kind, put, depth):
+            self._put_number(value, put)
+
+    def _put_bytes(self, tag, data, put):
+        put(_HEAD.pack(tag, len(data)))
+        put(data)
+
+    def _put_number(self, value, put):
+        put(_HEAD.pack(*self.number_of(value)))
+
+    def _put_sequence(self, tag, items, put, depth):
+        put(_HEAD.pack(tag, len(items)))
+        kinds = set(map(type, items)) if len(items) >= _SHORT else ()
+        if len(kinds) == 1:
+            kind = next(iter(kinds))
+            if kind is int:
+                try:
+                    return self._put_bytes(b"q", array("q", items).tobytes(), put)
+                except OverflowError:
+                    pass  # integers of more than 64 bits go one by one
+            elif kind is float:
+                return self._put_bytes(b"e", array("d", items).tobytes(), put)
+            elif kind is str:
+                distinct = list(dict.fromkeys(items))
+                if len(distinct) <= len(items) // 4:  # few strings, many times: also shared on the other side
+                    places = {text: place for place, text in enumerate(distinct)}
+                    width = next(code for code in "BHIQ" if len(distinct) <= 256 ** array(code).itemsize)
+                    self._put_bytes(b"v", array(width, map(places.__getitem__, items)).tobytes(), put)
+                    return self._put_sequence(b"[", distinct, put, depth)
+                text = "\0".join(items)
+                if text.count("\0") == len(items) - 1:
+                    return self._put_bytes(b"S", text.encode("utf-8", "surrogatepass"), put)
+            elif kind in (list, tuple):
+                widths = set(map(len, items))
+                if len(widths) == 1 and (width := widths.pop()):
+                    put(_HEAD.pack(b"L" if kind is list else b"t", width))
+                    return self._put_sequence(b"[", list(itertools.chain.from_iterable(items)), put, depth + 1)
+        put(_HEAD.pack(b".", 0))
+        for item in items:
+            self._put(item, put, depth + 1)
+        return None
+
+    def _put_dict(self, tag, value, put, depth):
+        put(_HEAD.pack(tag, 0))
+        self._put_sequence(b"[", list(dict.keys(value)), put, depth)
+        self._put_sequence(b"[", list(dict.values(value)), put, depth)
+
+    def _put_library(self, value, kind, put, depth):
+        """Types of the standard library and numpy by their exact class; else, of any subclass, the builtin below."""
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if kind is getattr(sys.modules.get(kind.__module__), kind.__qualname__, None):
+            if name == "collections.OrderedDict" or name == "collections.Counter":
+                self._put_dict(b"O" if kind.__name__ == "OrderedDict" else b"C", value, put, depth)
+                return True
+            if name == "collections.defaultdict":
+                put(_HEAD.pack(b"D", 0))
+                factory = value.default_factory
+                self._put(factory.__name__ if factory in (int, float, str, list, dict, set) else "", put, depth)
+                self._put_dict(b"d", value, put, depth)
+                return True
+            if name in _PLAIN:
+                put(_HEAD.pack(b"P", _NAMES.index(name)))
+                self._put(_PLAIN[name][0](value), put, depth + 1)
+                return True
+            if kind.__module__ == "numpy":
+                numpy = sys.modules["numpy"]
+                if kind is numpy.ndarray or issubclass(kind, numpy.generic):
+                    return self._put_numpy(value, numpy, put, depth)
+        for base, raw in ((int, int.__int__), (float, float.__float__), (str, str.__str__)):
+            if issubclass(kind, base):
+                self._put(raw(value), put, depth)
+                return True
+        for base in (list, tuple, set, frozenset, bytes, bytearray):
+            if issubclass(kind, base):
+                plain = base(base.__iter__(value))
+                self._put(plain, put, depth)
+                return True
+        if issubclass(kind, dict):
+            self._put_dict(b"d", value, put, depth)
+            return True
+        return False
+
+    def _put_numpy(self, value, numpy, put, depth):
+        scalar = not isinstance(value, numpy.ndarray)
+        block = numpy.asarray(value)
+        if block.dtype == object:
+            put(_HEAD.pack(b"o", 0))
+            self._put((block.shape, list(block.flat)), put, depth + 1)
+            return True
+        if not _DTYPE.fullmatch(block.dtype.str):
+            return False
+        put(_HEAD.pack(b"g" if scalar else b"n", 0))
+        self._put((block.dtype.str, block.shape, block.tobytes()), put, depth + 1)
+        return True
+
+    def _get(self, data, at, depth):
+        """(value, end) of the value that starts at ``at``."""
+        if depth > MAX_DEPTH + 8:
+            raise ValueError("nested too deep")
+        tag, size = _HEAD.unpack_from(data, at)
+        at += _HEAD.size
+        if tag in b"is" or tag in b"bySBfc":
+            end = at + size
+            if end > len(data):
+                raise ValueError("cut short")
+            return _SCALARS[tag](bytes(data[at:end])), end
+        if tag in b"[(":
+            return self._get_sequence(tag, size, data, at, depth)
+        if tag in b"NTFEM":
+            return {b"N": None, b"T": True, b"F": False, b"E": Ellipsis, b"M": NotImplemented}[tag], at
+        if tag in b"dOC":
+            return self._get_dict(tag, data, at, depth)
+        if tag in b"hk":
+            return self.object_of(tag, size), at
+        value, end = self._get(data, at, depth + 1)
+        if tag == b"{":
+            return set(_of(list, value)), end
+        if tag == b"<":
+            return frozenset(_of(list, value)), end
+        if tag in b"rl":
+            return (range if tag == b"r" else slice)(*_of(tuple, value)), end
+        if tag == b"1":
+            return dict.fromkeys(_of(list, value)).keys(), end
+        if tag == b"2":
+            return dict(enumerate(_of(list, value))).values(), end
+        if tag == b"3":
+            return dict(_of(list, value)).items(), end
+        if tag == b"D":
+            from collections import defaultdict
+
+            factories = {"int": int, "float": float, "str": str, "list": list, "dict": dict, "set": set}
+            items, end = self._get(data, end, depth + 1)
+            return defaultdict(factories.get(_of(str, value)), _of(dict, items)), end
+        if tag == b"P":
+            return _PLAIN[_NAMES[size]][1](value), end
+        if tag in b"ngo":
+            return _get_numpy(tag, _of(tuple, value)), end
+        raise ValueError(f"tag {tag!r}")
+
+    def _get_dict(self, tag, data, at, depth):
+        keys, at = self._get(data, at, depth + 1)
+        values, at = self._get(data, at, depth + 1)
+        value = dict(zip(_of(list, keys), _of(list, values), strict=True))
+        if tag == b"d":
+            return value, at
+        from collections import Counter, OrderedDict
+
+        if tag == b"O":
+            return OrderedDict(value), at
+        counter = Counter()
+        dict.update(counter, value)
+        return counter, at
+
+    def _get_sequence(self, tag, count, data, at, depth):
+        form, size = _HEAD.unpack_from(data, at)
+        at += _HEAD.size
+        if form in b"qeS":
+            end = at + size
+            if end > len(data):
+                raise ValueError("cut short")
+            if form == b"S":
+                items = bytes(data[at:end]).decode("utf-8", "surrogatepass").split("\0")
+            else:
+                block = array("q" if form == b"q" else "d")
+                block.frombytes(data[at:end])
+                items = block.tolist()
+        elif form == b"v":
+            end = at + size
+            if not count or size % count or size > len(data) - at:
+                raise ValueError("cut short")
+            places = array({1: "B", 2: "H", 4: "I", 8: "Q"}[size // count])
+            places.frombytes(data[at:end])
+            distinct, end = self._get(data, end, depth + 1)
+            items = list(map(_of(list, distinct).__getitem__, places))
+        elif form in b"Lt":
+            flat, end = self._get(data, at, depth + 1)
+            if not 0 < size <= len(_of(list, flat)):
+                raise ValueError("rows do not fit")
+            source = iter(flat)
+            items = list(zip(*[source] * size, strict=True)) if size < 64 else []
+            if size >= 64:
+                items = [tuple(flat[i : i + size]) for i in range(0, len(flat), size)]
+            items = list(map(list, items)) if form == b"L" else items
+        elif form == b".":
+            items, end = [], at
+            for _ in range(count):
+                item, end = self._get(data, end, depth + 1)
+                items.append(item)
+        else:
+            raise ValueError(f"form {form!r}")
+        if len(items) != count:
+            raise ValueError("wrong count")
+        return (items if tag == b"[" else tuple(items)), end
+
+
+def _of(kind, value):
+    """``value`` if it is exactly of ``kind``."""
+    if type(value) is not kind:
+        raise ValueError(f"{kind.__name__} expected")
+    return value
+
+
+def _get_class(name):
+    name = name.decode("ascii")
+    found = getattr(builtins, name) if name in CLASSES else exception_class(name)
+    if found is None:
+        raise ValueError(f"no class {name}")
+    return found
+
+
+def _get_numpy(tag, parts):
+    import numpy
+
+    if tag == b"o":
+        shape, items = parts
+        block = numpy.empty(len(_of(list, items)), dtype=object)
+        block[:] = items
+        return block.reshape(_of(tuple, shape))
+    dtype, shape, data = parts
+    if not _DTYPE.fullmatch(_of(str, dtype)):
+        raise ValueError("dtype")
+    block = numpy.frombuffer(_of(bytes, data), dtype=dtype).reshape(_of(tuple, shape)).copy()
+    return block[()] if tag == b"g" else block
+
+
+_SCALARS = {
+    b"i": lambda data: int(data, 16),
+    b"s": lambda data: data.decode("utf-8", "surrogatepass"),
+    b"S": lambda data: data.decode("utf-8", "surrogatepass"),
+    b"b": bytes,
+    b"y": bytearray,
+    b"B": _get_class,
+    b"f": lambda data: struct.unpack("<d", data)[0],
+    b"c": lambda data: complex(*struct.unpack("<dd", data)),
+}
+
+
+def _zone(zone):
+    """A time zone as data: None, an offset, or a key of the zone database."""
+    if zone is None or type(zone).__name__ == "timezone":
+        return None if zone is None else zone.utcoffset(None)
+    if type(zone).__name__ == "ZoneInfo":
+        return zone.key
+    raise Uncarried(f"a time zone of type {type(zone).__name__} cannot be passed")
+
+
+def _of_zone(data):
+    import datetime
+    import zoneinfo
+
+    if data is None:
+        return None
+    return zoneinfo.ZoneInfo(data) if type(data) is str else datetime.timezone(data)
+
+
+def _library(module, name):
+    def build(data):
+        return getattr(__import__(module), name)(*_of(tuple, data))
+
+    return build
+
+
+def _timed(name):
+    def build(data):
+        import datetime
+
+        *fields, fold, zone = _of(tuple, data)
+        return getattr(datetime, name)(*fields, tzinfo=_of_zone(zone), fold=fold)
+
+    return build
+
+
+_CLOCK = ("hour", "minute", "second", "microsecond", "fold")
+_PLAIN = {
+    "decimal.Decimal": (lambda v: (str(v),), _library("decimal", "Decimal")),
+    "fractions.Fraction": (lambda v: (v.numerator, v.denominator), _library("fractions", "Fraction")),
+    "collections.deque": (lambda v: (list(v), v.maxlen), _library("collections", "deque")),
+    "datetime.date": (lambda v: (v.year, v.month, v.day), _library("datetime", "date")),
+    "datetime.timedelta": (lambda v: (v.days, v.seconds, v.microseconds), _library("datetime", "timedelta")),
+    "datetime.datetime": (
+        lambda v: (v.year, v.month, v.day, *(getattr(v, n) for n in _CLOCK), _zone(v.tzinfo)),
+        _timed("datetime"),
+    ),
+    "datetime.time": (lambda v: (*(getattr(v, n) for n in _CLOCK), _zone(v.tzinfo)), _timed("time")),
+    "datetime.timezone": (lambda v: (v.utcoffset(None),), _library("datetime", "timezone")),
+    "zoneinfo.ZoneInfo": (lambda v: (v.key,), _library("zoneinfo", "ZoneInfo")),
+    "uuid.UUID": (lambda v: (str(v),), _library("uuid", "UUID")),
+    "array.array": (lambda v: (v.typecode, v.tolist()), _library("array", "array")),
+}
+_NAMES = list(_PLAIN)
