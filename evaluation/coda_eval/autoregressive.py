@@ -242,7 +242,7 @@ class AutoregressiveModel(HostedLM):
 
     @cached_property
     def _codec(self) -> Codec | None:
-        """The house's codec, or None for a tokenizer whose pieces do not join, as those of SentencePiece's kind."""
+        """The house's codec, or None for a tokenizer whose pieces of text do not join."""
         try:
             return Codec(self.tokenizer)
         except ValueError as error:
@@ -264,7 +264,7 @@ class AutoregressiveModel(HostedLM):
             ValueError: the tokenizer does not give the text back.
         """
         if self._codec is not None:
-            return self._codec.encode_text(text)
+            return self._codec.encode_text(text, joins=True)
         marked = self._as_text(_MARK + text)
         ids = marked[len(self._anchor) :]
         if marked[: len(self._anchor)] != self._anchor or self.decode(ids) != text:

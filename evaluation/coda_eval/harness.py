@@ -238,9 +238,12 @@ class CoDAEvalModel(HostedLM):
 
     def _gap_ids(self, document: dict[str, Any]) -> list[int]:
         """Prefix, masks and suffix; the pieces are tokenised apart, so that neither side can shift the other."""
-        length = document["infill_tokens"] or len(self.encode_text(document["infill_middle"]))
+        middle, suffix = (
+            self.codec.encode_text(document[name], joins=True) for name in ("infill_middle", "infill_suffix")
+        )
+        length = document["infill_tokens"] or len(middle)
         mask = self.model.config.mask_token_id
-        prefix, suffix = self.encode_text(document["infill_prefix"]), self.encode_text(document["infill_suffix"])
+        prefix = self.encode_text(document["infill_prefix"])
         if not prefix and self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
             raise ValueError("a gap at the start of a text needs a tokenizer with a bos or eos token")
         start = prefix or [self.prefix_token_id]  # the first position of a row has no predecessor to score it
@@ -261,7 +264,11 @@ class CoDAEvalModel(HostedLM):
         sources, rows, forwards = inputs.tolist(), output.sequences.tolist(), output.num_forwards.tolist()
         answers = []
         for job, source, row, num_forwards in zip(batch, sources, rows, forwards, strict=True):
-            answer = self._gap_answer(source, row) if job.is_gap else self._text_answer(row[len(source) :], job.until)
+            answer = (
+                self._gap_answer(source, row)
+                if job.is_gap
+                else self._text_answer(source, row[len(source) :], job.until)
+            )
             answer.forwards, answer.generation_s = num_forwards, round(seconds, 4)
             answers.append(answer)
         return answers
@@ -270,15 +277,16 @@ class CoDAEvalModel(HostedLM):
         """The text of the filled masks."""
         mask = self.model.config.mask_token_id
         ids = [token for before, token in zip(source, row, strict=True) if before == mask]
-        answer = Answer(self.codec.decode(ids))
+        left = source[: source.index(mask)] if mask in source else source
+        answer = Answer(self.codec.decode(ids, after=left))
         answer.new_tokens = len(ids)
         return answer
 
-    def _text_answer(self, ids: list[int], until: list[str]) -> Answer:
+    def _text_answer(self, ids: list[int], until: list[str], after: list[int] | tuple[int, ...] = ()) -> Answer:
         """The text up to the first end token, then up to the first stop string."""
         ends = self._end_ids()
         length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        text = self.codec.decode(ids[:length])
+        text = self.codec.decode(ids[:length], after=after)
         stops = [at for stop in until if stop and (at := text.find(stop)) >= 0]
         answer = Answer(text[: min(stops)] if stops else text)
         answer.new_tokens = length

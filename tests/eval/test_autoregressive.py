@@ -162,8 +162,6 @@ def test_pieces_join_where_the_tokenizer_adds_and_drops_spaces():
     tokenizer = llama_tokenizer()
     code_llama = FILL_TOKENS[-1]
     tokenizer.add_tokens(list(code_llama[:3]), special_tokens=True)
-    with pytest.raises(ValueError, match="does not give pieces of text back"):
-        Codec(tokenizer)
     start, end, middle = tokenizer.convert_tokens_to_ids(list(code_llama[:3]))
     space, letter = tokenizer.convert_tokens_to_ids(["\u2581", "x"])
     model = bigram_model(tokenizer, {middle: space, space: letter})
@@ -177,9 +175,14 @@ def test_pieces_join_where_the_tokenizer_adds_and_drops_spaces():
     assert baseline.generate_until([request("p", doc=GAP)], True) == [" x"]
 
 
-def test_a_diffusion_model_whose_pieces_do_not_join_is_refused(model_dir):
-    with pytest.raises(ValueError, match="does not give pieces of text back as they were"):
-        CoDAEvalModel(CoDALanguageModel.from_pretrained(model_dir), tokenizer=llama_tokenizer())
+def test_the_gap_of_a_diffusion_model_joins_where_the_tokenizer_adds_spaces(model_dir):
+    coda = CoDAEvalModel(CoDALanguageModel.from_pretrained(model_dir), tokenizer=llama_tokenizer())
+    gap = {"infill_prefix": "x =", "infill_middle": " y", "infill_suffix": "z", "infill_tokens": None}
+    ids, mask = coda._gap_ids(gap), coda.model.config.mask_token_id
+    first, last = ids.index(mask), len(ids) - ids[::-1].index(mask)
+    filled = [*ids[:first], *coda.codec.encode_text(" y", joins=True), *ids[last:]]
+    assert coda.codec.decode(filled) == "x = yz"
+    assert coda._gap_answer(ids, filled) == " y"
 
 
 @pytest.mark.parametrize("special", [True, False])
