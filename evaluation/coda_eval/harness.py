@@ -264,11 +264,10 @@ class CoDAEvalModel(HostedLM):
         sources, rows, forwards = inputs.tolist(), output.sequences.tolist(), output.num_forwards.tolist()
         answers = []
         for job, source, row, num_forwards in zip(batch, sources, rows, forwards, strict=True):
-            answer = (
-                self._gap_answer(source, row)
-                if job.is_gap
-                else self._text_answer(source, row[len(source) :], job.until)
-            )
+            if job.is_gap:
+                answer = self._gap_answer(source, row)
+            else:
+                answer = self._text_answer(row[len(source) :], job.until, after=source)
             answer.forwards, answer.generation_s = num_forwards, round(seconds, 4)
             answers.append(answer)
         return answers

@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import coda_eval.autoregressive  # noqa: F401  registers the model coda_hf
 from coda_eval.harness import CoDAEvalModel
 
 
@@ -226,6 +227,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from coda_eval.__main__ import TASKS
 from coda_eval import programs, session
+import coda_eval.autoregressive  # noqa: F401  registers the model coda_hf
 from coda_eval.harness import CoDAEvalModel
 model = CoDAEvalModel(sys.argv[1], device="cpu", batch_size=2, steps=8, max_new_tokens=8, temperature=0.9, seed=5)
 tasks = TaskManager(include_path=[str(TASKS)], include_defaults=False)
