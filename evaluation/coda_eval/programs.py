@@ -22,7 +22,7 @@ from coda_eval.session import agree
 logger = logging.getLogger(__name__)
 
 LEVEL_VARIABLE = "CODA_EVAL_SANDBOX"
-"""Environment variable with the isolation level: auto, bubblewrap, unshare or rlimits."""
+"""Environment variable with the isolation level: auto, bubblewrap, unshare, landlock or rlimits."""
 
 WORKERS_VARIABLE = "CODA_EVAL_WORKERS"
 """Environment variable with the number of programs to run at once; by default one per core."""
@@ -80,18 +80,25 @@ def _join(prompt: str, code: str, entry_point: str) -> str:
     future = [n for n in _parse(code).body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
     lines = code.splitlines(keepends=True)
     first = future[-1].end_lineno if future else 0
-    return "".join([*lines[:first], "\n" * bool(first), prompt, "\n\n", *lines[first:]])
+    above = next((text for text in (prompt, f"{prompt}    pass\n") if _parse(text)), "")  # a stub may have no body
+    return "".join([*lines[:first], "\n" * bool(first), above, "\n\n", *lines[first:]])
+
+
+def _reference(row: dict[str, Any]) -> str:
+    """The reference program of a problem, for the helpers that its tests take from it."""
+    code = row["prompt"] + row["canonical_solution"] + row.get("suffix", "")
+    return code if _parse(code) else ""
 
 
 def humaneval_program(row: dict[str, Any], answer: str) -> Program:
     """HumanEval and HumanEval+: the answer continues the prompt, or repeats the whole function.
 
-    Some tests use an auxiliary function of the prompt: they get the prompt's, whatever the answer made of it.
+    Some tests use an auxiliary function of the prompt: they get the reference's, whatever the answer made of it.
     """
     name = row["entry_point"]
     return Program(
         candidate=_join(row["prompt"], extract_code(answer, name), name),
-        setup=row["prompt"],
+        setup=_reference(row),
         tests=f"{row['test']}\ncheck({name})\n",
         called=(name,),
         timeout_s=row["timeout_s"],
@@ -103,7 +110,7 @@ def infilling_program(row: dict[str, Any], answer: str) -> Program:
     name = row["entry_point"]
     return Program(
         candidate=row["prompt"] + answer + row["suffix"],
-        setup=row["prompt"] + row["canonical_solution"] + row["suffix"],
+        setup=_reference(row),
         tests=f"{row['test']}\ncheck({name})\n",
         called=(name,),
         timeout_s=row["timeout_s"],

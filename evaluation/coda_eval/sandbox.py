@@ -14,7 +14,7 @@ or pipe but its line to the checker, and what crosses is plain data. What remain
 inputs and answer from a table; to answer differently from call to call; to be an object, where a test only asks for
 the truth, the length, the items or the order of the candidate's own objects; to pass tests that compare a candidate
 with itself; and whatever a fault of the kernel allows. Memory is looked at some twenty times a second, so a program
-may exceed its limit for that long.
+may exceed its limit for that long; files in the scratch folder come on top.
 
 Not here: what a program consists of (``programs.py``).
 """
@@ -344,13 +344,15 @@ def _run(program: Program, level: str, limits: Limits) -> Verdict:
         OSError: the sandbox could not be built; nothing of the program ran.
     """
     started = time.monotonic()
+    if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
+        raise OSError("the kernel does not say which children a process has (CONFIG_PROC_CHILDREN)")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_folder())
         stdin, tests, stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
         (reader, writer), (setup_reader, setup_writer) = _pipe(stack), _pipe(stack)
         job = _job(program, level, limits, folder, writer.fileno(), setup_writer.fileno(), tests.fileno())
         stdin.write(_child_code() + marshal.dumps(job))
-        tests.write(marshal.dumps((program.setup, program.tests, program.called)))
+        tests.write(marshal.dumps((str(program.setup), str(program.tests), tuple(map(str, program.called)))))
         for file in (stdin, tests):
             file.seek(0)
         environment = {
@@ -436,7 +438,7 @@ def _job(
             os.chown(folder, uid, uid)
     own = level not in SHARED or uid is not None
     return {
-        "candidate": program.candidate,
+        "candidate": str(program.candidate),
         "report_fd": report_fd,
         "setup_fd": setup_fd,
         "tests_fd": tests_fd,
@@ -501,8 +503,8 @@ class _Watch:
                 fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
                 ticks += sum(map(int, fields.split()[11:15]))  # utime, stime, and those of children waited for
                 memory += _memory_of(pid)
-            except (FileNotFoundError, ProcessLookupError):
-                continue
+            except OSError:
+                continue  # gone meanwhile
             threads += len(states)
             could_run |= any(state in "RD" for state in states)
         cpu_s = ticks / os.sysconf("SC_CLK_TCK")
@@ -595,7 +597,7 @@ def _tree(pid: int) -> dict[int, list[str]]:
                 fields = (place / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
                 states.append(fields.split()[0])
             found[parent] = states
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:
             continue  # gone meanwhile
     return found
 

@@ -27,25 +27,26 @@ LAST_SYSCALL = 449
 """Highest system call number that the table below was written for; later ones do not exist for a program."""
 
 REFUSED = """
-acct 163 89, add_key 248 217, adjtimex 159 171, bpf 321 280, chroot 161 51, clock_adjtime 305 266,
-clock_settime 227 112, delete_module 176 106, fanotify_init 300 262, finit_module 313 273, fsconfig 431 431,
-fsmount 432 432, fsopen 430 430, fspick 433 433, init_module 175 105, io_uring_enter 426 426,
-io_uring_register 427 427, io_uring_setup 425 425, ioperm 173 -, iopl 172 -, kcmp 312 272, kexec_file_load 320 294,
-kexec_load 246 104, keyctl 250 219, lookup_dcookie 212 18, mbind 237 235, memfd_create 319 279, memfd_secret 447 447,
-migrate_pages 256 238, modify_ldt 154 -, mount 165 40, mount_setattr 442 442, move_mount 429 429, move_pages 279 239,
-mq_open 240 180, mq_unlink 241 181, msgctl 71 187, msgget 68 186, msgrcv 70 188, msgsnd 69 189,
-name_to_handle_at 303 264, nfsservctl 180 42, open_by_handle_at 304 265, open_tree 428 428, perf_event_open 298 241,
-pidfd_getfd 438 438, pidfd_open 434 434, pidfd_send_signal 424 424, pivot_root 155 41, process_madvise 440 440,
-process_mrelease 448 448, process_vm_readv 310 270, process_vm_writev 311 271, ptrace 101 117, quotactl 179 60,
-quotactl_fd 443 443, reboot 169 142, request_key 249 218, semctl 66 191, semget 64 190, semop 65 193,
-semtimedop 220 192, set_mempolicy 238 237, setdomainname 171 162, sethostname 170 161, setns 308 268,
-settimeofday 164 170, shmat 30 196, shmctl 31 195, shmdt 67 197, shmget 29 194, socket 41 198, swapoff 168 225,
-swapon 167 224, sysfs 139 -, syslog 103 116, umount2 166 39, unshare 272 97, uselib 134 -, userfaultfd 323 282,
-ustat 136 -, vhangup 153 58
+acct 163 89, add_key 248 217, adjtimex 159 171, bind 49 200, bpf 321 280, chroot 161 51, connect 42 203,
+listen 50 201, clock_adjtime 305 266, clock_settime 227 112, delete_module 176 106, fanotify_init 300 262,
+finit_module 313 273, fsconfig 431 431, fsmount 432 432, fsopen 430 430, fspick 433 433, init_module 175 105,
+io_uring_enter 426 426, io_uring_register 427 427, io_uring_setup 425 425, ioperm 173 -, iopl 172 -, kcmp 312 272,
+kexec_file_load 320 294, kexec_load 246 104, keyctl 250 219, lookup_dcookie 212 18, mbind 237 235,
+memfd_create 319 279, memfd_secret 447 447, migrate_pages 256 238, modify_ldt 154 -, mount 165 40,
+mount_setattr 442 442, move_mount 429 429, move_pages 279 239, mq_open 240 180, mq_unlink 241 181, msgctl 71 187,
+msgget 68 186, msgrcv 70 188, msgsnd 69 189, name_to_handle_at 303 264, nfsservctl 180 42, open_by_handle_at 304 265,
+open_tree 428 428, perf_event_open 298 241, pidfd_getfd 438 438, pidfd_open 434 434, pidfd_send_signal 424 424,
+pivot_root 155 41, process_madvise 440 440, process_mrelease 448 448, process_vm_readv 310 270,
+process_vm_writev 311 271, ptrace 101 117, quotactl 179 60, quotactl_fd 443 443, reboot 169 142, request_key 249 218,
+semctl 66 191, semget 64 190, semop 65 193, semtimedop 220 192, set_mempolicy 238 237, setdomainname 171 162,
+sethostname 170 161, setns 308 268, settimeofday 164 170, shmat 30 196, shmctl 31 195, shmdt 67 197, shmget 29 194,
+socket 41 198, swapoff 168 225, swapon 167 224, sysfs 139 -, syslog 103 116, umount2 166 39, unshare 272 97,
+uselib 134 -, userfaultfd 323 282, ustat 136 -, vhangup 153 58
 """
 """System calls that no program needs, with their numbers on x86_64 and aarch64: they reach the kernel's young or
 privileged parts, other processes, or memory that outlives a process. ``socket`` is among them: the socket families are
-not all covered by a network namespace (vsock), and pairs come from ``socketpair``."""
+not all covered by a network namespace (vsock). Connected pairs come from ``socketpair``; a pair of datagram sockets
+could send to any socket of the machine that has a path."""
 
 SHARED = """
 chmod 90 -, chown 92 -, fchmod 91 52, fchmodat 268 53, fchown 93 55, fchownat 260 54, fremovexattr 199 16,
@@ -58,7 +59,7 @@ tkill 200 130, utime 132 -, utimensat 280 88, utimes 235 -
 changes files by name."""
 
 ARGUMENTS = {"clone": (56, 220), "clone3": (435, 435), "prlimit64": (302, 261), "kill": (62, 129), "tgkill": (234, 131)}
-ARGUMENTS |= {"fcntl": (72, 25), "ioctl": (16, 29)}
+ARGUMENTS |= {"fcntl": (72, 25), "ioctl": (16, 29), "socketpair": (53, 199)}
 """System calls that are refused by their arguments."""
 
 
@@ -232,6 +233,8 @@ def refuse_system_calls(pid):
 
     look("clone3", 0, [], absent)  # its flags lie in memory; the C library then takes clone
     look("clone", 0, [(some_bit, 0x7E020000, refuse)], allow)  # CLONE_NEW*
+    streams = [1 | flags for flags in (0, 0x800, 0x80000, 0x80800)]  # SOCK_STREAM; with SOCK_NONBLOCK, SOCK_CLOEXEC
+    look("socketpair", 1, [(equal, value, allow) for value in streams], refuse)
     look("prlimit64", 0, [(equal, 0, allow)], refuse)
     if pid:
         for name in ("kill", "tgkill"):
@@ -657,10 +660,13 @@ class Names(dict):
         self.called = called
 
     def __missing__(self, name):
-        if name not in self.called and hasattr(builtins, name):
-            value = getattr(builtins, name)
+        if name in self.called:
+            try:
+                value = self.client.name(name)
+            except KeyError:
+                raise NameError(f"the program defines no {name}") from None  # also where a builtin has the name
         else:
-            value = self.client.name(name)
+            value = getattr(builtins, name) if hasattr(builtins, name) else self.client.name(name)
         self[name] = value
         return value
 
@@ -755,6 +761,7 @@ def become_candidate(job, line, setup_fd, gate):
         os.chdir(job["workdir"])
         set_limits(job["limits"])
         drop_privileges(job["uid"])
+        call("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: the evaluator reads how much memory it uses
         call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
         refuse_system_calls(os.getpid() if job["shared"] else None)
     except OSError as error:
@@ -810,6 +817,7 @@ def main(job):
         if job["preload"]:
             __import__(job["preload"])
         signal.signal(signal.SIGCHLD, collect)
+        call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: processes of the same user neither trace nor read this one
         (requests, asked), (answers, answered), (gate_reader, gate) = os.pipe(), os.pipe(), os.pipe()
         if not os.fork():
             become_candidate(job, Line(requests, answered), setup_fd, gate)
@@ -819,7 +827,6 @@ def main(job):
         os.chdir("/")
         set_limits({name: value for name, value in job["limits"].items() if name != "RLIMIT_NPROC"})
         drop_privileges(job["checker_uid"])
-        call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: processes of the same user neither trace nor read this one
         refuse_system_calls(None)
         stands = os.read(gate_reader, 1) == b"!"
     except OSError as error:

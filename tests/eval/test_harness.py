@@ -227,7 +227,6 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from coda_eval.__main__ import TASKS
 from coda_eval import programs, session
-import coda_eval.autoregressive  # noqa: F401  registers the model coda_hf
 from coda_eval.harness import CoDAEvalModel
 model = CoDAEvalModel(sys.argv[1], device="cpu", batch_size=2, steps=8, max_new_tokens=8, temperature=0.9, seed=5)
 tasks = TaskManager(include_path=[str(TASKS)], include_defaults=False)

@@ -9,7 +9,7 @@ import pytest
 
 from coda_eval import programs
 from coda_eval.programs import Answer, extract_code, pass_at_k
-from coda_eval.sandbox import Verdict
+from coda_eval.sandbox import ISOLATED, Verdict, run_programs
 
 FULL = os.environ.get("CODA_EVAL_FULL")
 
@@ -18,7 +18,7 @@ def test_all_canonical_humaneval_solutions_pass_and_stubs_fail(oracle, evaluate)
     results, samples = evaluate(oracle(), "coda_humaneval")
     assert results["pass@1,run"] == 1.0
     assert len(samples) == 164
-    assert results["isolation,run"] in ("bubblewrap", "unshare", "rlimits")
+    assert results["isolation,run"] in ISOLATED
     stubs, samples = evaluate(oracle(lambda answer: "    pass\n"), "coda_humaneval", limit=8)
     assert stubs["pass@1,run"] == 0.0
     records = [json.loads(sample["filtered_resps"][0][0]) for sample in samples]
@@ -140,3 +140,37 @@ def test_canonical_solutions_of_the_shared_sets_pass(oracle, evaluate, coda_shar
     failed = [s["doc"]["task_id"] for s in samples if json.loads(s["filtered_resps"][0][0])["status"] != "passed"]
     # HumanEval/32 cannot pass in EvalPlus v0.1.10: its checker swaps two arguments.
     assert failed == (["HumanEval/32"] if FULL and "humaneval_plus" in task else [])
+
+
+ADD = {"entry_point": "add3", "timeout_s": 20.0, "canonical_solution": "    return [step(x) for x in xs]\n"}
+ADD["prompt"] = "import math\n\ndef step(x):\n    return x + 3\n\ndef add3(xs):\n"
+ADD["test"] = "def check(c):\n    assert c([1]) == [4] and c([step(0)]) == [6]\n"
+WHOLE = "def add3(xs):\n    return [math.floor(step(x)) for x in xs]\n"
+
+
+def test_answers_of_every_form_are_judged_as_programs():
+    right = {
+        "continuation": "    return [x + 3 for x in xs]\n",
+        "whole function": WHOLE,
+        "with future lines": f"from __future__ import annotations\n{WHOLE}",
+        "fenced, with future lines": f'```python\n"""Adds."""\nfrom __future__ import annotations\n{WHOLE}```',
+        "byte order mark": f"\ufeff{WHOLE}",
+        "fenced after a byte order mark": f"\ufeff```python\n{WHOLE}```",
+        "helper named like the test": WHOLE + "def check(x):\n    return x\n",
+    }
+    wrong = {
+        "identity with a helper to match": "    return xs\ndef step(x):\n    return x\n",
+        "nothing defined": "```\nx = 1\n```",
+        "cut short": "    return [x +",
+    }
+    programs_ = [programs.humaneval_program(ADD, answer) for answer in (*right.values(), *wrong.values())]
+    verdicts = dict(zip((*right, *wrong), run_programs(programs_), strict=True))
+    assert {name: v.error for name, v in verdicts.items() if v.passed != (name in right)} == {}
+
+
+def test_mbpp_answers_answer_for_the_names_of_the_reference():
+    row = {"code": "def sum(a, b):\n    return a + b\n", "test_list": ["assert sum(1, 2) == 3"], "timeout_s": 20.0}
+    answers = ["def sum(a, b): return a + b", "def sum(a, b): return 4", "def zip(*a): return []"]
+    verdicts = run_programs([programs.mbpp_program(row, answer) for answer in answers])
+    assert [verdict.passed for verdict in verdicts] == [True, False, False]
+    assert "defines no sum" in verdicts[2].error

@@ -427,6 +427,7 @@ CALLS = {
     "if libc.unshare(0x10000000): raise OSError(ctypes.get_errno(), 'unshare')",
     "signal to the parent": "import os\nos.kill(os.getppid(), 0)",
     "memory file": "import os\nos.memfd_create('x')",
+    "datagrams": "import socket\nsocket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
     "socket": "import socket\nsocket.socket()",
     "shared segment": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
     "if libc.shmget(0, 4096, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'shmget')",

@@ -1,0 +1,98 @@
+"""What crosses between a candidate and its tests arrives as it was, and nothing else arrives."""
+
+import collections
+import datetime
+import decimal
+import fractions
+import random
+import sys
+import uuid
+import zoneinfo
+from array import array
+
+import numpy as np
+import pytest
+
+from coda_eval import sandbox_values
+from coda_eval.sandbox_values import Codec, Uncarried
+
+CODEC = Codec(lambda value: (b"h", 7), lambda tag, number: ("object", number))
+VALUES = [
+    None, True, Ellipsis, 0, -5, 1 << 200, -(1 << 63), -0.0, 1e300, float("inf"), 1j, "", "a\0b", "\ud800", b"x",
+    bytearray(b"y"), [], (), {}, set(), frozenset({1}), [1] * 10, [1 << 70] * 5, [1.5] * 9,
+    ["a"] * 100, ["a", "b\0"] * 4,
+    [True] * 5, [None] * 5, [[1, 2], [3, 4]] * 5, [(1, "a")] * 5, [(1, 2)] * 70, [["x"] * 70] * 4, [[], [], [], []],
+    [[["a", "b"]] * 4] * 4, {"a": [1, 2, {3}], (1, 2): None}, range(3, 9, 2), slice(1, None), int, ValueError,
+    collections.OrderedDict(a=1), collections.Counter("aab"), collections.defaultdict(list, {1: [2]}),
+    collections.deque([1, 2], 5), decimal.Decimal("1.50"), fractions.Fraction(3, 4), datetime.date(2020, 2, 29),
+    datetime.timedelta(3, 4, 5), datetime.time(3, 4, fold=1), datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC),
+    datetime.datetime(2020, 1, 1, tzinfo=zoneinfo.ZoneInfo("Europe/Paris")), uuid.UUID(int=5), array("i", [1, 2]),
+    np.arange(6).reshape(2, 3), np.float64(2.5), np.bool_(True), np.array(["ab", "c"]),
+    np.array([1, None], dtype=object),
+]  # fmt: skip
+
+
+def same(a, b) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and repr(a) == repr(b)
+    return repr(a) == repr(b)
+
+
+def test_values_arrive_as_they_were():
+    assert [value for value in VALUES if not same(value, CODEC.decode(CODEC.encode(value)))] == []
+    assert list(CODEC.decode(CODEC.encode({1: 2}.items()))) == [(1, 2)]
+
+
+def test_subclasses_arrive_as_what_they_are_underneath():
+    class Equal(int):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = int.__hash__
+
+    pair = collections.namedtuple("pair", "a b")
+    received = CODEC.decode(CODEC.encode([Equal(5), pair(1, 2), type("S", (str,), {"__str__": lambda s: "z"})("s")]))
+    assert [type(value) for value in received] == [int, tuple, str]
+    assert received == [5, (1, 2), "s"]
+
+
+def test_what_is_no_data_goes_by_number():
+    assert CODEC.decode(CODEC.encode([len, type("C", (), {}), iter([])])) == [("object", 7)] * 3
+    assert CODEC.decode(CODEC.encode(eval)) == ("object", 7)
+
+
+def test_loops_and_depth_are_refused():
+    loop = []
+    loop.append(loop)
+    with pytest.raises(Uncarried, match=f"nested deeper than {sandbox_values.MAX_DEPTH} levels"):
+        CODEC.encode(loop)
+
+
+def test_any_bytes_are_a_value_or_refused():
+    draw = random.Random(0)
+    blobs = [CODEC.encode(value) for value in VALUES]
+    letters = b"NTFEMisbyfc[({<drl123BhkqeSLtv.DOCPngo"
+    refused = 0
+    for _ in range(4000):
+        blob = bytearray(draw.choice(blobs))
+        for _ in range(draw.randint(1, 4)):
+            blob[draw.randrange(len(blob))] = draw.choice([draw.randrange(256), *letters])
+        try:
+            CODEC.decode(bytes(blob))
+        except Uncarried:
+            refused += 1
+    assert 1000 < refused < 4000
+    for blob in (b"", b"[" * 9 * 5000, b"s" + b"\xff" * 8, b"[" + (5).to_bytes(8, "little")):
+        with pytest.raises(Uncarried):
+            CODEC.decode(blob)
+
+
+def test_long_lists_of_few_strings_are_shared_on_arrival():
+    rows = CODEC.decode(CODEC.encode([("red", "green")] * 1000))
+    assert rows == [("red", "green")] * 1000
+    assert len({id(text) for row in rows for text in row}) == 2
+    assert sys.getsizeof(CODEC.encode(rows)) < 3000
