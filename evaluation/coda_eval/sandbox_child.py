@@ -829,7 +829,7 @@ def main(job):
         drop_privileges(job["checker_uid"])
         refuse_system_calls(None)
         stands = os.read(gate_reader, 1) == b"!"
-    except OSError as error:
+    except (OSError, ImportError) as error:
         complain(setup_fd, error)
     if not stands:  # the candidate's process has said why
         os._exit(1)
