@@ -573,10 +573,10 @@ def test_workers_share_the_cores_of_the_machine(monkeypatch):
 
 
 @pytest.mark.parametrize("level", AVAILABLE)
-def test_programs_end_with_a_killed_evaluator(level):
+def test_programs_end_with_a_killed_evaluator(level, tmp_path):
     code = "from coda_eval.sandbox import *\nprograms = [Program(candidate='while True: pass', tests='')]\n"
     code += f"run_programs(programs, level={level!r})"
-    evaluator = subprocess.Popen([sys.executable, "-c", code])
+    evaluator = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
         deadline = time.monotonic() + 30
         while len(leftovers(evaluator.pid)) < 2 and time.monotonic() < deadline:
