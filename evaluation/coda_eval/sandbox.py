@@ -437,6 +437,7 @@ def _job(
         if uid is not None:
             os.chown(folder, uid, uid)
     own = level not in SHARED or uid is not None
+    there = any(target == "/packages/numpy" for _, target in binds)
     return {
         "candidate": str(program.candidate),
         "report_fd": report_fd,
@@ -451,7 +452,7 @@ def _job(
         "scratch_bytes": _SCRATCH_BYTES,
         "workdir": folder if level in SHARED else "/tmp",
         "packages": packages,
-        "preload": "numpy" if "numpy" in program.candidate and "numpy" in program.tests else None,
+        "preload": "numpy" if there and "numpy" in program.candidate and "numpy" in program.tests else None,
         "uid": uid,
         "checker_uid": uid and uid + 1,
         "limits": {

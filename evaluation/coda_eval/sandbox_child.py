@@ -714,6 +714,32 @@ def collect(*_):
         return
 
 
+def die_with_parent(number=signal.SIGKILL):
+    """Have this process signalled when the one that started it ends (lost with every change of user)."""
+    call("prctl", 1, number, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def end_descendants(*_):
+    """End every process below this one, then this one: what a killed evaluator can no longer do."""
+    empty = 0
+    while empty < 3:  # one look can miss a process whose parent ends meanwhile
+        collect()
+        found, to_see = 0, [os.getpid()]
+        while to_see:
+            parent = to_see.pop()
+            try:
+                for thread in os.listdir(f"/proc/{parent}/task"):
+                    with open(f"/proc/{parent}/task/{thread}/children", "rb") as file:
+                        to_see += map(int, file.read().split())
+                if parent != os.getpid():
+                    os.kill(parent, signal.SIGKILL)
+                    found += 1
+            except OSError:
+                continue  # gone meanwhile
+        empty = 0 if found else empty + 1
+    os._exit(0)
+
+
 def wait_for_the_end():
     """Collect what ends until this process is killed."""
     signal.signal(signal.SIGCHLD, collect)
@@ -762,7 +788,7 @@ def become_candidate(job, line, setup_fd, gate):
         set_limits(job["limits"])
         drop_privileges(job["uid"])
         call("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: the evaluator reads how much memory it uses
-        call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        die_with_parent()
         refuse_system_calls(os.getpid() if job["shared"] else None)
     except OSError as error:
         complain(setup_fd, error)
@@ -798,14 +824,17 @@ def main(job):
         if job["root"]:
             enter_namespaces(job["user_namespace"])
             if os.fork():  # stays outside to wait; dies with the evaluator, and its child with it
+                die_with_parent()
                 for fd in (setup_fd, report_fd, tests_fd):
                     os.close(fd)
                 wait_for_the_end()
-            call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+            die_with_parent()
             build_root(job["root"], job["binds"], job["scratch_bytes"])
         if job["shared"]:
             call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what the program leaves behind stays findable
             if os.fork():  # below this process, which lives until the evaluator has ended all the others
+                signal.signal(signal.SIGTERM, end_descendants)
+                die_with_parent(signal.SIGTERM)
                 for fd in (setup_fd, report_fd, tests_fd):
                     os.close(fd)
                 wait_for_the_end()
@@ -827,9 +856,10 @@ def main(job):
         os.chdir("/")
         set_limits({name: value for name, value in job["limits"].items() if name != "RLIMIT_NPROC"})
         drop_privileges(job["checker_uid"])
+        die_with_parent()
         refuse_system_calls(None)
         stands = os.read(gate_reader, 1) == b"!"
-    except OSError as error:
+    except (OSError, ImportError) as error:
         complain(setup_fd, error)
     if not stands:  # the candidate's process has said why
         os._exit(1)

@@ -77,12 +77,12 @@ HOSTILE = {
 }
 
 
-def leftovers() -> list[str]:
+def leftovers(evaluator: int | None = None) -> list[str]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            ours = f"CODA_EVAL_PID={os.getpid()}\0".encode() in (entry / "environ").read_bytes()
+            ours = f"CODA_EVAL_PID={evaluator or os.getpid()}\0".encode() in (entry / "environ").read_bytes()
             if (ours or MARK in (entry / "cmdline").read_bytes()) and state not in "ZX":
                 found.append(entry.name)
         except OSError:
@@ -570,3 +570,23 @@ def test_workers_share_the_cores_of_the_machine(monkeypatch):
     assert sandbox.default_workers() == 1
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert sandbox.default_workers() == cores
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_programs_end_with_a_killed_evaluator(level, tmp_path):
+    code = "from coda_eval.sandbox import *\nprograms = [Program(candidate='while True: pass', tests='')]\n"
+    code += f"run_programs(programs, level={level!r})"
+    evaluator = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
+    try:
+        deadline = time.monotonic() + 30
+        while len(leftovers(evaluator.pid)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        assert leftovers(evaluator.pid)
+    finally:
+        evaluator.kill()
+        evaluator.wait()
+    deadline = time.monotonic() + 5
+    while (left := leftovers(evaluator.pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
