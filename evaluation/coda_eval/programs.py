@@ -84,9 +84,9 @@ def _join(prompt: str, code: str, entry_point: str) -> str:
     return "".join([*lines[:first], "\n" * bool(first), above, "\n\n", *lines[first:]])
 
 
-def _reference(row: dict[str, Any]) -> str:
+def _reference(*parts: str) -> str:
     """The reference program of a problem, for the helpers that its tests take from it."""
-    code = row["prompt"] + row["canonical_solution"] + row.get("suffix", "")
+    code = "".join(parts)
     return code if _parse(code) else ""
 
 
@@ -98,7 +98,7 @@ def humaneval_program(row: dict[str, Any], answer: str) -> Program:
     name = row["entry_point"]
     return Program(
         candidate=_join(row["prompt"], extract_code(answer, name), name),
-        setup=_reference(row),
+        setup=_reference(row["prompt"], row["canonical_solution"]),
         tests=f"{row['test']}\ncheck({name})\n",
         called=(name,),
         timeout_s=row["timeout_s"],
@@ -110,7 +110,7 @@ def infilling_program(row: dict[str, Any], answer: str) -> Program:
     name = row["entry_point"]
     return Program(
         candidate=row["prompt"] + answer + row["suffix"],
-        setup=_reference(row),
+        setup=_reference(row["prompt"], row["canonical_solution"], row["suffix"]),
         tests=f"{row['test']}\ncheck({name})\n",
         called=(name,),
         timeout_s=row["timeout_s"],
