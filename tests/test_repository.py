@@ -106,7 +106,7 @@ def test_rooms_declare_what_they_import(room):
     for file in ROOMS[room].rglob("*.py"):
         beside = {
             sibling.stem for sibling in file.parent.glob("*.py")
-        }  # programs of the sandbox are run from their text
+        }
         for module in imported_roots(file) - known - beside:
             owners = {canonicalize_name(name) for name in distributions.get(module, [module])}
             assert owners & names, f"{file} imports {module} ({owners}), which no extra of {room} requires"
