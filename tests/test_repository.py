@@ -104,9 +104,7 @@ def test_rooms_declare_what_they_import(room):
     distributions = packages_distributions()
     known = set(sys.stdlib_module_names) | ROOMS.keys()
     for file in ROOMS[room].rglob("*.py"):
-        beside = {
-            sibling.stem for sibling in file.parent.glob("*.py")
-        }
+        beside = {sibling.stem for sibling in file.parent.glob("*.py")}
         for module in imported_roots(file) - known - beside:
             owners = {canonicalize_name(name) for name in distributions.get(module, [module])}
             assert owners & names, f"{file} imports {module} ({owners}), which no extra of {room} requires"
