@@ -4,6 +4,7 @@ Not here: files and command lines (``save_hf_model.py`` writes folders, pre-trai
 """
 
 import logging
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, to
     check_weights(folder, gguf.get("gguf_file"))
     try:
         config = AutoConfig.from_pretrained(folder, **gguf)  # of a GGUF file it reads the table of tensors too
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, struct.error) as error:
         if not gguf:
             raise
         file = str(folder / gguf["gguf_file"])

@@ -252,6 +252,8 @@ def varlen(monkeypatch):
     monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
 
 
+# Later versions of torch refuse to train with flex on a CPU.
+FLEX_TRAINS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10)
 PACKED = torch.tensor([[1] * 4 + [2] * 9 + [3] * 3 + [0] * 3, [1] * 12 + [2] * 7])
 
 
@@ -262,16 +264,21 @@ def test_every_kernel_agrees_on_packed_rows_in_loss_and_gradient(is_bf16, make_m
     def run(kernel):
         model = make_model()
         model.config._attn_implementation = kernel
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+        trains = kernel != "flex_attention" or FLEX_TRAINS
+        with torch.set_grad_enabled(trains), torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
             loss = model(ids, segment_ids=PACKED, labels=ids).loss
-        loss.backward()
+        if trains:
+            loss.backward()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
             logits = model(ids, segment_ids=PACKED).logits[PACKED > 0].float()
-        return logits, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        return [loss.detach(), logits, *([torch.cat(gradients)] if gradients else [])]
 
     expected = run("sdpa")
     for kernel in ("eager", "flex_attention", "flash_attention_2"):
-        for found, wanted in zip(run(kernel), expected, strict=True):
+        results = run(kernel)
+        assert len(results) == (3 if kernel != "flex_attention" or FLEX_TRAINS else 2)
+        for found, wanted in zip(results, expected, strict=False):
             assert (found - wanted).norm() / wanted.norm() < (0.02 if is_bf16 else 1e-5), kernel
 
 
@@ -288,6 +295,7 @@ def test_flex_and_flash_attention_agree_with_sdpa_on_padding(make_model, tokens,
             assert difference.abs().max() < 1e-4, (kernel, arguments.keys())
 
 
+@pytest.mark.skipif(not FLEX_TRAINS, reason="this version of torch refuses to train with flex on a CPU")
 def test_compiled_layers_with_flex_attention_are_traced_once_for_all_packings(make_model, tokens, uncompiled):
     model, reference = make_model(attn_implementation="flex_attention").train(), make_model().train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
