@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coda_pretrain.batches import Batches
 from coda_pretrain.config import RunConfig
-from coda_pretrain.masking import corrupt_rows
-from coda_pretrain.mixture import Mixture
+from coda_pretrain.data.mixture import Mixture
+from coda_pretrain.data.shards import ShardWriter, build_manifest, token_dtype
+from coda_pretrain.noise.masking import corrupt_rows
 from coda_pretrain.plain_data import from_dict
-from coda_pretrain.shards import ShardWriter, build_manifest, token_dtype
+from coda_pretrain.train.batches import Batches
 
 MASK_ID, PAD_ID, VOCAB_SIZE = 151669, 151643, 151670
 

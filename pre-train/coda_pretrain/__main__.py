@@ -1,6 +1,6 @@
-"""``python -m coda_pretrain --config FILE [--config FILE ...] [key=value ...]``: train, or show the configuration.
+"""``python -m coda_pretrain VERB``: prepare data, plan a run, train, export what it made, and plot it.
 
-``python -m coda_pretrain plan`` and ``python -m coda_pretrain plot`` have their own ``--help``.
+Each verb has its own ``--help``. Without a verb, as in ``python -m coda_pretrain --config FILE``, it is ``train``.
 """
 
 import argparse
@@ -12,15 +12,26 @@ import sys
 from collections.abc import Sequence
 
 EXIT_BAD_INPUT = 2
-SUBCOMMANDS = ("plan", "plot")
+VERBS = {
+    "download": ("data.__main__", "data sets of the Hub to text"),
+    "data": ("data.__main__", "text to token shards"),
+    "cluster": ("data.cluster", "the same on many machines, through datatrove"),
+    "plan": ("plan.plan", "memory, speed and days of a run, before it is rented"),
+    "train": (None, "pre- or mid-train a model (what happens without a verb)"),
+    "export": ("checkpoints.export", "a checkpoint to safetensors"),
+    "plot": ("watch.plot", "what a run did, as pictures"),
+}
+"""Module below this package, and what it does."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m coda_pretrain",
+        prog="python -m coda_pretrain [train]",
         description="Pre- or mid-train a CoDA model.",
-        epilog="python -m coda_pretrain plan --help: what a run needs; plot --help: what it did.",
+        epilog="Other verbs, each with its own --help:\n"
+        + "\n".join(f"  {verb:<10}{says}" for verb, (module, says) in VERBS.items() if module),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config", action="append", default=[], required=True, help="YAML file; several are merged in order"
@@ -46,8 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("USE_TORCH_XLA", "0")  # transformers would import it, which takes seconds, and not use it
     if importlib.util.find_spec("libtpu") is None or words[:1] == ["plan"]:
         os.environ.setdefault("PJRT_DEVICE", "CPU")  # torch_xla complains when it has to guess
-    if words and words[0] in SUBCOMMANDS:
-        return importlib.import_module(f".{words[0]}", __package__).main(words[1:])
+    verb, words = (words[0], words[1:]) if words and words[0] in VERBS else ("train", words)
+    module, _ = VERBS[verb]
+    if module is None:
+        return train(words)
+    if verb == "download":
+        words = ["--download", *words]
+    return importlib.import_module(f".{module}", __package__).main(words)
+
+
+def train(words: Sequence[str]) -> int:
+    """``train``; see ``main`` for what is returned."""
     arguments = build_parser().parse_intermixed_args(words)
     from .config import load_config
     from .plain_data import to_yaml
@@ -66,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream=sys.stderr,
     )
     logging.getLogger(__name__).info("configuration:\n%s", to_yaml(config).rstrip())
-    from .checkpoint import CheckpointError
-    from .trainer import Trainer, TrainingDiverged
+    from .checkpoints.checkpoint import CheckpointError
+    from .train.trainer import Trainer, TrainingDiverged
 
     try:
         trainer = Trainer(config, accept_changed_data=arguments.accept_changed_data)

@@ -1,7 +1,7 @@
 """The run configuration: frozen dataclasses, YAML files merged in order, ``key=value`` overrides.
 
 A value can be wrong only loudly: an unknown key names the nearest known one, a wrong type or choice names what is
-allowed. ``mixture.py``, ``masking_schedule.py`` and ``hardware.py`` declare the data, masking and hardware sections.
+allowed. ``data.mixture``, ``noise.strategies`` and ``devices.config`` declare the data, masking and hardware sections.
 Not here: architecture (``CoDAConfig``, whose fields ``model.config`` only carries) and anything that touches a device.
 
 No ``from __future__ import annotations`` in this file: field types must stay types.
@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import yaml
 
-from .hardware import HardwareConfig
-from .masking_schedule import MaskingConfig
-from .mixture import DataConfig
+from .data.mixture import DataConfig
+from .devices.config import HardwareConfig
+from .noise.strategies import MaskingConfig
 from .plain_data import from_dict, merge, require_range
 
 
@@ -38,7 +38,7 @@ class ModelConfig:
     ``flex_attention`` and ``flash_attention_2`` (cuda; the latter needs the package flash-attn), ``splash`` (TPU)."""
 
     attention_annealing_steps: int | None = None
-    """Steps in which attention widens from causal to full (``annealing.py``); null is full from the first step on.
+    """Steps in which attention widens from causal to full (``train.annealing``); null is full from the first step on.
     Needs the kernels ``sdpa`` or ``eager`` on cpu or cuda: the others are given segments and no mask. Evaluation is
     always full."""
 

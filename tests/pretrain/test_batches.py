@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coda_pretrain import masking
-from coda_pretrain.batches import Batches
 from coda_pretrain.config import RunConfig, load_config
-from coda_pretrain.masking import noise_levels
-from coda_pretrain.masking_schedule import MaskingConfig
-from coda_pretrain.mixture import Mixture
+from coda_pretrain.data.mixture import Mixture
+from coda_pretrain.noise import masking
+from coda_pretrain.noise.masking import noise_levels
+from coda_pretrain.noise.strategies import MaskingConfig
 from coda_pretrain.plain_data import from_dict, merge
+from coda_pretrain.train.batches import Batches
 
 MIDTRAIN = Path(__file__).resolve().parents[2] / "pre-train/configs/midtrain.yaml"
 IDS = {"mask_token_id": 259, "pad_token_id": 256}

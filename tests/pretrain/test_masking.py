@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from coda_pretrain.masking import MaskingConfig, MaskingProbabilities, noise_batch, noise_levels, plan_row
-from coda_pretrain.mixture import Sample
+from coda_pretrain.data.mixture import Sample
+from coda_pretrain.noise.masking import MaskingConfig, MaskingProbabilities, noise_batch, noise_levels, plan_row
 from CoDALanguageModel.diffusion import named_rng
 
 MASK, PAD, T = 299, 0, 32

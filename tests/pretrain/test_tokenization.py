@@ -5,8 +5,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from coda_pretrain import tokenization
-from coda_pretrain.tokenization import encode_texts, encoder_of, load_tokenizer
+from coda_pretrain.data import tokenization
+from coda_pretrain.data.tokenization import encode_texts, encoder_of, load_tokenizer
 
 
 @pytest.fixture(scope="module")
