@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from ..devices.backend import Backend
+from ..devices.backend import Planners
 from ..places import Place, move_tree, place_of, remove_tree, sha256_of, sizes_below
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def checkpoint_to_resume(setting: str | int, folder: Place) -> Place | None:
     return intact_checkpoint(committed[-1], tensors=False)
 
 
-def load_checkpoint(path: Place, tensors: Mapping[str, Tensor], *, backend: Backend) -> TrainState:
+def load_checkpoint(path: Place, tensors: Mapping[str, Tensor], *, backend: Planners) -> TrainState:
     """Fill ``tensors`` in place, restore this process's random state and give back the numbers.
 
     Each process hashes the files that it reads from, and no other.

@@ -128,9 +128,8 @@ def _compile(settings: dict[str, Any]) -> list[dict[str, Any]]:
     from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 
     from ..devices import create_backend
+    from ..train.assembly import assemble
     from ..train.batches import split_rows
-    from ..train.optim import build_optimizer
-    from ..train.step import StepFunctions
 
     config = from_dict(RunConfig, settings["config"])
     on_tpu_only = {"offload": False, "interpret_kernels": config.model.attn_implementation == "splash"}
@@ -144,11 +143,7 @@ def _compile(settings: dict[str, Any]) -> list[dict[str, Any]]:
     copies = 1 + 2 * (config.optimizer.name == "adamw") + (config.optimizer.ema_decay is not None) + (len(parts) > 1)
     sizes = [parameter.numel() * FLOAT32 for parameter in model.parameters()]
     _check_memory(sum(sizes) * copies * backend.mesh_shape[0] + 4 * max(sizes))  # the largest is moved with copies
-    model = backend.prepare_model(model, z_loss=config.optimizer.z_loss)
-    optimizer = build_optimizer(config.optimizer, dict(model.named_parameters()), backend)
-    functions = StepFunctions(
-        model, optimizer, max_grad_norm=config.max_grad_norm, ema_decay=config.optimizer.ema_decay, backend=backend
-    )
+    functions = assemble(config, model, backend).functions
     torch_xla.sync()
     dump, graphs = Path(settings["dump"]), []
     for name, tensors in functions.trace(parts):

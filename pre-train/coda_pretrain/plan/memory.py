@@ -8,8 +8,7 @@ attention kernel; a compiler (torch.compile, XLA) fuses operations and needs les
 import copy
 import math
 import weakref
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.diffusion import LOSS_CHUNK_ELEMENTS
 
 from ..config import RunConfig
-from ..devices.backend import Backend
 from ..devices.sharding import AXES, partition_specs
 from ..train.optim import build_optimizer, state_tensors
 
@@ -73,14 +71,7 @@ def memory_per_chip(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, 
             f"batch (hardware.mesh data {data} x fsdp {fsdp}), got {config.rows_per_micro_batch}"
         )
     shards = weight_shards(config, shape, mesh)
-    # Any backend would do: it only makes zeros of the shards' shapes.
-    maker = SimpleNamespace(
-        traces_steps=True,
-        zeros=lambda weight, dims: torch.zeros([weight.shape[d] for d in dims], device="meta"),
-        copy=torch.empty_like,
-        numbers=list,
-    )
-    optimizer = build_optimizer(config.optimizer, shards, cast(Backend, maker))
+    optimizer = build_optimizer(config.optimizer, shards, ShapesOnly())
     states: dict[str, int] = {}
     for name, state in state_tensors(optimizer, shards).items():
         kind = name.rpartition(".")[2]
@@ -116,6 +107,24 @@ def memory_per_chip(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, 
         attention_mask=rows * config.seq_len**2 if needs_mask else 0,
         batch=2 * 4 * INT64 * rows * config.seq_len,  # ids, labels, positions, segments; of the next part as well
     )
+
+
+class ShapesOnly:
+    """The ``Placement`` of tensors without data."""
+
+    traces_steps = True  # these rules keep no count on the device
+
+    def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
+        """See ``Placement``."""
+        return torch.zeros([parameter.shape[d] for d in dims], device="meta")
+
+    def copy(self, parameter: nn.Parameter) -> Tensor:
+        """See ``Placement``."""
+        return torch.empty_like(parameter)
+
+    def numbers(self, values: list[float]) -> list[float]:
+        """See ``Placement``."""
+        return values
 
 
 def weight_shards(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, int]) -> dict[str, nn.Parameter]:

@@ -28,11 +28,12 @@ from ..plain_data import to_yaml
 from ..watch.metrics import Reporter, UtilizationMeter, peak_flops
 from ..watch.profiling import PROFILE_FOLDER, StepProfiler
 from ..watch.trackers import check_trackers, start_trackers
+from .assembly import assemble
 from .batches import Batch, Batches, split_rows
 from .learning_rate import learning_rate
-from .optim import build_optimizer, set_step_count, state_tensors
+from .optim import set_step_count, state_tensors
 from .start import check_shards, initial_model
-from .step import StepFunctions, StepResult
+from .step import StepResult
 from .validation import Evaluation, held_out_identities
 
 logger = logging.getLogger(__name__)
@@ -83,20 +84,11 @@ class Trainer:
                 f"{model.config.max_position_embeddings}, got {config.seq_len}"
             )
         check_shards(mixture.tokenizer, model.config, config.model.tokenizer)
-        model = self.backend.prepare_model(model, z_loss=config.optimizer.z_loss)
-        self.parameters = dict(model.named_parameters())
-        self.optimizer = build_optimizer(config.optimizer, self.parameters, self.backend)
+        self.parameters, self.optimizer, self.functions = assemble(config, model, self.backend)
         self.state = TrainState()
         if resume_from is not None:
             self.state = load_checkpoint(resume_from, self._tensors(), backend=self.backend)
             set_step_count(self.optimizer, self.state.optimizer_steps)
-        self.functions = StepFunctions(
-            model,
-            self.optimizer,
-            max_grad_norm=config.max_grad_norm,
-            ema_decay=config.optimizer.ema_decay,
-            backend=self.backend,
-        )
         num_parts = config.global_batch_size // config.rows_per_micro_batch
         rows = self.backend.rows_for_process(config.global_batch_size, num_parts)
         ids = {"mask_token_id": model.config.mask_token_id, "pad_token_id": model.config.pad_token_id}
