@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from CoDALanguageModel.errors import UserError
+
 EXIT_BAD_INPUT = 2
 VERBS = {
     "download": ("data.__main__", "data sets of the Hub to text"),
@@ -74,7 +76,7 @@ def train(words: Sequence[str]) -> int:
 
     try:
         config = load_config(arguments.config, arguments.overrides)
-    except ValueError as error:
+    except UserError as error:
         return _fail(error, EXIT_BAD_INPUT)
     if arguments.dry_run:
         sys.stdout.write(to_yaml(config))
@@ -91,7 +93,7 @@ def train(words: Sequence[str]) -> int:
 
     try:
         trainer = Trainer(config, accept_changed_data=arguments.accept_changed_data)
-    except ValueError as error:
+    except UserError as error:
         return _fail(error, EXIT_BAD_INPUT)
     try:
         trainer.train()

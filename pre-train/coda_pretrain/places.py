@@ -14,6 +14,8 @@ from functools import total_ordering
 from pathlib import Path
 from typing import IO, Any, Self
 
+from CoDALanguageModel.errors import UserError
+
 CHUNK_BYTES = 1 << 24  # of a file that is read through to be hashed or copied
 
 
@@ -25,7 +27,7 @@ class RemotePath:
         """Find the file system of ``url``.
 
         Raises:
-            ValueError: nothing serves the URL's protocol, or its package is not installed.
+            UserError: nothing serves the URL's protocol, or its package is not installed.
         """
         import fsspec
 
@@ -34,11 +36,11 @@ class RemotePath:
             # No listings cache: other machines write where this one reads.
             self.fs, self.key = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"{url} needs a package that is not installed ({error}); gs:// is served by gcsfs, s3:// by s3fs"
             ) from error
         except ValueError as error:
-            raise ValueError(f"{url} is no folder and no URL that fsspec knows: {error}") from error
+            raise UserError(f"{url} is no folder and no URL that fsspec knows: {error}") from error
 
     @property
     def name(self) -> str:
@@ -135,7 +137,7 @@ def place_of(text: str | Place) -> Place:
     """The place that a setting names: a ``RemotePath`` for a URL, else a ``Path``.
 
     Raises:
-        ValueError: the URL cannot be served.
+        UserError: the URL cannot be served.
     """
     if isinstance(text, str):
         return RemotePath(text) if is_url(text) else Path(text)

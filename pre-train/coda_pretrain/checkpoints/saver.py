@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
+from CoDALanguageModel.errors import UserError
+
 from ..devices.backend import Planners
 from ..places import Place, files_below, remove_tree, sha256_of, size_of, write_durably
 from .checkpoint import (
@@ -199,7 +201,7 @@ def check_folder(folder: Place, *, backend: Planners) -> None:
         backend: supplies the group of processes.
 
     Raises:
-        ValueError: on every process, when one of them cannot write into the folder, or does not see what another
+        UserError: on every process, when one of them cannot write into the folder, or does not see what another
             one wrote there.
     """
     group = backend.saving_group()
@@ -218,7 +220,7 @@ def check_folder(folder: Place, *, backend: Planners) -> None:
                 ranks = ", ".join(str(rank) for rank, token in enumerate(tokens) if folder / f".seen-{token}" in unseen)
                 raise OSError(f"what process {ranks} wrote there cannot be seen by process {backend.rank}")
     except (OSError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"checkpoint.folder must be a folder or URL that every process can write into and that all of them share; "
             f"{folder}: {cause_of(error)}"
         ) from error

@@ -12,9 +12,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from CoDALanguageModel.errors import UserError
+
 from .download import describe, download, load_corpus
 from .inputs import printable
-from .prepare import PrepareConfig, prepare
+from .prepare import PrepareConfig, WorkerDied, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         summary = prepare(PrepareConfig(**arguments))
-    except ValueError as error:
+    except UserError as error:
         logger.error("error: %s", error)
         return 2
-    except (OSError, RuntimeError) as error:
+    except (OSError, WorkerDied) as error:
         logger.error("error: %s; the same command continues from here", error)
         return 1
     seconds = time.perf_counter() - started
@@ -108,7 +110,7 @@ def download_all(descriptions: Sequence[str], output: Path, num_workers: int) ->
     try:
         for corpus in [load_corpus(path) for path in descriptions]:
             print(describe(corpus, download(corpus, output, num_workers=num_workers)), flush=True)
-    except ValueError as error:
+    except UserError as error:
         logger.error("error: %s", error)
         return 2
     except OSError as error:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from CoDALanguageModel.errors import UserError
+
 from ..places import RemotePath, copy_to_local
 
 
@@ -13,7 +15,7 @@ def cached_file(file: RemotePath, cache: Path, sha256: str) -> Path:
     """A verified local copy, named by its hash, made unless it is there. Processes of one machine wait for each other.
 
     Raises:
-        ValueError: the file does not have this hash.
+        UserError: the file does not have this hash.
         OSError: it cannot be read, or the cache is full.
     """
     target = cache / f"{sha256}{file.suffix}"
@@ -27,7 +29,7 @@ def cached_file(file: RemotePath, cache: Path, sha256: str) -> Path:
             try:
                 got = copy_to_local(file, arriving)
                 if got != sha256:
-                    raise ValueError(f"{file} has the hash {got}, but its manifest recorded {sha256}")
+                    raise UserError(f"{file} has the hash {got}, but its manifest recorded {sha256}")
                 arriving.replace(target)
             except OSError as error:
                 raise OSError(f"{file} could not be copied into data.cache {cache}: {error}") from error
@@ -40,12 +42,12 @@ def verified_array(file: RemotePath, dtype: np.dtype, sha256: str) -> np.ndarray
     """All of a file as an array.
 
     Raises:
-        ValueError: the file does not have this hash.
+        UserError: the file does not have this hash.
     """
     data = file.read_bytes()
     got = hashlib.sha256(data).hexdigest()
     if got != sha256:
-        raise ValueError(f"{file} has the hash {got}, but its manifest recorded {sha256}")
+        raise UserError(f"{file} has the hash {got}, but its manifest recorded {sha256}")
     return np.frombuffer(data, dtype=dtype)
 
 

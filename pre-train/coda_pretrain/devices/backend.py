@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
+from CoDALanguageModel.errors import UserError
+
 from .config import HardwareConfig
 
 
@@ -74,7 +76,7 @@ class Backend(Placement, Planners, ABC):
         """Reach the devices and lay out the mesh.
 
         Raises:
-            ValueError: the devices are absent or do not fit the mesh.
+            UserError: the devices are absent or do not fit the mesh.
         """
         self.config = config
 
@@ -87,11 +89,11 @@ class Backend(Placement, Planners, ABC):
         """Check that ``rows`` rows can be split over the mesh; ``name`` is the setting they come from.
 
         Raises:
-            ValueError: they cannot.
+            UserError: they cannot.
         """
         data, fsdp, _ = self.mesh_shape
         if rows % (data * fsdp):
-            raise ValueError(
+            raise UserError(
                 f"{name} must be a multiple of the {data * fsdp} devices that share the batch "
                 f"(hardware.mesh data {data} x fsdp {fsdp}), got {rows}"
             )
@@ -118,7 +120,7 @@ class Backend(Placement, Planners, ABC):
             name: ``model.attn_implementation``.
 
         Raises:
-            ValueError: the devices cannot run it.
+            UserError: the devices cannot run it.
         """
 
     @abstractmethod

@@ -19,6 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from CoDALanguageModel.errors import UserError
+
 from ..config import RunConfig
 from ..plain_data import from_dict, to_plain
 from .memory import FLOAT32
@@ -43,11 +45,11 @@ def compile_step(config: RunConfig, shape: dict[str, Any], num_devices: int) -> 
         ``largest``, a list of the largest allocations, each with ``bytes`` and ``what``.
 
     Raises:
-        ValueError: the backend has no graphs, the host has too little memory for the weights, or the step cannot be
+        UserError: the backend has no graphs, the host has too little memory for the weights, or the step cannot be
             compiled.
     """
     if config.hardware.backend != "xla":
-        raise ValueError(f"--compile-only needs hardware.backend xla, got {config.hardware.backend!r}")
+        raise UserError(f"--compile-only needs hardware.backend xla, got {config.hardware.backend!r}")
     with tempfile.TemporaryDirectory() as folder:
         flags = [
             f"--xla_dump_to={folder}",
@@ -75,7 +77,7 @@ def compile_step(config: RunConfig, shape: dict[str, Any], num_devices: int) -> 
             last = (result.stderr.strip().splitlines() or ["no message"])[-1]
             if result.returncode == -9:
                 last = "it was killed, probably for want of memory"
-            raise ValueError(f"--compile-only: the step cannot be compiled (exit {result.returncode}): {last}")
+            raise UserError(f"--compile-only: the step cannot be compiled (exit {result.returncode}): {last}")
         return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -114,7 +116,7 @@ def print_compilation(graphs: list[dict[str, Any]], console: Console) -> None:
 def _check_memory(needed: int) -> None:
     found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
     if found and needed > int(found[1]) * 1024:
-        raise ValueError(
+        raise UserError(
             f"weights, gradients and optimizer state of the whole mesh need {needed / GIB:.1f} GiB of this machine, "
             f"which has {int(found[1]) / 2**20:.1f} GiB free: give model.config with fewer num_hidden_layers"
         )

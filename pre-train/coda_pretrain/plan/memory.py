@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.diffusion import LOSS_CHUNK_ELEMENTS
+from CoDALanguageModel.errors import UserError
 
 from ..config import RunConfig
 from ..devices.sharding import AXES, partition_specs
@@ -62,11 +63,11 @@ def memory_per_chip(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, 
         masked_share: share of the positions that are scored, in [0, 1]; xla scores all, as its shapes are static.
 
     Raises:
-        ValueError: the rows of a micro-batch, or the heads, do not split over the mesh.
+        UserError: the rows of a micro-batch, or the heads, do not split over the mesh.
     """
     data, fsdp, tensor = mesh
     if config.rows_per_micro_batch % (data * fsdp):
-        raise ValueError(
+        raise UserError(
             f"global_batch_size (or micro_batch_size) must be a multiple of the {data * fsdp} devices that share the "
             f"batch (hardware.mesh data {data} x fsdp {fsdp}), got {config.rows_per_micro_batch}"
         )
@@ -156,7 +157,7 @@ def _slice_of_shape(shape: CoDAConfig, tensor: int) -> CoDAConfig:
     for name in fields:
         size = getattr(shape, name)
         if size % tensor:
-            raise ValueError(f"hardware.mesh.tensor must divide the model's {name} {size}, got {tensor}")
+            raise UserError(f"hardware.mesh.tensor must divide the model's {name} {size}, got {tensor}")
         setattr(part, name, size // tensor)
     part.vocab_size = -(-shape.vocab_size // tensor)
     part.mask_token_id = part.pad_token_id = 0

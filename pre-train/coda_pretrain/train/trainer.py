@@ -11,6 +11,8 @@ from types import FrameType
 import numpy as np
 from torch import Tensor
 
+from CoDALanguageModel.errors import UserError
+
 from ..checkpoints.checkpoint import (
     TrainState,
     checkpoint_to_resume,
@@ -56,7 +58,7 @@ class Trainer:
             accept_changed_data: continue although the token shards are not those of before; it is recorded.
 
         Raises:
-            ValueError: the configuration does not fit the devices, the data, the model or the checkpoint.
+            UserError: the configuration does not fit the devices, the data, the model or the checkpoint.
         """
         self.config = config
         self.output_dir, self.checkpoints = run_folders(config)
@@ -79,7 +81,7 @@ class Trainer:
         if resume_from is not None:
             check_same_model(model.config.to_dict(), resume_from)
         if config.seq_len > model.config.max_position_embeddings:
-            raise ValueError(
+            raise UserError(
                 f"seq_len must be at most the model's max_position_embeddings "
                 f"{model.config.max_position_embeddings}, got {config.seq_len}"
             )
@@ -309,10 +311,10 @@ def run_folders(config: RunConfig) -> tuple[Path, Place]:
     """The local folder of a run and the place of its checkpoints.
 
     Raises:
-        ValueError: ``output_dir`` is a URL, or the one of the checkpoints cannot be served.
+        UserError: ``output_dir`` is a URL, or the one of the checkpoints cannot be served.
     """
     if is_url(config.output_dir):
-        raise ValueError(
+        raise UserError(
             f"output_dir must be a local folder, since rows are appended to its metrics.jsonl; got {config.output_dir}:"
             f" put the checkpoints there with checkpoint.folder={config.output_dir}"
         )
@@ -324,14 +326,14 @@ def number_of_steps(config: RunConfig, samples_per_epoch: int) -> int:
     """Optimizer steps of the whole run.
 
     Raises:
-        ValueError: ``num_epochs`` is less than one step.
+        UserError: ``num_epochs`` is less than one step.
     """
     if config.max_steps is not None:
         return config.max_steps
     assert config.num_epochs is not None, "RunConfig holds max_steps or num_epochs"
     steps = int(config.num_epochs * samples_per_epoch / config.global_batch_size)
     if steps < 1:
-        raise ValueError(
+        raise UserError(
             f"num_epochs {config.num_epochs:g} of {samples_per_epoch} samples is less than one step of "
             f"global_batch_size {config.global_batch_size}"
         )
