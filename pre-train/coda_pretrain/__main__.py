@@ -15,15 +15,15 @@ from CoDALanguageModel.errors import UserError
 
 EXIT_BAD_INPUT = 2
 VERBS = {
-    "download": ("data.__main__", "data sets of the Hub to text"),
-    "data": ("data.__main__", "text to token shards"),
-    "cluster": ("data.cluster", "the same on many machines, through datatrove"),
-    "plan": ("plan.plan", "memory, speed and days of a run, before it is rented"),
-    "train": (None, "pre- or mid-train a model (what happens without a verb)"),
-    "export": ("checkpoints.export", "a checkpoint to safetensors"),
-    "plot": ("watch.plot", "what a run did, as pictures"),
+    "download": ("data.__main__:download_main", "data sets of the Hub to text"),
+    "data": ("data.__main__:main", "text to token shards"),
+    "cluster": ("data.cluster:main", "the same on many machines, through datatrove"),
+    "plan": ("plan.plan:main", "memory, speed and days of a run, before it is rented"),
+    "train": ("__main__:train", "pre- or mid-train a model (what happens without a verb)"),
+    "export": ("checkpoints.export:main", "a checkpoint to safetensors"),
+    "plot": ("watch.plot:main", "what a run did, as pictures"),
 }
-"""Module below this package, and what it does."""
+"""Module and function below this package, and what it does."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m coda_pretrain [train]",
         description="Pre- or mid-train a CoDA model.",
         epilog="Other verbs, each with its own --help:\n"
-        + "\n".join(f"  {verb:<10}{says}" for verb, (module, says) in VERBS.items() if module),
+        + "\n".join(f"  {verb:<10}{says}" for verb, (_, says) in VERBS.items() if verb != "train"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -60,12 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("libtpu") is None or words[:1] == ["plan"]:
         os.environ.setdefault("PJRT_DEVICE", "CPU")  # torch_xla complains when it has to guess
     verb, words = (words[0], words[1:]) if words and words[0] in VERBS else ("train", words)
-    module, _ = VERBS[verb]
-    if module is None:
-        return train(words)
-    if verb == "download":
-        words = ["--download", *words]
-    return importlib.import_module(f".{module}", __package__).main(words)
+    module, _, function = VERBS[verb][0].partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), function)(words)
 
 
 def train(words: Sequence[str]) -> int:

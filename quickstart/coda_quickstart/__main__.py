@@ -12,7 +12,6 @@ from pathlib import Path
 
 import yaml
 
-from coda_quickstart.chat import ServerFailed
 from coda_quickstart.runner import StageFailed
 from CoDALanguageModel.errors import UserError
 
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (StageFailed, ServerFailed) as error:
+    except StageFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

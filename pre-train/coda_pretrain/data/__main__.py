@@ -105,6 +105,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def download_main(argv: Sequence[str] | None = None) -> int:
+    """Run ``download``, which is ``data --download`` with a command line of its own; see ``main``."""
+    parser = argparse.ArgumentParser(prog="python -m coda_pretrain download", description="Hub data sets to text.")
+    parser.add_argument("descriptions", nargs="+", help="files of configs/data")
+    parser.add_argument("--output", required=True, help="a folder of each goes into this one")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return download_all(arguments.descriptions, Path(arguments.output), arguments.num_workers)
+
+
 def download_all(descriptions: Sequence[str], output: Path, num_workers: int) -> int:
     """Fetch the described data sets; see ``main`` for what is returned."""
     try:

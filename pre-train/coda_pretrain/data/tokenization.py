@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,8 @@ def load_tokenizer(folder: str, document_end: str) -> TokenizerFacts:
     Raises:
         UserError: the folder holds no tokenizer, not a fast one, or one without ``document_end``.
     """
+    if not Path(folder).is_dir():
+        raise UserError(f"--tokenizer {folder}: no such folder")
     from transformers import AutoTokenizer  # seconds to import; the workers do without it
 
     try:
