@@ -24,7 +24,7 @@ import yaml
 
 from CoDALanguageModel.errors import UserError
 
-from ..places import RemotePath, copy_to_local
+from ..places import copy_to_local, place_of
 from ..plain_data import from_dict, to_plain
 from .shards import replace_with_json
 
@@ -206,7 +206,7 @@ def fetch(url: str, folder: Path) -> None:
     target = folder / _file_name(url)
     if not target.is_file():
         logger.info("%s", url)
-        copy_to_local(RemotePath(url), target)
+        copy_to_local(place_of(url), target)
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -296,7 +296,7 @@ def _content_urls(file: Path, config: ContentsConfig) -> Iterator[list[tuple[str
 
 def _content(url: str, encoding: str, gzipped: bool) -> str | None:
     try:
-        data = RemotePath(url).read_bytes()
+        data = place_of(url).read_bytes()
     except FileNotFoundError:
         return None
     try:

@@ -224,7 +224,7 @@ class TokenShards:
         """Bytes of each file in the folder."""
         if isinstance(self.folder, Path):
             return {path.name: size_of(path) for path in self.folder.iterdir() if path.is_file()}
-        entries = self.folder.fs.ls(self.folder.key, detail=True)  # one request, also for thousands of shards
+        entries = self.folder.fs.ls(self.folder.path, detail=True)  # one request, also for thousands of shards
         return {e["name"].rstrip("/").rsplit("/", 1)[-1]: e["size"] for e in entries if e["type"] == "file"}
 
     def _map_shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
