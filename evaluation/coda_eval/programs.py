@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from coda_eval.data import documents as load_documents
@@ -143,6 +143,20 @@ def quickstart_program(row: dict[str, Any], answer: str) -> Program:
     return Program(candidate=code, tests=row["test"], called=(row["entry_point"],), timeout_s=row["timeout_s"])
 
 
+PROGRAMS = {
+    "humaneval": humaneval_program,
+    "humaneval_plus": humaneval_program,
+    "mbpp": mbpp_program,
+    "mbpp_plus": mbpp_plus_program,
+    "single_line_infilling": infilling_program,
+    "multi_line_infilling": infilling_program,
+    "random_span_infilling": infilling_program,
+    "random_span_light_infilling": infilling_program,
+    "quickstart_problems": quickstart_program,
+}
+"""How an answer becomes a program, by benchmark."""
+
+
 def _record(answer: str, **fields: Any) -> str:
     """One log entry as JSON, since lm-eval logs anything else as Python source: the verdict and the answer's cost."""
     costs = {name: getattr(answer, name, None) for name in ("new_tokens", "forwards", "generation_s")}
@@ -183,15 +197,15 @@ def documents(data: str, **kwargs: Any) -> dict[str, Any]:
     return load_documents(data, **kwargs)
 
 
-def _execute(
-    resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]], build: Callable[[dict[str, Any], str], Program]
-) -> list[list[str]]:
-    """Run every answer of a task in the sandbox; one record (JSON) per answer, in order."""
+def run(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Filter of every task that runs programs: one record (JSON) per answer, in order."""
     kept = _scored(resps)
 
     def judge() -> list[Verdict]:
-        rows = [problem(doc) for doc in docs]
-        programs = [build(row, answer) for row, answers in zip(rows, kept, strict=True) for answer in answers]
+        programs = []
+        for doc, answers in zip(docs, kept, strict=True):
+            row, build = problem(doc), PROGRAMS[doc["benchmark"]]
+            programs += [build(row, answer) for answer in answers]
         level, workers = sandbox_settings()
         return run_programs(programs, level=level, workers=workers)
 
@@ -203,31 +217,6 @@ def _execute(
         return _record(answer, **fields)
 
     return [[record(answer) for answer in answers] for answers in kept]
-
-
-def run_humaneval(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Filter of the HumanEval tasks."""
-    return _execute(resps, docs, humaneval_program)
-
-
-def run_infilling(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Filter of the HumanEval infilling tasks."""
-    return _execute(resps, docs, infilling_program)
-
-
-def run_mbpp(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Filter of the MBPP tasks."""
-    return _execute(resps, docs, mbpp_program)
-
-
-def run_mbpp_plus(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Filter of the MBPP+ tasks."""
-    return _execute(resps, docs, mbpp_plus_program)
-
-
-def run_quickstart(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Filter of the quickstart problems."""
-    return _execute(resps, docs, quickstart_program)
 
 
 def compare_middle(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
