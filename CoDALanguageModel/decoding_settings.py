@@ -346,6 +346,9 @@ SETTINGS: dict[str, Setting] = {row.name: row for row in (
 # fmt: on
 """The table, by name."""
 
+TOKEN_IDS = tuple(name for name, row in SETTINGS.items() if row.withheld is _FOLDER)
+"""Settings that are facts of a model."""
+
 
 def offered(door: str) -> list[Setting]:
     """Settings that may be given at one of `DOORS`."""
@@ -434,9 +437,14 @@ class DecodingSettings:
         """Whether a committed token stays."""
         return commits_are_final(vars(self))
 
-    def as_dict(self, door: str | None = None) -> dict[str, Any]:
-        """A copy by name: all settings, or those that are offered at a door."""
-        return {name: value for name, value in vars(self).items() if door not in SETTINGS[name].withheld}
+    @property
+    def approximate(self) -> list[str]:
+        """Names of those that are set and may change tokens for speed."""
+        return [k for k, v in vars(self).items() if SETTINGS[k].is_approximate and v != SETTINGS[k].default]
+
+    def overrides(self) -> dict[str, Any]:
+        """What `diffusion_generate` is to be told: everything but the token ids, which are the model's."""
+        return {name: value for name, value in vars(self).items() if name not in TOKEN_IDS}
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
@@ -472,9 +480,9 @@ def _table(*rows: tuple[str, ...]) -> str:
 
 def _all_settings() -> str:
     def cells(row: Setting) -> tuple[str, ...]:
-        return f"`{row.name}`", f"`{_shown(row.default)}`", row.regime, row.says
+        return f"`{row.name}`", f"`{_shown(row.default)}`", row.allowed, row.regime, row.says
 
-    return _table(("setting", "default", "regime", "meaning"), *map(cells, SETTINGS.values()))
+    return _table(("setting", "default", "allowed", "regime", "meaning"), *map(cells, SETTINGS.values()))
 
 
 def _server() -> str:
@@ -513,10 +521,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "environment": _environment,
     **{f"not-{door}": (lambda door=door: _withheld(door)) for door in DOORS},
 }
-"""What may stand between the marks `settings NAME` and `end`, in comments of Markdown or of env files."""
+"""What may stand between the marks `settings:NAME` and `settings:end`, in comments of Markdown or of env files."""
 
 _MARKED = re.compile(
-    r"(?P<head><!-- settings (\S+) -->\n|# settings (\S+)\n)(?P<body>.*?)(?P<tail><!-- end -->|# end\n)", re.S
+    r"(?P<head><!-- settings:(?!end)(\S+) -->\n|# settings:(?!end)(\S+)\n).*?"
+    r"(?P<tail><!-- settings:end -->|# settings:end\n)",
+    re.DOTALL,
 )
 
 
