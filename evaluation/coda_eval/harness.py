@@ -5,7 +5,6 @@ for a masked-diffusion model is here: generation, infilling, and the likelihood 
 """
 
 import dataclasses
-import difflib
 import hashlib
 import inspect
 import json
@@ -13,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,15 +26,11 @@ from coda_eval.hosted import HostedLM, answer_record, on_device, place
 from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.decoding_settings import SETTINGS, offered
+from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.prompts import Codec
 
 logger = logging.getLogger(__name__)
-
-GENERATION_SETTINGS = frozenset(
-    "max_new_tokens steps alg alg_temp temperature top_p top_k block_length eps seed eos_early_stop do_sample "
-    "mask_token_id pad_token_id bos_token_id eos_token_id num_token_ids".split()
-)
-"""Fields of ``DiffusionGenerationConfig`` that model_args, --gen_kwargs and task files may set."""
 
 LOADER_SETTINGS = frozenset({"attn_implementation", "device_map", "load_in_4bit", "load_in_8bit"})
 """Keyword arguments of ``from_pretrained`` that model_args may hold."""
@@ -44,13 +39,19 @@ _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion
 _HIDDEN = "\ue000"  # private-use character that hides a special token's text from the chat template's tokens
 
 
-def refuse_unknown(given: Sequence[str], known: Sequence[str], place: str) -> None:
-    """Raise ValueError for the first name that is not known, with the nearest one that is."""
+def generation_settings() -> set[str]:
+    """Decoding settings that model_args, --gen_kwargs and task files may hold."""
+    return {row.name for row in offered("evaluation")}
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], place: str) -> None:
+    """Raise UserError for the first name that is not known, with the nearest one that is, or why it is withheld."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown setting {name!r} in {place}{hint} (known: {', '.join(sorted(known))})")
+            if name in SETTINGS:
+                raise UserError(f"{name} cannot be set in {place}: {SETTINGS[name].withheld['evaluation']}")
+            hint = did_you_mean(name, sorted(known))
+            raise UserError(f"unknown setting {name!r} in {place}{hint} (known: {', '.join(sorted(known))})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,9 @@ class CoDAEvalModel(HostedLM):
         mc_num: masked inputs per likelihood; a continuation with at most that many mask patterns is exact.
         seed: base of all draws; by default the torch seed of ``--seed``. Each answer's own seed is made from this
             one, the task, the document and the repeat, and from nothing else.
-        **kwargs: any field of ``DiffusionGenerationConfig``, which then wins over ``--gen_kwargs``, which wins over
-            the task file, which wins over the checkpoint's ``generation_config.json``; and ``HFLM``'s arguments.
+        **kwargs: any setting of ``DiffusionGenerationConfig`` that is not withheld here, which then wins over
+            ``--gen_kwargs``, which wins over the task file, which wins over the checkpoint's
+            ``generation_config.json``; and ``HFLM``'s arguments.
 
     Raises:
         ValueError: an unknown setting, with the nearest known one, a value that cannot hold, or a tokenizer that does
@@ -87,7 +89,8 @@ class CoDAEvalModel(HostedLM):
 
     def __init__(self, pretrained: Any, *, mc_num: int = 128, seed: int | None = None, **kwargs: Any) -> None:
         loader = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
-        refuse_unknown(list(kwargs), loader | GENERATION_SETTINGS | LOADER_SETTINGS | {"mc_num"}, "model_args")
+        settings = generation_settings() - {"seed"}  # the parameter
+        refuse_unknown(kwargs, loader | settings | LOADER_SETTINGS | {"mc_num", "seed"}, "model_args")
         if isinstance(mc_num, bool) or not isinstance(mc_num, int) or mc_num < 1:
             raise ValueError(f"mc_num must be a positive integer, got {mc_num!r}")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
@@ -96,7 +99,8 @@ class CoDAEvalModel(HostedLM):
             raise ValueError("batch_size must be a number for this model, got 'auto'; set --batch_size N")
         if isinstance(pretrained, str) and "/" not in pretrained and not os.path.isdir(pretrained):
             raise ValueError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
-        self.fixed_settings = {name: kwargs.pop(name) for name in sorted(GENERATION_SETTINGS & kwargs.keys())}
+        given = {name: kwargs.pop(name) for name in sorted(settings & kwargs.keys())}
+        self.fixed_settings = {name: SETTINGS[name].read(value) for name, value in given.items()}
         self.mc_num, self.seed = mc_num, seed
         super().__init__(pretrained=pretrained, **kwargs)
         if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "diffusion_generate"):
@@ -224,7 +228,10 @@ class CoDAEvalModel(HostedLM):
         """Resolve one request's settings: model_args over the request's own; stop strings apart."""
         until = given.pop("until", None) or []
         lengths = [given.pop(name) for name in _LENGTH_NAMES if name in given]
-        refuse_unknown(list(given), GENERATION_SETTINGS | {"until", *_LENGTH_NAMES}, place)
+        if "seed" in given:
+            raise UserError(f"seed cannot be set in {place}: --seed or the seed of model_args is for all tasks")
+        refuse_unknown(given, generation_settings() | {"until", *_LENGTH_NAMES}, place)
+        given = {name: SETTINGS[name].read(value) for name, value in given.items()}
         if lengths:
             given["max_new_tokens"] = int(lengths[0])
         if given.get("do_sample") is False and given.get("temperature"):
@@ -263,12 +270,13 @@ class CoDAEvalModel(HostedLM):
         seconds = (time.monotonic() - started) / len(batch)
         sources, rows, forwards = inputs.tolist(), output.sequences.tolist(), output.num_forwards.tolist()
         answers = []
+        cost = {"answers": len(batch), **output.cost.as_dict()}
         for job, source, row, num_forwards in zip(batch, sources, rows, forwards, strict=True):
             if job.is_gap:
                 answer = self._gap_answer(source, row)
             else:
                 answer = self._text_answer(row[len(source) :], job.until, after=source)
-            answer.forwards, answer.generation_s = num_forwards, round(seconds, 4)
+            answer.forwards, answer.generation_s, answer.batch_cost = num_forwards, round(seconds, 4), cost
             answers.append(answer)
         return answers
 

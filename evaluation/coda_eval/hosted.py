@@ -9,6 +9,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
+from coda_eval.programs import Answer
+
 CACHE_LIES = (
     "lm-eval's cache of answers knows a prompt by its text alone: another checkpoint, seed or number of steps would "
     "get the old answers, and the samples of one problem would become one"
@@ -80,9 +82,8 @@ def place(request: Instance) -> str:
 
 def answer_record(request: Instance, repeat: int, answer: str) -> dict[str, Any]:
     """What the file of answers says about an answer."""
-    costs = {name: getattr(answer, name, None) for name in ("new_tokens", "forwards", "generation_s")}
     where = {"task": request.task_name, "doc_id": request.doc_id, "task_id": label(request), "repeat": repeat}
-    return {**where, "answer": str(answer), **costs}
+    return {**where, "answer": str(answer), **Answer.cost_of(answer)}
 
 
 def on_device(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,8 +42,16 @@ class Answer(str):
     generation_s: float | None = None
     """Seconds of its batch divided by the answers in it."""
 
+    batch_cost: dict[str, float] | None = None
+    """``DecodingCost`` of the batch that it was made in, and the number of ``answers`` in it."""
+
     surplus: bool = False
     """True for the repeats that lm-eval adds to give every rank the same number of requests; never scored."""
+
+    @staticmethod
+    def cost_of(text: str) -> dict[str, Any]:
+        """What is known of the cost of any text; None for the rest."""
+        return {name: getattr(text, name, None) for name in ("new_tokens", "forwards", "generation_s", "batch_cost")}
 
 
 def extract_code(answer: str, entry_point: str | None = None) -> str:
@@ -159,8 +167,7 @@ PROGRAMS = {
 
 def _record(answer: str, **fields: Any) -> str:
     """One log entry as JSON, since lm-eval logs anything else as Python source: the verdict and the answer's cost."""
-    costs = {name: getattr(answer, name, None) for name in ("new_tokens", "forwards", "generation_s")}
-    return json.dumps({**fields, **costs})
+    return json.dumps({**fields, **Answer.cost_of(answer)})
 
 
 def _scored(resps: Sequence[Sequence[str]]) -> list[list[str]]:

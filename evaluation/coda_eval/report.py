@@ -1,12 +1,13 @@
 """Score cards: ``python -m coda_eval.report RESULTS_DIR --output scores.json`` (or ``scores.md``).
 
 One entry per task and metric of every ``results_*.json`` in the folder: score, number of documents, standard error,
-Wilson interval, the settings that made it, the versions, and the isolation level that the programs ran in.
+Wilson interval, the settings that made it and what its answers cost, the versions, and the isolation level.
 """
 
 import argparse
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def _cards_of(path: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a results file of lm-eval: {error!r}") from error
     cards = []
+    costs = _costs_beside(path)
     for task, metrics in results.items():
         counts = run.get("n-samples", {}).get(task)
         for key, value in metrics.items():
@@ -74,10 +76,30 @@ def _cards_of(path: Path) -> list[dict[str, Any]]:
                     "stderr": stderr if isinstance(stderr, (int, float)) else None,
                     "wilson95": interval and [round(bound, 6) for bound in interval],
                     **{detail: metrics.get(f"{detail},{stage}") for detail in DETAILS},
+                    "cost": costs.get(task),
                     **_provenance(run, config, task, path),
                 }
             )
     return cards
+
+
+def _costs_beside(path: Path) -> dict[str, dict[str, float]]:
+    """What the answers of each task cost together, from the files of answers in the run's folder.
+
+    A batch's cost is shared out evenly among its answers: over a task it adds up.
+    """
+    costs: dict[str, Counter[str]] = {}
+    for file in sorted(file for folder in path.parents[:2] for file in folder.glob("answers_rank*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            cost = costs.setdefault(record["task"], Counter())
+            cost["answers"] += 1
+            cost.update({name: record.get(name) or 0 for name in ("new_tokens", "forwards", "generation_s")})
+            batch = dict(record.get("batch_cost") or {})
+            answers = batch.pop("answers", 1)
+            batch.pop("tokens_per_forward", None)  # a ratio
+            cost.update({f"batch_{name}": value / answers for name, value in batch.items()})
+    return {task: {name: round(value, 3) for name, value in cost.items()} for task, cost in costs.items()}
 
 
 def _provenance(run: dict[str, Any], config: dict[str, Any], task: str, path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from .metrics import Metrics
 from .observe import ObserveMiddleware
 from .protocol import ChatRequest, CompletionRequest, SamplingRequest
 from .responses import ChatCompletion, Completion, Head, ModelCard, ModelList, Usage, chat_completion, completion
-from .scheduler import CanvasRequest, SamplingOptions
+from .scheduler import CanvasRequest
 from .settings import ServerSettings
 from .streaming import EventStream, chat_events, completion_events
 
@@ -216,16 +216,12 @@ def _canvases(
     max_tokens: int | None,
 ) -> list[CanvasRequest]:
     settings = service.settings
-    options = SamplingOptions(
-        steps=_or(body.steps, settings.steps),
-        alg=_or(body.alg, settings.alg),
-        alg_temp=_or(body.alg_temp, settings.alg_temp),
-        temperature=_or(body.temperature, settings.temperature),
-        top_p=_or(body.top_p, settings.top_p),
-        top_k=settings.top_k if body.top_k is None else body.top_k if body.top_k > 0 else None,
-        block_length=_or(body.block_length, settings.block_length),
-    )
-    seed = _or(body.seed, settings.seed)
+    try:
+        options = settings.options(body.decoding)
+        settings.refuse_approximate(options)
+    except ValueError as error:
+        raise _refused(body, error) from error
+    seed = settings.seed if body.seed is None else body.seed
     if seed is None:
         seed = 0 if options.temperature == 0 else secrets.randbits(62)
     canvases = []
@@ -245,7 +241,7 @@ def _canvases(
         try:
             service.limits.check(canvas)
         except ValueError as error:
-            raise invalid(str(error)) from error
+            raise _refused(body, error) from error
         canvases += [canvas.with_seed(seed + choice) for choice in range(body.n or 1)]
     return canvases
 
@@ -272,8 +268,10 @@ def _context_exceeded(context: int, prompt_tokens: str, max_tokens: int | None, 
     )
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _refused(body: SamplingRequest, error: ValueError) -> ApiError:
+    """400 for a message that begins with the name of the setting at fault, or is about several."""
+    name = str(error).partition(" ")[0]
+    return invalid(str(error), param=name if name in type(body).model_fields else None)
 
 
 def _usage_of(prompt_tokens: int):
