@@ -9,6 +9,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
+from CoDALanguageModel.answers import end_ids
+
 CACHE_LIES = (
     "lm-eval's cache of answers knows a prompt by its text alone: another checkpoint, seed or number of steps would "
     "get the old answers, and the samples of one problem would become one"
@@ -60,11 +62,7 @@ class HostedLM(HFLM):
 
     def _end_ids(self) -> set[int]:
         """Ids that end an answer: end tokens of model and settings, and the pad that stands behind them."""
-        found = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.model.config.pad_token_id}
-        for source in (self.model.config, self.model.generation_config):
-            ids = source.eos_token_id
-            found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
-        return found - {None}
+        return set(end_ids(self.tokenizer, self.model.config, self.model.generation_config))
 
 
 def label(request: Instance) -> Any:
