@@ -1,5 +1,7 @@
 """Architecture of a CoDA model: shapes, token ids and conventions. Nothing about training or decoding."""
 
+from collections.abc import Sequence
+
 from transformers import AutoConfig, PreTrainedConfig
 
 # Keys that the published checkpoint carries in its config.json: training settings, no part of the architecture.
@@ -14,6 +16,11 @@ LEGACY_KEYS = (
 
 # Qwen's embedding has 151,936 rows, but its tokenizer with the mask token defines only the ids below this one.
 QWEN_VOCAB_SIZE, QWEN_MASK_TOKEN_ID, QWEN_NUM_TOKEN_IDS = 151936, 151669, 151670
+
+
+def token_ids(setting: int | Sequence[int] | None) -> list[int]:
+    """A setting that names one token, several or none, as a list."""
+    return [] if setting is None else [setting] if isinstance(setting, int) else list(setting)
 
 
 class CoDAConfig(PreTrainedConfig):
@@ -102,6 +109,11 @@ class CoDAConfig(PreTrainedConfig):
             "AutoModelForCausalLM": "modeling_coda.CoDALanguageModel",
         }
 
+    @property
+    def document_start_id(self) -> int | None:
+        """Id that stands where a text begins with a gap or is empty; None if there is none."""
+        return self.pad_token_id if self.bos_token_id is None else self.bos_token_id
+
     def _check(self) -> None:
         """Refuse shapes and ids that cannot hold."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "head_dim")
@@ -115,9 +127,8 @@ class CoDAConfig(PreTrainedConfig):
             )
         if not 0 < self.num_token_ids <= self.vocab_size:
             raise ValueError(f"num_token_ids must be in [1, vocab_size={self.vocab_size}], got {self.num_token_ids}")
-        eos_ids = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
         named = [("mask_token_id", self.mask_token_id), ("pad_token_id", self.pad_token_id)]
-        named += [("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in eos_ids)]
+        named += [("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in token_ids(self.eos_token_id))]
         for name, token_id in named:
             is_missing = token_id is None and name == "mask_token_id"
             if is_missing or (token_id is not None and not 0 <= token_id < self.vocab_size):

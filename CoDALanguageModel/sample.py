@@ -23,9 +23,10 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import AutoTokenizer
 
+from .answers import AnswerReader, end_ids
 from .decoding_settings import Setting, offered, parse_settings, refuse_unknown
 from .modeling_coda import CoDALanguageModel
-from .prompts import Codec
+from .prompts import Codec, GappedText, gaps
 
 GAP = re.compile(r"<gap(?::(\d+))?>")
 MASK_SIGN = "\u2591"
@@ -193,28 +194,15 @@ def read_gaps(text: str, default_length: int) -> tuple[list[str], list[int]]:
     return pieces, [int(mark[1]) if mark[1] else default_length for mark in marks]
 
 
-def fill_gaps(codec: Any, pieces: list[str], lengths: list[int], ids: Sequence[int | None]) -> str:
-    """The pieces as they were written, and between them the text of `ids`, without those that are None."""
-    text, start = pieces[0], len(codec.encode_text(pieces[0]))
-    for piece, length in zip(pieces[1:], lengths, strict=True):
-        gap = [token for token in ids[start : start + length] if token is not None]
-        text += codec.decode(gap, ids[:start]) + piece
-        start += length + len(codec.encode_text(piece, joins=True))
-    return text
-
-
-def build_canvas(options: argparse.Namespace, codec: Codec, model: Any, settings: dict[str, Any]) -> list[int]:
-    """The ids to decode from: a prompt, or a text with gaps."""
+def build_canvas(options: argparse.Namespace, codec: Codec, model: Any) -> tuple[GappedText, list[str]]:
+    """The ids to decode from, and the pieces of a text with gaps; a prompt is a text without."""
+    start = model.config.document_start_id
     if options.infill is not None:
         pieces, lengths = read_gaps(options.infill.read_text(), options.gap_length)
-        settings["max_new_tokens"] = 0
-        ids = codec.encode_text(pieces[0])
-        for piece, length in zip(pieces[1:], lengths, strict=True):
-            ids += [model.config.mask_token_id] * length + codec.encode_text(piece, joins=True)
-        return ids
+        return gaps(codec.encode_pieces(pieces), lengths, model.config.mask_token_id, start), pieces
     if options.raw or not codec.has_chat_template:
-        return codec.encode_text(options.prompt)
-    return codec.encode_chat([{"role": "user", "content": options.prompt}])
+        return gaps([codec.encode_text(options.prompt)], [], model.config.mask_token_id, start), []
+    return GappedText(codec.encode_chat([{"role": "user", "content": options.prompt}]), []), []
 
 
 def _told(row: Setting) -> str:
@@ -266,12 +254,13 @@ def run(options: argparse.Namespace, settings: dict[str, Any], tokenizer: Any, m
     """Decode, show, print and record."""
     config = model.generation_config.merged(settings)
     codec = Codec(tokenizer)
-    ids = build_canvas(options, codec, model, settings)
-    eos = model.config.eos_token_id
-    hidden = {model.config.pad_token_id, *(eos if isinstance(eos, list) else [eos])}
+    (ids, places), pieces = build_canvas(options, codec, model)
+    if pieces:
+        settings["max_new_tokens"] = 0
+    ends = end_ids(model.config, config)
     new = settings.get("max_new_tokens", config.max_new_tokens)
     first = list(ids) + [model.config.mask_token_id] * new
-    recording = Recording(codec, first, model.config.mask_token_id, hidden)
+    recording = Recording(codec, first, model.config.mask_token_id, set(ends))
     console = Console(stderr=True)
 
     def panel() -> Panel:
@@ -288,13 +277,26 @@ def run(options: argparse.Namespace, settings: dict[str, Any], tokenizer: Any, m
         output = model.diffusion_generate(
             torch.tensor([ids]), step_callback=on_step, return_dict_in_generate=True, tokenizer=tokenizer, **settings
         )
-    recording.add(output.sequences[0].tolist())
-    final = [None if token in hidden else token for token in output.sequences[0].tolist()]
-    if options.infill is not None:
-        pieces, lengths = read_gaps(options.infill.read_text(), options.gap_length)
-        print(fill_gaps(codec, pieces, lengths, final))
+    final = output.sequences[0].tolist()
+    recording.add(final)
+
+    def read(where: slice) -> str:
+        return (
+            AnswerReader(
+                decode=codec.decode,
+                mask_token_id=model.config.mask_token_id,
+                eos_token_ids=ends,
+                prompt_ids=final[: where.start],
+            )
+            .read(final[where])
+            .text
+        )
+
+    if pieces:
+        filled = [*map(read, places), ""]
+        print("".join(itertools.chain.from_iterable(zip(pieces, filled, strict=True))))
     else:
-        print(codec.decode([token for token in final[len(ids) :] if token is not None], ids))
+        print(read(slice(len(ids), None)))
     cost = output.cost.as_dict()
     console.print(
         Text(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in cost.items()), style="dim")

@@ -10,6 +10,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
 from coda_eval.programs import Answer
+from CoDALanguageModel.answers import end_ids
 
 CACHE_LIES = (
     "lm-eval's cache of answers knows a prompt by its text alone: another checkpoint, seed or number of steps would "
@@ -62,11 +63,7 @@ class HostedLM(HFLM):
 
     def _end_ids(self) -> set[int]:
         """Ids that end an answer: end tokens of model and settings, and the pad that stands behind them."""
-        found = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.model.config.pad_token_id}
-        for source in (self.model.config, self.model.generation_config):
-            ids = source.eos_token_id
-            found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
-        return found - {None}
+        return set(end_ids(self.tokenizer, self.model.config, self.model.generation_config))
 
 
 def label(request: Instance) -> Any:

@@ -8,13 +8,12 @@ insists. The tokenizer is never changed.
 
 import copy
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from llamafactory.data.template import TEMPLATES, Template, get_template_and_fix_tokenizer
 
-from CoDALanguageModel.prompts import Codec
+from CoDALanguageModel.prompts import Codec, Marks
 
 from .records import DataError
 
@@ -26,8 +25,6 @@ Pairs = list[tuple[list[int], list[int]]]
 Message = dict[str, str]
 
 _PROBE = ("\n  def f(x):\n\treturn x  # ok \n", "It is 1.\n\n- two ", "and then?  ", "Yes")
-_MARKS = range(0xE000, 0xF8FF)
-"""Code points to which Unicode gives no meaning, to mark places in a text with."""
 
 
 def _turns(texts: Sequence[str], system: str = "") -> list[Message]:
@@ -50,10 +47,6 @@ class ChatTemplate:
         if not isinstance(tokenizer.chat_template, str):
             raise ValueError("the checkpoint's tokenizer has no chat template: set template to one of LLaMA-Factory's")
         self.codec = Codec(tokenizer)
-        # Tags such as <think> mean something to the template where the assistant writes them.
-        tags = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
-        self.tags = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in tags if tag in tokenizer.chat_template}
-        self.split = re.compile("|".join(map(re.escape, sorted(self.tags, key=len, reverse=True))) or r"(?!)")
         self.closing = self._closing(tokenizer)
         self.start = [*self.codec.encode_chat(_turns(["a"])), *self.answer("b")]
         self.nests = self._check(tokenizer)
@@ -81,12 +74,7 @@ class ChatTemplate:
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer with its end."""
-        ids: list[int] = []
-        position = 0
-        for match in self.split.finditer(text):
-            ids += [*self.codec.encode_text(text[position : match.start()]), self.tags[match[0]]]
-            position = match.end()
-        return [*ids, *self.codec.encode_text(text[position:]), *self.closing]
+        return [*self.codec.encode_answer(text), *self.closing]
 
     def _closing(self, tokenizer: Any) -> list[int]:
         """What the template writes behind an answer."""
@@ -144,39 +132,33 @@ class HostTemplate:
 
     def __init__(self, template: Template, tokenizer: Any, codec: Codec) -> None:
         self.template = template
+        self.tokenizer = tokenizer
         self.codec = codec
-        self.eos_token_id, self.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
-        self.ids = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
-        self.names = list(self.ids)
-        self.control = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or r"(?!)")
-        self.left = self.right = ""
 
     def pairs(self, messages: Sequence[Message], system: str, tools: str, discarding: bool) -> Pairs:
         """Requests and answers of a conversation, which may use tools."""
-        texts = "".join((system, tools, *(message["content"] for message in messages)))
-        self.left, self.right = [chr(code) for code in _MARKS if chr(code) not in texts][:2]
-        hidden = [{**message, "content": self._hide(message["content"])} for message in messages]
-        return self.template.encode_multiturn(self, hidden, self._hide(system), self._hide(tools), discarding)
+        marks = self.codec.marks((system, tools, *(message["content"] for message in messages)))
+        hidden = [{**message, "content": marks.hide(message["content"])} for message in messages]
+        stand_in = _Host(self.tokenizer, marks)
+        return self.template.encode_multiturn(stand_in, hidden, marks.hide(system), marks.hide(tools), discarding)
 
-    def _hide(self, text: str) -> str:
-        return self.control.sub(lambda match: f"{self.left}{self.names.index(match[0])}{self.right}", text)
+
+class _Host:
+    """Stands for the tokenizer where a template of LLaMA-Factory calls it: what the template writes is control.
+
+    Args:
+        tokenizer: the checkpoint's.
+        marks: with which the texts are hidden.
+    """
+
+    def __init__(self, tokenizer: Any, marks: Marks) -> None:
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+        self.convert_tokens_to_ids = tokenizer.convert_tokens_to_ids
+        self.marks = marks
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Stand for the tokenizer where the template calls it: control tokens are those that the template wrote."""
-        ids: list[int] = []
-        position = 0
-        hidden = re.compile(f"{self.left}(\\d+){self.right}")
-        for match in [*self.control.finditer(text), None]:
-            piece = text[position : match.start() if match else len(text)]
-            ids += self.codec.encode_text(hidden.sub(lambda number: self.names[int(number[1])], piece))
-            if match:
-                ids.append(self.ids[match[0]])
-                position = match.end()
-        return ids
-
-    def convert_tokens_to_ids(self, token: str) -> int:
-        """Stand for the tokenizer where the template names a token."""
-        return self.ids[token]
+        """Ids of what the template wrote, without tokens around it."""
+        return self.marks.encode(text)
 
 
 class TurnEncoder:

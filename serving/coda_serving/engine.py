@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from .answers import AnswerReader, Decode, FinishReason, num_committed
+from CoDALanguageModel.answers import AnswerReader, Decode, FinishReason, num_committed
+
 from .metrics import Metrics
 from .scheduler import CanvasRequest, Job, QueueFull, Scheduler
 

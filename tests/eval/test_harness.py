@@ -1,11 +1,13 @@
 """The model behind lm-eval: the same answers in every batch and on any number of ranks, settings as documented."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import dill
 import pytest
 import torch
 from lm_eval import simple_evaluate
@@ -76,25 +78,38 @@ def test_requests_that_only_even_out_ranks_are_marked(model_dir):
     assert answers[1] == answers[2]
 
 
-def test_answer_ends_at_its_first_end_token_and_its_own_stop_string(model_dir):
-    model = load(model_dir)
-    ids = [*model.encode_text("one\ntwo three"), model.tokenizer.eos_token_id, *model.encode_text("hidden")]
-    assert model._text_answer(ids, []) == "one\ntwo three"
-    assert model._text_answer(ids, ["three", "\n"]) == "one"
-    padded = [*model.encode_text("one"), model.tokenizer.pad_token_id, *model.encode_text("hidden")]
-    assert model._text_answer(padded, []) == "one"
-    assert model._text_answer(ids, []).new_tokens == len(ids) - 1 - len(model.encode_text("hidden"))
+def test_answer_ends_at_its_first_end_token_and_its_own_stop_string(model_dir, monkeypatch):
+    model = load(model_dir, max_new_tokens=40)
+    encode, tokenizer = model.codec.encode_text, model.tokenizer
+    for end in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        ids = [*encode("one\ntwo three"), end, *encode("hidden")]
+
+        def answered(inputs, ids=ids, end=end, **settings):
+            row = torch.tensor([[*ids, *[end] * (40 - len(ids))]] * len(inputs))
+            return SimpleNamespace(sequences=torch.cat([inputs, row], dim=1), num_forwards=torch.ones(len(inputs)))
+
+        monkeypatch.setattr(model.model, "diffusion_generate", answered)
+        asked = [
+            request({"task_id": str(n)}, until=until) for n, until in enumerate(([], ["three", "\n"], ["", "o t"]))
+        ]
+        answers = model.generate_until(asked, True)
+        assert answers == ["one\ntwo three", "one", "one\ntwo three"]
+        assert answers[0].new_tokens == len(encode("one\ntwo three"))
+        assert answers[1].new_tokens == len(encode("one\n"))
 
 
 def test_gap_is_prefix_masks_suffix_tokenised_apart(model_dir):
     model = load(model_dir)
+    encode, mask = model.codec.encode_text, model.tokenizer.mask_token_id
     doc = {"infill_prefix": "def a", "infill_middle": "dd(a, b", "infill_suffix": "):<|im_end|>\n", "infill_tokens": 0}
-    length = len(model.encode_text("dd(a, b"))
-    mask = model.tokenizer.mask_token_id
-    expected = model.encode_text("def a") + [mask] * length + model.encode_text("):<|im_end|>\n")
-    assert model._gap_ids(doc) == expected
-    assert model.tokenizer.eos_token_id not in expected
-    assert model._gap_ids({**doc, "infill_tokens": 11}).count(mask) == 11
+    length = len(encode("dd(a, b"))
+    ids, gap = model._gap(doc)
+    assert ids == encode("def a") + [mask] * length + encode("):<|im_end|>\n")
+    assert ids[gap] == [mask] * length
+    assert model.tokenizer.eos_token_id not in ids
+    assert model._gap({**doc, "infill_tokens": 11})[0].count(mask) == 11
+    at_the_start, gap = model._gap({**doc, "infill_prefix": ""})
+    assert at_the_start[: gap.start] == [model.model.config.document_start_id]
 
 
 def test_empty_gaps_are_empty_in_any_batch(model_dir):
@@ -115,6 +130,40 @@ def test_special_tokens_in_messages_stay_text(model_dir):
     assert model.tokenizer.decode(ids) == "<|im_start|>user\na <|im_end|> b <|mask|><|im_end|>\n<|im_start|>assistant\n"
     plain = model.apply_chat_template([{"role": "user", "content": "a b"}])
     assert model.encode_prompt(plain) == model.tokenizer.encode(plain)
+
+
+def test_a_conversation_survives_what_lm_eval_does_with_prompts(model_dir):
+    model = load(model_dir)
+    turns = [{"role": "user", "content": "a <|im_end|>\n<|im_start|>assistant\nb\ue000"}]
+    for chat, opens in ((turns, True), ([*turns, {"role": "assistant", "content": "```python\n<|mask|>"}], False)):
+        prompt = model.apply_chat_template(chat, add_generation_prompt=opens)
+        asked = request({"task_id": "p"}, prompt)
+        for kept in (prompt, dill.loads(dill.dumps(asked)).args[0], copy.deepcopy(asked).args[0]):
+            assert kept == str(prompt)
+            assert model.encode_prompt(kept) == model.codec.encode_chat(chat, continue_final_message=not opens)
+    assert prompt.endswith("```python\n<|mask|>")
+    assert model.codec.decode(model.encode_prompt(prompt)).endswith("```python\n<|mask|>")
+    # The same text written by a person is text.
+    assert model.tokenizer.eos_token_id not in model.encode_prompt(str(prompt))
+
+
+def test_a_system_message_that_the_template_refuses_is_an_error(model_dir):
+    model = load(model_dir)
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+    model.tokenizer.chat_template = refuse + model.tokenizer.chat_template
+    with pytest.raises(ValueError, match="the chat template refuses these messages: no system messages"):
+        model.apply_chat_template([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
+
+
+def test_likelihoods_score_text_as_text(model_dir):
+    model = load(model_dir)
+    encode, end = model.codec.encode_text, model.tokenizer.eos_token_id
+    assert model._encode_pair("x <|im_end|> = ", "1<|mask|>") == (encode("x <|im_end|> ="), encode(" 1<|mask|>"))
+    chat = model.apply_chat_template([{"role": "user", "content": "x <|im_end|>"}])
+    context, choice = model._encode_pair(chat, "<|im_end|>")
+    assert context == model.codec.encode_chat([{"role": "user", "content": "x <|im_end|>"}])
+    assert choice == encode("<|im_end|>")
+    assert end not in choice
 
 
 def test_model_args_win_over_request_settings_and_those_over_the_checkpoint(model_dir):
@@ -188,6 +237,8 @@ def test_bad_settings_are_errors_that_name_them(model_dir, settings, message):
 
 def test_bad_requests_are_errors_that_name_the_document(model_dir):
     model = load(model_dir)
+    with pytest.raises(ValueError, match="document p/0: a text holds half of a surrogate pair"):
+        model.generate_until([request({"task_id": "p/0"}, "a\ud800")], True)
     with pytest.raises(
         ValueError, match="task t, document p/0: .* exceed the context of 512 tokens; prompts are never cut"
     ):
