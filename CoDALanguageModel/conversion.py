@@ -35,9 +35,7 @@ def coda_config_of(source: PreTrainedConfig) -> dict[str, Any]:
     Raises:
         ValueError: a type without a CoDA counterpart, or attention windows in use.
     """
-    if source.model_type not in AUTOREGRESSIVE_TYPES:
-        supported = ", ".join((CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES))
-        raise ValueError(f"model_type must be one of {supported}, got {source.model_type!r}")
+    _check_type(source.model_type, AUTOREGRESSIVE_TYPES)
     windowed = [kind for kind in getattr(source, "layer_types", None) or () if kind != "full_attention"]
     if windowed:
         raise ValueError(
@@ -61,6 +59,12 @@ def coda_config_of(source: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
+def _check_type(model_type: str | None, allowed: tuple[str, ...]) -> None:
+    if model_type not in allowed:
+        supported = ", ".join((CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES))
+        raise ValueError(f"model_type must be one of {supported}, got {model_type!r}")
+
+
 def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, torch.dtype]:
     """Load a CoDA or autoregressive model in float32; also give the dtype that it was stored in.
 
@@ -69,6 +73,9 @@ def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, to
             shape or not finite.
     """
     check_weights(folder, gguf.get("gguf_file"))
+    if not gguf:  # before code of the folder's own is asked for
+        values, _ = PreTrainedConfig.get_config_dict(folder)
+        _check_type(values.get("model_type"), (CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES))
     try:
         config = AutoConfig.from_pretrained(folder, **gguf)  # of a GGUF file it reads the table of tensors too
     except (ValueError, IndexError, struct.error) as error:

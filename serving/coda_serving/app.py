@@ -81,14 +81,16 @@ def build_app(service: Service) -> FastAPI:
     app.state.engine = service.engine
     _add_error_handlers(app)
     _describe_bodies(app)
-    app.include_router(_open_routes(service))
-    app.include_router(_model_routes(service))
+    routers = (_open_routes(service), _model_routes(service))
+    for router in routers:
+        app.include_router(router)
     app.add_middleware(Gate, settings=service.settings)
     if service.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(service.settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(ObserveMiddleware, metrics=service.metrics)
+    routes = [route for router in routers for route in router.routes]
+    app.add_middleware(ObserveMiddleware, metrics=service.metrics, routes=routes)
     return app
 
 
@@ -179,7 +181,7 @@ def _chat_canvases(service: Service, body: ChatRequest) -> tuple[list[CanvasRequ
         raise _context_exceeded(error.max_tokens, f"at least {error.least_tokens}", max_tokens, "messages") from error
     except ValueError as error:
         raise invalid(str(error), param="messages") from error
-    return _canvases(service, body, [prompt_ids], None, max_tokens), len(prompt_ids)
+    return _canvases(service, body, [prompt_ids], None, max_tokens, "messages"), len(prompt_ids)
 
 
 def _completion_canvases(service: Service, body: CompletionRequest) -> tuple[list[CanvasRequest], int]:
@@ -195,7 +197,7 @@ def _completion_canvases(service: Service, body: CompletionRequest) -> tuple[lis
             ids = [service.limits.document_start_id]
         prompts.append(ids)
     prompt_tokens = sum(map(len, prompts)) + len(prompts) * len(suffix_ids or ())
-    return _canvases(service, body, prompts, suffix_ids, body.max_tokens), prompt_tokens
+    return _canvases(service, body, prompts, suffix_ids, body.max_tokens, "prompt"), prompt_tokens
 
 
 def _encode_text(service: Service, body: CompletionRequest, text: str, param: str, *, joins: bool = False) -> list[int]:
@@ -214,7 +216,9 @@ def _canvases(
     prompts: list[list[int]],
     suffix_ids: list[int] | None,
     max_tokens: int | None,
+    param: str,
 ) -> list[CanvasRequest]:
+    """One canvas per prompt and answer; ``param`` is the field that the prompts came from."""
     settings = service.settings
     try:
         options = settings.options(body.decoding)
@@ -229,7 +233,7 @@ def _canvases(
     for prompt_ids in prompts:
         given = len(prompt_ids) + len(suffix_ids or ())
         if given + (max_tokens or 1) > context:
-            raise _context_exceeded(context, str(given), max_tokens, "messages" if suffix_ids is None else "prompt")
+            raise _context_exceeded(context, str(given), max_tokens, param)
         canvas = CanvasRequest(
             prompt_ids=tuple(prompt_ids),
             suffix_ids=None if suffix_ids is None else tuple(suffix_ids),

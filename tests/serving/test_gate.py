@@ -267,6 +267,15 @@ def test_what_surely_does_not_fit_is_refused_in_the_words_that_clients_look_for(
         assert "maximum context length is 2000 tokens. However, you requested at least" in error["message"]
 
 
+@pytest.mark.parametrize(("url", "param"), [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")])
+def test_what_does_not_fit_once_it_is_encoded_names_the_field_it_came_from(serve, url, param):
+    async def test(client):
+        return await client.post(url, json={**URLS[url], "max_tokens": 1999})
+
+    error = serve(test).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+
+
 def test_an_answer_without_a_length_gets_what_fits(serve, serving_fakes):
     sampler = serving_fakes.FakeSampler()
 
