@@ -1,6 +1,6 @@
 """Architecture of a CoDA model: shapes, token ids and conventions. Nothing about training or decoding."""
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 # Keys that the published checkpoint carries in its config.json: training settings, no part of the architecture.
 LEGACY_KEYS = (
@@ -122,3 +122,8 @@ class CoDAConfig(PreTrainedConfig):
             is_missing = token_id is None and name == "mask_token_id"
             if is_missing or (token_id is not None and not 0 <= token_id < self.vocab_size):
                 raise ValueError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id}")
+
+
+CoDAConfig.register_for_auto_class()
+if __name__ == "CoDALanguageModel.configuration_coda":  # a copy that travels with weights is registered by transformers
+    AutoConfig.register(CoDAConfig.model_type, CoDAConfig)

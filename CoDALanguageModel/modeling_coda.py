@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
@@ -624,3 +624,9 @@ def _checkpoint_is_tied(path: str, default: bool, hub_arguments: dict[str, Any])
             return file.get_tensor(key)
 
     return torch.equal(read(HEAD_WEIGHT), read(EMBEDDING_WEIGHT))
+
+
+CoDALanguageModel.register_for_auto_class("AutoModelForCausalLM")
+if __name__ == "CoDALanguageModel.modeling_coda":  # a copy that travels with weights is registered by transformers
+    AutoModel.register(CoDAConfig, CoDALanguageModel)
+    AutoModelForCausalLM.register(CoDAConfig, CoDALanguageModel)

@@ -11,17 +11,19 @@ import os
 import sys
 from collections.abc import Sequence
 
+from CoDALanguageModel.errors import UserError
+
 EXIT_BAD_INPUT = 2
 VERBS = {
-    "download": ("data.__main__", "data sets of the Hub to text"),
-    "data": ("data.__main__", "text to token shards"),
-    "cluster": ("data.cluster", "the same on many machines, through datatrove"),
-    "plan": ("plan.plan", "memory, speed and days of a run, before it is rented"),
-    "train": (None, "pre- or mid-train a model (what happens without a verb)"),
-    "export": ("checkpoints.export", "a checkpoint to safetensors"),
-    "plot": ("watch.plot", "what a run did, as pictures"),
+    "download": ("data.__main__:download_main", "data sets of the Hub to text"),
+    "data": ("data.__main__:main", "text to token shards"),
+    "cluster": ("data.cluster:main", "the same on many machines, through datatrove"),
+    "plan": ("plan.plan:main", "memory, speed and days of a run, before it is rented"),
+    "train": ("__main__:train", "pre- or mid-train a model (what happens without a verb)"),
+    "export": ("checkpoints.export:main", "a checkpoint to safetensors"),
+    "plot": ("watch.plot:main", "what a run did, as pictures"),
 }
-"""Module below this package, and what it does."""
+"""Module and function below this package, and what it does."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m coda_pretrain [train]",
         description="Pre- or mid-train a CoDA model.",
         epilog="Other verbs, each with its own --help:\n"
-        + "\n".join(f"  {verb:<10}{says}" for verb, (module, says) in VERBS.items() if module),
+        + "\n".join(f"  {verb:<10}{says}" for verb, (_, says) in VERBS.items() if verb != "train"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -58,12 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("libtpu") is None or words[:1] == ["plan"]:
         os.environ.setdefault("PJRT_DEVICE", "CPU")  # torch_xla complains when it has to guess
     verb, words = (words[0], words[1:]) if words and words[0] in VERBS else ("train", words)
-    module, _ = VERBS[verb]
-    if module is None:
-        return train(words)
-    if verb == "download":
-        words = ["--download", *words]
-    return importlib.import_module(f".{module}", __package__).main(words)
+    module, _, function = VERBS[verb][0].partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), function)(words)
 
 
 def train(words: Sequence[str]) -> int:
@@ -74,7 +72,7 @@ def train(words: Sequence[str]) -> int:
 
     try:
         config = load_config(arguments.config, arguments.overrides)
-    except ValueError as error:
+    except UserError as error:
         return _fail(error, EXIT_BAD_INPUT)
     if arguments.dry_run:
         sys.stdout.write(to_yaml(config))
@@ -91,7 +89,7 @@ def train(words: Sequence[str]) -> int:
 
     try:
         trainer = Trainer(config, accept_changed_data=arguments.accept_changed_data)
-    except ValueError as error:
+    except UserError as error:
         return _fail(error, EXIT_BAD_INPUT)
     try:
         trainer.train()

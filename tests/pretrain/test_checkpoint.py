@@ -21,7 +21,7 @@ from coda_pretrain.checkpoints.checkpoint import (
 from coda_pretrain.checkpoints.saver import snapshot, write_checkpoint
 from coda_pretrain.devices.config import HardwareConfig
 from coda_pretrain.devices.torch_backend import TorchBackend
-from coda_pretrain.places import RemotePath, sha256_of
+from coda_pretrain.places import place_of, sha256_of
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_changed_byte_of_tensors_is_found_by_who_loads_them(save, backend, tmp
     with pytest.raises(ValueError, match=f"{message}{first}"):
         intact_checkpoint(second)
     assert checkpoint_to_resume("auto", tmp_path) == second
-    for path in (second, RemotePath(f"file://{second}")):
+    for path in (second, place_of(f"file://{second}")):
         with pytest.raises(ValueError, match=message):
             restored(path, backend)
 

@@ -37,7 +37,7 @@ class Rule:
         self.optimizer = build_optimizer(config, named, self.backend)
 
     def update(self, count, learning_rate=0.1):
-        set_update_numbers(self.optimizer, learning_rate, count=count, backend=self.backend)
+        set_update_numbers(self.optimizer, learning_rate, count=count, placement=self.backend)
         self.optimizer.step()
 
 

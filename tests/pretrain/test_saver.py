@@ -23,7 +23,7 @@ from coda_pretrain.checkpoints.saver import Saver, check_folder, snapshot
 from coda_pretrain.config import RunConfig
 from coda_pretrain.devices.config import HardwareConfig
 from coda_pretrain.devices.torch_backend import TorchBackend
-from coda_pretrain.places import RemotePath, place_of
+from coda_pretrain.places import place_of
 from coda_pretrain.plain_data import from_dict, merge
 from coda_pretrain.train.trainer import Trainer
 from coda_pretrain.watch.metrics import read_rows
@@ -136,7 +136,7 @@ def test_a_store_behind_a_url_keeps_every_promise_of_a_folder(store, backend):
     data = second / "tensors" / "__0_0.distcp"
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
-    data.fs.pipe_file(data.key, bytes(content))
+    data.fs.pipe_file(data.path, bytes(content))
     assert checkpoint_to_resume("auto", store) == second  # the sizes are right; who loads it looks at the content
     with pytest.raises(ValueError, match=rf"another hash .*continue from it with checkpoint\.resume={first}"):
         value_in(second, backend)
@@ -179,7 +179,7 @@ def test_urls_that_cannot_be_served_are_refused_with_the_reason(run_config, monk
         Trainer(from_dict(RunConfig, merge(run_config, {"checkpoint": {"folder": "nothing://x"}})))
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match="needs a package that is not installed.*gs:// is served by gcsfs"):
-        RemotePath("gs://bucket/run")
+        place_of("gs://bucket/run")
 
 
 def other_process(monkeypatch, backend, *, token="other", fault=None):

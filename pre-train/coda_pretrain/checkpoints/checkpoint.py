@@ -27,7 +27,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from ..devices.backend import Backend
+from CoDALanguageModel.errors import UserError
+
+from ..devices.backend import Planners
 from ..places import Place, move_tree, place_of, remove_tree, sha256_of, sizes_below
 
 logger = logging.getLogger(__name__)
@@ -141,7 +143,7 @@ def intact_checkpoint(path: Place, *, tensors: bool = True) -> Place:
     """``path``, after verifying it; ``tensors`` as for ``fault_of``.
 
     Raises:
-        ValueError: it is incomplete or corrupt; the newest intact one beside it is offered.
+        UserError: it is incomplete or corrupt; the newest intact one beside it is offered.
     """
     fault = fault_of(path, tensors=tensors)
     if fault is None:
@@ -149,7 +151,7 @@ def intact_checkpoint(path: Place, *, tensors: bool = True) -> Place:
     raise _corrupt(path, fault)
 
 
-def _corrupt(path: Place, fault: str) -> ValueError:
+def _corrupt(path: Place, fault: str) -> UserError:
     """The error that names a fault and offers the newest intact checkpoint beside ``path``."""
     others = [other for other in reversed(committed_checkpoints(path.parent)) if other != path]
     good = next((other for other in others if fault_of(other) is None), None)
@@ -158,7 +160,7 @@ def _corrupt(path: Place, fault: str) -> ValueError:
         if good
         else "there is no intact one beside it"
     )
-    return ValueError(f"the checkpoint {path} is corrupt: {fault}; {offer}")
+    return UserError(f"the checkpoint {path} is corrupt: {fault}; {offer}")
 
 
 def checkpoint_to_resume(setting: str | int, folder: Place) -> Place | None:
@@ -171,13 +173,13 @@ def checkpoint_to_resume(setting: str | int, folder: Place) -> Place | None:
         folder: the checkpoints folder of the run.
 
     Raises:
-        ValueError: ``never`` in a folder that has checkpoints, ``latest`` in one that has none, no checkpoint of the
+        UserError: ``never`` in a folder that has checkpoints, ``latest`` in one that has none, no checkpoint of the
             step or at the path, or a corrupt one.
     """
     committed = committed_checkpoints(folder)
     if setting == "never":
         if committed:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.resume is 'never', but {folder} holds checkpoints up to {committed[-1].name}: "
                 "give another output_dir, or checkpoint.resume=auto to continue"
             )
@@ -186,11 +188,11 @@ def checkpoint_to_resume(setting: str | int, folder: Place) -> Place | None:
         wanted = step_folder(folder, setting)
         if wanted not in committed:
             steps = ", ".join(str(step_of(path)) for path in committed) or "none"
-            raise ValueError(f"checkpoint.resume is step {setting}, but {folder} has the steps: {steps}")
+            raise UserError(f"checkpoint.resume is step {setting}, but {folder} has the steps: {steps}")
         return intact_checkpoint(wanted, tensors=False)
     if setting not in ("auto", "latest"):
         if not place_of(setting).is_dir():
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.resume must be auto, latest, never, a step or a checkpoint folder, got {setting!r}"
             )
         return intact_checkpoint(place_of(setting), tensors=False)
@@ -199,19 +201,19 @@ def checkpoint_to_resume(setting: str | int, folder: Place) -> Place | None:
             logger.warning("%s was never finished and is ignored", path)
     if not committed:
         if setting == "latest":
-            raise ValueError(f"checkpoint.resume is 'latest', but {folder} has no finished checkpoint")
+            raise UserError(f"checkpoint.resume is 'latest', but {folder} has no finished checkpoint")
         return None
     logger.info("resume=%s takes %s", setting, committed[-1])
     return intact_checkpoint(committed[-1], tensors=False)
 
 
-def load_checkpoint(path: Place, tensors: Mapping[str, Tensor], *, backend: Backend) -> TrainState:
+def load_checkpoint(path: Place, tensors: Mapping[str, Tensor], *, backend: Planners) -> TrainState:
     """Fill ``tensors`` in place, restore this process's random state and give back the numbers.
 
     Each process hashes the files that it reads from, and no other.
 
     Raises:
-        ValueError: the checkpoint does not hold these tensors in these shapes, or one that is needed is corrupt.
+        UserError: the checkpoint does not hold these tensors in these shapes, or one that is needed is corrupt.
     """
     group = backend.saving_group()
     try:
@@ -226,7 +228,7 @@ def load_checkpoint(path: Place, tensors: Mapping[str, Tensor], *, backend: Back
         corrupt = [fault for fault in _errors_in(error) if isinstance(fault, CorruptTensorsError)]
         if corrupt:
             raise _corrupt(path, str(corrupt[0])) from error
-        raise ValueError(
+        raise UserError(
             f"the checkpoint {path} does not fit this run's model and optimizer: {cause_of(error)}"
         ) from error
     _set_random_state(json.loads((path / "rng.json").read_text(encoding="utf-8")))

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.conversion import complete_tokenizer
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.weight_files import refuse_not_finite
 
 from ..places import Place, place_of
@@ -42,23 +43,23 @@ def find_checkpoint(folder: Place, step: int | None) -> Place:
         step: which step of the run; None for the newest.
 
     Raises:
-        ValueError: there is none, or it is corrupt.
+        UserError: there is none, or it is corrupt.
     """
     if not folder.is_dir():
-        raise ValueError(f"--checkpoint_dir: no folder at {str(folder)!r}")
+        raise UserError(f"--checkpoint_dir: no folder at {str(folder)!r}")
     if step_of(folder) is not None:
         if step is not None and step != step_of(folder):
-            raise ValueError(f"--step {step} contradicts --checkpoint_dir {folder}")
+            raise UserError(f"--step {step} contradicts --checkpoint_dir {folder}")
         return intact_checkpoint(folder)
     run = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     available = committed_checkpoints(run)
     if not available:
-        raise ValueError(f"--checkpoint_dir {folder} holds no finished checkpoint (step-XXXXXXXX)")
+        raise UserError(f"--checkpoint_dir {folder} holds no finished checkpoint (step-XXXXXXXX)")
     if step is None:
         return intact_checkpoint(available[-1])
     wanted = step_folder(run, step)
     if wanted not in available:
-        raise ValueError(f"--step {step} is not in {run}; it has {', '.join(str(step_of(p)) for p in available)}")
+        raise UserError(f"--step {step} is not in {run}; it has {', '.join(str(step_of(p)) for p in available)}")
     return intact_checkpoint(wanted)
 
 
@@ -70,7 +71,7 @@ def read_weights(checkpoint: Place, kind: str = "model") -> dict[str, Tensor]:
         kind: ``model``, or ``ema`` for the averages that ``optimizer.ema_decay`` keeps.
 
     Raises:
-        ValueError: the checkpoint has no averages.
+        UserError: the checkpoint has no averages.
     """
     reader = tensor_reader(checkpoint)
     entries = reader.read_metadata().state_dict_metadata
@@ -81,7 +82,7 @@ def read_weights(checkpoint: Place, kind: str = "model") -> dict[str, Tensor]:
         if name.startswith(prefix) and name.endswith(suffix)
     }
     if not weights:
-        raise ValueError(f"--weights {kind}: {checkpoint} holds none; a run with optimizer.ema_decay keeps averages")
+        raise UserError(f"--weights {kind}: {checkpoint} holds none; a run with optimizer.ema_decay keeps averages")
     dcp.load(weights, storage_reader=reader, no_dist=True)
     return {name.removeprefix(prefix).removesuffix(suffix): tensor for name, tensor in weights.items()}
 
@@ -90,7 +91,7 @@ def check_names(weights: dict[str, Tensor], config: CoDAConfig) -> None:
     """Check that the weights are exactly those of the configured model.
 
     Raises:
-        ValueError: one is missing, unexpected or of another shape.
+        UserError: one is missing, unexpected or of another shape.
     """
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in CoDALanguageModel(config).named_parameters()}
@@ -98,7 +99,7 @@ def check_names(weights: dict[str, Tensor], config: CoDAConfig) -> None:
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         name = wrong[0]
-        raise ValueError(
+        raise UserError(
             f"{len(wrong)} weights do not fit the model's configuration; {name}: expected "
             f"{expected.get(name, 'none')}, the checkpoint has {found.get(name, 'none')}"
         )
@@ -122,14 +123,14 @@ def export(
         weights_kind: ``model`` or ``ema``; see ``read_weights``.
 
     Raises:
-        ValueError: the output exists, the tokenizer is missing, or the weights do not fit or are not finite.
+        UserError: the output exists, the tokenizer is missing, or the weights do not fit or are not finite.
     """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"--output_dir {output_dir} exists and is not empty; remove it or choose another")
+        raise UserError(f"--output_dir {output_dir} exists and is not empty; remove it or choose another")
     run_config = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
     tokenizer_dir = Path(tokenizer or run_config["model"]["tokenizer"])
     if not tokenizer_dir.is_dir():
-        raise ValueError(f"the run's tokenizer folder {str(tokenizer_dir)!r} is not here; name it with --tokenizer")
+        raise UserError(f"the run's tokenizer folder {str(tokenizer_dir)!r} is not here; name it with --tokenizer")
     config = CoDAConfig.from_dict(json.loads((checkpoint / "model_config.json").read_text(encoding="utf-8")))
     config.dtype = str(dtype).removeprefix("torch.")
     weights = read_weights(checkpoint, weights_kind)
@@ -155,7 +156,7 @@ def write_tokenizer(source: Path, target: Path, *, mask_token_id: int | None) ->
     """Copy a tokenizer's files; where the run added the mask token to an autoregressive model's, write that one.
 
     Raises:
-        ValueError: the tokenizer has another mask token than the model.
+        UserError: the tokenizer has another mask token than the model.
     """
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.mask_token_id is None:
@@ -166,7 +167,7 @@ def write_tokenizer(source: Path, target: Path, *, mask_token_id: int | None) ->
             if file.is_file() and file.suffix in TOKENIZER_SUFFIXES and file.name not in MODEL_FILES:
                 shutil.copyfile(file, target / file.name)
     if tokenizer.mask_token_id != mask_token_id:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer in {source} has the mask token id {tokenizer.mask_token_id}, the model {mask_token_id}: "
             "name the run's own with --tokenizer"
         )
@@ -204,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer=arguments.tokenizer,
             weights_kind=arguments.weights,
         )
-    except ValueError as error:
+    except UserError as error:
         sys.stderr.write(f"coda_pretrain export: error: {error}\n")
         return 2
     return 0

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from transformers import PretrainedConfig
 
+from CoDALanguageModel.errors import UserError
+
 from ..config import RunConfig
 from ..places import Place
 from ..plain_data import merge, to_plain
@@ -28,7 +30,7 @@ def check_same_run(config: RunConfig, checkpoint: Place) -> None:
     """Compare with the configuration in the checkpoint; differences that are allowed are logged.
 
     Raises:
-        ValueError: a setting that must stay has changed.
+        UserError: a setting that must stay has changed.
     """
     saved = flatten(yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8")))
     current = flatten(to_plain(config))
@@ -37,7 +39,7 @@ def check_same_run(config: RunConfig, checkpoint: Place) -> None:
         if _below(key, MACHINE):
             continue
         if _below(key, FIXED):
-            raise ValueError(
+            raise UserError(
                 f"{key} is {current.get(key)!r}, but the run in {checkpoint} was made with {saved.get(key)!r}; "
                 "set it back, or start a new run from its weights: export it, give model.init_from and a new output_dir"
             )
@@ -63,7 +65,7 @@ def record_of_data(
         which, the ``source``, ``before`` and ``after``.
 
     Raises:
-        ValueError: a source has other content than before and ``accept_changed`` is not set.
+        UserError: a source has other content than before and ``accept_changed`` is not set.
     """
     if checkpoint is None:
         return {"sources": sources, "accepted_changes": []}
@@ -85,7 +87,7 @@ def record_of_data(
     ]
     listed = "; ".join(f"{change['source']}: {_difference(change['before'], change['after'])}" for change in changes)
     if changes and not accept_changed:
-        raise ValueError(
+        raise UserError(
             f"the token shards are not those that the run in {checkpoint} has read ({listed}); put the old ones back, "
             "start a new run in another output_dir, or go on with these by --accept_changed_data"
         )
@@ -110,13 +112,13 @@ def check_same_model(current: Mapping[str, Any], checkpoint: Place) -> None:
     """Compare the model's configuration with the one in the checkpoint: a folder may have been replaced.
 
     Raises:
-        ValueError: they differ, so the weights of the checkpoint would mean something else.
+        UserError: they differ, so the weights of the checkpoint would mean something else.
     """
     saved = json.loads((checkpoint / "model_config.json").read_text(encoding="utf-8"))
     current = json.loads(json.dumps(current))
     for key in sorted(saved.keys() & current.keys()):
         if key not in UNIMPORTANT and saved[key] != current[key]:
-            raise ValueError(
+            raise UserError(
                 f"the model's {key} is {current[key]!r}, but the run in {checkpoint} was made with {saved[key]!r}: "
                 "model.init_from or model.tokenizer is another folder than before; put the old one back"
             )

@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..devices.backend import Backend
+from CoDALanguageModel.errors import UserError
+
+from ..devices.backend import Planners
 from ..places import Place, files_below, remove_tree, sha256_of, size_of, write_durably
 from .checkpoint import (
     FORMAT_VERSION,
@@ -63,7 +65,7 @@ def snapshot(
     run_config: str,
     model_config: Mapping[str, Any],
     data: Mapping[str, Any] | None = None,
-    backend: Backend,
+    backend: Planners,
 ) -> Snapshot:
     """Copy everything that a checkpoint holds.
 
@@ -86,7 +88,7 @@ def snapshot(
     return Snapshot(state.step, backend.host_copy(tensors), texts)
 
 
-def write_checkpoint(folder: Place, content: Snapshot, *, backend: Backend, keep: int | None = None) -> Place:
+def write_checkpoint(folder: Place, content: Snapshot, *, backend: Planners, keep: int | None = None) -> Place:
     """Write a snapshot into ``folder``, commit it, and remove surplus checkpoints. All processes call this together.
 
     Args:
@@ -134,7 +136,7 @@ def write_checkpoint(folder: Place, content: Snapshot, *, backend: Backend, keep
 class Saver:
     """Writes snapshots of a run in a thread, one after the other."""
 
-    def __init__(self, folder: Place, *, backend: Backend, keep: int | None, asynchronous: bool) -> None:
+    def __init__(self, folder: Place, *, backend: Planners, keep: int | None, asynchronous: bool) -> None:
         """Args are those of ``write_checkpoint``; ``asynchronous`` lets training go on during a save."""
         self._folder, self._backend, self._keep, self._asynchronous = folder, backend, keep, asynchronous
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
@@ -191,7 +193,7 @@ class Saver:
         self._thread.shutdown()
 
 
-def check_folder(folder: Place, *, backend: Backend) -> None:
+def check_folder(folder: Place, *, backend: Planners) -> None:
     """Find out before anything is trained whether checkpoints can be saved: all processes call this together.
 
     Args:
@@ -199,7 +201,7 @@ def check_folder(folder: Place, *, backend: Backend) -> None:
         backend: supplies the group of processes.
 
     Raises:
-        ValueError: on every process, when one of them cannot write into the folder, or does not see what another
+        UserError: on every process, when one of them cannot write into the folder, or does not see what another
             one wrote there.
     """
     group = backend.saving_group()
@@ -218,7 +220,7 @@ def check_folder(folder: Place, *, backend: Backend) -> None:
                 ranks = ", ".join(str(rank) for rank, token in enumerate(tokens) if folder / f".seen-{token}" in unseen)
                 raise OSError(f"what process {ranks} wrote there cannot be seen by process {backend.rank}")
     except (OSError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"checkpoint.folder must be a folder or URL that every process can write into and that all of them share; "
             f"{folder}: {cause_of(error)}"
         ) from error

@@ -12,9 +12,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from CoDALanguageModel.errors import UserError
+
 from .download import describe, download, load_corpus
 from .inputs import printable
-from .prepare import PrepareConfig, prepare
+from .prepare import PrepareConfig, WorkerDied, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         summary = prepare(PrepareConfig(**arguments))
-    except ValueError as error:
+    except UserError as error:
         logger.error("error: %s", error)
         return 2
-    except (OSError, RuntimeError) as error:
+    except (OSError, WorkerDied) as error:
         logger.error("error: %s; the same command continues from here", error)
         return 1
     seconds = time.perf_counter() - started
@@ -103,12 +105,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def download_main(argv: Sequence[str] | None = None) -> int:
+    """Run ``download``, which is ``data --download`` with a command line of its own; see ``main``."""
+    parser = argparse.ArgumentParser(prog="python -m coda_pretrain download", description="Hub data sets to text.")
+    parser.add_argument("descriptions", nargs="+", help="files of configs/data")
+    parser.add_argument("--output", required=True, help="a folder of each goes into this one")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return download_all(arguments.descriptions, Path(arguments.output), arguments.num_workers)
+
+
 def download_all(descriptions: Sequence[str], output: Path, num_workers: int) -> int:
     """Fetch the described data sets; see ``main`` for what is returned."""
     try:
         for corpus in [load_corpus(path) for path in descriptions]:
             print(describe(corpus, download(corpus, output, num_workers=num_workers)), flush=True)
-    except ValueError as error:
+    except UserError as error:
         logger.error("error: %s", error)
         return 2
     except OSError as error:

@@ -20,6 +20,8 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
+from CoDALanguageModel.errors import UserError
+
 from ..places import Place, is_url, place_of, write_durably
 from ..plain_data import require_range
 from .documents import Document, document_of, jsonl_documents, parquet_documents, parquet_metadata
@@ -197,7 +199,7 @@ class WriteManifests(PipelineStep):
         """Write the manifest of each split, the training one last.
 
         Raises:
-            ValueError: a task has no record, or one of another preparation, or a split has no document.
+            UserError: a task has no record, or one of another preparation, or a split has no document.
             TooMuchUnreadableError: more could not be read than may be.
         """
         output = place_of(self.output)
@@ -211,7 +213,7 @@ class WriteManifests(PipelineStep):
             shards = [ShardRecord(**shard) for record in records for shard in record[split]]
             if not shards:
                 found = tally.totals()["documents"]
-                raise ValueError(f"the {split} split got none of {found} documents in {self.tasks} tasks")
+                raise UserError(f"the {split} split got none of {found} documents in {self.tasks} tasks")
             manifest = build_manifest(
                 split=split,
                 dtype=token_dtype(self.facts.vocab_size - 1),
@@ -224,12 +226,12 @@ class WriteManifests(PipelineStep):
 
     def _record(self, path: Place) -> dict[str, Any]:
         if not path.is_file():
-            raise ValueError(f"{path} is missing: that task has not finished; start the same command again")
+            raise UserError(f"{path} is missing: that task has not finished; start the same command again")
         record = json.loads(path.read_text(encoding="utf-8"))
         expected = {"tasks": self.tasks, "tokenizer": self.facts.fingerprint}
         for name, value in expected.items():
             if record[name] != value:
-                raise ValueError(f"{path} is of a preparation with {name} {record[name]!r}, not {value!r}")
+                raise UserError(f"{path} is of a preparation with {name} {record[name]!r}, not {value!r}")
         return record
 
 
@@ -274,7 +276,7 @@ def list_input(folder: str, pattern: str | None, *, reader: str, text_key: str, 
     """The files of the input, and a hash of their names, sizes and times. Local ones are looked at.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     listing, stats = Listing(), []
     if pattern and not has_magic(pattern):
@@ -302,7 +304,7 @@ def list_input(folder: str, pattern: str | None, *, reader: str, text_key: str, 
                 listing.files.append(path)
                 stats.append([path, status.st_size, status.st_mtime_ns])
     if not listing.files and not listing.unusable:
-        raise ValueError(f"--input {folder} holds no file{f' that --pattern {pattern} matches' if pattern else ''}")
+        raise UserError(f"--input {folder} holds no file{f' that --pattern {pattern} matches' if pattern else ''}")
     return listing, hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
@@ -310,14 +312,14 @@ def check_same_preparation(output: Place, identity: dict[str, Any]) -> None:
     """Compare with the preparation that ``output`` holds, and record this one if it holds none.
 
     Raises:
-        ValueError: it is another one, so finished tasks would be mixed with tasks of other text.
+        UserError: it is another one, so finished tasks would be mixed with tasks of other text.
     """
     path = output / "tasks" / IDENTITY_NAME
     if path.is_file():
         other = json.loads(path.read_text(encoding="utf-8"))
         differing = sorted(name for name in identity if other.get(name) != identity[name])
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"--output {output} holds tasks of another preparation (different: {', '.join(differing)}); "
                 "choose another folder, or remove it and its --logs"
             )
@@ -387,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_bad_share=arguments.max_bad_share,
             listing=listing,
         )
-    except ValueError as error:
+    except UserError as error:
         return _fail(error)
     try:
         executors(arguments.executor, [reader, shards], manifest, arguments).run()
@@ -396,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fail(error: ValueError) -> int:
+def _fail(error: UserError) -> int:
     sys.stderr.write(f"coda_pretrain cluster: error: {error}\n")
     return 2
 

@@ -20,6 +20,8 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from CoDALanguageModel.errors import UserError
+
 from .inputs import (
     COMPRESSED,
     LFS_POINTER,
@@ -329,7 +331,7 @@ def load_dataset(name: str, config: str | None, split: str, text_key: str) -> An
     """A Hugging Face data set by name or from a local folder (also one written by ``save_to_disk``).
 
     Raises:
-        ValueError: it cannot be loaded, or has no column ``text_key``.
+        UserError: it cannot be loaded, or has no column ``text_key``.
     """
     import datasets  # seconds to import, and only this input needs it
 
@@ -341,7 +343,7 @@ def load_dataset(name: str, config: str | None, split: str, text_key: str) -> An
         else:
             dataset = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"--hf_dataset {name} (--hf_config {config}, --hf_split {split}): {error}") from error
+        raise UserError(f"--hf_dataset {name} (--hf_config {config}, --hf_split {split}): {error}") from error
     if text_key not in dataset.column_names:
-        raise ValueError(f"--hf_dataset {name}: no column --text_key {text_key!r}; it has {dataset.column_names}")
+        raise UserError(f"--hf_dataset {name}: no column --text_key {text_key!r}; it has {dataset.column_names}")
     return dataset.select_columns([text_key])

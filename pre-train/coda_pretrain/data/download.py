@@ -22,7 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from ..places import RemotePath, copy_to_local
+from CoDALanguageModel.errors import UserError
+
+from ..places import copy_to_local, place_of
 from ..plain_data import from_dict, to_plain
 from .shards import replace_with_json
 
@@ -92,26 +94,26 @@ class CorpusConfig:
         """Check the fields.
 
         Raises:
-            ValueError: the name is no plain folder name, or nothing is to be fetched.
+            UserError: the name is no plain folder name, or nothing is to be fetched.
         """
         if not self.name or "/" in self.name:
-            raise ValueError(f"name must be a plain folder name, got {self.name!r}")
+            raise UserError(f"name must be a plain folder name, got {self.name!r}")
         if not (self.files or self.url_lists or self.urls):
-            raise ValueError(f"{self.name}: files, url_lists and urls are all empty, so there is nothing to fetch")
+            raise UserError(f"{self.name}: files, url_lists and urls are all empty, so there is nothing to fetch")
 
 
 def load_corpus(path: str) -> CorpusConfig:
     """Read one description.
 
     Raises:
-        ValueError: it is missing, no YAML, or does not fit ``CorpusConfig``.
+        UserError: it is missing, no YAML, or does not fit ``CorpusConfig``.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--download {path}: no such file; pre-train/configs/data has the known ones")
+        raise UserError(f"--download {path}: no such file; pre-train/configs/data has the known ones")
     try:
         return from_dict(CorpusConfig, yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"--download {path}: {error}") from error
+    except (UserError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--download {path}: {error}") from error
 
 
 def download(corpus: CorpusConfig, output: Path, *, num_workers: int) -> Path:
@@ -119,7 +121,7 @@ def download(corpus: CorpusConfig, output: Path, *, num_workers: int) -> Path:
 
     Raises:
         OSError: the Hub or another server cannot be reached or refuses; what has arrived is kept.
-        ValueError: the data does not look as described, or the folder holds what another description fetched.
+        UserError: the data does not look as described, or the folder holds what another description fetched.
     """
     folder = output / corpus.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,7 @@ def download(corpus: CorpusConfig, output: Path, *, num_workers: int) -> Path:
     urls = [*corpus.urls, *_listed_urls(corpus, folder / "repository")]
     repeated = sorted(name for name, count in Counter(map(_file_name, set(urls))).items() if count > 1)
     if repeated:
-        raise ValueError(f"{corpus.name}: several URLs end in {', '.join(repeated)}, and one file would hide another")
+        raise UserError(f"{corpus.name}: several URLs end in {', '.join(repeated)}, and one file would hide another")
     fetched = folder / "files"
     for url in urls:
         fetch(url, fetched)
@@ -161,7 +163,7 @@ def _check_same_description(corpus: CorpusConfig, folder: Path) -> None:
             keys = known.keys() & wanted.keys() - ({"urls"} if name == RECORD_NAME else set())  # it has listed ones too
             differing = sorted(key for key in keys if known[key] != wanted[key])
             if differing:
-                raise ValueError(
+                raise UserError(
                     f"{folder} holds what another description of {corpus.name} has fetched (different: "
                     f"{', '.join(differing)}); give another --output or remove that folder"
                 )
@@ -186,7 +188,7 @@ def _fetch_repository(corpus: CorpusConfig, folder: Path, num_workers: int) -> N
             "connection (and HF_HUB_OFFLINE unset), and for a gated data set its terms accepted and `hf auth login`"
         ) from error
     if not any(folder.rglob("*")):
-        raise ValueError(f"{corpus.repo} has no file that matches {corpus.files}")
+        raise UserError(f"{corpus.repo} has no file that matches {corpus.files}")
 
 
 def _listed_urls(corpus: CorpusConfig, folder: Path) -> list[str]:
@@ -204,14 +206,14 @@ def fetch(url: str, folder: Path) -> None:
     target = folder / _file_name(url)
     if not target.is_file():
         logger.info("%s", url)
-        copy_to_local(RemotePath(url), target)
+        copy_to_local(place_of(url), target)
 
 
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar archive into a folder of its name, unless it is there.
 
     Raises:
-        ValueError: it is broken.
+        UserError: it is broken.
     """
     target = folder / archive.name.split(".tar")[0]
     if target.is_dir():
@@ -223,7 +225,7 @@ def unpack(archive: Path, folder: Path) -> None:
         with tarfile.open(archive) as content:
             content.extractall(partial, filter="data")
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(
+        raise UserError(
             f"{archive} is not a whole tar archive ({error}); remove it to have it fetched again"
         ) from error
     partial.replace(target)
@@ -233,7 +235,7 @@ def to_parquet(folder: Path, config: str, split: str, output: Path) -> None:
     """Read one configuration of a downloaded data set with ``datasets`` and write it as parquet, unless it is there.
 
     Raises:
-        ValueError: ``datasets`` cannot read it.
+        UserError: ``datasets`` cannot read it.
     """
     target = output / f"{config}-{split}.parquet"
     if target.is_file():
@@ -244,7 +246,7 @@ def to_parquet(folder: Path, config: str, split: str, output: Path) -> None:
     try:
         loaded = datasets.load_dataset(str(folder), config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"datasets cannot read configuration {config!r} of {folder}: {error}") from error
+        raise UserError(f"datasets cannot read configuration {config!r} of {folder}: {error}") from error
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     loaded.to_parquet(str(partial))
     partial.replace(target)
@@ -277,7 +279,7 @@ def _parquet(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a whole parquet file: {error}") from error
+        raise UserError(f"{file} is not a whole parquet file: {error}") from error
 
 
 def _content_urls(file: Path, config: ContentsConfig) -> Iterator[list[tuple[str, str]]]:
@@ -294,7 +296,7 @@ def _content_urls(file: Path, config: ContentsConfig) -> Iterator[list[tuple[str
 
 def _content(url: str, encoding: str, gzipped: bool) -> str | None:
     try:
-        data = RemotePath(url).read_bytes()
+        data = place_of(url).read_bytes()
     except FileNotFoundError:
         return None
     try:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from CoDALanguageModel.errors import UserError
+
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 COMPRESSED = tuple(CODECS)
 MAGIC = {"gzip": (b"\x1f\x8b",), "bz2": (b"BZh",), "zstd": (b"\x28\xb5\x2f\xfd",), "lz4": (b"\x04\x22\x4d\x18",)}
@@ -26,7 +28,7 @@ OWN_OUTPUT = "it is --output"
 Kind = Literal["jsonl", "parquet", "text", "dataset"]
 
 
-class UnreadableFileError(ValueError):
+class UnreadableFileError(UserError):
     """A file that cannot be read at all, or not to its end; the message is the reason, without the file's name."""
 
 
@@ -82,7 +84,7 @@ def find_files(inputs: list[str], exclude: list[str], text_suffixes: tuple[str, 
         output: folder that the shards go to; where a link or pattern leads to it, it is passed over.
 
     Raises:
-        ValueError: an input matches nothing, a file named directly has a suffix that cannot be read, or the output
+        UserError: an input matches nothing, a file named directly has a suffix that cannot be read, or the output
             lies inside a folder that is an input.
     """
     listing = Listing()
@@ -91,9 +93,9 @@ def find_files(inputs: list[str], exclude: list[str], text_suffixes: tuple[str, 
     for pattern in inputs:
         matches = [pattern] if os.path.exists(pattern) else sorted(matches_of(pattern, listing, output))
         if not matches:
-            raise ValueError(f"--input {pattern}: no such file or folder, and as a pattern it matches nothing")
+            raise UserError(f"--input {pattern}: no such file or folder, and as a pattern it matches nothing")
         if output and matches == [pattern] and Path(output).resolve().is_relative_to(Path(pattern).resolve()):
-            raise ValueError(f"--output {output} must not lie inside --input {pattern}; choose a folder outside")
+            raise UserError(f"--output {output} must not lie inside --input {pattern}; choose a folder outside")
         files: set[str] = set()
         broken = len(listing.unusable)
         for match in matches:
@@ -108,14 +110,14 @@ def find_files(inputs: list[str], exclude: list[str], text_suffixes: tuple[str, 
             elif kind_of(match, text_suffixes):
                 files.add(match)
             elif match == pattern:
-                raise ValueError(f"--input {match}: the suffix must be one of {known}; --text_suffixes adds more")
+                raise UserError(f"--input {match}: the suffix must be one of {known}; --text_suffixes adds more")
             else:
                 listing.passed_over[match] = os.path.splitext(match)[1] or "no suffix"
         kept = {path for path in files if not _is_excluded(path, exclude)}
         listing.excluded += len(files) - len(kept)
         if not kept and len(listing.unusable) == broken:
             left_out = f" that --exclude leaves over ({len(files)} before)" if files else ""
-            raise ValueError(f"--input {pattern}: holds no file{left_out} with a suffix of {known}")
+            raise UserError(f"--input {pattern}: holds no file{left_out} with a suffix of {known}")
         found |= kept
     for left_out in (listing.unusable, listing.passed_over):
         for path in [path for path in left_out if path in found or _is_excluded(path, exclude)]:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from CoDALanguageModel.errors import UserError
+
 from .shards import MANIFEST_NAME, ShardRecord, shard_is_intact
 
 logger = logging.getLogger(__name__)
@@ -24,13 +26,13 @@ def exclusive(output: Path) -> Iterator[None]:
     """Hold ``output`` against a second preparation.
 
     Raises:
-        ValueError: another process holds it.
+        UserError: another process holds it.
     """
     with (output / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"--output {output}: another preparation is writing there") from error
+            raise UserError(f"--output {output}: another preparation is writing there") from error
         yield
 
 
@@ -45,7 +47,7 @@ class Progress:
         """Read the finished pieces and keep those whose shards are intact.
 
         Raises:
-            ValueError: the file belongs to another preparation.
+            UserError: the file belongs to another preparation.
         """
         if not self.path.exists():
             return
@@ -58,7 +60,7 @@ class Progress:
                 break
         if lines and lines[0] != self.header:
             differing = sorted(key for key in self.header if lines[0].get(key) != self.header[key])
-            raise ValueError(
+            raise UserError(
                 f"--output {self.output} holds shards of another preparation (different: {', '.join(differing)}); "
                 "choose another folder, or --overwrite to remove them"
             )

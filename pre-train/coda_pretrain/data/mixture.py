@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from CoDALanguageModel.errors import UserError
+
 from ..places import Place, is_url, place_of
 from .shards import TokenShards
 
@@ -39,12 +41,12 @@ class SourceConfig:
         """Check the fields.
 
         Raises:
-            ValueError: the path is empty or the weight is not positive.
+            UserError: the path is empty or the weight is not positive.
         """
         if not self.path:
-            raise ValueError("data.sources.path must name a folder of token shards, got an empty string")
+            raise UserError("data.sources.path must name a folder of token shards, got an empty string")
         if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise ValueError(f"data.sources.weight must be positive (leave a source out instead), got {self.weight}")
+            raise UserError(f"data.sources.weight must be positive (leave a source out instead), got {self.weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +71,19 @@ class DataConfig:
         """Check the fields.
 
         Raises:
-            ValueError: no source, weights for only some of them, the same path twice, or a non-positive epoch.
+            UserError: no source, weights for only some of them, the same path twice, or a non-positive epoch.
         """
         object.__setattr__(self, "sources", tuple(self.sources))
         if not self.sources:
-            raise ValueError("data.sources must list at least one folder of token shards, got none")
+            raise UserError("data.sources must list at least one folder of token shards, got none")
         unweighted = [source.path for source in self.sources if source.weight is None]
         if unweighted and len(unweighted) < len(self.sources):
-            raise ValueError(f"data.sources.weight must be given for all sources or for none; missing for {unweighted}")
+            raise UserError(f"data.sources.weight must be given for all sources or for none; missing for {unweighted}")
         paths = [source.path for source in self.sources]
         if len(set(paths)) < len(paths):
-            raise ValueError(f"data.sources.path must name each folder once, got {paths}")
+            raise UserError(f"data.sources.path must name each folder once, got {paths}")
         if self.epoch_samples is not None and self.epoch_samples < 1:
-            raise ValueError(f"data.epoch_samples must be at least 1, got {self.epoch_samples}")
+            raise UserError(f"data.epoch_samples must be at least 1, got {self.epoch_samples}")
 
 
 class Sample(NamedTuple):
@@ -166,11 +168,11 @@ class Mixture:
             seed: names the order.
 
         Raises:
-            ValueError: ``seq_len`` is below 2, a source cannot be read, the sources' tokenizers differ, or an epoch is
+            UserError: ``seq_len`` is below 2, a source cannot be read, the sources' tokenizers differ, or an epoch is
                 too short to give each source a sample.
         """
         if seq_len < 2:
-            raise ValueError(f"seq_len must be at least 2, got {seq_len}")
+            raise UserError(f"seq_len must be at least 2, got {seq_len}")
         self.seq_len, self.seed = seq_len, seed
         places = [source_place(config.root, source.path) for source in config.sources]
         self._sources = [TokenShards(place, config.cache) for place in places]
@@ -187,7 +189,7 @@ class Mixture:
         ]
         for share in self.shares:
             if not share.epoch_samples:
-                raise ValueError(
+                raise UserError(
                     f"data.sources: {share.path} gets no sample in an epoch of {self.num_samples} (its share is "
                     f"{share.requested_share:.2g}); give it a larger weight or set data.epoch_samples higher"
                 )
@@ -211,7 +213,7 @@ class Mixture:
         first = self._sources[0]
         for source in self._sources[1:]:
             if source.tokenizer != first.tokenizer:
-                raise ValueError(
+                raise UserError(
                     f"data.sources must be made with one tokenizer, but {source.folder} has {source.tokenizer} "
                     f"and {first.folder} has {first.tokenizer}"
                 )
@@ -220,10 +222,10 @@ class Mixture:
         """Source number and row number of sample ``index`` (any non-negative integer).
 
         Raises:
-            ValueError: ``index`` is negative.
+            UserError: ``index`` is negative.
         """
         if index < 0:
-            raise ValueError(f"index must be at least 0, got {index}")
+            raise UserError(f"index must be at least 0, got {index}")
         epoch, place = divmod(index, self.num_samples)
         slot = permuted_index(place, self.num_samples, self._key("epoch", epoch))
         source = int(np.searchsorted(self._first_slots, slot, side="right")) - 1
@@ -241,7 +243,7 @@ class Mixture:
         """Sample number ``index`` of the run: a pure function of (seed, index) and of the shards.
 
         Raises:
-            ValueError: ``index`` is negative.
+            UserError: ``index`` is negative.
         """
         source, row = self.locate(index)
         return Sample(*self._sources[source].read(row * self.seq_len, self.seq_len))

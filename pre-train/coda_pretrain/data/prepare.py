@@ -24,6 +24,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from CoDALanguageModel.errors import UserError
+
 from .documents import Document, Part, group_parts, load_dataset, parts_of_dataset, parts_of_file, read_documents
 from .inputs import Listing, UnreadableFileError, find_files
 from .journal import Progress, exclusive, remove_preparation
@@ -36,6 +38,10 @@ logger = logging.getLogger(__name__)
 BATCH_CHARACTERS = 1 << 20  # of documents that are tokenized together
 BATCH_DOCUMENTS = 1 << 12
 BYTES_PER_TOKEN = 4  # of English and source code, to turn a wanted number of tokens into bytes of input
+
+
+class WorkerDied(RuntimeError):
+    """A process of the preparation was killed; what the others finished is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,19 +91,19 @@ class PrepareConfig:
         """Check the fields.
 
         Raises:
-            ValueError: a number is out of range, or not exactly one of ``inputs`` and ``hf_dataset`` is given.
+            UserError: a number is out of range, or not exactly one of ``inputs`` and ``hf_dataset`` is given.
         """
         if bool(self.inputs) == (self.hf_dataset is not None):
-            raise ValueError(f"give exactly one of --input and --hf_dataset, got {self.inputs} and {self.hf_dataset}")
+            raise UserError(f"give exactly one of --input and --hf_dataset, got {self.inputs} and {self.hf_dataset}")
         for name in ("num_workers", "shard_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"--validation_fraction must be in [0, 1), got {self.validation_fraction}")
+            raise UserError(f"--validation_fraction must be in [0, 1), got {self.validation_fraction}")
         if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"--max_bad_share must be in [0, 1], got {self.max_bad_share}")
+            raise UserError(f"--max_bad_share must be in [0, 1], got {self.max_bad_share}")
         if any(not suffix.startswith(".") for suffix in self.text_suffixes):
-            raise ValueError(f"--text_suffixes must start with a dot, got {self.text_suffixes}")
+            raise UserError(f"--text_suffixes must start with a dot, got {self.text_suffixes}")
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -207,7 +213,7 @@ def plan_pieces(config: PrepareConfig, dataset: Any) -> Plan:
     """Find the input, look at each file, and cut what can be read into pieces.
 
     Raises:
-        ValueError: an input cannot be found, more than ``max_bad_share`` of the files cannot be read, or the output
+        UserError: an input cannot be found, more than ``max_bad_share`` of the files cannot be read, or the output
             lies inside an input and would be read as text the next time.
     """
     piece_bytes = config.shard_tokens * BYTES_PER_TOKEN
@@ -227,7 +233,7 @@ def plan_pieces(config: PrepareConfig, dataset: Any) -> Plan:
     known.add_listing(listing)
     known.check_share(config.max_bad_share)
     if not parts_of:
-        raise ValueError(f"none of the {len(listing.unusable)} files of --input can be read:\n{known.listed()}")
+        raise UserError(f"none of the {len(listing.unusable)} files of --input can be read:\n{known.listed()}")
     stats = [[file, os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in listing.files]
     digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     parts = (part for file in listing.files for part in parts_of[file])
@@ -243,7 +249,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         manifest).
 
     Raises:
-        ValueError: bad input, or more of it than ``max_bad_share`` that cannot be read; no document left; or
+        UserError: bad input, or more of it than ``max_bad_share`` that cannot be read; no document left; or
             ``output`` holds another preparation.
     """
     facts = load_tokenizer(config.tokenizer, config.document_end)
@@ -283,7 +289,7 @@ def tokenize_pieces(config: PrepareConfig, facts: TokenizerFacts, dataset: Any, 
 
     Raises:
         TooMuchUnreadableError: so much cannot be read that the whole will be over ``max_bad_share``.
-        RuntimeError: a worker process died.
+        WorkerDied: a worker process died.
     """
     pieces = plan.pieces
     todo = [index for index in range(len(pieces)) if index not in progress.finished]
@@ -316,7 +322,7 @@ def tokenize_pieces(config: PrepareConfig, facts: TokenizerFacts, dataset: Any, 
                     watch.check()
                     bar.update(sizes[index])
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise WorkerDied(
                 "a worker process died (out of memory?); run the same command again to continue, "
                 f"perhaps with fewer than {config.num_workers} --num_workers or smaller --shard_tokens"
             ) from error
@@ -356,14 +362,14 @@ def write_manifests(
     """Write the manifest of each split, the training one last, and give the totals.
 
     Raises:
-        ValueError: a split that was asked for has no document, or too much cannot be read.
+        UserError: a split that was asked for has no document, or too much cannot be read.
     """
     lines = [progress.finished[index] for index in sorted(progress.finished)]
     tally = Tally.of(lines)
     tally.add_listing(listing)
     totals = tally.totals()
     if not totals["documents"]:
-        raise ValueError(
+        raise UserError(
             f"no document was found in {len(tally.files)} inputs: {totals['empty']} are empty, "
             f"{totals['undecodable']} cannot be decoded\n{tally.listed()}".rstrip()
         )
@@ -376,7 +382,7 @@ def write_manifests(
     for split, folder in splits.items():
         shards = [ShardRecord(**line["shards"][split]) for line in lines if split in line["shards"]]
         if not shards:
-            raise ValueError(
+            raise UserError(
                 f"the {split} split got none of {totals['documents']} documents with --validation_fraction "
                 f"{config.validation_fraction}; choose another fraction"
             )

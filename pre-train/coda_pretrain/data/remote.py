@@ -5,15 +5,18 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+from upath import UPath
 
-from ..places import RemotePath, copy_to_local
+from CoDALanguageModel.errors import UserError
+
+from ..places import copy_to_local
 
 
-def cached_file(file: RemotePath, cache: Path, sha256: str) -> Path:
+def cached_file(file: UPath, cache: Path, sha256: str) -> Path:
     """A verified local copy, named by its hash, made unless it is there. Processes of one machine wait for each other.
 
     Raises:
-        ValueError: the file does not have this hash.
+        UserError: the file does not have this hash.
         OSError: it cannot be read, or the cache is full.
     """
     target = cache / f"{sha256}{file.suffix}"
@@ -27,7 +30,7 @@ def cached_file(file: RemotePath, cache: Path, sha256: str) -> Path:
             try:
                 got = copy_to_local(file, arriving)
                 if got != sha256:
-                    raise ValueError(f"{file} has the hash {got}, but its manifest recorded {sha256}")
+                    raise UserError(f"{file} has the hash {got}, but its manifest recorded {sha256}")
                 arriving.replace(target)
             except OSError as error:
                 raise OSError(f"{file} could not be copied into data.cache {cache}: {error}") from error
@@ -36,23 +39,23 @@ def cached_file(file: RemotePath, cache: Path, sha256: str) -> Path:
     return target
 
 
-def verified_array(file: RemotePath, dtype: np.dtype, sha256: str) -> np.ndarray:
+def verified_array(file: UPath, dtype: np.dtype, sha256: str) -> np.ndarray:
     """All of a file as an array.
 
     Raises:
-        ValueError: the file does not have this hash.
+        UserError: the file does not have this hash.
     """
     data = file.read_bytes()
     got = hashlib.sha256(data).hexdigest()
     if got != sha256:
-        raise ValueError(f"{file} has the hash {got}, but its manifest recorded {sha256}")
+        raise UserError(f"{file} has the hash {got}, but its manifest recorded {sha256}")
     return np.frombuffer(data, dtype=dtype)
 
 
 class RangedArray:
     """A flat file that is read slice by slice. The bytes of a slice are not covered by a hash."""
 
-    def __init__(self, file: RemotePath, dtype: np.dtype, length: int) -> None:
+    def __init__(self, file: UPath, dtype: np.dtype, length: int) -> None:
         self._file, self._dtype, self._length = file, dtype, length
 
     def __len__(self) -> int:
@@ -61,7 +64,7 @@ class RangedArray:
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, _ = part.indices(self._length)
         size = self._dtype.itemsize
-        data = self._file.fs.cat_file(self._file.key, start=start * size, end=stop * size)
+        data = self._file.fs.cat_file(self._file.path, start=start * size, end=stop * size)
         if len(data) != (stop - start) * size:
             raise OSError(f"{self._file} gave {len(data)} of {(stop - start) * size} bytes")
         return np.frombuffer(data, dtype=self._dtype)

@@ -22,6 +22,8 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from CoDALanguageModel.errors import UserError
+
 from ..places import Place, place_of, sha256_of, size_of
 from .remote import RangedArray, cached_file, verified_array
 
@@ -172,7 +174,7 @@ class TokenShards:
             cache: local folder for copies of remote shards; one folder serves any number of sources and runs.
 
         Raises:
-            ValueError: there is no finished manifest, it is of another format, or a shard is missing or of another
+            UserError: there is no finished manifest, it is of another format, or a shard is missing or of another
                 size. Hashes are not read here (``verify`` does), so that opening stays fast at any size.
         """
         self.folder = place_of(folder)
@@ -180,21 +182,21 @@ class TokenShards:
         self.is_remote = not isinstance(self.folder, Path) and cache is None
         manifest_path = self.folder / MANIFEST_NAME
         if not manifest_path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"no {MANIFEST_NAME} in {self.folder}: not a folder of token shards, or its preparation is not "
                 "finished (running `python -m coda_pretrain data` again with the same arguments finishes it)"
             )
         try:
             manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{manifest_path} is not JSON: {error}") from error
+            raise UserError(f"{manifest_path} is not JSON: {error}") from error
         if not isinstance(manifest, dict):
-            raise ValueError(f"{manifest_path} must hold an object, got {type(manifest).__name__}")
+            raise UserError(f"{manifest_path} must hold an object, got {type(manifest).__name__}")
         if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
             got = f"format {manifest.get('format')!r} version {manifest.get('version')!r}"
-            raise ValueError(f"{manifest_path} must be format {FORMAT!r} version {VERSION}, got {got}")
+            raise UserError(f"{manifest_path} must be format {FORMAT!r} version {VERSION}, got {got}")
         if manifest["dtype"] not in DTYPES:
-            raise ValueError(f"{manifest_path}: dtype must be one of {list(DTYPES)}, got {manifest['dtype']!r}")
+            raise UserError(f"{manifest_path}: dtype must be one of {list(DTYPES)}, got {manifest['dtype']!r}")
         self.dtype = DTYPES[manifest["dtype"]]
         self.tokenizer: dict[str, Any] = manifest["tokenizer"]
         self.shards = [ShardRecord(**record) for record in manifest["shards"]]
@@ -205,7 +207,7 @@ class TokenShards:
 
     def _check_sizes(self) -> None:
         if not self.shards:
-            raise ValueError(f"{self.folder / MANIFEST_NAME} lists no shards")
+            raise UserError(f"{self.folder / MANIFEST_NAME} lists no shards")
         sizes = self._sizes()
         for shard in self.shards:
             for suffix, expected in self._expected_sizes(shard).items():
@@ -213,7 +215,7 @@ class TokenShards:
                 if got != expected:
                     found = "it is missing" if got is None else f"it has {got}"
                     path = self.folder / f"{shard.name}{suffix}"
-                    raise ValueError(f"{path} must have {expected} bytes as its manifest says, but {found}")
+                    raise UserError(f"{path} must have {expected} bytes as its manifest says, but {found}")
 
     def _expected_sizes(self, shard: ShardRecord) -> dict[str, int]:
         return {".bin": shard.tokens * self.dtype.itemsize, ".ends": shard.documents * ENDS_DTYPE.itemsize}
@@ -222,7 +224,7 @@ class TokenShards:
         """Bytes of each file in the folder."""
         if isinstance(self.folder, Path):
             return {path.name: size_of(path) for path in self.folder.iterdir() if path.is_file()}
-        entries = self.folder.fs.ls(self.folder.key, detail=True)  # one request, also for thousands of shards
+        entries = self.folder.fs.ls(self.folder.path, detail=True)  # one request, also for thousands of shards
         return {e["name"].rstrip("/").rsplit("/", 1)[-1]: e["size"] for e in entries if e["type"] == "file"}
 
     def _map_shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -253,11 +255,11 @@ class TokenShards:
         """Read everything and compare the hashes.
 
         Raises:
-            ValueError: the files of a shard are not what the manifest recorded.
+            UserError: the files of a shard are not what the manifest recorded.
         """
         for shard in self.shards:
             if not shard_is_intact(self.folder, shard):
-                raise ValueError(f"shard {shard.name} in {self.folder} does not have the hash its manifest recorded")
+                raise UserError(f"shard {shard.name} in {self.folder} does not have the hash its manifest recorded")
 
     def num_rows(self, seq_len: int) -> int:
         """Rows of ``seq_len`` tokens the stream is cut into; the last one may be partly padding."""

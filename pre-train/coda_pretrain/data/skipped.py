@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from CoDALanguageModel.errors import UserError
+
 from .documents import Document
 from .inputs import OWN_OUTPUT, SAME_FOLDER, Listing, printable
 
@@ -20,7 +22,7 @@ LISTED = 20  # items in a message
 EARLY_FACTOR = 2  # a run is stopped before its end when it is this far beyond the share, by the input's size
 
 
-class TooMuchUnreadableError(ValueError):
+class TooMuchUnreadableError(UserError):
     """More of the input than ``--max_bad_share`` cannot be read."""
 
 

@@ -9,10 +9,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from CoDALanguageModel.errors import UserError
 
 WINDOW = 1 << 20  # characters given to a tokenizer at once, unless no border is found in them
 MAX_WINDOW = 1 << 23
@@ -52,17 +55,19 @@ def load_tokenizer(folder: str, document_end: str) -> TokenizerFacts:
     would let a document forge the end of a document or a mask; other added tokens, such as runs of spaces, stay.
 
     Raises:
-        ValueError: the folder holds no tokenizer, not a fast one, or one without ``document_end``.
+        UserError: the folder holds no tokenizer, not a fast one, or one without ``document_end``.
     """
+    if not Path(folder).is_dir():
+        raise UserError(f"--tokenizer {folder}: no such folder")
     from transformers import AutoTokenizer  # seconds to import; the workers do without it
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--tokenizer {folder}: cannot be loaded as a tokenizer folder: {error}") from error
+        raise UserError(f"--tokenizer {folder}: cannot be loaded as a tokenizer folder: {error}") from error
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
-        raise ValueError(f"--tokenizer {folder}: needs a fast tokenizer (tokenizer.json), got {kind}")
+        raise UserError(f"--tokenizer {folder}: needs a fast tokenizer (tokenizer.json), got {kind}")
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in definition["added_tokens"]:
         token["special"] = token["special"] or (token["content"].startswith("<") and token["content"].endswith(">"))
@@ -70,7 +75,7 @@ def load_tokenizer(folder: str, document_end: str) -> TokenizerFacts:
     text = json.dumps(definition, sort_keys=True, ensure_ascii=False)
     vocabulary = tokenizer.get_vocab()
     if document_end not in vocabulary:
-        raise ValueError(f"--document_end {document_end!r} is not a token of {folder}; name one of its tokens")
+        raise UserError(f"--document_end {document_end!r} is not a token of {folder}; name one of its tokens")
     return TokenizerFacts(
         definition=text,
         fingerprint=hashlib.sha256(text.encode("utf-8")).hexdigest(),

@@ -1,10 +1,14 @@
-"""The seam between the trainer and the machine. A backend places tensors; it knows no loss, schedule or file name."""
+"""The seam between the trainer and the machine. A backend places tensors; it knows no loss, schedule or file name.
+
+Its parts are small protocols, each handed to those who need it: update rules see a ``Placement``, checkpoints
+``Planners``. The training step alone sees all of a ``Backend``.
+"""
 
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,10 +16,50 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
+from CoDALanguageModel.errors import UserError
+
 from .config import HardwareConfig
 
 
-class Backend(ABC):
+class Placement(Protocol):
+    """Makes tensors that lie where a weight lies."""
+
+    traces_steps: bool
+    """A step is traced and runs as a device graph: it reads no value of the device, and skips itself if not finite."""
+
+    def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
+        """Float32 zeros of the shape ``[parameter.shape[d] for d in dims]``, placed like those dimensions of it."""
+
+    def copy(self, parameter: nn.Parameter) -> Tensor:
+        """A copy of the weight, placed like it, that is no weight."""
+
+    def numbers(self, values: list[float]) -> list[float] | list[Tensor]:
+        """Host scalars as a step can use them without becoming another step."""
+
+
+class Planners(Protocol):
+    """Reads and writes the tensors of a checkpoint, one process among others."""
+
+    rank: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all."""
+
+    def saving_group(self) -> ProcessGroup | None:
+        """The group in which processes agree about a checkpoint, used by nothing else; None for a single process."""
+
+    def host_copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Copies in the memory of the host, which later steps do not change and the save planner accepts."""
+
+    def save_planner(self) -> SavePlanner:
+        """How tensors of this backend are written to a checkpoint."""
+
+    def load_planner(self) -> LoadPlanner:
+        """How tensors of this backend are filled in place from a checkpoint."""
+
+
+class Backend(Placement, Planners, ABC):
     """One machine, one process of it. The batch is split over the first two axes of the mesh (data, fsdp)."""
 
     rank: int = 0
@@ -27,30 +71,29 @@ class Backend(ABC):
     """The loss is multiplied by this before the backward pass, to undo an average over processes."""
 
     traces_steps: bool = False
-    """A step is traced and runs as a device graph: it reads no value of the device, and skips itself if not finite."""
 
     def __init__(self, config: HardwareConfig) -> None:
         """Reach the devices and lay out the mesh.
 
         Raises:
-            ValueError: the devices are absent or do not fit the mesh.
+            UserError: the devices are absent or do not fit the mesh.
         """
         self.config = config
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks for all."""
+        """See ``Planners``."""
         return self.rank == 0
 
     def check_rows(self, name: str, rows: int) -> None:
         """Check that ``rows`` rows can be split over the mesh; ``name`` is the setting they come from.
 
         Raises:
-            ValueError: they cannot.
+            UserError: they cannot.
         """
         data, fsdp, _ = self.mesh_shape
         if rows % (data * fsdp):
-            raise ValueError(
+            raise UserError(
                 f"{name} must be a multiple of the {data * fsdp} devices that share the batch "
                 f"(hardware.mesh data {data} x fsdp {fsdp}), got {rows}"
             )
@@ -77,7 +120,7 @@ class Backend(ABC):
             name: ``model.attn_implementation``.
 
         Raises:
-            ValueError: the devices cannot run it.
+            UserError: the devices cannot run it.
         """
 
     @abstractmethod
@@ -91,10 +134,10 @@ class Backend(ABC):
 
     @abstractmethod
     def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
-        """Float32 zeros of the shape ``[parameter.shape[d] for d in dims]``, placed like those dimensions of it."""
+        """See ``Placement``."""
 
     def copy(self, parameter: nn.Parameter) -> Tensor:
-        """A copy of the weight, placed like it, that is no weight."""
+        """See ``Placement``."""
         return parameter.detach().clone()
 
     def clear_gradient(self, parameter: nn.Parameter) -> None:
@@ -102,7 +145,7 @@ class Backend(ABC):
         parameter.grad = None
 
     def numbers(self, values: list[float]) -> list[float] | list[Tensor]:
-        """Numbers of the host as a step can use them without becoming another step."""
+        """See ``Placement``."""
         return values
 
     @abstractmethod
@@ -131,19 +174,19 @@ class Backend(ABC):
 
     @abstractmethod
     def host_copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Copies in the memory of the host, which later steps do not change and the save planner accepts."""
+        """See ``Planners``."""
 
     @abstractmethod
     def saving_group(self) -> ProcessGroup | None:
-        """The group in which processes agree about a checkpoint, used by nothing else; None for a single process."""
+        """See ``Planners``."""
 
     @abstractmethod
     def save_planner(self) -> SavePlanner:
-        """How tensors of this backend are written to a checkpoint."""
+        """See ``Planners``."""
 
     @abstractmethod
     def load_planner(self) -> LoadPlanner:
-        """How tensors of this backend are filled in place from a checkpoint."""
+        """See ``Planners``."""
 
     def compile_count(self) -> int | None:
         """Device graphs compiled so far; None where nothing is compiled by the device."""

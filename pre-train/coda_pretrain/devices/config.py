@@ -6,6 +6,8 @@ No ``from __future__ import annotations`` in this file: field types must stay ty
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from CoDALanguageModel.errors import UserError
+
 from ..plain_data import require_range
 from .chips import CHIPS, Chip, ChipName
 
@@ -26,13 +28,13 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
         if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
-            raise ValueError(f"hardware.mesh needs sizes >= 1 with at most one -1, got (data, fsdp, tensor) = {sizes}")
+            raise UserError(f"hardware.mesh needs sizes >= 1 with at most one -1, got (data, fsdp, tensor) = {sizes}")
 
     def shape(self, num_devices: int) -> tuple[int, int, int]:
         """The (data, fsdp, tensor) sizes on ``num_devices`` devices.
 
         Raises:
-            ValueError: the product is not ``num_devices``.
+            UserError: the product is not ``num_devices``.
         """
         sizes = [self.data, self.fsdp, self.tensor]
         if -1 in sizes:
@@ -42,7 +44,7 @@ class MeshConfig:
             sizes[sizes.index(-1)] = max(num_devices // known, 1)
         product = sizes[0] * sizes[1] * sizes[2]
         if product != num_devices:
-            raise ValueError(
+            raise UserError(
                 f"hardware.mesh (data, fsdp, tensor) = {tuple(sizes)} needs {product} devices, "
                 f"this run has {num_devices}"
             )
@@ -139,11 +141,11 @@ class HardwareConfig:
         """The (data, fsdp, tensor) sizes over all slices.
 
         Raises:
-            ValueError: the devices do not fit the mesh.
+            UserError: the devices do not fit the mesh.
         """
         slices = self.dcn_mesh.data
         if num_devices % slices:
-            raise ValueError(f"hardware.dcn_mesh.data must divide the {num_devices} devices of the run, got {slices}")
+            raise UserError(f"hardware.dcn_mesh.data must divide the {num_devices} devices of the run, got {slices}")
         data, fsdp, tensor = self.mesh.shape(num_devices // slices)
         return slices * data, fsdp, tensor
 
@@ -159,25 +161,25 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         if self.splash_block is not None and (self.splash_block < 128 or self.splash_block % 128):
-            raise ValueError(f"hardware.splash_block must be a multiple of 128, at least 128, got {self.splash_block}")
+            raise UserError(f"hardware.splash_block must be a multiple of 128, at least 128, got {self.splash_block}")
         wrong = [flag for flag in self.libtpu_args or () if not flag.startswith("--") or len(flag.split()) != 1]
         if wrong:
-            raise ValueError(f"hardware.libtpu_args must be flags like --name=value, got {wrong[0]!r}")
+            raise UserError(f"hardware.libtpu_args must be flags like --name=value, got {wrong[0]!r}")
         if self.peak_tflops is not None:
             require_range("hardware.peak_tflops", self.peak_tflops, above=0.0)
         if self.num_threads is not None:
             require_range("hardware.num_threads", self.num_threads, at_least=1)
         if self.compile and self.backend == "xla":
-            raise ValueError("hardware.compile is for cpu and cuda; the xla backend always compiles, leave it false")
+            raise UserError("hardware.compile is for cpu and cuda; the xla backend always compiles, leave it false")
         for name, default in XLA_SETTINGS.items():
             if self.backend != "xla" and getattr(self, name) != default:
-                raise ValueError(f"hardware.{name} has no effect on backend {self.backend!r}, only on 'xla'")
+                raise UserError(f"hardware.{name} has no effect on backend {self.backend!r}, only on 'xla'")
         if self.loss_chunk is not None:
             require_range("hardware.loss_chunk", self.loss_chunk, at_least=1)
         if self.offload and not (self.layers == "scan" and self.remat):
-            raise ValueError(
+            raise UserError(
                 "hardware.offload needs hardware.layers 'scan' and hardware.remat true: only then is the layer's input "
                 f"all that is kept, got layers {self.layers!r} and remat {self.remat}"
             )
         if self.mesh.tensor not in (1, -1) and self.backend != "xla":
-            raise ValueError(f"hardware.mesh.tensor > 1 needs backend 'xla', got backend {self.backend!r}")
+            raise UserError(f"hardware.mesh.tensor > 1 needs backend 'xla', got backend {self.backend!r}")

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from CoDALanguageModel.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 
 Spec = tuple[str | None, ...]
@@ -43,7 +45,7 @@ def partition_specs(
         rules: fnmatch pattern -> mesh axis (or None) of each dimension; ``DEFAULT_RULES`` when None.
 
     Raises:
-        ValueError: an unknown axis, a weight that no pattern covers, or a rule of another number of dimensions.
+        UserError: an unknown axis, a weight that no pattern covers, or a rule of another number of dimensions.
     """
     table = DEFAULT_RULES if rules is None else rules
     for pattern, spec in table.items():
@@ -52,9 +54,9 @@ def partition_specs(
     for name, num_dims in shapes:
         pattern = next((p for p in table if fnmatchcase(name, p)), None)
         if pattern is None:
-            raise ValueError(f"hardware.sharding_rules has no pattern for the weight {name}; every weight needs one")
+            raise UserError(f"hardware.sharding_rules has no pattern for the weight {name}; every weight needs one")
         if len(table[pattern]) != num_dims:
-            raise ValueError(
+            raise UserError(
                 f"hardware.sharding_rules[{pattern!r}] must name {num_dims} axes for {name}, got {list(table[pattern])}"
             )
         specs[name] = tuple(table[pattern])
@@ -69,7 +71,7 @@ def activation_specs(names: Iterable[str], rules: Mapping[str, Sequence[Any]]) -
         rules: fnmatch pattern -> mesh axis, axes or None of each dimension, of (B, T, features) as a rule.
 
     Raises:
-        ValueError: an unknown axis, or a pattern that covers no module.
+        UserError: an unknown axis, or a pattern that covers no module.
     """
     for pattern, spec in rules.items():
         _check_axes("activation_rules", pattern, spec)
@@ -81,7 +83,7 @@ def activation_specs(names: Iterable[str], rules: Mapping[str, Sequence[Any]]) -
             unused.discard(pattern)
             specs[name] = tuple(tuple(axes) if isinstance(axes, (list, tuple)) else axes for axes in rules[pattern])
     if unused:
-        raise ValueError(f"hardware.activation_rules[{min(unused)!r}] covers no module of the model")
+        raise UserError(f"hardware.activation_rules[{min(unused)!r}] covers no module of the model")
     return specs
 
 
@@ -89,7 +91,7 @@ def _check_axes(setting: str, pattern: str, spec: Sequence[Any]) -> None:
     for entry in spec:
         for axis in entry if isinstance(entry, (list, tuple)) else (entry,):
             if axis is not None and axis not in AXES:
-                raise ValueError(f"hardware.{setting}[{pattern!r}] must name {', '.join(AXES)} or null, got {axis!r}")
+                raise UserError(f"hardware.{setting}[{pattern!r}] must name {', '.join(AXES)} or null, got {axis!r}")
 
 
 def rows_of_devices(num_rows: int, device_mesh: np.ndarray, devices: Collection[int]) -> list[int]:

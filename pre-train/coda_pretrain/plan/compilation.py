@@ -19,6 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from CoDALanguageModel.errors import UserError
+
 from ..config import RunConfig
 from ..plain_data import from_dict, to_plain
 from .memory import FLOAT32
@@ -43,11 +45,11 @@ def compile_step(config: RunConfig, shape: dict[str, Any], num_devices: int) -> 
         ``largest``, a list of the largest allocations, each with ``bytes`` and ``what``.
 
     Raises:
-        ValueError: the backend has no graphs, the host has too little memory for the weights, or the step cannot be
+        UserError: the backend has no graphs, the host has too little memory for the weights, or the step cannot be
             compiled.
     """
     if config.hardware.backend != "xla":
-        raise ValueError(f"--compile-only needs hardware.backend xla, got {config.hardware.backend!r}")
+        raise UserError(f"--compile-only needs hardware.backend xla, got {config.hardware.backend!r}")
     with tempfile.TemporaryDirectory() as folder:
         flags = [
             f"--xla_dump_to={folder}",
@@ -75,7 +77,7 @@ def compile_step(config: RunConfig, shape: dict[str, Any], num_devices: int) -> 
             last = (result.stderr.strip().splitlines() or ["no message"])[-1]
             if result.returncode == -9:
                 last = "it was killed, probably for want of memory"
-            raise ValueError(f"--compile-only: the step cannot be compiled (exit {result.returncode}): {last}")
+            raise UserError(f"--compile-only: the step cannot be compiled (exit {result.returncode}): {last}")
         return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -114,7 +116,7 @@ def print_compilation(graphs: list[dict[str, Any]], console: Console) -> None:
 def _check_memory(needed: int) -> None:
     found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
     if found and needed > int(found[1]) * 1024:
-        raise ValueError(
+        raise UserError(
             f"weights, gradients and optimizer state of the whole mesh need {needed / GIB:.1f} GiB of this machine, "
             f"which has {int(found[1]) / 2**20:.1f} GiB free: give model.config with fewer num_hidden_layers"
         )
@@ -128,9 +130,8 @@ def _compile(settings: dict[str, Any]) -> list[dict[str, Any]]:
     from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 
     from ..devices import create_backend
+    from ..train.assembly import assemble
     from ..train.batches import split_rows
-    from ..train.optim import build_optimizer
-    from ..train.step import StepFunctions
 
     config = from_dict(RunConfig, settings["config"])
     on_tpu_only = {"offload": False, "interpret_kernels": config.model.attn_implementation == "splash"}
@@ -144,11 +145,7 @@ def _compile(settings: dict[str, Any]) -> list[dict[str, Any]]:
     copies = 1 + 2 * (config.optimizer.name == "adamw") + (config.optimizer.ema_decay is not None) + (len(parts) > 1)
     sizes = [parameter.numel() * FLOAT32 for parameter in model.parameters()]
     _check_memory(sum(sizes) * copies * backend.mesh_shape[0] + 4 * max(sizes))  # the largest is moved with copies
-    model = backend.prepare_model(model, z_loss=config.optimizer.z_loss)
-    optimizer = build_optimizer(config.optimizer, dict(model.named_parameters()), backend)
-    functions = StepFunctions(
-        model, optimizer, max_grad_norm=config.max_grad_norm, ema_decay=config.optimizer.ema_decay, backend=backend
-    )
+    functions = assemble(config, model, backend).functions
     torch_xla.sync()
     dump, graphs = Path(settings["dump"]), []
     for name, tensors in functions.trace(parts):

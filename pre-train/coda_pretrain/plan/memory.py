@@ -8,8 +8,7 @@ attention kernel; a compiler (torch.compile, XLA) fuses operations and needs les
 import copy
 import math
 import weakref
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,9 @@ from transformers import AttentionInterface
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.diffusion import LOSS_CHUNK_ELEMENTS
+from CoDALanguageModel.errors import UserError
 
 from ..config import RunConfig
-from ..devices.backend import Backend
 from ..devices.sharding import AXES, partition_specs
 from ..train.optim import build_optimizer, state_tensors
 
@@ -64,23 +63,16 @@ def memory_per_chip(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, 
         masked_share: share of the positions that are scored, in [0, 1]; xla scores all, as its shapes are static.
 
     Raises:
-        ValueError: the rows of a micro-batch, or the heads, do not split over the mesh.
+        UserError: the rows of a micro-batch, or the heads, do not split over the mesh.
     """
     data, fsdp, tensor = mesh
     if config.rows_per_micro_batch % (data * fsdp):
-        raise ValueError(
+        raise UserError(
             f"global_batch_size (or micro_batch_size) must be a multiple of the {data * fsdp} devices that share the "
             f"batch (hardware.mesh data {data} x fsdp {fsdp}), got {config.rows_per_micro_batch}"
         )
     shards = weight_shards(config, shape, mesh)
-    # Any backend would do: it only makes zeros of the shards' shapes.
-    maker = SimpleNamespace(
-        traces_steps=True,
-        zeros=lambda weight, dims: torch.zeros([weight.shape[d] for d in dims], device="meta"),
-        copy=torch.empty_like,
-        numbers=list,
-    )
-    optimizer = build_optimizer(config.optimizer, shards, cast(Backend, maker))
+    optimizer = build_optimizer(config.optimizer, shards, ShapesOnly())
     states: dict[str, int] = {}
     for name, state in state_tensors(optimizer, shards).items():
         kind = name.rpartition(".")[2]
@@ -118,6 +110,24 @@ def memory_per_chip(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, 
     )
 
 
+class ShapesOnly:
+    """The ``Placement`` of tensors without data."""
+
+    traces_steps = True  # these rules keep no count on the device
+
+    def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
+        """See ``Placement``."""
+        return torch.zeros([parameter.shape[d] for d in dims], device="meta")
+
+    def copy(self, parameter: nn.Parameter) -> Tensor:
+        """See ``Placement``."""
+        return torch.empty_like(parameter)
+
+    def numbers(self, values: list[float]) -> list[float]:
+        """See ``Placement``."""
+        return values
+
+
 def weight_shards(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, int]) -> dict[str, nn.Parameter]:
     """The weights of one chip by name, as tensors without data; those that do not divide are rounded up."""
     with torch.device("meta"):
@@ -147,7 +157,7 @@ def _slice_of_shape(shape: CoDAConfig, tensor: int) -> CoDAConfig:
     for name in fields:
         size = getattr(shape, name)
         if size % tensor:
-            raise ValueError(f"hardware.mesh.tensor must divide the model's {name} {size}, got {tensor}")
+            raise UserError(f"hardware.mesh.tensor must divide the model's {name} {size}, got {tensor}")
         setattr(part, name, size // tensor)
     part.vocab_size = -(-shape.vocab_size // tensor)
     part.mask_token_id = part.pad_token_id = 0

@@ -18,6 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from CoDALanguageModel.errors import UserError
+
 from ..config import RunConfig, read_settings
 from ..devices.chips import CHIPS
 from ..devices.config import HardwareConfig
@@ -52,7 +54,7 @@ def parse_device(name: str) -> Device:
     """Read ``v5p-64`` (a TPU slice as its vendor names it) or ``8xH100``.
 
     Raises:
-        ValueError: another form, an unknown chip, or a slice of less than a chip.
+        UserError: another form, an unknown chip, or a slice of less than a chip.
     """
     known = f"TPU slices {', '.join(f'{n}-N' for n in TPU_UNITS)}; GPUs NxA100, NxH100, NxH200"
     tpu, gpu = re.fullmatch(r"(v\w+)-(\d+)", name), re.fullmatch(r"(\d+)x(\w+)", name)
@@ -62,18 +64,18 @@ def parse_device(name: str) -> Device:
             return Device(name, {"v5litepod": "v5e"}.get(tpu[1], tpu[1]), chips)
     elif gpu and gpu[2] in CHIPS and CHIPS[gpu[2]].kind == "gpu" and int(gpu[1]):
         return Device(name, gpu[2], int(gpu[1]))
-    raise ValueError(f"--device must be one of {known}, got {name!r}")
+    raise UserError(f"--device must be one of {known}, got {name!r}")
 
 
 def device_of_config(hardware: HardwareConfig) -> Device:
     """The machine that ``hardware`` describes.
 
     Raises:
-        ValueError: it names no chip, or leaves the number of devices open.
+        UserError: it names no chip, or leaves the number of devices open.
     """
     sizes = (hardware.mesh.data, hardware.mesh.fsdp, hardware.mesh.tensor)
     if hardware.chip is None or -1 in sizes:
-        raise ValueError(
+        raise UserError(
             "the configuration must name hardware.chip and every size of hardware.mesh, or --device the machine; "
             f"got chip {hardware.chip!r} and mesh {sizes}"
         )
@@ -98,7 +100,7 @@ def expected_row(config: RunConfig, document_tokens: int | None) -> RowWork:
         try:
             pairs = _pairs_of_data(config)
             source = f"documents as in {DATA_ROWS} rows of the data"
-        except (OSError, ValueError) as error:
+        except (OSError, UserError) as error:
             logger.info("the data cannot be read: %s", error)
     prefix, truncate = _mean_strategies(config.masking)
     masked = (1 + config.masking.t_min) / 2 * (1 - prefix / 2 - truncate / 2)
@@ -126,7 +128,7 @@ def number_of_tokens(config: RunConfig) -> int:
     """Positions of the whole run.
 
     Raises:
-        ValueError: the run is as long as its data, which cannot be read.
+        UserError: the run is as long as its data, which cannot be read.
     """
     from ..data.mixture import Mixture
 
@@ -143,7 +145,7 @@ def model_shape(config: RunConfig) -> tuple[Any, str]:
     """The ``CoDAConfig`` of the run and where it comes from; folders that are not here fall back to the published one.
 
     Raises:
-        ValueError: the fields or the folder do not describe a model.
+        UserError: the fields or the folder do not describe a model.
     """
     from CoDALanguageModel import CoDAConfig
 
@@ -166,15 +168,15 @@ def make_plan(
     """The plan as plain data; sizes in bytes, rates per second.
 
     Raises:
-        ValueError: the mesh, the rows or the model do not fit the machine.
+        UserError: the mesh, the rows or the model do not fit the machine.
     """
     from .memory import memory_per_chip
 
     shape, shape_source = model_shape(config)
     try:
         mesh = config.hardware.mesh.shape(device.chips)
-    except ValueError as error:
-        raise ValueError(f"{error}; hardware.mesh.data=1 hardware.mesh.fsdp=-1 would fit {device.name}") from error
+    except UserError as error:
+        raise UserError(f"{error}; hardware.mesh.data=1 hardware.mesh.fsdp=-1 would fit {device.name}") from error
     row = expected_row(config, document_tokens)
     memory = {}
     for name, remat in (("remat", True), ("no_remat", False)):
@@ -285,7 +287,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_intermixed_args(argv)
     try:
         if not 0 < arguments.mfu <= 1:
-            raise ValueError(f"--mfu must be in (0, 1], got {arguments.mfu}")
+            raise UserError(f"--mfu must be in (0, 1], got {arguments.mfu}")
         settings = merge(copy.deepcopy(PLACEHOLDERS), read_settings(arguments.config, arguments.overrides))
         if not {"init_from", "config"} & settings["model"].keys():
             settings["model"]["init_from"] = UNNAMED
@@ -294,7 +296,7 @@ def main(argv: Sequence[str]) -> int:
         plan = make_plan(config, device, mfu=arguments.mfu, document_tokens=arguments.document_tokens)
         if arguments.compile_only:
             plan["compiled"] = compile_step(config, model_shape(config)[0].to_dict(), device.chips)
-    except ValueError as error:
+    except UserError as error:
         sys.stderr.write(f"coda_pretrain plan: error: {error}\n")
         return 2
     if arguments.json:

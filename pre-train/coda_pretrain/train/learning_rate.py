@@ -2,6 +2,8 @@
 
 import math
 
+from CoDALanguageModel.errors import UserError
+
 from ..config import OptimizerConfig, ScheduleConfig
 
 
@@ -18,10 +20,10 @@ def learning_rate(step: int, *, num_steps: int, optimizer: OptimizerConfig, sche
         schedule: shape, warm-up and floor.
 
     Raises:
-        ValueError: the warm-up is longer than the run.
+        UserError: the warm-up is longer than the run.
     """
     if schedule.warmup_steps > num_steps:
-        raise ValueError(
+        raise UserError(
             f"schedule.warmup_steps must be at most the {num_steps} steps of the run, got {schedule.warmup_steps}"
         )
     peak = optimizer.learning_rate

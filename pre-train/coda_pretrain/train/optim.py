@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import OptimizerConfig
-from ..devices.backend import Backend
+from ..devices.backend import Placement
 
 DEFAULT_EPS = {"adamw": 1e-8, "adafactor": 1e-30}
 Number = float | Tensor
@@ -81,7 +81,7 @@ class TracedAdamW(Optimizer):
                 parameter.sub_(rate * mean / ((square / group["second_total"]).sqrt() + group["eps"]))
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], backend: Backend) -> Optimizer:
+def build_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], placement: Placement) -> Optimizer:
     """The optimizer that ``config`` names, with all of its state in place.
 
     Weights of two or more dimensions decay; biases and norm weights do not.
@@ -97,31 +97,31 @@ def build_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Paramet
     if config.name == "adafactor":
         own = {"clip_threshold": config.clip_threshold, "decay_rate": config.decay_rate}
         optimizer = Adafactor(groups, {**settings, **own})
-    elif backend.traces_steps:
+    elif placement.traces_steps:
         optimizer = TracedAdamW(groups, {**settings, "betas": config.betas})
     else:
         optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=True, **settings)
     for parameter in parameters.values():
-        optimizer.state[parameter] = _initial_state(config.name, parameter, backend)
+        optimizer.state[parameter] = _initial_state(config.name, parameter, placement)
         if config.ema_decay is not None:
-            optimizer.state[parameter]["ema"] = backend.copy(parameter)
-    set_update_numbers(optimizer, config.learning_rate, count=1, backend=backend)
+            optimizer.state[parameter]["ema"] = placement.copy(parameter)
+    set_update_numbers(optimizer, config.learning_rate, count=1, placement=placement)
     return optimizer
 
 
-def _initial_state(name: str, parameter: nn.Parameter, backend: Backend) -> dict[str, Tensor]:
+def _initial_state(name: str, parameter: nn.Parameter, placement: Placement) -> dict[str, Tensor]:
     dims = tuple(range(parameter.dim()))
     if name == "adamw":
-        state = {"exp_avg": backend.zeros(parameter, dims), "exp_avg_sq": backend.zeros(parameter, dims)}
-        if not backend.traces_steps:
+        state = {"exp_avg": placement.zeros(parameter, dims), "exp_avg_sq": placement.zeros(parameter, dims)}
+        if not placement.traces_steps:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return state
     if parameter.dim() >= 2:
         return {
-            "exp_avg_sq_row": backend.zeros(parameter, dims[:-1]),
-            "exp_avg_sq_col": backend.zeros(parameter, dims[:-2] + dims[-1:]),
+            "exp_avg_sq_row": placement.zeros(parameter, dims[:-1]),
+            "exp_avg_sq_col": placement.zeros(parameter, dims[:-2] + dims[-1:]),
         }
-    return {"exp_avg_sq": backend.zeros(parameter, dims)}
+    return {"exp_avg_sq": placement.zeros(parameter, dims)}
 
 
 def state_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -138,14 +138,14 @@ def state_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) 
     }
 
 
-def set_update_numbers(optimizer: Optimizer, learning_rate: float, *, count: int, backend: Backend) -> None:
+def set_update_numbers(optimizer: Optimizer, learning_rate: float, *, count: int, placement: Placement) -> None:
     """Give the rule what changes with each update.
 
     Args:
         optimizer: of ``build_optimizer``.
         learning_rate: of the next update.
         count: number of the next update, from 1; skipped steps do not count.
-        backend: places the numbers.
+        placement: places the numbers.
     """
     for group in optimizer.param_groups:
         numbers = {"lr": learning_rate}
@@ -154,7 +154,7 @@ def set_update_numbers(optimizer: Optimizer, learning_rate: float, *, count: int
         elif isinstance(optimizer, TracedAdamW):
             first, second = group["betas"]
             numbers |= {"first_total": 1.0 - first**count, "second_total": 1.0 - second**count}
-        group.update(zip(numbers, backend.numbers(list(numbers.values())), strict=True))
+        group.update(zip(numbers, placement.numbers(list(numbers.values())), strict=True))
 
 
 def set_step_count(optimizer: Optimizer, steps: int) -> None:

@@ -21,6 +21,7 @@ from CoDALanguageModel.conversion import (
     number_of_ids,
 )
 from CoDALanguageModel.diffusion import named_rng
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.weight_files import check_tokenizer, refuse_not_finite
 
 from ..config import ModelConfig
@@ -37,20 +38,20 @@ def load_tokenizer_folder(folder: str, *, complete: bool = False) -> PreTrainedT
         complete: add the mask and pad tokens that an autoregressive model's tokenizer lacks.
 
     Raises:
-        ValueError: the folder is missing or holds no tokenizer, or it has no mask or no pad token.
+        UserError: the folder is missing or holds no tokenizer, or it has no mask or no pad token.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f"model.tokenizer: no folder at {folder!r}")
+        raise UserError(f"model.tokenizer: no folder at {folder!r}")
     try:
         check_tokenizer(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model.tokenizer {folder!r} cannot be loaded as a tokenizer folder: {error}") from error
+        raise UserError(f"model.tokenizer {folder!r} cannot be loaded as a tokenizer folder: {error}") from error
     if complete:
         complete_tokenizer(tokenizer, None)
     for name in ("mask_token", "pad_token"):
         if getattr(tokenizer, f"{name}_id") is None:
-            raise ValueError(
+            raise UserError(
                 f"model.tokenizer {folder!r} has no {name}; masked diffusion needs one: name it in its config "
                 "(what is missing is added when model.init_from is an autoregressive folder)"
             )
@@ -61,7 +62,7 @@ def initial_model(config: ModelConfig, *, seed: int) -> CoDALanguageModel:
     """Build the network on the CPU in float32, in training mode. Its attention is bidirectional, whatever it was.
 
     Raises:
-        ValueError: a missing folder, a folder of another model type, unknown fields, or ids that the tokenizer does
+        UserError: a missing folder, a folder of another model type, unknown fields, or ids that the tokenizer does
             not agree with.
     """
     if config.init_from is not None:
@@ -86,11 +87,11 @@ def initial_model(config: ModelConfig, *, seed: int) -> CoDALanguageModel:
 def _type_of(folder: str) -> str:
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"model.init_from: no model folder (with a config.json) at {folder!r}")
+        raise UserError(f"model.init_from: no model folder (with a config.json) at {folder!r}")
     model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     supported = (CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES)
     if model_type not in supported:
-        raise ValueError(
+        raise UserError(
             f"model.init_from {folder!r} must be a folder of type {', '.join(supported)}, got model_type {model_type!r}"
         )
     return model_type
@@ -104,7 +105,7 @@ def _from_folder(config: ModelConfig) -> CoDALanguageModel:
         )
         refuse_not_finite(model.named_parameters(), "the folder")
     except (ValueError, OSError) as error:
-        raise ValueError(f"model.init_from {config.init_from!r}: {error}") from error
+        raise UserError(f"model.init_from {config.init_from!r}: {error}") from error
     return model
 
 
@@ -114,13 +115,13 @@ def _from_autoregressive(config: ModelConfig, tokenizer: PreTrainedTokenizerBase
         source, _ = load_source(Path(config.init_from), {})
         known = number_of_ids(AutoTokenizer.from_pretrained(config.tokenizer))  # without the tokens added here
         if known > source.config.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"it has {source.config.vocab_size} rows, fewer than the {known} ids of model.tokenizer "
                 f"{config.tokenizer!r}"
             )
         model = build_model(source, tokenizer)
     except (ValueError, OSError) as error:
-        raise ValueError(f"model.init_from {config.init_from!r}: {error}") from error
+        raise UserError(f"model.init_from {config.init_from!r}: {error}") from error
     model.set_attn_implementation(config.attn_implementation)
     logger.info("the weights of %s, a %s model, start the run", config.init_from, source.config.model_type)
     return model
@@ -131,7 +132,7 @@ def coda_config(fields: dict[str, object], tokenizer: PreTrainedTokenizerBase) -
     known = set(CoDAConfig().to_dict()) | {"rope_theta"}
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise ValueError(f"unknown key model.config.{unknown[0]} (not a field of CoDAConfig; known: {sorted(known)})")
+        raise UserError(f"unknown key model.config.{unknown[0]} (not a field of CoDAConfig; known: {sorted(known)})")
     from_tokenizer = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,  # a multiple of 64, as matrix units and meshes like it
         "num_token_ids": len(tokenizer),
@@ -146,12 +147,12 @@ def coda_config(fields: dict[str, object], tokenizer: PreTrainedTokenizerBase) -
 def _check_tokens(config: CoDAConfig, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     for name in ("mask_token_id", "pad_token_id"):
         if getattr(config, name) != getattr(tokenizer, name):
-            raise ValueError(
+            raise UserError(
                 f"the model's {name} is {getattr(config, name)}, but model.tokenizer {folder!r} says "
                 f"{getattr(tokenizer, name)}"
             )
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"model.tokenizer {folder!r} has {len(tokenizer)} tokens, more than the model's vocab_size "
             f"{config.vocab_size}"
         )
@@ -166,10 +167,10 @@ def check_shards(shards: dict[str, Any], config: CoDAConfig, tokenizer_dir: str)
         tokenizer_dir: ``model.tokenizer``.
 
     Raises:
-        ValueError: the shards may hold ids that the model has no row for.
+        UserError: the shards may hold ids that the model has no row for.
     """
     if shards["vocab_size"] > config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the token shards were made with a tokenizer of {shards['vocab_size']} ids, more than the model's "
             f"vocab_size {config.vocab_size}: prepare them with model.tokenizer {tokenizer_dir!r}"
         )

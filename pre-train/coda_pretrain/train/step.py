@@ -87,7 +87,7 @@ class StepFunctions:
             ValueError: the parts have other shapes or types than at the step before, which would compile another
                 graph.
         """
-        set_update_numbers(self.optimizer, learning_rate, count=count, backend=self._backend)
+        set_update_numbers(self.optimizer, learning_rate, count=count, placement=self._backend)
         if not self._backend.traces_steps:
             return self._step_under_control_of_the_host(parts, interrupted)
         batches = [self._put(part, "train") for part in parts]
@@ -113,7 +113,7 @@ class StepFunctions:
         Yields:
             The name of a graph and its results, which have no values. Afterwards neither have the weights.
         """
-        set_update_numbers(self.optimizer, 1.0, count=1, backend=self._backend)
+        set_update_numbers(self.optimizer, 1.0, count=1, placement=self._backend)
         batch = self._put(parts[0], "train")
         if len(parts) == 1:
             losses, norm = self._step_of_one_part(batch)

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from CoDALanguageModel.diffusion import IGNORE_INDEX
+from CoDALanguageModel.errors import UserError
 
 from ..checkpoints.checkpoint import (
     TrainState,
@@ -30,11 +31,12 @@ from ..plain_data import to_yaml
 from ..watch.metrics import Reporter, UtilizationMeter, peak_flops
 from ..watch.profiling import PROFILE_FOLDER, StepProfiler
 from ..watch.trackers import check_trackers, start_trackers
+from .assembly import assemble
 from .batches import Batch, Batches, split_rows
 from .learning_rate import learning_rate
-from .optim import build_optimizer, set_step_count, state_tensors
+from .optim import set_step_count, state_tensors
 from .start import check_shards, initial_model
-from .step import StepFunctions, StepResult
+from .step import StepResult
 from .validation import Evaluation, held_out_identities
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class Trainer:
             accept_changed_data: continue although the token shards are not those of before; it is recorded.
 
         Raises:
-            ValueError: the configuration does not fit the devices, the data, the model or the checkpoint.
+            UserError: the configuration does not fit the devices, the data, the model or the checkpoint.
         """
         self.config = config
         self.output_dir, self.checkpoints = run_folders(config)
@@ -78,25 +80,16 @@ class Trainer:
         if resume_from is not None:
             check_same_model(model.config.to_dict(), resume_from)
         if config.seq_len > model.config.max_position_embeddings:
-            raise ValueError(
+            raise UserError(
                 f"seq_len must be at most the model's max_position_embeddings "
                 f"{model.config.max_position_embeddings}, got {config.seq_len}"
             )
         check_shards(mixture.tokenizer, model.config, config.model.tokenizer)
-        model = self.backend.prepare_model(model, z_loss=config.optimizer.z_loss)
-        self.parameters = dict(model.named_parameters())
-        self.optimizer = build_optimizer(config.optimizer, self.parameters, self.backend)
+        self.parameters, self.optimizer, self.functions = assemble(config, model, self.backend)
         self.state = TrainState()
         if resume_from is not None:
             self.state = load_checkpoint(resume_from, self._tensors(), backend=self.backend)
             set_step_count(self.optimizer, self.state.optimizer_steps)
-        self.functions = StepFunctions(
-            model,
-            self.optimizer,
-            max_grad_norm=config.max_grad_norm,
-            ema_decay=config.optimizer.ema_decay,
-            backend=self.backend,
-        )
         num_parts = config.global_batch_size // config.rows_per_micro_batch
         rows = self.backend.rows_for_process(config.global_batch_size, num_parts)
         ids = {"mask_token_id": model.config.mask_token_id, "pad_token_id": model.config.pad_token_id}
@@ -317,10 +310,10 @@ def run_folders(config: RunConfig) -> tuple[Path, Place]:
     """The local folder of a run and the place of its checkpoints.
 
     Raises:
-        ValueError: ``output_dir`` is a URL, or the one of the checkpoints cannot be served.
+        UserError: ``output_dir`` is a URL, or the one of the checkpoints cannot be served.
     """
     if is_url(config.output_dir):
-        raise ValueError(
+        raise UserError(
             f"output_dir must be a local folder, since rows are appended to its metrics.jsonl; got {config.output_dir}:"
             f" put the checkpoints there with checkpoint.folder={config.output_dir}"
         )
@@ -332,14 +325,14 @@ def number_of_steps(config: RunConfig, samples_per_epoch: int) -> int:
     """Optimizer steps of the whole run.
 
     Raises:
-        ValueError: ``num_epochs`` is less than one step.
+        UserError: ``num_epochs`` is less than one step.
     """
     if config.max_steps is not None:
         return config.max_steps
     assert config.num_epochs is not None, "RunConfig holds max_steps or num_epochs"
     steps = int(config.num_epochs * samples_per_epoch / config.global_batch_size)
     if steps < 1:
-        raise ValueError(
+        raise UserError(
             f"num_epochs {config.num_epochs:g} of {samples_per_epoch} samples is less than one step of "
             f"global_batch_size {config.global_batch_size}"
         )

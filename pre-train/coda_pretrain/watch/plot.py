@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from CoDALanguageModel.diffusion import IGNORE_INDEX
+from CoDALanguageModel.errors import UserError
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
@@ -64,14 +65,14 @@ def draw_run(run: Path) -> plt.Figure:
     """The whole picture of a run folder.
 
     Raises:
-        ValueError: the folder holds no metrics or no configuration.
+        UserError: the folder holds no metrics or no configuration.
     """
     metrics, settings = run / "metrics.jsonl", run / "config.yaml"
     if not metrics.is_file() or not settings.is_file():
-        raise ValueError(f"RUN must be the output_dir of a run, with metrics.jsonl and config.yaml; got {str(run)!r}")
+        raise UserError(f"RUN must be the output_dir of a run, with metrics.jsonl and config.yaml; got {str(run)!r}")
     rows = read_rows(metrics)
     if not rows:
-        raise ValueError(f"{metrics} holds no rows yet")
+        raise UserError(f"{metrics} holds no rows yet")
     config = from_dict(RunConfig, yaml.safe_load(settings.read_text(encoding="utf-8")))
     style = {
         "axes.spines.top": False,
@@ -169,7 +170,7 @@ def states_of_rows(config: RunConfig, strategy: dict[str, float]) -> np.ndarray:
     Row i has the noise level (i + 1) / (rows + 1), from nearly clean to nearly masked.
 
     Raises:
-        ValueError: the data cannot be read.
+        UserError: the data cannot be read.
     """
     mixture = Mixture(config.data, seq_len=config.seq_len, seed=config.seed)
     ids = list(range(min(SHOWN_ROWS, mixture.num_samples)))
@@ -194,7 +195,7 @@ def _draw_masks(axes: list[Axes], config: RunConfig) -> None:
         axis.set_yticks([])
         try:
             states = states_of_rows(config, strategy)
-        except (OSError, ValueError):
+        except (OSError, UserError):
             axis.text(0.5, 0.5, "the data is not here", ha="center", va="center", transform=axis.transAxes)
             continue
         axis.imshow(
@@ -248,9 +249,9 @@ def main(argv: Sequence[str]) -> int:
     output = arguments.output or arguments.run / "curves.png"
     try:
         if output.suffix not in FORMATS:
-            raise ValueError(f"--output must end in {', '.join(FORMATS)}, got {str(output)!r}")
+            raise UserError(f"--output must end in {', '.join(FORMATS)}, got {str(output)!r}")
         figure = draw_run(arguments.run)
-    except ValueError as error:
+    except UserError as error:
         sys.stderr.write(f"coda_pretrain plot: error: {error}\n")
         return 2
     save(figure, output)

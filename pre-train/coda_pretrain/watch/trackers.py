@@ -5,6 +5,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from CoDALanguageModel.errors import UserError
+
 from ..config import RunConfig, WandbConfig
 from ..plain_data import to_plain
 from .metrics import Tracker
@@ -14,12 +16,12 @@ def check_trackers(config: RunConfig) -> None:
     """Find the packages of the trackers that are asked for.
 
     Raises:
-        ValueError: one is not installed.
+        UserError: one is not installed.
     """
     metrics = config.metrics
     for name, wanted in (("wandb", metrics.wandb is not None), ("tensorboard", metrics.tensorboard)):
         if wanted and importlib.util.find_spec(name) is None:
-            raise ValueError(f"metrics.{name} needs the package {name}, which is not installed; leave it out without")
+            raise UserError(f"metrics.{name} needs the package {name}, which is not installed; leave it out without")
 
 
 def start_trackers(config: RunConfig, *, finished_steps: int) -> list[Tracker]:
