@@ -31,7 +31,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from transformers.utils import ModelOutput, cached_file, logging
 
 from .configuration_coda import CoDAConfig
-from .diffusion import IGNORE_INDEX, chunked_cross_entropy
+from .diffusion import IGNORE_INDEX, chunked_cross_entropy, scored_by
 from .generation_coda import DiffusionGenerationMixin
 from .generation_config_coda import DiffusionGenerationConfig
 from .weight_files import check_weights
@@ -504,12 +504,12 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
                 f"loss_weights must be (B,) or (B, T) = {tuple(labels.shape)}, got {tuple(loss_weights.shape)}"
             )
         if self.config.logits_shift:
-            hidden, labels = hidden[:, :-1], labels[:, 1:]
+            padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            if padding is None and segment_ids is None:
+                segment_ids = torch.ones_like(labels)
+            by_neighbour = scored_by(padding, segment_ids)[:, 1:] == torch.arange(labels.shape[1] - 1).to(labels)
+            hidden, labels = hidden[:, :-1], labels[:, 1:].masked_fill(~by_neighbour, IGNORE_INDEX)
             loss_weights = None if loss_weights is None else loss_weights[:, 1:]
-            if segment_ids is not None:
-                labels = labels.masked_fill(segment_ids[:, 1:] != segment_ids[:, :-1], IGNORE_INDEX)
-            if attention_mask is not None and attention_mask.ndim == 2:
-                labels = labels.masked_fill(attention_mask[:, :-1] == 0, IGNORE_INDEX)
         scored = labels != IGNORE_INDEX
         if loss_weights is None:
             loss_weights = scored / scored.sum().clamp(min=1)

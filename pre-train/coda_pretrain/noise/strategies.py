@@ -1,6 +1,7 @@
 """How often each masking strategy is applied, and how that moves over a run.
 
-Free of torch, so that a configuration is checked in a moment. Not here: drawing the noise (``masking``).
+Free of torch, so that a configuration is checked in a moment. Not here: drawing the noise
+(``CoDALanguageModel.noise``).
 """
 
 from collections.abc import Sequence

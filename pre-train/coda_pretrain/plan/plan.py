@@ -114,7 +114,7 @@ def _pairs_of_data(config: RunConfig) -> float:
 
     mixture = Mixture(config.data, seq_len=config.seq_len, seed=config.seed)
     segments = np.stack([mixture.sample(i).segment_ids for i in range(min(DATA_ROWS, mixture.num_samples))])
-    return work_of_batch(segments, np.full_like(segments, -100)).attended_pairs / len(segments)
+    return work_of_batch(segments, np.full_like(segments, -1)).attended_pairs / len(segments)
 
 
 def _mean_strategies(masking: MaskingConfig) -> tuple[float, float]:

@@ -7,13 +7,50 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+from torch import Tensor
+
+from CoDALanguageModel.noise import NoisedRows, deal_levels
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
-from ..noise.masking import noise_batch
+from ..noise.masking import noise_samples
 from .annealing import visible_ahead
 
 Batch = dict[str, np.ndarray]
+
+
+def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
+    """(B, T) int64: place of each token in its segment, from 0; 0 in padding. ``segment_ids`` is (B, T) int."""
+    places = np.arange(segment_ids.shape[1])[None, :]
+    is_start = np.ones(segment_ids.shape, dtype=bool)
+    is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    start_places = np.maximum.accumulate(np.where(is_start, places, 0), axis=1)
+    return np.where(segment_ids > 0, places - start_places, 0).astype(np.int64)
+
+
+def batch_of(rows: NoisedRows, t: Tensor, *, global_batch_size: int) -> Batch:
+    """What a step is given of some rows of its global batch.
+
+    Returns:
+        ``noised_ids`` (B, T) int64; ``labels`` (B, T) int64, the clean id where masked and -100 elsewhere;
+        ``loss_weights`` (B,) float32, ``1 / (t * global_batch_size * T)``; ``position_ids`` (B, T) int64, from 0 in
+        each segment; ``segment_ids`` (B, T) int64, 0 at padding; ``t`` (B,) float32.
+
+        The sum of weighted cross-entropies over all processes and micro-batches is the loss of the report (equation 6,
+        weight 1/t over B * T of the global batch): its denominator is a constant, so parts add up without
+        communication, and S2's padding makes a row count less rather than the other tokens more.
+    """
+    levels, segment_ids = t.numpy(), rows.segment_ids.numpy()
+    return {
+        "noised_ids": rows.noised_ids.numpy(),
+        "labels": rows.labels.numpy(),
+        "loss_weights": (1.0 / (levels.astype(np.float64) * global_batch_size * segment_ids.shape[1])).astype(
+            np.float32
+        ),
+        "position_ids": segment_positions(segment_ids),
+        "segment_ids": segment_ids,
+        "t": levels,
+    }
 
 
 class Batches:
@@ -48,24 +85,23 @@ class Batches:
         return visible_ahead(step, num_steps=num_steps, seq_len=self._config.seq_len)
 
     def make(self, step: int) -> Batch:
-        """Read and noise this process's rows of one step; see ``masking.noise_batch`` for the arrays.
+        """Read and noise this process's rows of one step; see ``batch_of`` for the arrays.
 
         While attention widens there is one more, ``visible_ahead`` (B,).
         """
-        size = self._config.global_batch_size
+        size, seed, masking = self._config.global_batch_size, self._config.seed, self._config.masking
         ids = [step * size + row for row in self._rows]
-        batch = noise_batch(
+        t = deal_levels(seed, step, size, masking.t_min)[list(self._rows)]
+        rows = noise_samples(
             self._mixture.samples(ids),
             ids,
-            config=self._config.masking,
-            seed=self._config.seed,
-            step=step,
-            progress=self.progress(step),
-            epoch=self.epoch(step),
-            rows=self._rows,
-            global_batch_size=size,
+            t,
+            seed=seed,
+            strategies=masking.at(self.progress(step), self.epoch(step)),
+            span_lengths=masking.span_lengths,
             **self._token_ids,
         )
+        batch = batch_of(rows, t, global_batch_size=size)
         ahead = self.visible_ahead(step)
         return batch if ahead is None else batch | {"visible_ahead": np.full(len(ids), ahead)}
 

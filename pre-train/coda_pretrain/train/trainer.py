@@ -11,6 +11,7 @@ from types import FrameType
 import numpy as np
 from torch import Tensor
 
+from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
 
 from ..checkpoints.checkpoint import (
@@ -39,8 +40,6 @@ from .step import StepResult
 from .validation import Evaluation, held_out_identities
 
 logger = logging.getLogger(__name__)
-
-IGNORED_LABEL = -100
 
 
 class TrainingDiverged(RuntimeError):
@@ -215,7 +214,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         state.add_to_row(
             loss=result.loss,
-            masked_share=float(np.mean(batch["labels"] != IGNORED_LABEL)),
+            masked_share=float(np.mean(batch["labels"] != IGNORE_INDEX)),
             seconds=seconds,
             data_wait_s=data_wait_s,
         )

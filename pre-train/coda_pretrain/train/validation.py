@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+
+from CoDALanguageModel.noise import deal_levels
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
-from ..noise.masking import MaskingConfig, noise_batch, noise_levels
-from .batches import Batch
+from ..noise.masking import noise_samples
+from ..noise.strategies import MaskingConfig
+from .batches import Batch, batch_of
 
 NOISE_SEED = 0
 """Fixed, so that losses of runs with different seeds or masking compare."""
@@ -48,35 +52,25 @@ class Evaluation:
         self._mixture = Mixture(config.evaluation.data, seq_len=config.seq_len, seed=NOISE_SEED)
         whole_batches = self._mixture.num_samples // config.global_batch_size
         self.num_batches = max(1, min(config.evaluation.batches, whole_batches))
-        self._num_rows = self.num_batches * config.global_batch_size
-        levels = noise_levels(
-            range(self._num_rows), self._num_rows, seed=NOISE_SEED, step=0, t_min=config.masking.t_min
-        )
-        self._samples_by_level = np.argsort(levels)
+        num_rows = self.num_batches * config.global_batch_size
+        self._levels = deal_levels(NOISE_SEED, 0, num_rows, config.masking.t_min)
+        self._samples_by_level = torch.argsort(self._levels).tolist()
 
     def batch(self, index: int) -> Batch:
         """Batch ``index`` of ``num_batches``: the same arrays whenever it is asked for."""
-        size = self._config.global_batch_size
-        samples = [int(self._samples_by_level[index * size + row]) for row in self._rows]
-        rows = [self._row(sample) for sample in samples]
-        batch = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        batch["loss_weights"] = batch["loss_weights"] * np.float32(self.num_batches)  # over this batch, not over all
-        return batch
-
-    def _row(self, sample: int) -> Batch:
-        """One sample as a batch of one row, at its level among those of all rows."""
-        return noise_batch(
-            [self._mixture.sample(sample)],
-            [sample],
-            config=MaskingConfig(t_min=self._config.masking.t_min),
+        size, plain = self._config.global_batch_size, MaskingConfig()
+        samples = [self._samples_by_level[index * size + row] for row in self._rows]
+        t = self._levels[samples]
+        rows = noise_samples(
+            [self._mixture.sample(sample) for sample in samples],
+            samples,
+            t,
             seed=NOISE_SEED,
-            step=0,
-            progress=0.0,
-            epoch=0,
-            rows=range(sample, sample + 1),
-            global_batch_size=self._num_rows,
+            strategies=plain.at(0.0, 0),
+            span_lengths=plain.span_lengths,  # of a plain run, so that their validation noise is that of all
             **self._token_ids,
         )
+        return batch_of(rows, t, global_batch_size=size)
 
     def losses(self, batch_losses: list[float]) -> dict[str, float]:
         """``eval_loss`` and the loss of each part of the noise levels, such as ``eval_loss_t0.00-0.25``.

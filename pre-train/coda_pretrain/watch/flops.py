@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-IGNORED_LABEL = -100
 TRAINING_PASSES = 3  # forward, gradient by the activations, gradient by the weights: a matrix product each
 
 
@@ -43,10 +42,10 @@ def work_of_batch(segment_ids: np.ndarray, labels: np.ndarray) -> Work:
 
     Args:
         segment_ids: (B, T) int, 1, 2, ... for the documents of a row, 0 at padding.
-        labels: (B, T) int, ``IGNORED_LABEL`` where nothing is scored.
+        labels: (B, T) int, negative where nothing is scored.
     """
     pairs = sum(int((np.bincount(row)[1:].astype(np.int64) ** 2).sum()) for row in segment_ids)
-    return Work(int((segment_ids > 0).sum()), pairs, int((labels != IGNORED_LABEL).sum()))
+    return Work(int((segment_ids > 0).sum()), pairs, int((labels >= 0).sum()))
 
 
 def forward_flops(shape: ModelShape, work: Work) -> dict[str, float]:

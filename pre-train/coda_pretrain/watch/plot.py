@@ -9,13 +9,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 import yaml
 
+from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
-from ..noise.masking import noise_batch
+from ..noise.masking import noise_samples
 from ..noise.strategies import MaskingConfig
 from ..plain_data import from_dict
 from .metrics import read_rows
@@ -165,29 +167,25 @@ def _legend_or_note(axis: Axes, has_lines: bool, note: str, **options: Any) -> N
 def states_of_rows(config: RunConfig, strategy: dict[str, float]) -> np.ndarray:
     """(rows, positions) of CLEAN, MASKED and PADDING: the first rows of the data, noised with one strategy alone.
 
-    Row i has the noise level (i + 1) / (rows + 1) or near it, from nearly clean to nearly masked.
+    Row i has the noise level (i + 1) / (rows + 1), from nearly clean to nearly masked.
 
     Raises:
         UserError: the data cannot be read.
     """
     mixture = Mixture(config.data, seq_len=config.seq_len, seed=config.seed)
-    masking = MaskingConfig(**strategy, span_lengths=config.masking.span_lengths, t_min=config.masking.t_min)
     ids = list(range(min(SHOWN_ROWS, mixture.num_samples)))
-    batch = noise_batch(
+    rows = noise_samples(
         [mixture.sample(i) for i in ids],
         ids,
-        config=masking,
+        torch.arange(1, len(ids) + 1) / (len(ids) + 1),
         seed=config.seed,
-        step=0,
-        progress=0.0,
-        epoch=0,
-        rows=range(len(ids)),
-        global_batch_size=len(ids),
+        strategies=MaskingConfig(**strategy).at(0.0, 0),
+        span_lengths=config.masking.span_lengths,
         mask_token_id=-1,  # only where masked tokens are is shown
         pad_token_id=0,
     )
-    states = np.where(batch["labels"] != -100, MASKED, np.where(batch["segment_ids"] > 0, CLEAN, PADDING))
-    return states[np.argsort(batch["t"])]
+    unmasked = torch.where(rows.segment_ids > 0, CLEAN, PADDING)
+    return torch.where(rows.labels != IGNORE_INDEX, MASKED, unmasked).numpy()
 
 
 def _draw_masks(axes: list[Axes], config: RunConfig) -> None:
