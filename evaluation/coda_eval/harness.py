@@ -102,7 +102,7 @@ class CoDAEvalModel(HostedLM):
             ``generation_config.json``; and ``HFLM``'s arguments.
 
     Raises:
-        ValueError: an unknown setting, with the nearest known one, a value that cannot hold, or a tokenizer that does
+        UserError: an unknown setting, with the nearest known one, a value that cannot hold, or a tokenizer that does
             not give pieces of text back as they were.
     """
 
@@ -113,19 +113,19 @@ class CoDAEvalModel(HostedLM):
         settings = generation_settings() - {"seed"}  # the parameter
         refuse_unknown(kwargs, loader | settings | LOADER_SETTINGS | {"mc_num", "seed"}, "model_args")
         if isinstance(mc_num, bool) or not isinstance(mc_num, int) or mc_num < 1:
-            raise ValueError(f"mc_num must be a positive integer, got {mc_num!r}")
+            raise UserError(f"mc_num must be a positive integer, got {mc_num!r}")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+            raise UserError(f"seed must be an integer >= 0, got {seed!r}")
         if str(kwargs.get("batch_size", 1)).startswith("auto"):
-            raise ValueError("batch_size must be a number for this model, got 'auto'; set --batch_size N")
+            raise UserError("batch_size must be a number for this model, got 'auto'; set --batch_size N")
         if isinstance(pretrained, str) and "/" not in pretrained and not os.path.isdir(pretrained):
-            raise ValueError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
+            raise UserError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
         given = {name: kwargs.pop(name) for name in sorted(settings & kwargs.keys())}
         self.fixed_settings = {name: SETTINGS[name].read(value) for name, value in given.items()}
         self.mc_num, self.seed = mc_num, seed
         super().__init__(pretrained=pretrained, **kwargs)
         if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "diffusion_generate"):
-            raise ValueError(f"{pretrained!r} is not a CoDA model; run autoregressive models with --model hf")
+            raise UserError(f"{pretrained!r} is not a CoDA model; run autoregressive models with --model hf")
         self.model.generation_config.merged(self.fixed_settings)  # refuses bad values before any work is done
         # Refuses tokenizers whose pieces do not join to the text.
         self.codec = Codec(self.tokenizer, self.chat_template_args)
@@ -136,7 +136,7 @@ class CoDAEvalModel(HostedLM):
         """A conversation as lm-eval shows and keeps it, with what ``encode_prompt`` needs.
 
         Raises:
-            ValueError: the template refuses the messages, a system message for example.
+            UserError: the template refuses the messages, a system message for example.
         """
         continues = not add_generation_prompt
         return ChatPrompt(self.codec.render(chat_history, continues), chat_history, continues)
@@ -167,7 +167,7 @@ class CoDAEvalModel(HostedLM):
         """Answer requests of any mix of tasks; each answer is what the request would get alone.
 
         Raises:
-            ValueError: an unknown setting, or a prompt that does not fit in the context (the document is named).
+            UserError: an unknown setting, or a prompt that does not fit in the context (the document is named).
         """
         return session.agree(lambda: self._generate(requests, disable_tqdm))
 
@@ -221,15 +221,15 @@ class CoDAEvalModel(HostedLM):
             else:
                 ids, gap = self.encode_prompt(prompt), None
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
         total = len(ids) + settings["max_new_tokens"]
         if total > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"{name}: {len(ids)} tokens of prompt and max_new_tokens={settings['max_new_tokens']} exceed the "
                 f"context of {self.max_length} tokens; prompts are never cut, so lower max_new_tokens or leave it out"
             )
         if not ids:
-            raise ValueError(f"{name}: the prompt is empty")
+            raise UserError(f"{name}: the prompt is empty")
         base = torch.initial_seed() if self.seed is None else self.seed
         content = json.dumps([base, request.task_name, self._identity(request), repeat])
         seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:7])

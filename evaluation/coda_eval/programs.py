@@ -18,6 +18,7 @@ from coda_eval.data import documents as load_documents
 from coda_eval.data import problem
 from coda_eval.sandbox import Program, Verdict, isolation_level, run_programs
 from coda_eval.session import agree
+from CoDALanguageModel.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -179,15 +180,15 @@ def sandbox_settings() -> tuple[str, int | None]:
     """The isolation level that works here and the number of workers, as the environment asks for them.
 
     Raises:
-        ValueError: a variable has a wrong value, or the level does not work on this machine.
+        UserError: a variable has a wrong value, or the level does not work on this machine.
     """
     workers = os.environ.get(WORKERS_VARIABLE)
     if workers is not None and not (workers.isdigit() and int(workers) > 0):
-        raise ValueError(f"{WORKERS_VARIABLE} must be a positive number, got {workers!r}")
+        raise UserError(f"{WORKERS_VARIABLE} must be a positive number, got {workers!r}")
     try:
         level = isolation_level(os.environ.get(LEVEL_VARIABLE, "auto"))
-    except ValueError as error:
-        raise ValueError(f"{error} ({LEVEL_VARIABLE} sets the level)") from error
+    except UserError as error:
+        raise UserError(f"{error} ({LEVEL_VARIABLE} sets the level)") from error
     return level, int(workers) if workers else None
 
 
@@ -198,7 +199,7 @@ def documents(data: str, **kwargs: Any) -> dict[str, Any]:
     nothing could judge are never made.
 
     Raises:
-        ValueError: as there, or no sandbox works.
+        UserError: as there, or no sandbox works.
     """
     sandbox_settings()
     return load_documents(data, **kwargs)
@@ -243,10 +244,10 @@ def pass_at_k(num_answers: int, num_passed: int, k: int) -> float:
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1, in its product form.
 
     Raises:
-        ValueError: ``k`` is not in [1, num_answers].
+        UserError: ``k`` is not in [1, num_answers].
     """
     if not 1 <= k <= num_answers:
-        raise ValueError(f"k must be in [1, {num_answers}] (the number of answers), got {k}")
+        raise UserError(f"k must be in [1, {num_answers}] (the number of answers), got {k}")
     if num_answers - num_passed < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(num_answers - num_passed + 1, num_answers + 1))

@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from CoDALanguageModel.errors import UserError
+
 DETAILS = ("isolation", "timeouts", "outcomes")
 """Metrics that describe a run and are no scores."""
 
@@ -27,10 +29,10 @@ def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> t
         z: quantile of the normal distribution.
 
     Raises:
-        ValueError: ``share`` or ``count`` is out of range.
+        UserError: ``share`` or ``count`` is out of range.
     """
     if not 0.0 <= share <= 1.0 or count < 1:
-        raise ValueError(f"share must be in [0, 1] and count positive, got {share} and {count}")
+        raise UserError(f"share must be in [0, 1] and count positive, got {share} and {count}")
     scale = 1.0 + z * z / count
     middle = (share + z * z / (2 * count)) / scale
     half = z * math.sqrt(share * (1.0 - share) / count + z * z / (4 * count * count)) / scale
@@ -41,11 +43,11 @@ def score_cards(folder: str | Path) -> list[dict[str, Any]]:
     """Every score below ``folder``, oldest run first.
 
     Raises:
-        ValueError: there is no results file, or one is not lm-eval's.
+        UserError: there is no results file, or one is not lm-eval's.
     """
     paths = sorted(Path(folder).rglob("results_*.json"), key=lambda path: path.name)
     if not paths:
-        raise ValueError(f"no results_*.json in {str(folder)!r}: give the folder of --output_path")
+        raise UserError(f"no results_*.json in {str(folder)!r}: give the folder of --output_path")
     return [card for path in paths for card in _cards_of(path)]
 
 
@@ -54,7 +56,7 @@ def _cards_of(path: Path) -> list[dict[str, Any]]:
         run = json.loads(path.read_text(encoding="utf-8"))
         config, results = run["config"], run["results"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a results file of lm-eval: {error!r}") from error
+        raise UserError(f"{path} is not a results file of lm-eval: {error!r}") from error
     cards = []
     costs = _costs_beside(path)
     for task, metrics in results.items():
@@ -153,7 +155,7 @@ def main() -> None:
         parser.error(f"--output must end in .json or .md, got {str(args.output)!r}")
     try:
         cards = score_cards(args.results_dir)
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     table = as_markdown(cards)
     if args.output is not None:
