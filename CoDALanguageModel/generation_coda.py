@@ -16,7 +16,8 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.utils import ModelOutput
 
 from .decoder import Decoding, Progress
-from .generation_config_coda import DEFAULTS, DiffusionGenerationConfig
+from .decoding_settings import SETTINGS
+from .generation_config_coda import DiffusionGenerationConfig
 from .infilling import InfillOutput, infill
 from .row import DecodingCost, Request, Row, complete
 
@@ -126,7 +127,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             ValueError: bad settings or inputs, or a canvas longer than the model's context.
         """
         config = DiffusionGenerationConfig.of(generation_config or self.generation_config)
-        given = {key: value for key, value in overrides.items() if value is not None or key in DEFAULTS}
+        given = {key: value for key, value in overrides.items() if value is not None or key in SETTINGS}
         config = config.merged(given)
         config = complete(config, self.config)
         if config.stop_strings and tokenizer is None:

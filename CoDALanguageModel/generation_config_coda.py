@@ -9,9 +9,6 @@ from transformers import GenerationConfig
 from .decoding_settings import SETTINGS, check_together, commits_are_final, refuse_unknown
 from .errors import UserError
 
-DEFAULTS: dict[str, Any] = {name: row.default for name, row in SETTINGS.items()}
-"""The exact regime."""
-
 # What transformers itself writes into a generation config.
 METADATA = ("_commit_hash", "_from_model_config", "_original_object_hash", "transformers_version")
 

@@ -6,7 +6,6 @@ would silently change the objective. It imports neither torch nor transformers, 
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import itertools
 import json
@@ -21,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, did_you_mean
 
 from .checkpoints import file_identity, folder_identity, weights_problem
 from .records import MALFORMED, Layout, data_files, parse_record, read_records, refuse_malformed
@@ -179,8 +178,7 @@ def parse_diffusion(section: Mapping[str, Any] | None) -> DiffusionArguments:
     known = [field.name for field in dataclasses.fields(DiffusionArguments)]
     for key in section:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean 'diffusion.{near[0]}'?" if near else ""
+            hint = did_you_mean(key, known, lambda near: f"'diffusion.{near}'")
             raise UserError(f"unknown key diffusion.{key}{hint} (known: {', '.join(known)})")
     return DiffusionArguments(**section)
 
@@ -235,8 +233,7 @@ def check_host_keys(host: Mapping[str, Any]) -> None:
             known |= {field.target.id for field in fields if isinstance(field.target, ast.Name)}
     for key in host:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else " (diffusion settings go into the diffusion section)"
+            hint = did_you_mean(key, known) or " (diffusion settings go into the diffusion section)"
             raise UserError(f"unknown key {key!r}: LLaMA-Factory has no such setting{hint}")
 
 
@@ -385,8 +382,7 @@ def check_datasets(host: Mapping[str, Any]) -> None:
     for key in ("dataset", "eval_dataset"):
         for name in _names(host, key):
             if name not in info:
-                near = difflib.get_close_matches(name, info, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, info)
                 file = Path(folder) / "dataset_info.json"
                 raise UserError(f"{key}: {name!r} is not in {file}{hint} (known: {', '.join(info)})")
             _check_local_file(Path(folder), name, info[name])

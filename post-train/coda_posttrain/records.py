@@ -5,7 +5,6 @@ malformed and stops the run, named by file and line. One that is well-formed but
 turns that do not alternate) is left out and counted. Imports neither torch nor LLaMA-Factory.
 """
 
-import difflib
 import gzip
 import json
 import logging
@@ -15,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +93,7 @@ class Layout:
                     reason = "this model reads text only" if key in _NOT_TEXT else "preference data is not supported"
                     raise UserError(f"dataset {name!r}: columns.{key}: {reason}")
                 if key not in allowed:
-                    near = difflib.get_close_matches(str(key), allowed, n=1)
-                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    hint = did_you_mean(key, allowed)
                     raise UserError(
                         f"dataset {name!r}: unknown key {section}.{key}{hint} (known: {', '.join(allowed)})"
                     )

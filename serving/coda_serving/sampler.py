@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from CoDALanguageModel import CoDALanguageModel
-from CoDALanguageModel.sampling import plan_commits
+from CoDALanguageModel.row import Request, Row
 from CoDALanguageModel.weight_files import refuse_not_finite
 
 from .scheduler import CanvasRequest
@@ -108,11 +108,10 @@ class ModelSampler:
             raise ValueError(
                 f"prompt ids must be in [0, {self.num_token_ids}) and not the mask token {self.mask_token_id}"
             )
+        gap = [] if request.suffix_ids is None else [self.mask_token_id] * request.max_tokens
+        ids = [*request.prompt_ids, *gap, *(request.suffix_ids or ())]
         config = self._model.generation_config.merged(self._settings([request]))
-        config.check_vocabulary(self._model.config.vocab_size)
-        plan_commits(
-            request.max_tokens, steps=config.steps, block_length=config.block_length, eps=config.eps, alg=config.alg
-        )
+        Row(Request(ids=ids, settings=config, seed=request.seed), 0, self._model.config, None)
 
     @torch.inference_mode()
     def run(self, requests: Sequence[CanvasRequest], on_step: Callable[[list[list[int]], int], bool]) -> None:

@@ -104,6 +104,7 @@ def test_false_from_the_callback_stops_the_model(sampler, ask):
         ({"steps": 1}, "steps must be at least the number of blocks"),
         ({"alg": "greedy"}, "alg must be one of"),
         ({"suppress_tokens": [10**6]}, "suppress_tokens must hold token ids in"),
+        ({"suppress_tokens": list(range(295))}, "no token may come out"),
     ],
 )
 def test_what_cannot_be_denoised_is_refused(sampler, ask, changes, words):
