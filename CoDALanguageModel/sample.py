@@ -1,6 +1,6 @@
 """Sampling from the shell: `python -m CoDALanguageModel.sample --model M --prompt "..." [--infill FILE] [any option]`.
 
-Shows the canvas being denoised, prints the answer and what it cost. Every decoding setting is an option, e.g.
+Shows the canvas being denoised, prints the answer and what it cost. Decoding settings are options, e.g.
 `--steps 64 --kv_cache dual --threshold 0.9`. `--history F` writes the steps: JSON lines (.jsonl), or a picture that
 moves (.svg, .gif). In a file for `--infill` a gap is written `<gap>`, or `<gap:12>` for 12 tokens.
 """
