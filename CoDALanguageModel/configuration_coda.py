@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+
+from .errors import UserError
 
 # Keys that the published checkpoint carries in its config.json: training settings, no part of the architecture.
 LEGACY_KEYS = (
@@ -57,7 +59,7 @@ class CoDAConfig(PreTrainedConfig):
             every row has a token (for Qwen's vocabulary: the ids that its tokenizer defines).
 
     Raises:
-        ValueError: a size below 1, head counts that do not divide, no mask token, or a token id outside of the
+        UserError: a size below 1, head counts that do not divide, no mask token, or a token id outside of the
             vocabulary.
     """
 
@@ -119,17 +121,22 @@ class CoDAConfig(PreTrainedConfig):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "head_dim")
         for name in (*sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads, "
                 f"got {self.num_key_value_heads}"
             )
         if not 0 < self.num_token_ids <= self.vocab_size:
-            raise ValueError(f"num_token_ids must be in [1, vocab_size={self.vocab_size}], got {self.num_token_ids}")
+            raise UserError(f"num_token_ids must be in [1, vocab_size={self.vocab_size}], got {self.num_token_ids}")
         named = [("mask_token_id", self.mask_token_id), ("pad_token_id", self.pad_token_id)]
         named += [("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in token_ids(self.eos_token_id))]
         for name, token_id in named:
             is_missing = token_id is None and name == "mask_token_id"
             if is_missing or (token_id is not None and not 0 <= token_id < self.vocab_size):
-                raise ValueError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id}")
+                raise UserError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id}")
+
+
+CoDAConfig.register_for_auto_class()
+if __name__ == "CoDALanguageModel.configuration_coda":  # a copy that travels with weights is registered by transformers
+    AutoConfig.register(CoDAConfig.model_type, CoDAConfig)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
@@ -31,7 +31,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from transformers.utils import ModelOutput, cached_file, logging
 
 from .configuration_coda import CoDAConfig
-from .diffusion import IGNORE_INDEX, chunked_cross_entropy
+from .diffusion import IGNORE_INDEX, chunked_cross_entropy, scored_by
 from .generation_coda import DiffusionGenerationMixin
 from .generation_config_coda import DiffusionGenerationConfig
 from .weight_files import check_weights
@@ -39,10 +39,13 @@ from .weight_files import check_weights
 # transformers copies the files that this one imports into a saved folder, so every file of the model is named here.
 from .cache import CanvasCache as CanvasCache  # isort: skip
 from .canvas import Canvas as Canvas  # isort: skip
-from .decoder import Decoder as Decoder  # isort: skip
+from .decoder import Decoding as Decoding  # isort: skip
 from .infilling import InfillOutput as InfillOutput  # isort: skip
+from .row import Row as Row  # isort: skip
 from .sampling import Candidates as Candidates  # isort: skip
 from .scoring import Scorer as Scorer  # isort: skip
+from .speculation import Speculation as Speculation  # isort: skip
+from .stepwise import Stepwise as Stepwise  # isort: skip
 
 logger = logging.get_logger(__name__)
 
@@ -504,12 +507,12 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
                 f"loss_weights must be (B,) or (B, T) = {tuple(labels.shape)}, got {tuple(loss_weights.shape)}"
             )
         if self.config.logits_shift:
-            hidden, labels = hidden[:, :-1], labels[:, 1:]
+            padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            if padding is None and segment_ids is None:
+                segment_ids = torch.ones_like(labels)
+            by_neighbour = scored_by(padding, segment_ids)[:, 1:] == torch.arange(labels.shape[1] - 1).to(labels)
+            hidden, labels = hidden[:, :-1], labels[:, 1:].masked_fill(~by_neighbour, IGNORE_INDEX)
             loss_weights = None if loss_weights is None else loss_weights[:, 1:]
-            if segment_ids is not None:
-                labels = labels.masked_fill(segment_ids[:, 1:] != segment_ids[:, :-1], IGNORE_INDEX)
-            if attention_mask is not None and attention_mask.ndim == 2:
-                labels = labels.masked_fill(attention_mask[:, :-1] == 0, IGNORE_INDEX)
         scored = labels != IGNORE_INDEX
         if loss_weights is None:
             loss_weights = scored / scored.sum().clamp(min=1)
@@ -624,3 +627,9 @@ def _checkpoint_is_tied(path: str, default: bool, hub_arguments: dict[str, Any])
             return file.get_tensor(key)
 
     return torch.equal(read(HEAD_WEIGHT), read(EMBEDDING_WEIGHT))
+
+
+CoDALanguageModel.register_for_auto_class("AutoModelForCausalLM")
+if __name__ == "CoDALanguageModel.modeling_coda":  # a copy that travels with weights is registered by transformers
+    AutoModel.register(CoDAConfig, CoDALanguageModel)
+    AutoModelForCausalLM.register(CoDAConfig, CoDALanguageModel)

@@ -23,9 +23,8 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from .agreement import parse_settings
 from .answers import AnswerReader, end_ids
-from .generation_config_coda import DEFAULTS, refuse_unknown
+from .decoding_settings import Setting, offered, parse_settings, refuse_unknown
 from .modeling_coda import CoDALanguageModel
 from .prompts import Codec, GappedText, gaps
 
@@ -206,12 +205,17 @@ def build_canvas(options: argparse.Namespace, codec: Codec, model: Any) -> tuple
     return GappedText(codec.encode_chat([{"role": "user", "content": options.prompt}]), []), []
 
 
+def _told(row: Setting) -> str:
+    text = f"{row.name}: {row.says}; {row.allowed} ({row.default})"
+    return textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="      ")
+
+
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Our own options, and the decoding settings among the others."""
     parser = argparse.ArgumentParser(
         prog="python -m CoDALanguageModel.sample",
         description=__doc__,
-        epilog="decoding settings, each as --name value:\n  " + "\n  ".join(textwrap.wrap(", ".join(DEFAULTS), 100)),
+        epilog="decoding settings, each as --name value:\n" + "\n".join(map(_told, offered("shell"))),
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="folder of a CoDA model with its tokenizer")
@@ -230,7 +234,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
         word = rest.pop(0)
         if not word.startswith("--"):
             raise ValueError(f"unexpected word {word!r}: options are given as --name value")
-        refuse_unknown([word[2:].partition("=")[0]])  # before the next word is taken for its value
+        refuse_unknown([word[2:].partition("=")[0]], "shell")  # before the next word is taken for its value
         words.append(word[2:] if "=" in word else f"{word[2:]}={rest.pop(0) if rest else ''}")
     return options, parse_settings(words)
 

@@ -5,7 +5,6 @@ for a masked-diffusion model is here: generation, infilling, and the likelihood 
 """
 
 import dataclasses
-import difflib
 import hashlib
 import inspect
 import json
@@ -13,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,15 +27,11 @@ from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.answers import AnswerReader, end_ids
+from CoDALanguageModel.decoding_settings import SETTINGS, offered
+from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.prompts import Codec, gaps
 
 logger = logging.getLogger(__name__)
-
-GENERATION_SETTINGS = frozenset(
-    "max_new_tokens steps alg alg_temp temperature top_p top_k block_length eps seed eos_early_stop do_sample "
-    "mask_token_id pad_token_id bos_token_id eos_token_id num_token_ids".split()
-)
-"""Fields of ``DiffusionGenerationConfig`` that model_args, --gen_kwargs and task files may set."""
 
 LOADER_SETTINGS = frozenset({"attn_implementation", "device_map", "load_in_4bit", "load_in_8bit"})
 """Keyword arguments of ``from_pretrained`` that model_args may hold."""
@@ -44,13 +39,19 @@ LOADER_SETTINGS = frozenset({"attn_implementation", "device_map", "load_in_4bit"
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-def refuse_unknown(given: Sequence[str], known: Sequence[str], place: str) -> None:
-    """Raise ValueError for the first name that is not known, with the nearest one that is."""
+def generation_settings() -> set[str]:
+    """Decoding settings that model_args, --gen_kwargs and task files may hold."""
+    return {row.name for row in offered("evaluation")}
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], place: str) -> None:
+    """Raise UserError for the first name that is not known, with the nearest one that is, or why it is withheld."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown setting {name!r} in {place}{hint} (known: {', '.join(sorted(known))})")
+            if name in SETTINGS:
+                raise UserError(f"{name} cannot be set in {place}: {SETTINGS[name].withheld['evaluation']}")
+            hint = did_you_mean(name, sorted(known))
+            raise UserError(f"unknown setting {name!r} in {place}{hint} (known: {', '.join(sorted(known))})")
 
 
 class ChatPrompt(str):
@@ -96,11 +97,12 @@ class CoDAEvalModel(HostedLM):
         mc_num: masked inputs per likelihood; a continuation with at most that many mask patterns is exact.
         seed: base of all draws; by default the torch seed of ``--seed``. Each answer's own seed is made from this
             one, the task, the document and the repeat, and from nothing else.
-        **kwargs: any field of ``DiffusionGenerationConfig``, which then wins over ``--gen_kwargs``, which wins over
-            the task file, which wins over the checkpoint's ``generation_config.json``; and ``HFLM``'s arguments.
+        **kwargs: any setting of ``DiffusionGenerationConfig`` that is not withheld here, which then wins over
+            ``--gen_kwargs``, which wins over the task file, which wins over the checkpoint's
+            ``generation_config.json``; and ``HFLM``'s arguments.
 
     Raises:
-        ValueError: an unknown setting, with the nearest known one, a value that cannot hold, or a tokenizer that does
+        UserError: an unknown setting, with the nearest known one, a value that cannot hold, or a tokenizer that does
             not give pieces of text back as they were.
     """
 
@@ -108,20 +110,22 @@ class CoDAEvalModel(HostedLM):
 
     def __init__(self, pretrained: Any, *, mc_num: int = 128, seed: int | None = None, **kwargs: Any) -> None:
         loader = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
-        refuse_unknown(list(kwargs), loader | GENERATION_SETTINGS | LOADER_SETTINGS | {"mc_num"}, "model_args")
+        settings = generation_settings() - {"seed"}  # the parameter
+        refuse_unknown(kwargs, loader | settings | LOADER_SETTINGS | {"mc_num", "seed"}, "model_args")
         if isinstance(mc_num, bool) or not isinstance(mc_num, int) or mc_num < 1:
-            raise ValueError(f"mc_num must be a positive integer, got {mc_num!r}")
+            raise UserError(f"mc_num must be a positive integer, got {mc_num!r}")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+            raise UserError(f"seed must be an integer >= 0, got {seed!r}")
         if str(kwargs.get("batch_size", 1)).startswith("auto"):
-            raise ValueError("batch_size must be a number for this model, got 'auto'; set --batch_size N")
+            raise UserError("batch_size must be a number for this model, got 'auto'; set --batch_size N")
         if isinstance(pretrained, str) and "/" not in pretrained and not os.path.isdir(pretrained):
-            raise ValueError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
-        self.fixed_settings = {name: kwargs.pop(name) for name in sorted(GENERATION_SETTINGS & kwargs.keys())}
+            raise UserError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
+        given = {name: kwargs.pop(name) for name in sorted(settings & kwargs.keys())}
+        self.fixed_settings = {name: SETTINGS[name].read(value) for name, value in given.items()}
         self.mc_num, self.seed = mc_num, seed
         super().__init__(pretrained=pretrained, **kwargs)
         if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "diffusion_generate"):
-            raise ValueError(f"{pretrained!r} is not a CoDA model; run autoregressive models with --model hf")
+            raise UserError(f"{pretrained!r} is not a CoDA model; run autoregressive models with --model hf")
         self.model.generation_config.merged(self.fixed_settings)  # refuses bad values before any work is done
         # Refuses tokenizers whose pieces do not join to the text.
         self.codec = Codec(self.tokenizer, self.chat_template_args)
@@ -132,7 +136,7 @@ class CoDAEvalModel(HostedLM):
         """A conversation as lm-eval shows and keeps it, with what ``encode_prompt`` needs.
 
         Raises:
-            ValueError: the template refuses the messages, a system message for example.
+            UserError: the template refuses the messages, a system message for example.
         """
         continues = not add_generation_prompt
         return ChatPrompt(self.codec.render(chat_history, continues), chat_history, continues)
@@ -163,7 +167,7 @@ class CoDAEvalModel(HostedLM):
         """Answer requests of any mix of tasks; each answer is what the request would get alone.
 
         Raises:
-            ValueError: an unknown setting, or a prompt that does not fit in the context (the document is named).
+            UserError: an unknown setting, or a prompt that does not fit in the context (the document is named).
         """
         return session.agree(lambda: self._generate(requests, disable_tqdm))
 
@@ -217,15 +221,15 @@ class CoDAEvalModel(HostedLM):
             else:
                 ids, gap = self.encode_prompt(prompt), None
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
         total = len(ids) + settings["max_new_tokens"]
         if total > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"{name}: {len(ids)} tokens of prompt and max_new_tokens={settings['max_new_tokens']} exceed the "
                 f"context of {self.max_length} tokens; prompts are never cut, so lower max_new_tokens or leave it out"
             )
         if not ids:
-            raise ValueError(f"{name}: the prompt is empty")
+            raise UserError(f"{name}: the prompt is empty")
         base = torch.initial_seed() if self.seed is None else self.seed
         content = json.dumps([base, request.task_name, self._identity(request), repeat])
         seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:7])
@@ -242,7 +246,10 @@ class CoDAEvalModel(HostedLM):
         """Resolve one request's settings: model_args over the request's own; stop strings apart."""
         until = given.pop("until", None) or []
         lengths = [given.pop(name) for name in _LENGTH_NAMES if name in given]
-        refuse_unknown(list(given), GENERATION_SETTINGS | {"until", *_LENGTH_NAMES}, place)
+        if "seed" in given:
+            raise UserError(f"seed cannot be set in {place}: --seed or the seed of model_args is for all tasks")
+        refuse_unknown(given, generation_settings() | {"until", *_LENGTH_NAMES}, place)
+        given = {name: SETTINGS[name].read(value) for name, value in given.items()}
         if lengths:
             given["max_new_tokens"] = int(lengths[0])
         if given.get("do_sample") is False and given.get("temperature"):
@@ -279,6 +286,7 @@ class CoDAEvalModel(HostedLM):
             **batch[0].settings,
         )
         seconds = (time.monotonic() - started) / len(batch)
+        cost = {"answers": len(batch), **output.cost.as_dict()}
         config = self.model.generation_config.merged(batch[0].settings)
         ends = end_ids(self.model.config, config)
         width, answers = inputs.shape[1], []
@@ -286,7 +294,7 @@ class CoDAEvalModel(HostedLM):
             start = width - len(job.ids)
             where = slice(width, None) if job.gap is None else slice(start + job.gap.start, start + job.gap.stop)
             answer = self._read(row[where], job.ids if job.gap is None else job.ids[: job.gap.start], job.until, ends)
-            answer.forwards, answer.generation_s = num_forwards, round(seconds, 4)
+            answer.forwards, answer.generation_s, answer.batch_cost = num_forwards, round(seconds, 4), cost
             answers.append(answer)
         return answers
 

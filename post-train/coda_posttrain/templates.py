@@ -13,6 +13,7 @@ from typing import Any
 
 from llamafactory.data.template import TEMPLATES, Template, get_template_and_fix_tokenizer
 
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import Codec, Marks
 
 from .records import DataError
@@ -40,12 +41,12 @@ class ChatTemplate:
         tokenizer: a fast tokenizer with a chat template.
 
     Raises:
-        ValueError: there is no chat template, or it cannot be taken apart.
+        UserError: there is no chat template, or it cannot be taken apart.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         if not isinstance(tokenizer.chat_template, str):
-            raise ValueError("the checkpoint's tokenizer has no chat template: set template to one of LLaMA-Factory's")
+            raise UserError("the checkpoint's tokenizer has no chat template: set template to one of LLaMA-Factory's")
         self.codec = Codec(tokenizer)
         self.closing = self._closing(tokenizer)
         self.start = [*self.codec.encode_chat(_turns(["a"])), *self.answer("b")]
@@ -81,10 +82,10 @@ class ChatTemplate:
         answer = "the answer"
         rendered = tokenizer.apply_chat_template(_turns(["a", answer]), tokenize=False)
         if answer not in rendered:
-            raise ValueError("the checkpoint's chat template does not write the assistant's text: set template")
+            raise UserError("the checkpoint's chat template does not write the assistant's text: set template")
         ids = tokenizer(rendered.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
         if tokenizer.eos_token_id not in ids:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's chat template does not end an answer with the end token {tokenizer.eos_token!r}: "
                 f"it writes {tokenizer.decode(ids)!r}; mend the one or the other in the model folder, or set template"
             )
@@ -99,16 +100,14 @@ class ChatTemplate:
                 asked = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # a template is a program of the model's author; it refuses by raising anything
                 if not system:
-                    raise ValueError(f"the checkpoint's chat template refuses a plain request: {error}") from error
+                    raise UserError(f"the checkpoint's chat template refuses a plain request: {error}") from error
                 continue  # no system messages with this model; a row that has one is refused
             text = asked + answer + tokenizer.decode(self.closing)
             if (
                 _flat(self.pairs(_turns([request, answer]), system))
                 != tokenizer(text, add_special_tokens=False).input_ids
             ):
-                raise ValueError(
-                    f"this tokenizer encodes {answer!r} differently alone and behind the request {asked!r}"
-                )
+                raise UserError(f"this tokenizer encodes {answer!r} differently alone and behind the request {asked!r}")
         answer = answer.strip()
         begun = _flat(self.pairs(_turns([request, answer]), ""))
         return (
@@ -170,7 +169,7 @@ class TurnEncoder:
         other_template: whether ``template`` may give other ids than the checkpoint's chat template.
 
     Raises:
-        ValueError: a template that does not fit, with the remedy.
+        UserError: a template that does not fit, with the remedy.
     """
 
     def __init__(self, tokenizer: Any, data_args: Any, other_template: bool) -> None:
@@ -190,7 +189,7 @@ class TurnEncoder:
         self.host = HostTemplate(template, tokenizer, self.chat.codec)
         difference = self._difference(tokenizer)
         if difference and not other_template:
-            raise ValueError(
+            raise UserError(
                 f"template={name!r} gives other tokens than the checkpoint's own chat template, by which evaluation "
                 f"and serving ask: leave template out, or set diffusion.other_template=true to train so\n{difference}"
             )
@@ -240,26 +239,26 @@ def _fitting(name: str, tokenizer: Any, data_args: Any) -> Template:
     """LLaMA-Factory's template of that name, where it needs no other tokenizer than the checkpoint's.
 
     Raises:
-        ValueError: there is none of that name, or it changes the vocabulary or the end of an answer.
+        UserError: there is none of that name, or it changes the vocabulary or the end of an answer.
     """
     if name not in TEMPLATES:
-        raise ValueError(f"template must be one of LLaMA-Factory's, or left out for the checkpoint's own, got {name!r}")
+        raise UserError(f"template must be one of LLaMA-Factory's, or left out for the checkpoint's own, got {name!r}")
     changed = copy.deepcopy(tokenizer)
     template = get_template_and_fix_tokenizer(changed, data_args)
     remedy = "leave template out to train with the checkpoint's own chat template"
     if len(changed) != len(tokenizer):
         added = sorted(changed.get_vocab().keys() - tokenizer.get_vocab().keys())
-        raise ValueError(f"template={name!r} needs tokens that the checkpoint does not have, {added}; {remedy}")
+        raise UserError(f"template={name!r} needs tokens that the checkpoint does not have, {added}; {remedy}")
     if changed.eos_token_id != tokenizer.eos_token_id:
-        raise ValueError(
+        raise UserError(
             f"template={name!r} ends answers with {changed.eos_token!r}, the checkpoint with {tokenizer.eos_token!r}; "
             f"{remedy}"
         )
     if template.efficient_eos:
-        raise ValueError(f"template={name!r} writes no end behind an answer that another turn follows; {remedy}")
+        raise UserError(f"template={name!r} writes no end behind an answer that another turn follows; {remedy}")
     target = template.encode_multiturn(tokenizer, _turns(["a", "b"]))[-1][1]
     if tokenizer.eos_token_id not in target:
-        raise ValueError(
+        raise UserError(
             f"template={name!r} writes {tokenizer.decode(target)!r}: it does not end an answer with the end token "
             f"{tokenizer.eos_token!r} of the checkpoint; {remedy}"
         )

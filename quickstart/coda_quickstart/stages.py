@@ -37,12 +37,12 @@ def build_stages(repository: Path, run_dir: Path, configs: Path, evaluation: Map
         train = (python, "-m", "coda_pretrain", "--config", config, f"output_dir={run_dir / name}")
         common = (f"model.tokenizer={run_dir / 'tokenizer'}", f"data.root={run_dir / 'shards'}")
         common += (f"evaluation.data.root={run_dir / 'shards'}",)
-        export = (python, "-m", "coda_pretrain.export", "--checkpoint_dir", str(run_dir / name))
+        export = (python, "-m", "coda_pretrain", "export", "--checkpoint_dir", str(run_dir / name))
         return (*train, *common, *overrides), (*export, "--output_dir", str(run_dir / f"{name}_export"))
 
     def shard(name: str) -> tuple[str, ...]:
         paths = ("--input", str(run_dir / "data" / f"{name}.jsonl"), "--output", str(run_dir / "shards" / name))
-        return (python, "-m", "coda_pretrain.data", *paths, "--tokenizer", str(run_dir / "tokenizer"))
+        return (python, "-m", "coda_pretrain", "data", *paths, "--tokenizer", str(run_dir / "tokenizer"))
 
     pretrain = Stage(
         name="pretrain",

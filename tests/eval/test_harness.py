@@ -16,7 +16,8 @@ from lm_eval.api.registry import get_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import coda_eval.autoregressive  # noqa: F401  registers the model coda_hf
-from coda_eval.harness import CoDAEvalModel
+from coda_eval.harness import CoDAEvalModel, generation_settings
+from CoDALanguageModel.decoding_settings import SETTINGS, Setting
 
 
 def load(model_dir, **settings):
@@ -178,6 +179,43 @@ def test_model_args_win_over_request_settings_and_those_over_the_checkpoint(mode
     assert bare._settings({}, "t")[0]["max_new_tokens"] == bare.model.generation_config.max_new_tokens
 
 
+def test_every_setting_is_a_name_of_model_args_or_says_why_not(model_dir, monkeypatch):
+    for name, row in SETTINGS.items():
+        if reason := row.withheld.get("evaluation"):
+            with pytest.raises(ValueError, match=f"{name} cannot be set in model_args: {reason}"):
+                load(model_dir, **{name: row.default})
+        else:
+            assert name in generation_settings()
+    monkeypatch.setitem(SETTINGS, "warmth", Setting(name="warmth", kind=float, default=0.5, most=1, least=0, says="w"))
+    assert load(model_dir, warmth=0.25).fixed_settings["warmth"] == 0.25
+    with pytest.raises(ValueError, match="warmth must be in"):
+        load(model_dir, warmth=2)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"kv_cache": "dual", "threshold": 0.9, "block_length": 4}, {"speculate": 3}, {"remask": "conf"}]
+)
+def test_all_regimes_are_scored_and_their_cost_is_recorded(model_dir, settings):
+    asked = [request({"task_id": f"p/{n}"}, "x = 1\n" * (n + 1)) for n in range(3)]
+    model = load(model_dir, batch_size=2, **settings)
+    answers = model.generate_until(asked, True)
+    for index, (one, answer) in enumerate(zip(asked, answers, strict=True)):
+        ids, seed = model.encode_prompt(one.args[0]), model._job(index, one, 0).seed
+        new = model.model.diffusion_generate(torch.tensor([ids]), seed=seed, steps=8, max_new_tokens=8, **settings)
+        assert answer == model._text_answer(new[0, len(ids) :].tolist(), [], after=ids)
+    assert sorted(answer.batch_cost["answers"] for answer in answers) == [1, 2, 2]
+    assert all(answer.batch_cost["tokens_evaluated"] >= 8 for answer in answers)
+    assert (answers[0].batch_cost["cache_refreshes"] > 0) == ("kv_cache" in settings)
+
+
+def test_none_turns_a_setting_off(model_dir):
+    model = load(model_dir, threshold="None", kv_cache="none")
+    assert (model.fixed_settings["threshold"], model.fixed_settings["kv_cache"]) == (None, "none")
+    assert model._settings({"top_p": "none"}, "t")[0]["top_p"] is None
+    with pytest.raises(ValueError, match="seed cannot be set in t: --seed"):
+        model._settings({"seed": 3}, "t")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -276,7 +314,8 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from coda_eval.__main__ import TASKS
 from coda_eval import programs, session
-from coda_eval.harness import CoDAEvalModel
+from coda_eval.harness import CoDAEvalModel, generation_settings
+from CoDALanguageModel.decoding_settings import SETTINGS, Setting
 model = CoDAEvalModel(sys.argv[1], device="cpu", batch_size=2, steps=8, max_new_tokens=8, temperature=0.9, seed=5)
 tasks = TaskManager(include_path=[str(TASKS)], include_defaults=False)
 with session.opened(session.Session(folder=Path(sys.argv[2] + ".answers"))):

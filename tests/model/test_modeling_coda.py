@@ -20,7 +20,7 @@ from transformers import (
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from CoDALanguageModel import CoDALanguageModel, diffusion
-from CoDALanguageModel.diffusion import IGNORE_INDEX, align_logits, masked_diffusion_loss
+from CoDALanguageModel.diffusion import IGNORE_INDEX
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -56,6 +56,19 @@ TWINS = {
         {},
     ),
 }
+
+
+def align_logits(logits):
+    """Logits one step right, so that row i scores token i; position 0, which is never masked, keeps its own."""
+    return torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+
+
+def masked_diffusion_loss(logits, target_ids, masked, t):
+    """Equation 6 of the CoDA report over aligned logits, in nats a token: `sum_i 1[masked_i] CE_i / t`, over B x T."""
+    nll = F.cross_entropy(logits.float().transpose(1, 2), target_ids, reduction="none")  # (B, T)
+    scored = masked.clone()
+    scored[:, 0] = False
+    return (nll * scored / t[:, None]).sum() / target_ids.numel()
 
 
 def make_twins(name, make_model, **changes):
@@ -387,6 +400,16 @@ def gradients(model, loss):
     model.zero_grad()
     loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_the_dense_loss_is_equation_6():
+    logits, ids = torch.randn(2, 4, 5), torch.randint(0, 5, (2, 4))
+    masked, t = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]]).bool(), torch.tensor([0.5, 0.25])
+    want = 0.0
+    for b, i in itertools.product(range(2), range(1, 4)):  # position 0 is not scored
+        if masked[b, i]:
+            want -= F.log_softmax(logits[b, i].double(), dim=-1)[ids[b, i]] / t[b]
+    assert masked_diffusion_loss(logits, ids, masked, t).item() == pytest.approx(float(want) / 8, rel=1e-6)
 
 
 @pytest.mark.parametrize("static_shapes", [False, True], ids=["masked-rows", "static"])

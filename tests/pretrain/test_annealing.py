@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from coda_pretrain.annealing import visible_ahead, widened_mask
 from coda_pretrain.config import RunConfig
-from coda_pretrain.metrics import read_rows
 from coda_pretrain.plain_data import from_dict, merge
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.train.annealing import visible_ahead, widened_mask
+from coda_pretrain.train.trainer import Trainer
+from coda_pretrain.watch.metrics import read_rows
 
 
 def trained(tmp_path, run_config, name, **model):

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from coda_pretrain.config import RunConfig, load_config
-from coda_pretrain.hardware import HardwareConfig, MeshConfig
+from coda_pretrain.devices.config import HardwareConfig, MeshConfig
 from coda_pretrain.plain_data import from_dict, merge, to_plain, to_yaml
 
 

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from coda_pretrain.config import RunConfig
-from coda_pretrain.metrics import read_rows
 from coda_pretrain.plain_data import from_dict, merge
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.train.trainer import Trainer
+from coda_pretrain.watch.metrics import read_rows
 
 TABLES = Path(__file__).resolve().parents[2] / "pre-train/configs/sharding"
 
