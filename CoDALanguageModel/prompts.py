@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from .errors import UserError
+
 logger = logging.getLogger(__name__)
 
 PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
@@ -48,13 +50,13 @@ class Codec:
         template_arguments: what the chat template is rendered with besides the messages, e.g. `enable_thinking`.
 
     Raises:
-        ValueError: the tokenizer is not a fast one, does not give pieces of text back as they were, or its chat
+        UserError: the tokenizer is not a fast one, does not give pieces of text back as they were, or its chat
             template cannot be taken apart as needed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_arguments: Mapping[str, Any] | None = None) -> None:
         if not tokenizer.is_fast:
-            raise ValueError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
+            raise UserError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
         self._tokenizer = tokenizer
         self._template_arguments = dict(template_arguments or {})
         # Copies that nobody reconfigures, so that threads can share them.
@@ -90,16 +92,16 @@ class Codec:
         """Load the tokenizer that lies beside a model.
 
         Raises:
-            ValueError: there is none, or it cannot be used.
+            UserError: there is none, or it cannot be used.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{folder}: no tokenizer can be loaded: {error}") from error
+            raise UserError(f"{folder}: no tokenizer can be loaded: {error}") from error
         try:
             return cls(tokenizer)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
 
     @property
     def has_chat_template(self) -> bool:
@@ -122,11 +124,11 @@ class Codec:
 
         Raises:
             TextTooLong: it has more than `max_tokens`.
-            ValueError: the tokenizer has no chat template, the template refuses the messages, leaves one out or opens
+            UserError: the tokenizer has no chat template, the template refuses the messages, leaves one out or opens
                 no answer, a text is no Unicode, or it turns out that the template cannot be taken apart as needed.
         """
         if not self.has_chat_template:
-            raise ValueError("the model's tokenizer has no chat template")
+            raise UserError("the model's tokenizer has no chat template")
         if not self._template_is_checked:  # it refused every probe, so the first conversation that it takes is one
             self._compare_with_tokenizer(messages)
             self._template_is_checked = True
@@ -187,7 +189,7 @@ class Codec:
 
         Raises:
             TextTooLong: it has more than `max_tokens`.
-            ValueError: it holds half of a surrogate pair.
+            UserError: it holds half of a surrogate pair.
         """
         self._refuse_too_long(text, self._longest_token, max_tokens)
         return _ids(self._later if joins else self._first, text)
@@ -271,7 +273,7 @@ class Codec:
         expected = self._tokenizer(self.render(plain), add_special_tokens=False)["input_ids"]
         got = self._encode_chat(plain)
         if got != expected:
-            raise ValueError(
+            raise UserError(
                 "this tokenizer does not encode the text between control tokens on its own, which is relied on: "
                 f"{got} against {expected}"
             )
@@ -289,7 +291,7 @@ class Codec:
                 readings = [self.decode(ids[:i], behind) + self.decode(ids[i:], behind) for i in range(1, len(ids) + 1)]
                 got = next((reading for reading in readings if reading != text), text)
                 if got != text and not self._is_lossy(text):
-                    raise ValueError(
+                    raise UserError(
                         "this tokenizer does not give pieces of text back as they were, which infilling and streamed "
                         f"answers need: {first!r} and {second!r} become {got!r}"
                     )
@@ -329,7 +331,7 @@ def _literal(backend: Any, description: dict) -> Any:
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     if half := _SURROGATE.search(text):
-        raise ValueError(f"a text holds half of a surrogate pair, which is no character, at {half.start()}")
+        raise UserError(f"a text holds half of a surrogate pair, which is no character, at {half.start()}")
     # Unlike `encode`, `encode_batch` lets other threads work meanwhile.
     return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids if text else []
 
@@ -411,16 +413,16 @@ def gaps(
             to score it.
 
     Raises:
-        ValueError: not one length per gap, a piece that holds the mask, or a gap at the start without a start token.
+        UserError: not one length per gap, a piece that holds the mask, or a gap at the start without a start token.
     """
     if len(lengths) != len(pieces) - 1:
         raise ValueError(f"lengths must hold one length per gap ({len(pieces) - 1}), got {len(lengths)}")
     if any(mask_token_id in piece for piece in pieces):
-        raise ValueError(f"pieces must not hold the mask token {mask_token_id}: gaps stand between the pieces")
+        raise UserError(f"pieces must not hold the mask token {mask_token_id}: gaps stand between the pieces")
     ids, places = list(pieces[0]), []
     if not ids:
         if start_token_id is None:
-            raise ValueError("a gap at the start of a text needs a token that starts a text (bos or pad)")
+            raise UserError("a gap at the start of a text needs a token that starts a text (bos or pad)")
         ids = [start_token_id]
     for piece, length in zip(pieces[1:], lengths, strict=True):
         places.append(slice(len(ids), len(ids) + length))
@@ -428,7 +430,7 @@ def gaps(
     return GappedText(ids, places)
 
 
-class TextTooLong(ValueError):
+class TextTooLong(UserError):
     """A text that does not fit.
 
     Args:
@@ -441,7 +443,7 @@ class TextTooLong(ValueError):
         self.least_tokens, self.max_tokens = least_tokens, max_tokens
 
 
-class TemplateRefusal(ValueError):
+class TemplateRefusal(UserError):
     """The chat template does not take these messages."""
 
 

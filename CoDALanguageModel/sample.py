@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from .answers import AnswerReader, end_ids
 from .decoding_settings import Setting, offered, parse_settings, refuse_unknown
+from .errors import UserError
 from .modeling_coda import CoDALanguageModel
 from .prompts import Codec, GappedText, gaps
 
@@ -92,11 +93,11 @@ class Recording:
         """Write the steps as `.jsonl`, `.svg` or `.gif`.
 
         Raises:
-            ValueError: another ending.
+            UserError: another ending.
         """
         writers = {".jsonl": self._save_jsonl, ".svg": self._save_svg, ".gif": self._save_gif}
         if path.suffix not in writers:
-            raise ValueError(f"--history must end in {', '.join(writers)}, got {path.name!r}")
+            raise UserError(f"--history must end in {', '.join(writers)}, got {path.name!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
         writers[path.suffix](path)
 
@@ -184,11 +185,11 @@ def read_gaps(text: str, default_length: int) -> tuple[list[str], list[int]]:
     """Split a text at its `<gap>` marks.
 
     Raises:
-        ValueError: there is no mark.
+        UserError: there is no mark.
     """
     marks = list(GAP.finditer(text))
     if not marks:
-        raise ValueError("the text for --infill holds no <gap> or <gap:LENGTH>")
+        raise UserError("the text for --infill holds no <gap> or <gap:LENGTH>")
     borders = [0, *itertools.chain.from_iterable(mark.span() for mark in marks), len(text)]
     pieces = [text[borders[i] : borders[i + 1]] for i in range(0, len(borders), 2)]
     return pieces, [int(mark[1]) if mark[1] else default_length for mark in marks]
@@ -233,7 +234,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"unexpected word {word!r}: options are given as --name value")
+            raise UserError(f"unexpected word {word!r}: options are given as --name value")
         refuse_unknown([word[2:].partition("=")[0]], "shell")  # before the next word is taken for its value
         words.append(word[2:] if "=" in word else f"{word[2:]}={rest.pop(0) if rest else ''}")
     return options, parse_settings(words)

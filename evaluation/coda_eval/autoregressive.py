@@ -246,7 +246,7 @@ class AutoregressiveModel(HostedLM):
         """The house's codec, or None for a tokenizer whose pieces of text do not join."""
         try:
             return Codec(self.tokenizer)
-        except ValueError as error:
+        except UserError as error:
             logger.info("pieces of text are encoded after a mark: %s", error)
             return None
 

@@ -220,7 +220,7 @@ class CoDAEvalModel(HostedLM):
                     logger.warning("gaps are filled in place: no chat template is used for %s", request.task_name)
             else:
                 ids, gap = self.encode_prompt(prompt), None
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{name}: {error}") from error
         total = len(ids) + settings["max_new_tokens"]
         if total > self.max_length:

@@ -204,7 +204,7 @@ class TurnEncoder:
                 host = self.host.pairs(_turns(texts), system, "", False)
                 try:
                     own = self.chat.pairs(_turns(texts), system)
-                except ValueError as error:
+                except UserError as error:
                     return f"  the chat template: {error}"
                 if host != own:
                     return "\n".join(
@@ -226,7 +226,7 @@ class TurnEncoder:
                 return self.chat.pairs(messages, system)
             except DataError:
                 raise
-            except ValueError as error:
+            except UserError as error:
                 raise DataError(str(error)) from error
         if self.host is None:
             raise DataError(
