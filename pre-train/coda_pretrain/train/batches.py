@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from CoDALanguageModel.attention_coda import widening
 from CoDALanguageModel.noise import NoisedRows, deal_levels
 
 from ..config import RunConfig
@@ -87,7 +89,7 @@ class Batches:
     def make(self, step: int) -> Batch:
         """Read and noise this process's rows of one step; see ``batch_of`` for the arrays.
 
-        While attention widens there is one more, ``visible_ahead`` (B,).
+        While attention widens there are three more, which make ``segment_ids`` a rule of ``attention_coda``.
         """
         size, seed, masking = self._config.global_batch_size, self._config.seed, self._config.masking
         ids = [step * size + row for row in self._rows]
@@ -103,7 +105,10 @@ class Batches:
         )
         batch = batch_of(rows, t, global_batch_size=size)
         ahead = self.visible_ahead(step)
-        return batch if ahead is None else batch | {"visible_ahead": np.full(len(ids), ahead)}
+        if ahead is not None:
+            rule = widening(rows.segment_ids, torch.full((len(ids),), ahead))
+            batch |= {name: fact.numpy() for name, fact in rule._asdict().items() if name != "segment"}
+        return batch
 
     def get(self, step: int) -> Batch:
         """The batch of ``step``; starts preparing the next one."""
