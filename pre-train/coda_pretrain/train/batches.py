@@ -15,7 +15,7 @@ from CoDALanguageModel.noise import NoisedRows, deal_levels
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
-from ..noise.masking import noise_samples
+from ..noise.masking import TokenFacts, noise_samples
 from .annealing import visible_ahead
 
 Batch = dict[str, np.ndarray]
@@ -65,11 +65,10 @@ class Batches:
         *,
         rows: Sequence[int],
         num_steps: int,
-        mask_token_id: int,
-        pad_token_id: int,
+        tokens: TokenFacts,
     ) -> None:
         self._config, self._mixture, self._rows, self._num_steps = config, mixture, rows, num_steps
-        self._token_ids = {"mask_token_id": mask_token_id, "pad_token_id": pad_token_id}
+        self._tokens = tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[Batch]] | None = None
 
@@ -101,7 +100,7 @@ class Batches:
             seed=seed,
             strategies=masking.at(self.progress(step), self.epoch(step)),
             span_lengths=masking.span_lengths,
-            **self._token_ids,
+            tokens=self._tokens,
         )
         batch = batch_of(rows, t, global_batch_size=size)
         ahead = self.visible_ahead(step)
