@@ -50,7 +50,7 @@ class CoDAConfig(PreTrainedConfig):
         attention_dropout: dropout of the attention weights while training.
         qk_norm: RMS norm of each query and key head (Qwen3).
         logits_shift: whether row i of the logits scores token i + 1, as in every model that started as an
-            autoregressive one; see `diffusion.align_logits`.
+            autoregressive one; see `diffusion.scored_by`.
         mask_token_id: id of the mask token, the absorbing state.
         pad_token_id: id that pads batches.
         bos_token_id: id that starts a text, if any.

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from .configuration_coda import CoDAConfig
 from .errors import UserError
+from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from .modeling_coda import CoDALanguageModel
 from .weight_files import check_weights, refuse_not_finite
 
@@ -27,7 +28,6 @@ CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-EMBEDDING_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def coda_config_of(source: PreTrainedConfig) -> dict[str, Any]:

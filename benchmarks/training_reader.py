@@ -21,6 +21,7 @@ from torch import Tensor
 from coda_pretrain.config import RunConfig
 from coda_pretrain.data.mixture import Mixture
 from coda_pretrain.data.shards import ShardWriter, build_manifest, token_dtype
+from coda_pretrain.noise.masking import TokenFacts
 from coda_pretrain.plain_data import from_dict
 from coda_pretrain.train.batches import Batches
 from CoDALanguageModel.noise import CleanRows, draw_rows, noise_rows
@@ -155,8 +156,7 @@ def measure_reader(seq_len: int, global_batch_size: int, num_steps: int, num_tok
         )
         mixture = Mixture(config.data, seq_len=seq_len, seed=0)
         rows = range(global_batch_size)
-        ids = {"mask_token_id": MASK_ID, "pad_token_id": PAD_ID}
-        batches = Batches(config, mixture, rows=rows, num_steps=num_steps, **ids)
+        batches = Batches(config, mixture, rows=rows, num_steps=num_steps, tokens=TokenFacts(MASK_ID, PAD_ID))
         batches.make(0)
         started = time.perf_counter()
         for step in range(1, num_steps + 1):

@@ -1,17 +1,18 @@
 """What is noised, when, and how strongly: pure functions of the step and of named seeds.
 
-Inside: per-epoch lists, conditioned-span annealing, tails behind the answer. Not here: the noise of a batch
+Inside: per-epoch lists, conditioned-span annealing, tails behind the answer. Not here: how rows are noised
 (``CoDALanguageModel.noise``), LLaMA-Factory (``trainer``).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from CoDALanguageModel.diffusion import named_rng
-from CoDALanguageModel.noise import CleanRows
+from CoDALanguageModel.noise import CleanRows, NoisedRows, draw_rows, noise_rows
 
 
 def epoch_value(values: Sequence[float], epoch: int) -> float:
@@ -57,10 +58,6 @@ class Rows:
     tail: Tensor
     sample_ids: Tensor
 
-    def conditioned_on(self, share: float) -> CleanRows:
-        """The rows for ``CoDALanguageModel.noise``, with a share of each prompt that is never masked."""
-        return CleanRows(self.input_ids, self.present.long(), conditioned_positions(self.prompt_mask, share))
-
 
 def add_tail(
     input_ids: Tensor,
@@ -103,3 +100,40 @@ def add_tail(
 def tail_length(seed: int, step: int, longest: int) -> int:
     """Tail length of an optimizer step, uniform on [0, longest]: one for all its rows, so that batches stay even."""
     return int(named_rng("tail", seed, step).integers(longest + 1))
+
+
+def noise(
+    rows: Rows,
+    t: Tensor,
+    *,
+    share: float,
+    seed: int,
+    sample_ids: Sequence[int],
+    span_probability: float = 0.0,
+    span_lengths: Sequence[int] = (1,),
+    **token_facts: Any,
+) -> NoisedRows:
+    """Mask answers, tails, and the part of the prompts that is not conditioned yet.
+
+    Args:
+        rows: the clean batch.
+        t: (B,) float32, noise levels.
+        share: of each prompt that is never masked.
+        seed: names the noise.
+        sample_ids: number of each row in the run; each epoch has numbers of its own.
+        span_probability: share of the rows that are masked in runs.
+        span_lengths: of the runs, in tokens.
+        **token_facts: see ``CoDALanguageModel.noise.noise_rows``.
+    """
+    lengths = rows.present.sum(dim=1)
+    drawn = draw_rows(
+        seed,
+        sample_ids,
+        lengths.tolist(),
+        rows.input_ids.shape[1],
+        strategies=(0.0, 0.0, span_probability),
+        span_lengths=span_lengths,
+    ).to(rows.input_ids.device)
+    drawn = drawn._replace(spans=torch.minimum(drawn.spans, lengths))  # a short row has no room for a long run
+    clean = CleanRows(rows.input_ids, rows.present.long(), conditioned_positions(rows.prompt_mask, share))
+    return noise_rows(clean, t, drawn, **token_facts)

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,7 +31,7 @@ from transformers.utils import cached_file
 from CoDALanguageModel import CoDAConfig  # also registers the model: its code here wins over a checkpoint's copy
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.noise import NoisedRows, deal_levels, draw_rows, noise_rows
+from CoDALanguageModel.noise import deal_levels
 
 from . import curriculum
 from .arguments import CUTOFF_LEN, DiffusionArguments, check_length
@@ -195,8 +195,11 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         self.run_parts = run_parts
         self.staging: Path | None = None  # where a checkpoint is being written
         self.save_dtype = source_dtype(source) if diffusion.save_dtype == "source" else diffusion.save_dtype
-        self.mask_token_id, self.logits_shift = model_config.mask_token_id, model_config.logits_shift
-        self.pad_token_id = tokenizer.pad_token_id
+        self.token_facts = {
+            "mask_token_id": model_config.mask_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "logits_shift": model_config.logits_shift,
+        }
         self.tail_token_id = tokenizer.pad_token_id if diffusion.tail == "pad" else tokenizer.eos_token_id
         # The Trainer overwrites these with the tokenizer's, which has one end token where the model may have several.
         self.model_token_ids = {name: getattr(model_config, name, None) for name in TOKEN_ID_NAMES}
@@ -292,7 +295,16 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
             device = rows.input_ids.device
             t, fresh = levels[place.clamp(max=num_rows - 1)].to(device), fresh.to(device)
             sample_ids = rows.sample_ids + epoch * len(self.train_dataset)  # each epoch has noise of its own
-            result = self._noise(rows, t, share, seed, sample_ids, probability, settings.span_lengths)
+            result = curriculum.noise(
+                rows,
+                t,
+                share=share,
+                seed=seed,
+                sample_ids=sample_ids.tolist(),
+                span_probability=probability,
+                span_lengths=settings.span_lengths,
+                **self.token_facts,
+            )
             noised.append((result, rows))
             levels_of.append(t)
             fresh_of.append(fresh)
@@ -307,36 +319,6 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
             }
             for (result, rows), weight in zip(noised, weights, strict=True)
         ]
-
-    def _noise(
-        self,
-        rows: curriculum.Rows,
-        t: Tensor,
-        share: float,
-        seed: int,
-        sample_ids: Tensor,
-        span_probability: float = 0.0,
-        span_lengths: Sequence[int] = (1,),
-    ) -> NoisedRows:
-        """Mask answers, tails, and the part of the prompts that is not conditioned yet: all but the first ``share``."""
-        lengths = rows.present.sum(dim=1)
-        drawn = draw_rows(
-            seed,
-            sample_ids.tolist(),
-            lengths.tolist(),
-            rows.input_ids.shape[1],
-            strategies=(0.0, 0.0, span_probability),
-            span_lengths=span_lengths,
-        ).to(rows.input_ids.device)
-        drawn = drawn._replace(spans=torch.minimum(drawn.spans, lengths))  # a short row has no room for a long run
-        return noise_rows(
-            rows.conditioned_on(share),
-            t,
-            drawn,
-            mask_token_id=self.mask_token_id,
-            pad_token_id=self.pad_token_id,
-            logits_shift=self.logits_shift,
-        )
 
     def _epochs_done(self) -> tuple[int, float]:
         """The present epoch and the epochs done, counted in optimizer steps: micro-batches do not tell."""
@@ -429,7 +411,9 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         rows = self._rows(inputs, {"eos": settings.tail_tokens // 2, "pad": self.cutoff_len, "none": 0}[settings.tail])
         device = rows.input_ids.device
         t = self._eval_levels[rows.sample_ids.cpu()].to(device)
-        result = self._noise(rows, t, 1.0, seed, rows.sample_ids)
+        result = curriculum.noise(
+            rows, t, share=1.0, seed=seed, sample_ids=rows.sample_ids.tolist(), **self.token_facts
+        )
         first = (self._eval_batches * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
         self._eval_batches += 1
         fresh = rows.sample_ids == torch.arange(first, first + len(t), device=device)  # no duplicates

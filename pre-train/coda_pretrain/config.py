@@ -41,8 +41,7 @@ class ModelConfig:
 
     attention_annealing_steps: int | None = None
     """Steps in which attention widens from causal to full (``train.annealing``); null is full from the first step on.
-    Needs the kernels ``sdpa`` or ``eager`` on cpu or cuda: the others are given segments and no mask. Evaluation is
-    always full."""
+    Not with the kernels ``flash_attention_2`` and ``splash``, which know segments alone. Evaluation is always full."""
 
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.config is None):
@@ -270,11 +269,10 @@ class RunConfig:
                 f"model.attn_implementation must be one of {', '.join(KERNELS[backend])} on hardware.backend "
                 f"{backend!r}, got {kernel!r}"
             )
-        if self.model.attention_annealing_steps is not None and (backend == "xla" or kernel not in ("sdpa", "eager")):
+        if self.model.attention_annealing_steps is not None and kernel in ("flash_attention_2", "splash"):
             raise UserError(
-                "model.attention_annealing_steps needs model.attn_implementation sdpa or eager on hardware.backend cpu "
-                "or cuda, since other kernels are given segments and no mask of who sees whom; "
-                f"got {kernel!r} on {backend!r}"
+                "model.attention_annealing_steps needs model.attn_implementation sdpa, eager or flex_attention: "
+                f"{kernel!r} knows segments alone and no other rule of who sees whom"
             )
         if kernel == "flex_attention" and not hardware.compile:
             raise UserError(

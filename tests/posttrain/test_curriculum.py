@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from coda_posttrain import curriculum
-from CoDALanguageModel.noise import draw_rows, noise_rows
+from coda_pretrain.data.mixture import Sample
+from coda_pretrain.noise.masking import TokenFacts, noise_samples
+from coda_pretrain.noise.strategies import MaskingProbabilities
 
 MASK, PAD, END = 99, 0, 7
 
@@ -27,10 +29,28 @@ def rows(width: int = 24, tail_tokens: int = 0) -> curriculum.Rows:
 
 
 def noise(batch: curriculum.Rows, share: float, t: float = 1.0, span: int = 1):
-    lengths, width = batch.present.sum(dim=1).tolist(), batch.input_ids.shape[1]
-    drawn = draw_rows(0, batch.sample_ids.tolist(), lengths, width, strategies=(0, 0, 1), span_lengths=[span])
-    levels = torch.full((2,), t)
-    return noise_rows(batch.conditioned_on(share), levels, drawn, mask_token_id=MASK, pad_token_id=PAD)
+    return curriculum.noise(
+        batch, torch.full((2,), t), share=share, seed=0, sample_ids=batch.sample_ids.tolist(), span_probability=1.0,
+        span_lengths=[span], mask_token_id=MASK, pad_token_id=PAD,
+    )  # fmt: skip
+
+
+def test_both_trainers_mask_the_same_sample_in_the_same_way():
+    strategies, t, sample_ids = MaskingProbabilities(0, 0, 0.5), torch.tensor([0.3, 0.8, 0.5, 0.6]), [0, 3, 17, 9]
+    ids, ones = torch.arange(96).reshape(4, 24) % 50 + 10, np.ones(24, dtype=np.int32)
+    samples = [Sample(row.numpy(), ones) for row in ids]
+    packed = noise_samples(
+        samples, sample_ids, t, seed=5, strategies=strategies, span_lengths=(2, 4), tokens=TokenFacts(MASK, PAD)
+    )
+    everything, nothing = torch.ones(4, 24, dtype=torch.bool), torch.zeros(4, 24, dtype=torch.bool)
+    batch = curriculum.Rows(ids, everything, nothing, nothing, torch.tensor(sample_ids))
+    spans = {"span_probability": 0.5, "span_lengths": (2, 4)}
+    tuned = curriculum.noise(
+        batch, t, share=1.0, seed=5, sample_ids=sample_ids, **spans, mask_token_id=MASK, pad_token_id=PAD
+    )
+    assert (packed.labels != -100).any()
+    for one, other in zip(packed, tuned, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_conditioned_share_grows_linearly_over_the_annealing_epochs():

@@ -7,6 +7,7 @@ import pytest
 
 from coda_pretrain.config import RunConfig, load_config
 from coda_pretrain.data.mixture import Mixture
+from coda_pretrain.noise.masking import TokenFacts
 from coda_pretrain.noise.strategies import MaskingConfig
 from coda_pretrain.plain_data import from_dict, merge
 from coda_pretrain.train.batches import Batches
@@ -14,12 +15,12 @@ from CoDALanguageModel import noise
 from CoDALanguageModel.noise import deal_levels
 
 MIDTRAIN = Path(__file__).resolve().parents[2] / "pre-train/configs/midtrain.yaml"
-IDS = {"mask_token_id": 259, "pad_token_id": 256}
+TOKENS = TokenFacts(259, 256)
 
 
 def reader(config, rows):
     return Batches(
-        config, Mixture(config.data, seq_len=config.seq_len, seed=config.seed), rows=rows, num_steps=6, **IDS
+        config, Mixture(config.data, seq_len=config.seq_len, seed=config.seed), rows=rows, num_steps=6, tokens=TOKENS
     )
 
 

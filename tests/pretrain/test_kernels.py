@@ -11,13 +11,14 @@ from coda_pretrain.devices.kernels import (
     segment_attention,
 )
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+from CoDALanguageModel.attention_coda import full
 
 
 def test_no_position_attends_outside_of_its_segment_and_key_heads_serve_their_group():
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
     segments = torch.tensor([[1.0, 1.0, 1.0, 2.0, 2.0, 0.0]])
-    mixed, _ = segment_attention(None, query, key, value, None, scaling=0.5, segment_ids=segments)
+    mixed, _ = segment_attention(None, query, key, value, None, scaling=0.5, visibility=full(segments))
     assert mixed.shape == (1, 6, 4, 8)
     for start, end in ((0, 3), (3, 5), (5, 6)):
         for head in range(4):

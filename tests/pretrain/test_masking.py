@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from coda_pretrain.data.mixture import Sample
-from coda_pretrain.noise.masking import noise_samples
+from coda_pretrain.noise.masking import TokenFacts, noise_samples
 from coda_pretrain.noise.strategies import MaskingConfig, MaskingProbabilities
 from coda_pretrain.train.batches import batch_of
 from CoDALanguageModel.diffusion import named_rng
@@ -32,8 +32,7 @@ def noise(num_rows, config, *, rows=None, seed=0, step=0, progress=0.0, epoch=0,
         seed=seed,
         strategies=config.at(progress, epoch),
         span_lengths=config.span_lengths,
-        mask_token_id=MASK,
-        pad_token_id=PAD,
+        tokens=TokenFacts(MASK, PAD),
     )
     return batch_of(noised, t, global_batch_size=num_rows)
 
@@ -186,6 +185,5 @@ def test_samples_ids_and_levels_that_are_not_equally_many_are_refused():
             seed=0,
             strategies=MaskingProbabilities(0, 0, 0),
             span_lengths=(1,),
-            mask_token_id=MASK,
-            pad_token_id=PAD,
+            tokens=TokenFacts(MASK, PAD),
         )

@@ -18,6 +18,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy
 from torch_xla.experimental.scan import Scan, value_and_grad_partitioned
 
+from CoDALanguageModel.attention_coda import Visibility, full
+from CoDALanguageModel.errors import UserError
+
 PartitionFunction = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
 
@@ -64,13 +67,13 @@ class LayerScan:
     """``CoDAModel.run_layers`` on XLA: all layers by one compiled one, over their stacked weights."""
 
     def __init__(self, model: nn.Module, *, partition: PartitionFunction) -> None:
-        """Take the layers of ``model``, a ``CoDAModel`` whose kernel takes segment ids.
+        """Take the layers of ``model``, a ``CoDAModel`` whose kernel takes a rule or segments.
 
         Raises:
-            ValueError: the layers drop out attention weights, so that no two of their runs are the same graph.
+            UserError: the layers drop out attention weights, so that no two of their runs are the same graph.
         """
         if model.config.attention_dropout:
-            raise ValueError(
+            raise UserError(
                 "hardware.layers 'scan' needs attention_dropout 0 in the model's configuration, "
                 f"got {model.config.attention_dropout}; use hardware.layers 'loop'"
             )
@@ -89,6 +92,7 @@ class LayerScan:
         past_key_values: None = None,
         output_hidden_states: bool = False,
         attention_mask: None = None,
+        visibility: Visibility | None = None,
         segment_ids: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """See ``CoDAModel.run_layers``.
@@ -98,10 +102,12 @@ class LayerScan:
         """
         if past_key_values is not None or output_hidden_states or attention_mask is not None:
             raise ValueError("hardware.layers 'scan' runs whole packed rows: no cache, no mask, no hidden states")
-        # The carry goes through every layer and must be of floats. Segments and positions are small; masks and angles
+        # The carry goes through every layer and must be of floats. The rule and positions are small; masks and angles
         # are made of them inside, where they are not kept for the backward pass.
-        segments = torch.ones_like(position_ids) if segment_ids is None else segment_ids
-        carry = (hidden, position_ids.float(), segments.float(), self._rotary.inv_freq)
+        if visibility is None:
+            visibility = full(torch.ones_like(position_ids) if segment_ids is None else segment_ids)
+        facts = (fact.float() for fact in visibility if fact is not None)
+        carry = (hidden, position_ids.float(), self._rotary.inv_freq, *facts)
         names = [name for name, _ in self._layers[0].named_parameters()]
         rows = [dict(layer.named_parameters()) for layer in self._layers]
         weights = {name: torch.stack([row[name] for row in rows]) for name in names}
@@ -121,8 +127,9 @@ class LayerScan:
         return self._traced[key]
 
     def _run_one(self, carry: tuple[Tensor, ...], weights: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], None]:
-        hidden, positions, segments, frequencies = carry
+        hidden, positions, frequencies, *facts = carry
         angles = functional_call(self._rotary_structure, {"inv_freq": frequencies}, (hidden, positions))
-        arguments = {"attention_mask": None, "position_embeddings": angles, "segment_ids": segments}
+        rule = {"visibility": Visibility(*facts), "segment_ids": facts[0]}  # a kernel takes the one or the other
+        arguments = {"attention_mask": None, "position_embeddings": angles, **rule}
         hidden = functional_call(self._layer, weights, (hidden,), arguments)
-        return (hidden, positions, segments, frequencies), None
+        return (hidden, *carry[1:]), None

@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
 from transformers.utils import is_flash_attn_2_available
 
+from CoDALanguageModel.errors import UserError
+
 from .backend import Backend, host_tensors, process_environment
 from .config import HardwareConfig
 
@@ -29,13 +31,13 @@ class TorchBackend(Backend):
         """See ``Backend``.
 
         Raises:
-            ValueError: no CUDA device, or the number of processes does not fit the mesh.
+            UserError: no CUDA device, or the number of processes does not fit the mesh.
         """
         super().__init__(config)
         self.rank, local_rank, self.num_processes = process_environment()
         if config.backend == "cuda":
             if not torch.cuda.is_available():
-                raise ValueError("hardware.backend 'cuda' needs a GPU that torch can see, found none; 'cpu' needs none")
+                raise UserError("hardware.backend 'cuda' needs a GPU that torch can see, found none; 'cpu' needs none")
             torch.cuda.set_device(local_rank)
         self.device = torch.device(config.backend)
         self.mesh_shape = config.mesh.shape(self.num_processes)
@@ -61,7 +63,7 @@ class TorchBackend(Backend):
     def prepare_kernel(self, name: str) -> None:
         """See ``Backend``."""
         if name == "flash_attention_2" and not is_flash_attn_2_available():
-            raise ValueError(
+            raise UserError(
                 "model.attn_implementation 'flash_attention_2' needs the package flash-attn, which is not installed; "
                 "'flex_attention' needs none"
             )

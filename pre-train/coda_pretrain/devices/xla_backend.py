@@ -24,6 +24,8 @@ from torch_xla.experimental.distributed_checkpoint import SPMDLoadPlanner, SPMDS
 from torch_xla.experimental.distributed_checkpoint._helpers import _sharded_cpu_state_dict
 from torch_xla.utils.checkpoint import checkpoint
 
+from CoDALanguageModel.errors import UserError
+
 from .backend import Backend, host_tensors
 from .config import HardwareConfig
 from .kernels import SPLASH_KERNEL, register_segment_attention, register_splash
@@ -61,7 +63,7 @@ class XlaBackend(Backend):
         """See ``Backend``. Must run before anything starts torch's autograd engine in this process.
 
         Raises:
-            ValueError: the number of devices does not fit the mesh.
+            UserError: the number of devices does not fit the mesh.
         """
         super().__init__(config)
         if flags := config.libtpu_init_args(os.environ.get("LIBTPU_INIT_ARGS", "")):
@@ -75,7 +77,7 @@ class XlaBackend(Backend):
         self.device = torch_xla.device()
         self._on_tpu = xm.xla_device_hw(self.device) == "TPU"
         if config.offload and not self._on_tpu:
-            raise ValueError("hardware.offload needs TPUs: virtual CPU devices have no memory apart from the host's")
+            raise UserError("hardware.offload needs TPUs: virtual CPU devices have no memory apart from the host's")
         self.rank, self.num_processes = xr.process_index(), xr.process_count()
         self.mesh_shape = config.global_mesh_shape(num_devices)
         self._mesh = self._build_mesh(num_devices)
@@ -118,7 +120,7 @@ class XlaBackend(Backend):
         """Move to the device and give every weight its partition spec.
 
         Raises:
-            ValueError: the sharding rules do not cover the weights.
+            UserError: the sharding rules do not cover the weights.
         """
         names = [(name, parameter.dim()) for name, parameter in model.named_parameters()]
         specs = partition_specs(names, self.config.sharding_rules)

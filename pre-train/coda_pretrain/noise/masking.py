@@ -4,6 +4,7 @@ Not here: how often each strategy is applied at which point of a run (``strategi
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,14 @@ from ..data.mixture import Sample
 from .strategies import MaskingProbabilities
 
 
+class TokenFacts(NamedTuple):
+    """What the noise needs to know of the model."""
+
+    mask_token_id: int  # replaces a masked token
+    pad_token_id: int  # at padding, that of S2 included
+    logits_shift: bool = True  # see ``CoDAConfig``
+
+
 def noise_samples(
     samples: Sequence[Sample],
     sample_ids: Sequence[int],
@@ -23,8 +32,7 @@ def noise_samples(
     seed: int,
     strategies: MaskingProbabilities,
     span_lengths: Sequence[int],
-    mask_token_id: int,
-    pad_token_id: int,
+    tokens: TokenFacts,
 ) -> NoisedRows:
     """Noise some rows.
 
@@ -35,8 +43,7 @@ def noise_samples(
         seed: names the noise.
         strategies: probabilities of S1, S2 and S3.
         span_lengths: S3: run lengths.
-        mask_token_id: id that replaces a masked token.
-        pad_token_id: id at padding, that of S2 included.
+        tokens: ids that are put in, and whether logits are shifted.
 
     Raises:
         ValueError: the numbers of samples, ids and levels differ.
@@ -51,4 +58,4 @@ def noise_samples(
     num_real = (segment_ids > 0).sum(dim=1).tolist()
     drawn = draw_rows(seed, sample_ids, num_real, input_ids.shape[1], strategies=strategies, span_lengths=span_lengths)
     rows = CleanRows(input_ids, segment_ids)
-    return noise_rows(rows, t, drawn, mask_token_id=mask_token_id, pad_token_id=pad_token_id)
+    return noise_rows(rows, t, drawn, **tokens._asdict())

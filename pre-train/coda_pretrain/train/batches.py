@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from CoDALanguageModel.attention_coda import widening
 from CoDALanguageModel.noise import NoisedRows, deal_levels
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
-from ..noise.masking import noise_samples
+from ..noise.masking import TokenFacts, noise_samples
 from .annealing import visible_ahead
 
 Batch = dict[str, np.ndarray]
@@ -63,11 +65,10 @@ class Batches:
         *,
         rows: Sequence[int],
         num_steps: int,
-        mask_token_id: int,
-        pad_token_id: int,
+        tokens: TokenFacts,
     ) -> None:
         self._config, self._mixture, self._rows, self._num_steps = config, mixture, rows, num_steps
-        self._token_ids = {"mask_token_id": mask_token_id, "pad_token_id": pad_token_id}
+        self._tokens = tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[Batch]] | None = None
 
@@ -87,7 +88,7 @@ class Batches:
     def make(self, step: int) -> Batch:
         """Read and noise this process's rows of one step; see ``batch_of`` for the arrays.
 
-        While attention widens there is one more, ``visible_ahead`` (B,).
+        While attention widens there are three more, which make ``segment_ids`` a rule of ``attention_coda``.
         """
         size, seed, masking = self._config.global_batch_size, self._config.seed, self._config.masking
         ids = [step * size + row for row in self._rows]
@@ -99,11 +100,14 @@ class Batches:
             seed=seed,
             strategies=masking.at(self.progress(step), self.epoch(step)),
             span_lengths=masking.span_lengths,
-            **self._token_ids,
+            tokens=self._tokens,
         )
         batch = batch_of(rows, t, global_batch_size=size)
         ahead = self.visible_ahead(step)
-        return batch if ahead is None else batch | {"visible_ahead": np.full(len(ids), ahead)}
+        if ahead is not None:
+            rule = widening(rows.segment_ids, torch.full((len(ids),), ahead))
+            batch |= {name: fact.numpy() for name, fact in rule._asdict().items() if name != "segment"}
+        return batch
 
     def get(self, step: int) -> Batch:
         """The batch of ``step``; starts preparing the next one."""

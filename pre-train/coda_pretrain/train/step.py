@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from CoDALanguageModel.attention_coda import Visibility
+
 from ..devices.backend import Backend
-from .annealing import widened_mask
 from .batches import Batch
 from .optim import move_averages, set_update_numbers
 
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ("position_ids", "segment_ids", "labels", "loss_weights")
 DEVICE_ARRAYS = ("noised_ids", *MODEL_INPUTS)
-ANNEALING = "visible_ahead"
-"""(B,), in a batch while attention widens."""
+RULE_ARRAYS = Visibility._fields[1:]
+"""(B, T) each, in a batch whose attention is not full."""
 
 
 class StepResult(NamedTuple):
@@ -61,7 +62,7 @@ class StepFunctions:
         self._accumulate = backend.compile(self._accumulate_gradients)
         self._update = backend.compile(self._update_if_finite)
         self._evaluate = backend.compile(self._loss_without_gradient)
-        self._compiled_shapes: dict[str, dict[str, str]] = {}
+        self._compiled_shapes: dict[tuple[str, ...], dict[str, str]] = {}
 
     def step(
         self,
@@ -90,8 +91,9 @@ class StepFunctions:
         set_update_numbers(self.optimizer, learning_rate, count=count, placement=self._backend)
         if not self._backend.traces_steps:
             return self._step_under_control_of_the_host(parts, interrupted)
+        known = len(self._compiled_shapes)
         batches = [self._put(part, "train") for part in parts]
-        graphs = self._backend.compile_count()
+        graphs = self._backend.compile_count() if len(self._compiled_shapes) == known else None
         if len(batches) == 1:
             losses, norm = self._whole_step(batches[0])
         else:
@@ -150,13 +152,13 @@ class StepFunctions:
         return result
 
     def _put(self, part: Batch, graph: str) -> dict[str, Tensor]:
-        arrays = {name: part[name] for name in (*DEVICE_ARRAYS, ANNEALING) if name in part}
+        arrays = {name: part[name] for name in (*DEVICE_ARRAYS, *RULE_ARRAYS) if name in part}
         # With the dimensions of the others: a vector cannot be split over two axes of a mesh.
         arrays["loss_weights"] = np.broadcast_to(part["loss_weights"][:, None], part["labels"].shape)
         batch = self._backend.put(arrays)
         if self._backend.traces_steps:
             shapes = {name: f"{list(tensor.shape)} {tensor.dtype}" for name, tensor in batch.items()}
-            before = self._compiled_shapes.setdefault(graph, shapes)
+            before = self._compiled_shapes.setdefault((graph, *shapes), shapes)  # a rule of attention is another graph
             changes = [
                 f"{name} from {before[name]} to {shapes[name]}" for name in shapes if shapes[name] != before[name]
             ]
@@ -181,8 +183,7 @@ class StepFunctions:
 
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
         inputs = {name: batch[name] for name in MODEL_INPUTS}
-        if ANNEALING in batch:
-            inputs["attention_mask"] = widened_mask(inputs.pop("segment_ids"), batch[ANNEALING])
+        inputs["visibility"] = Visibility(batch["segment_ids"], *(batch.get(name) for name in RULE_ARRAYS))
         with self._backend.autocast():
             return self.model(batch["noised_ids"], **inputs).loss
 

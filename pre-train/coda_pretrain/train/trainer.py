@@ -26,6 +26,7 @@ from ..config import RunConfig
 from ..data.mixture import Mixture
 from ..devices import create_backend
 from ..devices.backend import Backend
+from ..noise.masking import TokenFacts
 from ..places import Place, is_url, place_of
 from ..plain_data import to_yaml
 from ..watch.metrics import Reporter, UtilizationMeter, peak_flops
@@ -92,9 +93,9 @@ class Trainer:
             set_step_count(self.optimizer, self.state.optimizer_steps)
         num_parts = config.global_batch_size // config.rows_per_micro_batch
         rows = self.backend.rows_for_process(config.global_batch_size, num_parts)
-        ids = {"mask_token_id": model.config.mask_token_id, "pad_token_id": model.config.pad_token_id}
-        self.batches = Batches(config, mixture, rows=rows, num_steps=self.num_steps, **ids)
-        self.evaluation = Evaluation(config, rows=rows, **ids) if config.evaluation.every is not None else None
+        tokens = TokenFacts(model.config.mask_token_id, model.config.pad_token_id, model.config.logits_shift)
+        self.batches = Batches(config, mixture, rows=rows, num_steps=self.num_steps, tokens=tokens)
+        self.evaluation = Evaluation(config, rows=rows, tokens=tokens) if config.evaluation.every is not None else None
         keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
         self._saver = Saver(self.checkpoints, backend=self.backend, keep=keep, asynchronous=asynchronous)
         self._saved_step = self.state.step  # of the newest checkpoint; 0 needs none

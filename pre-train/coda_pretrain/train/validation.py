@@ -10,7 +10,7 @@ from CoDALanguageModel.noise import deal_levels
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
-from ..noise.masking import noise_samples
+from ..noise.masking import TokenFacts, noise_samples
 from ..noise.strategies import MaskingConfig
 from .batches import Batch, batch_of
 
@@ -40,15 +40,14 @@ class Evaluation:
     loss of a batch is the loss of its part of [t_min, 1] and the mean over all batches is the loss itself.
     """
 
-    def __init__(self, config: RunConfig, *, rows: Sequence[int], mask_token_id: int, pad_token_id: int) -> None:
+    def __init__(self, config: RunConfig, *, rows: Sequence[int], tokens: TokenFacts) -> None:
         """Open the held-out shards.
 
         Raises:
             ValueError: they cannot be read.
         """
         assert config.evaluation.data is not None, "EvaluationConfig checks that data is given"
-        self._config, self._rows = config, rows
-        self._token_ids = {"mask_token_id": mask_token_id, "pad_token_id": pad_token_id}
+        self._config, self._rows, self._tokens = config, rows, tokens
         self._mixture = Mixture(config.evaluation.data, seq_len=config.seq_len, seed=NOISE_SEED)
         whole_batches = self._mixture.num_samples // config.global_batch_size
         self.num_batches = max(1, min(config.evaluation.batches, whole_batches))
@@ -68,7 +67,7 @@ class Evaluation:
             seed=NOISE_SEED,
             strategies=plain.at(0.0, 0),
             span_lengths=plain.span_lengths,  # of a plain run, so that their validation noise is that of all
-            **self._token_ids,
+            tokens=self._tokens,
         )
         return batch_of(rows, t, global_batch_size=size)
 

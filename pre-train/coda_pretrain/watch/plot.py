@@ -17,7 +17,7 @@ from CoDALanguageModel.errors import UserError
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
-from ..noise.masking import noise_samples
+from ..noise.masking import TokenFacts, noise_samples
 from ..noise.strategies import MaskingConfig
 from ..plain_data import from_dict
 from .metrics import read_rows
@@ -181,8 +181,7 @@ def states_of_rows(config: RunConfig, strategy: dict[str, float]) -> np.ndarray:
         seed=config.seed,
         strategies=MaskingConfig(**strategy).at(0.0, 0),
         span_lengths=config.masking.span_lengths,
-        mask_token_id=-1,  # only where masked tokens are is shown
-        pad_token_id=0,
+        tokens=TokenFacts(mask_token_id=-1, pad_token_id=0),  # only where masked tokens are is shown
     )
     unmasked = torch.where(rows.segment_ids > 0, CLEAN, PADDING)
     return torch.where(rows.labels != IGNORE_INDEX, MASKED, unmasked).numpy()
