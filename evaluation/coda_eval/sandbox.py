@@ -530,8 +530,9 @@ class _Watch:
         return self.look_at_files()
 
     def look_at_files(self) -> tuple[str, str] | None:
-        """(status, error) once a scratch folder on the machine's own disk is larger than other levels give one."""
-        if self.folder and not _small(self.folder, _tree(self.pid)):
+        """(status, error) once the scratch folder is too large: its files take memory that belongs to no process."""
+        pids = _tree(self.pid)
+        if not (_small(self.folder, pids) if self.folder else all(map(_few_files, pids))):
             return "memory", f"more than {_SCRATCH_BYTES >> 20} MB or {_SCRATCH_FILES} entries in the scratch folder"
         return None
 
@@ -555,6 +556,16 @@ def _small(folder: str, pids: Iterable[int]) -> bool:
                 if stat.S_ISREG(found.st_mode) and found.st_nlink == 0:
                     sizes[found.st_ino] = found.st_blocks
     return sum(sizes.values()) * 512 <= _SCRATCH_BYTES
+
+
+def _few_files(pid: int) -> bool:
+    """Whether a process with a root of its own has few entries in its scratch folder; its size is the mount's."""
+    root = f"/proc/{pid}/root"
+    with contextlib.suppress(OSError):  # gone meanwhile, or the checker, which hides itself
+        if not os.path.samestat(os.stat(root), os.stat("/")):
+            found = os.statvfs(f"{root}/tmp")
+            return found.f_files - found.f_ffree <= _SCRATCH_FILES
+    return True
 
 
 def _memory_of(pid: int) -> int:

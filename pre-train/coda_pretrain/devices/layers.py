@@ -98,10 +98,10 @@ class LayerScan:
         """See ``CoDAModel.run_layers``.
 
         Raises:
-            ValueError: hidden states of all layers, a cache or a mask are asked for.
+            UserError: hidden states of all layers, a cache or a mask are asked for.
         """
         if past_key_values is not None or output_hidden_states or attention_mask is not None:
-            raise ValueError("hardware.layers 'scan' runs whole packed rows: no cache, no mask, no hidden states")
+            raise UserError("hardware.layers 'scan' runs whole packed rows: no cache, no mask, no hidden states")
         # The carry goes through every layer and must be of floats. The rule and positions are small; masks and angles
         # are made of them inside, where they are not kept for the backward pass.
         if visibility is None:
