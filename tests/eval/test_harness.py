@@ -92,9 +92,7 @@ def test_answer_ends_at_its_first_end_token_and_its_own_stop_string(model_dir, m
             return SimpleNamespace(sequences=sequences, num_forwards=passes, cost=DecodingCost())
 
         monkeypatch.setattr(model.model, "diffusion_generate", answered)
-        asked = [
-            request({"task_id": str(n)}, until=until) for n, until in enumerate(([], ["three", "\n"], ["", "o t"]))
-        ]
+        asked = [request({"task_id": str(n)}, until=until) for n, until in enumerate(([], ["three", "\n"], ["", "zz"]))]
         answers = model.generate_until(asked, True)
         assert answers == ["one\ntwo three", "one", "one\ntwo three"]
         assert answers[0].new_tokens == len(encode("one\ntwo three"))
