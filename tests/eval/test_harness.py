@@ -86,7 +86,8 @@ def test_answer_ends_at_its_first_end_token_and_its_own_stop_string(model_dir, m
 
         def answered(inputs, ids=ids, end=end, **settings):
             row = torch.tensor([[*ids, *[end] * (40 - len(ids))]] * len(inputs))
-            return SimpleNamespace(sequences=torch.cat([inputs, row], dim=1), num_forwards=torch.ones(len(inputs)))
+            sequences, cost = torch.cat([inputs, row], dim=1), SimpleNamespace(as_dict=dict)
+            return SimpleNamespace(sequences=sequences, num_forwards=torch.ones(len(inputs)), cost=cost)
 
         monkeypatch.setattr(model.model, "diffusion_generate", answered)
         asked = [request({"task_id": str(n)}, until=until) for n, until in enumerate(([], ["three", "\n"], ["", "zz"]))]
@@ -202,7 +203,7 @@ def test_all_regimes_are_scored_and_their_cost_is_recorded(model_dir, settings):
     for index, (one, answer) in enumerate(zip(asked, answers, strict=True)):
         ids, seed = model.encode_prompt(one.args[0]), model._job(index, one, 0).seed
         new = model.model.diffusion_generate(torch.tensor([ids]), seed=seed, steps=8, max_new_tokens=8, **settings)
-        assert answer == model._text_answer(new[0, len(ids) :].tolist(), [], after=ids)
+        assert answer == model._read(new[0, len(ids) :].tolist(), ids, (), frozenset(model._end_ids()))
     assert sorted(answer.batch_cost["answers"] for answer in answers) == [1, 2, 2]
     assert all(answer.batch_cost["tokens_evaluated"] >= 8 for answer in answers)
     assert (answers[0].batch_cost["cache_refreshes"] > 0) == ("kv_cache" in settings)
@@ -379,7 +380,7 @@ def test_two_ranks_give_the_scores_and_answers_of_one(model_dir, tmp_path):
     assert one["results"] == two["results"]
     # What failed on one rank failed on both, which went on together, and no answer of either was lost.
     assert len(two["failures"]) == 2
-    assert two["failures"][0].startswith("rank 1: ValueError: task quickstart_infill, document g/")
+    assert two["failures"][0].startswith("rank 1: UserError: task quickstart_infill, document g/")
     assert two["failures"][1] == "rank 1: RuntimeError: no more memory"
     kept = [file.read_text().splitlines() for file in sorted((tmp_path / "2.json.answers").iterdir())]
     problems = [json.loads(line)["task_id"] for lines in kept for line in lines if "quickstart_problems" in line]
