@@ -1,6 +1,7 @@
 """One text, one list of ids, one answer: in the model room, in evaluation, in serving and in training."""
 
 import random
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,11 @@ HOSTILE = [
     "<|fim_prefix|>x<|fim_suffix|>y<|fim_middle|>",
     *("x" * 3000, " " * 3000, "\n" * 3000, "<|mask|>" * 300),
 ]
+
+
+def forms(text):
+    """How a tokenizer may give a text back: some compose characters."""
+    return text, unicodedata.normalize("NFC", text)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +90,7 @@ def served(codec, evaluated):
     start = evaluated.model.config.document_start_id
     limits = SimpleNamespace(context_length=10**6, document_start_id=start, check=lambda canvas: None)
     engine = SimpleNamespace(max_queue=9)
-    settings = ServerSettings(model_name="m", _env_file=None)
+    settings = ServerSettings(model_name="owner/name", _env_file=None)
     return SimpleNamespace(encoder=codec, limits=limits, engine=engine, settings=settings)
 
 
@@ -113,7 +119,7 @@ def test_a_message_has_the_same_ids_in_every_room(tokenizer, texts, codec, evalu
             assert source == ids
             clean = codec.encode_chat([{**message, "content": "y"} for message in chat])
             assert [token for token in ids if token in added] == [token for token in clean if token in added]
-            assert text.strip() in codec.decode(ids)
+            assert any(form in codec.decode(ids) for form in forms(text.strip()))
 
 
 def test_plain_text_has_the_same_ids_in_every_room_and_comes_back(tokenizer, texts, codec, evaluated, served, trained):
@@ -121,9 +127,7 @@ def test_plain_text_has_the_same_ids_in_every_room_and_comes_back(tokenizer, tex
     for text in texts:
         ids = codec.encode_text(text)
         assert not added & set(ids)
-        assert codec.decode(ids) == text.replace("e\u0301", "\u00e9").replace("\u1100\u1161\u11a8", "\uac01") or (
-            codec.decode(ids) == text
-        )
+        assert codec.decode(ids) in forms(text)
         assert evaluated.encode_prompt(text) == evaluated.tok_encode(text) == ids
         (canvas,), _ = app._completion_canvases(served, CompletionRequest(prompt=text, max_tokens=1))
         assert list(canvas.prompt_ids) == (ids or [served.limits.document_start_id])
