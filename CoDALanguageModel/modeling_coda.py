@@ -376,7 +376,10 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
             padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
             if padding is None and segment_ids is None:
                 segment_ids = torch.ones_like(labels)
-            by_neighbour = scored_by(padding, segment_ids)[:, 1:] == torch.arange(labels.shape[1] - 1).to(labels)
+            # Rows are moved by one place, as a view. What stands behind padding inside a row is therefore not scored.
+            by_neighbour = scored_by(padding, segment_ids)[:, 1:] == torch.arange(
+                labels.shape[1] - 1, device=labels.device
+            )
             hidden, labels = hidden[:, :-1], labels[:, 1:].masked_fill(~by_neighbour, IGNORE_INDEX)
             loss_weights = None if loss_weights is None else loss_weights[:, 1:]
         scored = labels != IGNORE_INDEX
