@@ -10,30 +10,41 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from .configuration_coda import CoDAConfig
+    from .decoder import Decoding, Progress
     from .generation_coda import DiffusionGenerationOutput
     from .generation_config_coda import DiffusionGenerationConfig
     from .infilling import InfillOutput
     from .modeling_coda import CoDALanguageModel, CoDAOutput
-    from .scoring import DecodingCost
+    from .row import DecodingCost, DecodingStalled, Request, Row
 
 __all__ = [
     "CoDAConfig",
     "CoDALanguageModel",
     "CoDAOutput",
+    "Decoding",
     "DecodingCost",
+    "DecodingStalled",
     "DiffusionGenerationConfig",
     "DiffusionGenerationOutput",
     "InfillOutput",
+    "Progress",
+    "Request",
+    "Row",
     "UserError",
 ]
 _MODULES = {
     "CoDAConfig": "configuration_coda",
     "CoDALanguageModel": "modeling_coda",
     "CoDAOutput": "modeling_coda",
-    "DecodingCost": "scoring",
+    "Decoding": "decoder",
+    "DecodingCost": "row",
+    "DecodingStalled": "row",
     "DiffusionGenerationConfig": "generation_config_coda",
     "DiffusionGenerationOutput": "generation_coda",
     "InfillOutput": "infilling",
+    "Progress": "decoder",
+    "Request": "row",
+    "Row": "row",
 }
 
 

@@ -1,7 +1,7 @@
 """Keys and values of a batch of canvases, and the columns that a cached forward pass computes anew.
 
 In a bidirectional model every committed token changes the keys and values of all others, so reusing them is an
-approximation; `generation_coda` decides when to refresh. Prefix and dual caching are from Fast-dLLM
+approximation; `scoring` decides when to refresh. Prefix and dual caching are from Fast-dLLM
 (https://arxiv.org/abs/2505.22618).
 """
 
@@ -72,6 +72,18 @@ class CanvasCache:
         if self.rows is not None:
             stored.index_copy_(0, self.rows, whole)
         return whole
+
+    def refit(self, source: list[int], length: int) -> None:
+        """Keep the rows `source`, in this order, at another length; -1 makes an empty row."""
+        self.num_rows, self.length = len(source), length
+        kept = [i for i, place in enumerate(source) if place >= 0]
+        taken = [source[i] for i in kept]
+        for store in (self.keys, self.values):
+            for layer_idx, old in store.items():
+                new = old.new_zeros(self.num_rows, old.shape[1], length, old.shape[3])
+                width = min(length, old.shape[2])
+                new[kept, :, :width] = old[taken, :, :width]
+                store[layer_idx] = new
 
     def adopt(self, other: "CanvasCache", rows: Tensor, source: Tensor) -> None:
         """Take over rows `source` of another cache as rows `rows` of this one."""

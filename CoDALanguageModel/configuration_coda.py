@@ -1,6 +1,10 @@
 """Architecture of a CoDA model: shapes, token ids and conventions. Nothing about training or decoding."""
 
+from collections.abc import Sequence
+
 from transformers import AutoConfig, PreTrainedConfig
+
+from .errors import UserError
 
 # Keys that the published checkpoint carries in its config.json: training settings, no part of the architecture.
 LEGACY_KEYS = (
@@ -14,6 +18,11 @@ LEGACY_KEYS = (
 
 # Qwen's embedding has 151,936 rows, but its tokenizer with the mask token defines only the ids below this one.
 QWEN_VOCAB_SIZE, QWEN_MASK_TOKEN_ID, QWEN_NUM_TOKEN_IDS = 151936, 151669, 151670
+
+
+def token_ids(setting: int | Sequence[int] | None) -> list[int]:
+    """A setting that names one token, several or none, as a list."""
+    return [] if setting is None else [setting] if isinstance(setting, int) else list(setting)
 
 
 class CoDAConfig(PreTrainedConfig):
@@ -50,7 +59,7 @@ class CoDAConfig(PreTrainedConfig):
             every row has a token (for Qwen's vocabulary: the ids that its tokenizer defines).
 
     Raises:
-        ValueError: a size below 1, head counts that do not divide, no mask token, or a token id outside of the
+        UserError: a size below 1, head counts that do not divide, no mask token, or a token id outside of the
             vocabulary.
     """
 
@@ -102,26 +111,30 @@ class CoDAConfig(PreTrainedConfig):
             "AutoModelForCausalLM": "modeling_coda.CoDALanguageModel",
         }
 
+    @property
+    def document_start_id(self) -> int | None:
+        """Id that stands where a text begins with a gap or is empty; None if there is none."""
+        return self.pad_token_id if self.bos_token_id is None else self.bos_token_id
+
     def _check(self) -> None:
         """Refuse shapes and ids that cannot hold."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "head_dim")
         for name in (*sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads, "
                 f"got {self.num_key_value_heads}"
             )
         if not 0 < self.num_token_ids <= self.vocab_size:
-            raise ValueError(f"num_token_ids must be in [1, vocab_size={self.vocab_size}], got {self.num_token_ids}")
-        eos_ids = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
+            raise UserError(f"num_token_ids must be in [1, vocab_size={self.vocab_size}], got {self.num_token_ids}")
         named = [("mask_token_id", self.mask_token_id), ("pad_token_id", self.pad_token_id)]
-        named += [("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in eos_ids)]
+        named += [("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in token_ids(self.eos_token_id))]
         for name, token_id in named:
             is_missing = token_id is None and name == "mask_token_id"
             if is_missing or (token_id is not None and not 0 <= token_id < self.vocab_size):
-                raise ValueError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id}")
+                raise UserError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id}")
 
 
 CoDAConfig.register_for_auto_class()

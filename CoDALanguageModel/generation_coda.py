@@ -1,8 +1,8 @@
 """Decoding: `diffusion_generate`, which fills the masks of a batch of canvases in one of three regimes.
 
 Exact: each step scores the canvas as it is. Cached: keys and values outside of a window are reused. Parallel: more
-tokens are committed per step than the schedule asks for. All are the same loop: `canvas` says what a step is to do,
-`scoring` runs the model, `sampling` chooses. Not here: text (callers tokenise).
+tokens are committed per step than the schedule asks for. All are the same loop (`decoder`). Not here: text (callers
+tokenise).
 """
 
 import copy
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.utils import ModelOutput
 
-from .canvas import Canvas
-from .decoder import Decoder, SpeculativeDecoder
-from .generation_config_coda import DEFAULTS, DiffusionGenerationConfig
+from .decoder import Decoding, Progress
+from .decoding_settings import SETTINGS
+from .generation_config_coda import DiffusionGenerationConfig
 from .infilling import InfillOutput, infill
-from .scoring import DecodingCost, Scorer
+from .row import DecodingCost, Request, Row, complete
 
 StepCallback = Callable[[Tensor, int], bool | None]
 
@@ -88,7 +88,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         **settings,
     ) -> InfillOutput:
         """Fill the gaps between pieces of a text; see `infilling.infill`."""
-        return infill(self, pieces, gap_lengths=gap_lengths, lengths=infill_lengths, end_of_gap=end_of_gap, **settings)
+        return infill(
+            self, pieces, gap_lengths=gap_lengths, infill_lengths=infill_lengths, end_of_gap=end_of_gap, **settings
+        )
 
     @torch.no_grad()
     def diffusion_generate(
@@ -125,58 +127,99 @@ class DiffusionGenerationMixin(GenerationMixin):
             ValueError: bad settings or inputs, or a canvas longer than the model's context.
         """
         config = DiffusionGenerationConfig.of(generation_config or self.generation_config)
-        given = {key: value for key, value in overrides.items() if value is not None or key in DEFAULTS}
+        given = {key: value for key, value in overrides.items() if value is not None or key in SETTINGS}
         config = config.merged(given)
-        for name in ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids"):
-            if getattr(config, name) is None:
-                setattr(config, name, getattr(self.config, name))
-        config.check_vocabulary(self.config.vocab_size)
+        config = complete(config, self.config)
         if config.stop_strings and tokenizer is None:
             raise ValueError("stop_strings need the tokenizer: pass tokenizer=...")
-        inputs, attention_mask = _check_inputs(inputs, attention_mask, config, self.config, self.device)
-        inputs, attention_mask = _repeat(inputs, attention_mask, config)
-        processors = LogitsProcessorList(logits_processor or [])
-        if config.repetition_penalty is not None:
-            processors.insert(0, RepetitionPenaltyLogitsProcessor(penalty=float(config.repetition_penalty)))
-        canvas = Canvas(inputs, attention_mask, config, tokenizer.decode if tokenizer is not None else None)
-        scorer = Scorer(self, config, canvas, processors)
-        decoder = (SpeculativeDecoder if config.speculate else Decoder)(config, canvas, scorer)
+        inputs, attention_mask = _check_inputs(inputs, attention_mask, config, self.device)
+        seeds = _seeds(config, len(inputs))
+        inputs = inputs.repeat_interleave(config.num_return_sequences, 0)
+        attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, 0)
+        decoding = Decoding(self, decode=tokenizer.decode if tokenizer is not None else None)
+        requests = [
+            Request(ids=ids, attention_mask=real, settings=config, seed=seed, processors=logits_processor or ())
+            for ids, real, seed in zip(inputs.tolist(), attention_mask.tolist(), seeds, strict=True)
+        ]
+        return self._decode_all(decoding, requests, config, inputs, step_callback)
+
+    def _decode_all(
+        self,
+        decoding: Decoding,
+        requests: list[Request],
+        config: DiffusionGenerationConfig,
+        inputs: Tensor,
+        step_callback: StepCallback | None,
+    ) -> Tensor | DiffusionGenerationOutput:
+        """Decode rows of one width to the end and put them together again."""
+        new = inputs.new_full((len(inputs), config.max_new_tokens), config.mask_token_id)
+        canvas = torch.cat([inputs, new], dim=1)
+        # A row without masks is what it will be.
+        rows = [decoding.admit(request) if config.max_new_tokens or _has_gap(request) else None for request in requests]
+        place = {row: i for i, row in enumerate(rows) if row is not None}
         history: list[Tensor] = []
         num_passes, cancelled = 0, False
-        while canvas.active and not cancelled:
-            decoder.advance()
+        while decoding.rows and not cancelled:
+            progress = decoding.step()
+            for record in progress:
+                if record.error is not None:
+                    raise record.error
             num_passes += 1
+            if config.output_history or step_callback is not None:
+                canvas = _changed(canvas, progress, place)
             if config.output_history:
-                history.append(canvas.ids.clone())
-            cancelled = step_callback is not None and step_callback(canvas.ids, num_passes) is False
-        if not cancelled:
-            canvas.fill_tails()
-        scorer.cost.tokens_committed = canvas.num_filled()
+                history.append(canvas)
+            cancelled = step_callback is not None and step_callback(canvas, num_passes) is False
+        for row in decoding.rows:
+            decoding.drop(row)
+        canvas = canvas.clone()  # the one before may be in the history
+        for row, i in place.items():
+            canvas[i] = canvas.new_tensor(row.ids if cancelled else row.text_ids())
         if not config.return_dict_in_generate:
-            return canvas.ids
+            return canvas
+        cost = DecodingCost(forwards=decoding.forwards)
+        num_forwards, scores, commit_steps = inputs.new_zeros(len(rows)), None, None
+        if config.output_scores:
+            scores, commit_steps = torch.zeros(canvas.shape, device=canvas.device), torch.full_like(canvas, -1)
+        for row, i in place.items():
+            cost.add(row.cost)
+            num_forwards[i] = row.cost.forwards
+            if scores is not None:
+                scores[i], commit_steps[i] = row.log_probability, canvas.new_tensor(row.commit_steps)
         return DiffusionGenerationOutput(
-            sequences=canvas.ids,
+            sequences=canvas,
             history=tuple(history) if config.output_history else None,
-            scores=canvas.log_probability if config.output_scores else None,
-            commit_steps=canvas.step_of_commit,
-            num_forwards=torch.tensor(canvas.num_forwards, device=canvas.ids.device),
-            cost=scorer.cost,
+            scores=scores,
+            commit_steps=commit_steps,
+            num_forwards=num_forwards,
+            cost=cost,
             cancelled=cancelled,
         )
 
 
-def _repeat(inputs: Tensor, attention_mask: Tensor, config: DiffusionGenerationConfig) -> tuple[Tensor, Tensor]:
-    """Rows repeated `num_return_sequences` times, with consecutive seeds."""
-    n = config.num_return_sequences
-    if n > 1:
-        seeds = config.seed if isinstance(config.seed, (list, tuple)) else [config.seed] * len(inputs)
-        config.seed = [seed + i for seed in seeds for i in range(n)]
-        inputs, attention_mask = inputs.repeat_interleave(n, 0), attention_mask.repeat_interleave(n, 0)
-    return inputs, attention_mask
+def _has_gap(request: Request) -> bool:
+    mask = request.settings.mask_token_id
+    return any(token == mask and real for token, real in zip(request.ids, request.attention_mask, strict=True))
+
+
+def _changed(canvas: Tensor, progress: list[Progress], place: dict[Row, int]) -> Tensor:
+    """A new (B, T) canvas with what a step has changed in its rows."""
+    columns = [(place[record.row], column, record.row.ids[column]) for record in progress for column in record.changed]
+    row, column, token = canvas.new_tensor(columns).view(-1, 3).unbind(1)
+    return canvas.index_put((row, column), token)
+
+
+def _seeds(config: DiffusionGenerationConfig, num_rows: int) -> list[int]:
+    """One seed per sequence that comes out: those of a row count up from its own."""
+    is_list = isinstance(config.seed, (list, tuple))
+    if is_list and len(config.seed) != num_rows:
+        raise ValueError(f"seed must hold one integer per row ({num_rows}), got {len(config.seed)}")
+    seeds = config.seed if is_list else [config.seed] * num_rows
+    return [seed + i for seed in seeds for i in range(config.num_return_sequences)]
 
 
 def _check_inputs(
-    inputs: Tensor | None, attention_mask: Tensor | None, config: DiffusionGenerationConfig, model_config, device
+    inputs: Tensor | None, attention_mask: Tensor | None, config: DiffusionGenerationConfig, device
 ) -> tuple[Tensor, Tensor]:
     """Refuse inputs that cannot be decoded; give both tensors as int64 on the model's device."""
     if inputs is None:
@@ -192,19 +235,7 @@ def _check_inputs(
     inputs, attention_mask = inputs.to(device).long(), attention_mask.to(device).long()
     if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
         raise ValueError("attention_mask must hold only 0 and 1")
-    if inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < model_config.vocab_size:
-        raise ValueError(
-            f"token ids must be in [0, {model_config.vocab_size}), got {int(inputs.min())} to {int(inputs.max())}"
-        )
-    if isinstance(config.seed, (list, tuple)) and len(config.seed) != len(inputs):
-        raise ValueError(f"seed must hold one integer per row ({len(inputs)}), got {len(config.seed)}")
     has_gap = bool(((inputs == config.mask_token_id) & (attention_mask == 1)).any())
     if config.max_new_tokens == 0 and not has_gap:
         raise ValueError("nothing to fill: max_new_tokens is 0 and inputs hold no mask token")
-    longest = int(attention_mask.sum(dim=1).max()) if len(inputs) else 0
-    if longest + config.max_new_tokens > model_config.max_position_embeddings:
-        raise ValueError(
-            f"the prompt of {longest} tokens and max_new_tokens={config.max_new_tokens} do not fit in the context of "
-            f"{model_config.max_position_embeddings} tokens"
-        )
     return inputs, attention_mask

@@ -37,7 +37,7 @@ def infill(
     pieces: Sequence[Sequence[int]],
     *,
     gap_lengths: Sequence[int] | None = None,
-    lengths: Sequence[int] | None = None,
+    infill_lengths: Sequence[int] | None = None,
     end_of_gap: bool = False,
     **settings,
 ) -> InfillOutput:
@@ -45,25 +45,26 @@ def infill(
 
     Args:
         model: a `CoDALanguageModel`.
-        pieces: n + 1 lists of token ids around n gaps; outer pieces may be empty, a literal mask id may not occur.
+        pieces: n + 1 lists of token ids around n gaps; the last may be empty, the first must hold a
+            token, which scores the first mask; a literal mask id may not occur.
         gap_lengths: masks of each gap, where the lengths are known.
-        lengths: candidate lengths, where they are not: every combination over the gaps is decoded as a row of one
-            batch, and the one with the highest mean log-probability per filled token is kept, the first of equals.
+        infill_lengths: candidate lengths, where they are not: every combination over the gaps is decoded as a row of
+            one batch, and the one with the highest mean log-probability per filled token is kept, the first of equals.
         end_of_gap: cut each gap at its first end token, which marks the end of a gap that was given too many masks.
         **settings: decoding settings, see `DiffusionGenerationConfig`.
 
     Raises:
-        ValueError: not exactly one of `gap_lengths` and `lengths`, lengths that are not positive, or too many
-            combinations.
+        ValueError: not exactly one of `gap_lengths` and `infill_lengths`, lengths that are not positive, or too many
+            combinations, or a first gap that nothing stands before.
     """
     num_gaps = len(pieces) - 1
     if num_gaps < 1:
         raise ValueError(f"pieces must hold at least 2 lists, one on each side of a gap, got {len(pieces)}")
-    if (gap_lengths is None) == (lengths is None):
+    if (gap_lengths is None) == (infill_lengths is None):
         raise ValueError("give exactly one of gap_lengths (known) and infill_lengths (candidates)")
     if gap_lengths is not None and len(gap_lengths) != num_gaps:
         raise ValueError(f"gap_lengths must hold one length per gap ({num_gaps}), got {len(gap_lengths)}")
-    for name, values in (("gap_lengths", gap_lengths), ("infill_lengths", lengths)):
+    for name, values in (("gap_lengths", gap_lengths), ("infill_lengths", infill_lengths)):
         if values is not None and (not values or min(values) < 1):
             raise ValueError(f"{name} must be integers >= 1, got {list(values)}")
     for name in ("max_new_tokens", "num_return_sequences", "output_scores", "return_dict_in_generate"):
@@ -75,12 +76,12 @@ def infill(
     if gap_lengths is not None:
         combinations = [tuple(gap_lengths)]
     else:
-        if len(set(lengths)) ** num_gaps > MAX_CANDIDATES:
+        if len(set(infill_lengths)) ** num_gaps > MAX_CANDIDATES:
             raise ValueError(
-                f"infill_lengths give {len(set(lengths))}^{num_gaps} combinations for {num_gaps} gaps, more than "
-                f"{MAX_CANDIDATES}: give fewer lengths, or fill fewer gaps at a time"
+                f"infill_lengths give {len(set(infill_lengths))}^{num_gaps} combinations for {num_gaps} gaps, more "
+                f"than {MAX_CANDIDATES}: give fewer lengths, or fill fewer gaps at a time"
             )
-        combinations = list(itertools.product(dict.fromkeys(lengths), repeat=num_gaps))
+        combinations = list(itertools.product(dict.fromkeys(infill_lengths), repeat=num_gaps))
 
     rows = [_with_masks(pieces, combination, mask_id) for combination in combinations]
     width = max(map(len, rows))

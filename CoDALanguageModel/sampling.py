@@ -1,7 +1,7 @@
 """One denoising step as pure functions: the schedule of commits, candidates with confidences, and the choice.
 
 Everything is per row: no decision looks at another row of the batch. Not here: the loop and the model
-(`generation_coda`).
+(`stepwise`, `scoring`).
 """
 
 import math
@@ -30,6 +30,10 @@ token a step as long as `steps * eps` is about 1/2, and beyond it leaves more an
 
 ELEMENTS_AT_ONCE = 2**20
 """Scores that a CPU goes through at a time: intermediate results stay in its caches."""
+
+
+class ScoresNotFinite(ValueError):
+    """No token can be chosen by what the model gave."""
 
 
 class Commit(NamedTuple):
@@ -165,7 +169,8 @@ def propose(
         Tokens and confidences; confidences are those of the tempered and filtered distribution, as published.
 
     Raises:
-        ValueError: scores are not finite, or uniforms are missing.
+        ScoresNotFinite: a position has no finite score, or one that is not a number.
+        ValueError: uniforms are missing.
     """
     at_once = max(1, ELEMENTS_AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     if len(logits) > at_once:
@@ -179,7 +184,7 @@ def propose(
         return Candidates(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
     scores = logits.float()
     if not bool(scores.amax(dim=-1).isfinite().all()):
-        raise ValueError("the model gave scores that are not finite: its weights or its precision are at fault")
+        raise ScoresNotFinite("the model gave scores that are not finite: its weights or its precision are at fault")
     if temperature > 0:
         scores = scores / temperature
     ids = None  # of the columns below, where these are not the vocabulary

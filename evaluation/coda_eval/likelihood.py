@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from CoDALanguageModel.diffusion import named_rng, scored_by
+from CoDALanguageModel.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def plan_masks(length: int, mc_num: int, rng: np.random.Generator) -> MaskPlan:
         the same chance (rounding a linspace does not), and for each l a uniform set. Weight L / (l * n).
 
     Raises:
-        ValueError: ``length`` or ``mc_num`` is not positive.
+        UserError: ``length`` or ``mc_num`` is not positive.
     """
     if length < 1 or mc_num < 1:
-        raise ValueError(f"length and mc_num must be positive, got {length} and {mc_num}")
+        raise UserError(f"length and mc_num must be positive, got {length} and {mc_num}")
     if length < 63 and 2**length - 1 <= mc_num:
         masked = np.array(list(itertools.product((False, True), repeat=length)))[1:]
         sizes = masked.sum(axis=1)
@@ -89,13 +90,13 @@ def bound_log_likelihoods(
     the same sets. Inputs of several pairs are batched together.
 
     Raises:
-        ValueError: an empty context or continuation, or a pair longer than ``max_length``.
+        UserError: an empty context or continuation, or a pair longer than ``max_length``.
     """
     for context, continuation in pairs:
         if not context or not continuation:
-            raise ValueError("a likelihood needs at least one context token and one continuation token")
+            raise UserError("a likelihood needs at least one context token and one continuation token")
         if len(context) + len(continuation) > max_length:
-            raise ValueError(
+            raise UserError(
                 f"a context of {len(context)} and a continuation of {len(continuation)} tokens exceed the context of "
                 f"{max_length} tokens; texts are never cut"
             )
@@ -141,5 +142,5 @@ def _score(
     log_probs = logits.float().log_softmax(dim=-1).cpu()
     picked = log_probs[torch.arange(len(rows)), clean[rows, columns]].double()
     if not bool(picked.isfinite().all()):  # a comparison of choices would take NaN for a score
-        raise ValueError("the model gave scores that are not finite: its weights or its precision are at fault")
+        raise UserError("the model gave scores that are not finite: its weights or its precision are at fault")
     return torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, picked).tolist()

@@ -16,6 +16,7 @@ from llamafactory.data import loader
 from llamafactory.data.processor import SupervisedDatasetProcessor
 
 from CoDALanguageModel.diffusion import IGNORE_INDEX
+from CoDALanguageModel.errors import UserError
 
 from .records import (
     EMPTY_ANSWER,
@@ -219,7 +220,7 @@ def processors(overlong: str, other_template: bool) -> Callable[..., RowProcesso
         if not encoders:
             try:
                 encoders.append(TurnEncoder(kwargs["tokenizer"], kwargs["data_args"], other_template))
-            except ValueError as error:
+            except UserError as error:
                 raise DataError(str(error)) from error
         return RowProcessor(overlong=overlong, encoder=encoders[0], **kwargs)
 

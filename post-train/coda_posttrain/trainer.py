@@ -30,6 +30,7 @@ from transformers.utils import cached_file
 
 from CoDALanguageModel import CoDAConfig  # also registers the model: its code here wins over a checkpoint's copy
 from CoDALanguageModel.diffusion import IGNORE_INDEX
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.noise import deal_levels
 
 from . import curriculum
@@ -79,7 +80,7 @@ def run_training(
         parts: what the run is made of, saved there too; empty on all but the main process and without training.
 
     Raises:
-        ValueError: from LLaMA-Factory's or our checks of settings, model and data.
+        UserError: from LLaMA-Factory's or our checks of settings, model and data.
     """
     if not torch.accelerator.is_available():
         host = {"use_cpu": True, **host}  # or bf16 and the choice of the backend would fail
@@ -171,7 +172,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         **kwargs: what LLaMA-Factory passes to its own trainer.
 
     Raises:
-        ValueError: the model is not a CoDA model, its tokenizer lacks the mask token, or a data set is unusable.
+        UserError: the model is not a CoDA model, its tokenizer lacks the mask token, or a data set is unusable.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
             kwargs["eval_dataset"] = number(evaluated, name="eval_dataset")
         kwargs["data_collator"] = RowCollator(kwargs["data_collator"])
         if not kwargs["args"].accelerator_config.even_batches:
-            raise ValueError(
+            raise UserError(
                 "accelerator_config.even_batches=false would give some processes fewer batches than others, which "
                 "then wait for each other forever: leave it true; rows that fill the last batches are not counted"
             )
@@ -522,18 +523,18 @@ def check_model(model_config: Any, tokenizer: Any, source: str) -> None:
     """Refuse a model or tokenizer that the objective cannot use.
 
     Raises:
-        ValueError: not a CoDA model, no such mask token, or no end or padding token.
+        UserError: not a CoDA model, no such mask token, or no end or padding token.
     """
     if model_config.model_type != CoDAConfig.model_type:
-        raise ValueError(
+        raise UserError(
             f"model_name_or_path={source!r} is a {model_config.model_type!r} model, not a CoDA one: "
             "convert it with save_hf_model.py first"
         )
     if model_config.mask_token_id >= len(tokenizer):
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {source!r} has {len(tokenizer)} tokens and lacks the model's "
             f"mask_token_id={model_config.mask_token_id}: add the token with save_hf_model.py"
         )
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is None:
-            raise ValueError(f"the tokenizer of {source!r} has no {name}")
+            raise UserError(f"the tokenizer of {source!r} has no {name}")

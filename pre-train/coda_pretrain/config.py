@@ -7,9 +7,10 @@ Not here: architecture (``CoDAConfig``, whose fields ``model.config`` only carri
 No ``from __future__ import annotations`` in this file: field types must stay types.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
@@ -322,8 +323,21 @@ def read_settings(files: list[str], overrides: list[str]) -> dict[str, Any]:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise UserError(f"an override must look like key=value, got {override!r}")
-        value: Any = yaml.safe_load(text)
+        value = _value_of(key, text)
         for part in reversed(key.split(".")):
             value = {part: value}
         merged = merge(merged, value)
     return merged
+
+
+def _value_of(key: str, text: str) -> Any:
+    """What an override's text means: itself where the setting is a text (names hold `` #`` or ``: ``), else YAML."""
+    kind: Any = RunConfig
+    for part in key.split("."):
+        kind = get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    if kind in (str, str | None) and text[:1] not in ("'", '"') and text not in ("", "~", "null"):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of {key}={text} is not YAML: {error}") from error

@@ -1,7 +1,6 @@
 """The data stage: corpus, tokenizer, instruction set and held-out benchmarks, written into a run folder."""
 
 import dataclasses
-import difflib
 import json
 import logging
 import random
@@ -23,7 +22,7 @@ from coda_quickstart.problems import (
     training_programs,
 )
 from coda_quickstart.tokenizer import train_tokenizer
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +77,7 @@ def load_settings(path: Path) -> DataSettings:
     fields = {field.name: field for field in dataclasses.fields(DataSettings)}
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"unknown key {key} in {path}{hint} (known: {', '.join(fields)})")
+            raise UserError(f"unknown key {key} in {path}{did_you_mean(key, fields)} (known: {', '.join(fields)})")
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in data]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")

@@ -14,8 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
-from CoDALanguageModel import CoDALanguageModel, DiffusionGenerationConfig
-from CoDALanguageModel.canvas import DecodingStalled
+from CoDALanguageModel import CoDALanguageModel, DecodingStalled, DiffusionGenerationConfig
 from CoDALanguageModel.diffusion import named_rng
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy", "p2")
@@ -121,7 +120,7 @@ def random_case(alg, index):
     # At least two tokens: in a canvas of masks alone all positions tie, but for the last bit.
     prompt = [rng.choice([*range(64), BOS, EOS, PAD]) for _ in range(rng.randint(3, 9))]
     max_new_tokens = rng.randint(0, 12)
-    for p in rng.sample(range(len(prompt)), min(len(prompt) - 2, rng.randint(0 if max_new_tokens else 1, 3))):
+    for p in rng.sample(range(1, len(prompt)), min(len(prompt) - 2, rng.randint(0 if max_new_tokens else 1, 3))):
         prompt[p] = MASK
     num_masked = prompt.count(MASK) + max_new_tokens
     block_length = rng.choice([None, None, 1, 3, 4, 50])
@@ -194,7 +193,7 @@ SETTINGS = [
     {"steps": 30, "temperature": 0.7, "top_k": 9, "alg_temp": 0.5, "block_length": 3},
     {"steps": 12, "block_length": 4, "alg_temp": 0.3},
 ]
-PROMPTS = st.lists(st.sampled_from([*range(0, 64, 7), EOS, PAD, MASK]), max_size=7).map(tuple)
+PROMPTS = st.lists(st.sampled_from([*range(0, 64, 7), EOS, PAD, MASK]), max_size=7).map(lambda ids: (9, *ids))
 
 
 @pytest.mark.parametrize("alg", ALGORITHMS)
@@ -385,8 +384,29 @@ def test_without_a_history_none_is_returned_and_forward_counts_always_are(model,
     assert output.cancelled is False
 
 
-def test_an_empty_prompt_and_an_empty_batch_are_fine(model):
-    assert model.diffusion_generate(torch.zeros(2, 0, dtype=torch.long), max_new_tokens=4, steps=4).shape == (2, 4)
+@pytest.mark.parametrize(
+    ("ids", "mask", "new"),
+    [
+        ([], None, 4),
+        ([MASK, 1, 2], None, 0),
+        ([PAD, MASK, 1], [0, 1, 1], 0),
+        ([PAD, PAD], [0, 0], 3),
+    ],
+)
+def test_a_mask_that_nothing_scores_is_refused_unless_the_model_scores_it_itself(model, make_model, ids, mask, new):
+    inputs = torch.tensor([[1] * len(ids), ids], dtype=torch.long)
+    mask = None if mask is None else torch.tensor([[1] * len(ids), mask])
+    options = {"max_new_tokens": new, "steps": 4}
+    if ids:
+        with pytest.raises(ValueError, match="row 1 starts with a mask, which nothing scores"):
+            model.diffusion_generate(inputs, mask, max_new_tokens=max(new, 1), steps=4)
+    with pytest.raises(ValueError, match="row 0 starts with a mask, which nothing scores"):
+        model.diffusion_generate(inputs[1:], None if mask is None else mask[1:], **options)
+    unshifted = make_model(logits_shift=False)
+    assert MASK not in unshifted.diffusion_generate(inputs[1:], None if mask is None else mask[1:], **options)
+
+
+def test_an_empty_batch_is_fine(model):
     assert model.diffusion_generate(torch.zeros(0, 3, dtype=torch.long), max_new_tokens=4, steps=4).shape == (0, 7)
 
 
@@ -628,7 +648,7 @@ def test_a_step_that_commits_nothing_is_an_error_and_not_an_endless_loop(model, 
     def nothing(scores, counts):
         return torch.zeros_like(scores, dtype=torch.bool)
 
-    monkeypatch.setattr("CoDALanguageModel.decoder.choose", nothing)
+    monkeypatch.setattr("CoDALanguageModel.stepwise.choose", nothing)
     with pytest.raises(DecodingStalled, match=r"step \d+ of row 0 committed none of 1 tokens"):
         model.diffusion_generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, steps=4, **options)
 

@@ -50,6 +50,7 @@ def test_an_end_token_ends_a_gap_when_asked(model, tokens):
         ([[1], [2]], {"gap_lengths": [0]}, "integers >= 1"),
         ([[1], [67]], {"gap_lengths": [1]}, "must not hold the mask token"),
         ([[1]] * 5, {"infill_lengths": [1, 2, 3]}, "combinations"),
+        ([[], [5, 6, 7]], {"gap_lengths": [1], "steps": 1}, "starts with a mask, which nothing scores"),
         ([[1], [2]], {"gap_lengths": [1], "max_new_tokens": 3}, "max_new_tokens is set by infill"),
     ],
 )

@@ -69,6 +69,17 @@ def test_the_pretraining_room_accepts_the_configs(stages, capsys):
         assert config.output_dir.endswith(name)
 
 
+def test_the_evaluation_room_gets_a_folder_of_any_name(tmp_path, monkeypatch):
+    from lm_eval.__main__ import HarnessCLI
+
+    folder = tmp_path / "a,b=c 'd'"
+    settings = yaml.safe_load((CONFIGS / "eval.yaml").read_text())
+    evaluate = next(stage for stage in build_stages(REPOSITORY, folder, CONFIGS, settings) if stage.name == "evaluate")
+    monkeypatch.setattr("sys.argv", ["coda_eval", *evaluate.commands[0][3:]])
+    arguments = HarnessCLI().parse_args()
+    assert arguments.model_args == {"pretrained": str(folder / "model"), **settings["generation"]}
+
+
 def test_unknown_arguments_are_refused(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["run", "--frsh"])

@@ -62,7 +62,7 @@ def load_tokenizer(folder: str, document_end: str) -> TokenizerFacts:
     from transformers import AutoTokenizer  # seconds to import; the workers do without it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask at the terminal
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--tokenizer {folder}: cannot be loaded as a tokenizer folder: {error}") from error
     if not tokenizer.is_fast:

@@ -99,11 +99,11 @@ class LayerScan:
         """See ``loop_layers`` of ``CoDALanguageModel.modeling_coda``.
 
         Raises:
-            ValueError: hidden states of all layers, a cache or a mask are asked for.
+            UserError: hidden states of all layers, a cache or a mask are asked for.
         """
         assert model.rotary_emb is self._rotary, "a process scans the layers of one model"
         if past_key_values is not None or output_hidden_states or attention_mask is not None:
-            raise ValueError("hardware.layers 'scan' runs whole packed rows: no cache, no mask, no hidden states")
+            raise UserError("hardware.layers 'scan' runs whole packed rows: no cache, no mask, no hidden states")
         # The carry goes through every layer and must be of floats. The rule and positions are small; masks and angles
         # are made of them inside, where they are not kept for the backward pass.
         if visibility is None:

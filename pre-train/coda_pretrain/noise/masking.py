@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.noise import CleanRows, NoisedRows, draw_rows, noise_rows
 
 from ..data.mixture import Sample
@@ -46,10 +47,10 @@ def noise_samples(
         tokens: ids that are put in, and whether logits are shifted.
 
     Raises:
-        ValueError: the numbers of samples, ids and levels differ.
+        UserError: the numbers of samples, ids and levels differ.
     """
     if not len(samples) == len(sample_ids) == len(t):
-        raise ValueError(
+        raise UserError(
             f"samples, sample_ids and t must be equally many, got {len(samples)}, {len(sample_ids)}, {len(t)}"
         )
     input_ids, segment_ids = (

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from CoDALanguageModel.errors import UserError
+
 
 class MaskingProbabilities(NamedTuple):
     """Shares of the rows that each strategy of the report (section 4.1) is applied to, in [0, 1]."""
@@ -53,7 +55,7 @@ class MaskingConfig:
         """Check the fields.
 
         Raises:
-            ValueError: a probability outside [0, 1], S1 and S2 together above 1, a value that the chosen schedule does
+            UserError: a probability outside [0, 1], S1 and S2 together above 1, a value that the chosen schedule does
                 not use, or one that it needs and does not have.
         """
         if self.linear_end is not None:
@@ -61,20 +63,20 @@ class MaskingConfig:
         object.__setattr__(self, "per_epoch", tuple(tuple(row) for row in self.per_epoch))
         object.__setattr__(self, "span_lengths", tuple(self.span_lengths))
         if self.schedule not in ("constant", "linear", "per_epoch"):
-            raise ValueError(f"masking.schedule must be constant, linear or per_epoch, got {self.schedule!r}")
+            raise UserError(f"masking.schedule must be constant, linear or per_epoch, got {self.schedule!r}")
         if (self.linear_end is not None) != (self.schedule == "linear"):
-            raise ValueError(
+            raise UserError(
                 "masking.linear_end must be given with masking.schedule linear and only with it, "
                 f"got schedule {self.schedule!r} and linear_end {self.linear_end}"
             )
         if bool(self.per_epoch) != (self.schedule == "per_epoch"):
-            raise ValueError(
+            raise UserError(
                 "masking.per_epoch must be given with masking.schedule per_epoch and only with it, "
                 f"got schedule {self.schedule!r} and per_epoch {self.per_epoch}"
             )
         start = (self.prefix_probability, self.truncate_probability, self.span_probability)
         if self.schedule == "per_epoch" and any(start):
-            raise ValueError(
+            raise UserError(
                 "masking.prefix_probability, truncate_probability and span_probability have no effect with "
                 f"masking.schedule per_epoch, leave them out; got {start}"
             )
@@ -84,9 +86,9 @@ class MaskingConfig:
         for epoch, row in enumerate(self.per_epoch):
             check_probabilities(f"per_epoch[{epoch}]", row)
         if not self.span_lengths or min(self.span_lengths) < 1:
-            raise ValueError(f"masking.span_lengths must list lengths of at least 1, got {self.span_lengths}")
+            raise UserError(f"masking.span_lengths must list lengths of at least 1, got {self.span_lengths}")
         if not 0 < self.t_min < 1:
-            raise ValueError(f"masking.t_min must be in (0, 1), got {self.t_min}")
+            raise UserError(f"masking.t_min must be in (0, 1), got {self.t_min}")
 
     def at(self, progress: float, epoch: int) -> MaskingProbabilities:
         """The probabilities at a point of the run.
@@ -107,9 +109,9 @@ def check_probabilities(name: str, values: Sequence[float]) -> None:
     """Check one (S1, S2, S3).
 
     Raises:
-        ValueError: not three numbers in [0, 1], or S1 + S2 above 1 (a row can have only one of them).
+        UserError: not three numbers in [0, 1], or S1 + S2 above 1 (a row can have only one of them).
     """
     if len(values) != 3 or not all(0.0 <= value <= 1.0 for value in values):
-        raise ValueError(f"masking.{name} must be three probabilities (S1, S2, S3) in [0, 1], got {tuple(values)}")
+        raise UserError(f"masking.{name} must be three probabilities (S1, S2, S3) in [0, 1], got {tuple(values)}")
     if values[0] + values[1] > 1.0:
-        raise ValueError(f"masking.{name}: S1 and S2 exclude each other, so S1 + S2 must be <= 1, got {tuple(values)}")
+        raise UserError(f"masking.{name}: S1 and S2 exclude each other, so S1 + S2 must be <= 1, got {tuple(values)}")

@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from CoDALanguageModel.attention_coda import Visibility
+from CoDALanguageModel.errors import UserError
 
 from ..devices.backend import Backend
 from .batches import Batch
@@ -85,7 +86,7 @@ class StepFunctions:
             None when the step was given up: weights and optimizer state are those before it.
 
         Raises:
-            ValueError: the parts have other shapes or types than at the step before, which would compile another
+            UserError: the parts have other shapes or types than at the step before, which would compile another
                 graph.
         """
         set_update_numbers(self.optimizer, learning_rate, count=count, placement=self._backend)
@@ -163,7 +164,7 @@ class StepFunctions:
                 f"{name} from {before[name]} to {shapes[name]}" for name in shapes if shapes[name] != before[name]
             ]
             if changes:
-                raise ValueError(
+                raise UserError(
                     f"this batch would compile the {graph} graph again, since it changes {', '.join(changes)}; "
                     "every batch of a run must have the shapes of the first one"
                 )

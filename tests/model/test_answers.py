@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coda_serving.answers import AnswerReader, num_committed
+from CoDALanguageModel.answers import AnswerReader, num_committed
 
 MASK, EOS = 256, 257
 ALPHABET = "ab\n \u00e9\u4e2d\U0001f600"

@@ -1,0 +1,383 @@
+"""One canvas of a decoding, on the host: its settings, its plan, and what of it has become final.
+
+All that a step does here is about the tokens that changed in it. Not here: tensors of many rows (`canvas`).
+"""
+
+import copy
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+from .configuration_coda import CoDAConfig
+from .generation_config_coda import DiffusionGenerationConfig
+from .sampling import Commit, plan_commits
+
+Decode = Callable[[list[int]], str]
+FinishReason = Literal["end", "stop", "length"]
+"""An end token, a stop string, or neither in a canvas without masks."""
+
+TOKENS_OF_A_CHARACTER = 4
+"""At most: no character has more bytes in UTF-8."""
+
+
+class DecodingStalled(RuntimeError):
+    """A step committed nothing in a row, which would then be decoded for ever."""
+
+
+@dataclass
+class DecodingCost:
+    """What an answer cost, counted over the rows of a batch or for one."""
+
+    forwards: int = 0
+    """Forward passes of the model, one after the other; of a row those that it took part in."""
+
+    rows_evaluated: int = 0
+    """Rows in these passes."""
+
+    tokens_evaluated: int = 0
+    """Tokens in these rows, without padding to equal lengths."""
+
+    tokens_committed: int = 0
+    """Tokens that were filled in, end tokens included and tails behind them not."""
+
+    cache_refreshes: int = 0
+    """Rows whose keys and values were computed anew, the first time of each block included."""
+
+    drift_checks: int = 0
+    """Rows whose cached distributions were compared with fresh ones."""
+
+    guard_hits: int = 0
+    """Near ties that were computed again alone."""
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens committed per row evaluated: 1.0 is one token per step."""
+        return self.tokens_committed / max(1, self.rows_evaluated)
+
+    def as_dict(self) -> dict[str, float]:
+        """All counts and the tokens per forward pass of a row, for logs and responses."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"tokens_per_forward": self.tokens_per_forward}
+
+    def add(self, row: "DecodingCost") -> None:
+        """Add what a row cost; the passes that it shared with others are not its own."""
+        for f in fields(self):
+            if f.name != "forwards":
+                setattr(self, f.name, getattr(self, f.name) + getattr(row, f.name))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One canvas to fill."""
+
+    ids: Sequence[int]
+    """The prompt; mask tokens in it are gaps. `max_new_tokens` masks are appended."""
+
+    settings: DiffusionGenerationConfig
+    """All decoding settings; token ids that are None are the model's. `num_return_sequences`, `output_history` and
+    `return_dict_in_generate` are for callers that give back whole batches and mean nothing here."""
+
+    seed: int | None = None
+    """Instead of the one in the settings."""
+
+    attention_mask: Sequence[int] | None = None
+    """1 at real tokens and 0 at padding, anywhere; by default all real."""
+
+    processors: Sequence[Any] = ()
+    """transformers' logits processors, called with the (N, width) canvases and (N, V) scores of rows with the same
+    processors."""
+
+
+class Vocabulary:
+    """Which tokens may come out, and how their scores are changed before one is chosen.
+
+    Raises:
+        ValueError: no token may come out.
+    """
+
+    def __init__(self, config: DiffusionGenerationConfig, vocab_size: int, processors: Sequence[Any]):
+        banned = {config.mask_token_id, *(config.suppress_tokens or ())}
+        if config.pad_token_id is not None and config.pad_token_id not in end_ids(config):
+            banned.add(config.pad_token_id)
+        self.banned = sorted(banned)
+        self.bias = {int(token): float(value) for token, value in (config.logit_bias or {}).items()}
+        self.num_ids = config.num_token_ids
+        self._banned: Tensor | None = None
+        self.processors = LogitsProcessorList(processors)
+        if config.repetition_penalty is not None:
+            self.processors.insert(0, RepetitionPenaltyLogitsProcessor(penalty=float(config.repetition_penalty)))
+        excluded = banned | {token for token, value in self.bias.items() if value == -math.inf}
+        num_ids = min(config.num_token_ids or vocab_size, vocab_size)
+        if len(excluded) >= num_ids and excluded.issuperset(range(num_ids)):
+            raise ValueError(
+                f"no token may come out: suppress_tokens and logit_bias exclude all of the {num_ids} ids of the "
+                "vocabulary"
+            )
+        self.key: Hashable = (
+            tuple(self.banned),
+            tuple(self.bias.items()),
+            self.num_ids,
+            config.repetition_penalty,
+            tuple(map(id, processors)),
+        )
+
+    def apply(self, logits: Tensor, ids: Tensor, row: Tensor) -> Tensor:
+        """Change fresh logits (N, V) of positions in rows `row` (N,) of the canvases `ids` (R, width).
+
+        Biases and bans are written into `logits`; a processor may give another tensor.
+        """
+        if self._banned is None or self._banned.device != logits.device:
+            self._banned = torch.tensor(self.banned, device=logits.device)
+            self._biased = torch.tensor(list(self.bias), dtype=torch.long, device=logits.device)
+            self._biases = torch.tensor(list(self.bias.values()), device=logits.device)
+        if self.bias:
+            logits[:, self._biased] += self._biases.to(logits)
+        if self.processors:
+            logits = self.processors(ids[row], logits)
+        logits[:, self._banned] = -torch.inf
+        logits[:, self.num_ids :] = -torch.inf
+        return logits
+
+
+class Sampling(NamedTuple):
+    """What a decision depends on besides the scores of a row, its step and its seed."""
+
+    alg: str
+    alg_temp: float | None
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    rule: str | None
+    bound: float | None
+    remask: str | None
+    eta: float | None
+    is_guarded: bool
+    keeps_scores: bool
+
+    @classmethod
+    def of(cls, config: DiffusionGenerationConfig) -> "Sampling":
+        """What the settings say."""
+        rule = config.parallel_rule
+        return cls(
+            alg=config.alg,
+            alg_temp=config.alg_temp,
+            temperature=0.0 if config.do_sample is False else float(config.temperature),
+            top_p=config.top_p,
+            top_k=config.top_k,
+            rule=rule,
+            bound=None if rule is None else float(getattr(config, rule)),
+            remask=config.remask,
+            eta=config.eta,
+            is_guarded=config.speculate > 0,
+            keeps_scores=config.output_scores or config.remask is not None,
+        )
+
+
+@dataclass(eq=False)
+class Row:
+    """A canvas being decoded: the handle that `Decoding.admit` gives.
+
+    Raises:
+        ValueError: the request cannot be decoded.
+    """
+
+    request: Request
+    number: int
+    """Counts the requests of a decoding."""
+    model_config: CoDAConfig = field(repr=False)
+    decode: Decode | None = field(repr=False)
+
+    def __post_init__(self):
+        request, model = self.request, self.model_config
+        self.config = config = complete(request.settings, model)
+        if config.stop_strings and self.decode is None:
+            raise ValueError("stop_strings need the tokenizer: give its decode function")
+        self.seed: int = config.seed if request.seed is None else request.seed
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be one integer for one row, got {self.seed!r}")
+        self.prompt_length = len(request.ids)
+        self.ids: list[int] = [*request.ids, *[config.mask_token_id] * config.max_new_tokens]
+        self.attention_mask = [*(request.attention_mask or [1] * self.prompt_length), *[1] * config.max_new_tokens]
+        self.width = len(self.ids)
+        self.num_real = sum(self.attention_mask)
+        pairs = enumerate(zip(self.ids, self.attention_mask, strict=True))
+        self.gaps = [i for i, (token, real) in pairs if token == config.mask_token_id and real]
+        self._check(model)
+        self.vocabulary = Vocabulary(config, model.vocab_size, request.processors)
+        self.block_length = min(config.block_length or self.width, self.width)
+        self.plan = plan_commits(
+            len(self.gaps), steps=config.steps, block_length=config.block_length, eps=config.eps, alg=config.alg
+        )
+        self.totals = list(accumulate(commit.count for commit in self.plan))
+        self.eos_ids = frozenset(end_ids(config))
+        self.sampling = Sampling.of(config)
+        self.key: Hashable = (self.vocabulary.key, self.width if self.vocabulary.processors else None, self.sampling)
+        """Equal for rows that are treated alike."""
+        self.cost = DecodingCost()
+        self.committed = self.num_steps = self.num_settled = self._searched = 0
+        self._longest_stop = max(map(len, config.stop_strings or ()), default=0)
+        self.end = self.width
+        """Column behind the last token of the answer."""
+        self.reason: FinishReason | None = None
+        """Why the answer ends there, as soon as it is known."""
+        self.error: Exception | None = None
+        """What was wrong with this row alone; it has left the decoding then."""
+        self.is_present = True
+        self.changed: list[int] = []
+        """Columns whose token has changed in the present step."""
+        self.commit_steps = [-1] * self.width if config.output_scores else None
+        self.log_probability: Tensor | None = None
+        """(width,) float32 with `output_scores`, once the row has left the decoding."""
+        self.cached_block, self.cache_age = -1, 0
+        self.drafts: list[tuple[Tensor, Tensor]] = []
+
+    def _check(self, model: CoDAConfig) -> None:
+        config, prompt = self.config, self.ids[: self.prompt_length]
+        if len(self.attention_mask) != self.width:
+            raise ValueError(f"attention_mask must hold one number per id ({self.prompt_length})")
+        if prompt and not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+            raise ValueError(f"token ids must be in [0, {model.vocab_size}), got {min(prompt)} to {max(prompt)}")
+        if not self.gaps:
+            raise ValueError("nothing to fill: max_new_tokens is 0 and inputs hold no mask token")
+        longest = self.num_real - config.max_new_tokens
+        if self.num_real > model.max_position_embeddings:
+            raise ValueError(
+                f"the prompt of {longest} tokens and max_new_tokens={config.max_new_tokens} do not fit in the context "
+                f"of {model.max_position_embeddings} tokens"
+            )
+        if model.logits_shift and self.gaps[0] == self.attention_mask.index(1):
+            raise ValueError(
+                f"row {self.number} starts with a mask, which nothing scores: each token is scored by the one before "
+                "it, so put a token (such as the start token) in front"
+            )
+
+    @property
+    def settled(self) -> int:
+        """Columns at the left whose tokens are final."""
+        return self.gaps[self.num_settled] if self.num_settled < len(self.gaps) else self.width
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to decode."""
+        if self.num_settled == len(self.gaps):
+            return True
+        return self.reason is not None and self.config.eos_early_stop
+
+    def next_commit(self, ahead: int = 0) -> Commit:
+        """What the next step is to do, after `ahead` tokens that are assumed to be committed already."""
+        if not self.config.commits_are_final:
+            return self.plan[self.num_steps]
+        done = self.committed + ahead
+        # Rows that are ahead of the schedule skip the steps that would commit nothing.
+        place = bisect_right(self.totals, done)
+        return self.plan[place]._replace(count=self.totals[place] - done)
+
+    def take(self, commit: Commit, count: int, columns: list[int], tokens: list[int]) -> None:
+        """Note what a step did.
+
+        Args:
+            commit: what it was to do.
+            count: tokens that it chose.
+            columns: where the canvas has changed.
+            tokens: what stands there now.
+        """
+        config = self.config
+        if not count:  # although its plan asks for it in every step
+            self.error = DecodingStalled(
+                f"step {commit.step} of row {self.number} committed none of {commit.count} tokens: its scores are not "
+                f"finite (alg {config.alg!r}, alg_temp {config.alg_temp}, temperature {config.temperature})"
+            )
+            return
+        for column, token in zip(columns, tokens, strict=True):
+            self.ids[column] = token
+            if self.commit_steps is not None and token != config.mask_token_id:
+                self.commit_steps[column] = commit.step
+        self.changed += columns
+        self.committed += count
+        self.num_steps += 1
+        start = self.num_settled
+        if config.commits_are_final:
+            while self.num_settled < len(self.gaps) and self.ids[self.gaps[self.num_settled]] != config.mask_token_id:
+                self.num_settled += 1
+        elif self.num_steps == len(self.plan):
+            self.num_settled = len(self.gaps)
+        else:  # tokens of a block may be taken back until all of it is done
+            self.num_settled = min(self.plan[self.num_steps].block * self.block_length, len(self.gaps))
+        if self.reason is None and self.num_settled > start:
+            self._look_for_the_end(start)
+
+    def _look_for_the_end(self, start: int) -> None:
+        """Find the end of the answer: final tokens left of the first one that is not, appended ones only."""
+        fresh = (gap for gap in self.gaps[start : self.num_settled] if gap >= self.prompt_length)
+        first_end = next((gap for gap in fresh if self.ids[gap] in self.eos_ids), None)
+        stop = self._first_stop(self.settled if first_end is None else first_end)
+        if stop is not None:
+            self.end, self.reason = stop, "stop"
+        elif first_end is not None:
+            self.end, self.reason = first_end + 1, "end"
+        elif self.num_settled == len(self.gaps):
+            self.reason = "length"
+
+    def _first_stop(self, last: int) -> int | None:
+        """Column behind the fewest appended tokens whose text holds a stop string; None if there is none before `last`.
+
+        Only what is new is decoded, and as much on its left as a stop string that ends in it can hold.
+        """
+        if not self._longest_stop or last <= self.prompt_length:
+            return None
+        seen = self._searched - TOKENS_OF_A_CHARACTER * (self._longest_stop + 1)
+        self._searched = last - self.prompt_length
+        if not self._holds_stop(self.ids[self.prompt_length + max(0, seen) : last]):
+            return None
+        new = self.ids[self.prompt_length : last]
+        if not self._holds_stop(new):  # it was not in the text, but in a piece of a character
+            return None
+        low, high = 1, len(new)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._holds_stop(new[:middle]) else (middle + 1, high)
+        return self.prompt_length + low
+
+    def _holds_stop(self, ids: list[int]) -> bool:
+        text = self.decode(ids)
+        return any(stop in text for stop in self.config.stop_strings)
+
+    def leave(self) -> None:
+        """The row is decoded no more."""
+        mask = self.config.mask_token_id
+        self.is_present = False
+        self.cost.tokens_committed = sum(self.ids[gap] != mask for gap in self.gaps if gap < self.end)
+
+    def text_ids(self) -> list[int]:
+        """The canvas with the pad token behind the end of its answer."""
+        fill = self.config.pad_token_id
+        if fill is None:
+            fill = next(iter(end_ids(self.config)), None)
+        return self.ids if fill is None else self.ids[: self.end] + [fill] * (self.width - self.end)
+
+
+def end_ids(config: DiffusionGenerationConfig) -> list[int]:
+    """The ids that end an answer."""
+    eos = config.eos_token_id
+    return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
+
+
+def complete(settings: DiffusionGenerationConfig, model: CoDAConfig) -> DiffusionGenerationConfig:
+    """Checked settings whose token ids are the model's where they were None.
+
+    Raises:
+        ValueError: a bad setting, or an id that the model has not.
+    """
+    config = copy.copy(settings)
+    for name in ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids"):
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(model, name))
+    config.validate()
+    config.check_vocabulary(model.vocab_size)
+    return config

@@ -1,0 +1,176 @@
+"""One step of the rows of a canvas: score, choose, commit.
+
+Not here: the forward pass (`scoring`), the rules of the choice (`sampling`), several steps at once (`speculation`).
+"""
+
+import torch
+from torch import Tensor
+
+from .canvas import Canvas, Decision, Step
+from .row import Row, Sampling
+from .sampling import ScoresNotFinite, accept, choose, nats, order_scores, propose, row_uniforms
+from .scoring import Scorer, Scores
+
+
+class Stepwise:
+    """Takes one denoising step of every row of a canvas per round."""
+
+    def __init__(self, canvas: Canvas, scorer: Scorer):
+        self.canvas, self.scorer = canvas, scorer
+
+    def settle(self) -> None:
+        """Let rows go and come."""
+        source = self.canvas.settle()
+        if source is not None:
+            self.scorer.settle(source)
+
+    def advance(self) -> None:
+        """One round."""
+        step = self.canvas.next_step()
+        ids = self.canvas.take(self.canvas.ids, step)
+        scores = self.scorer.score(step, ids)
+        while step.places:
+            try:
+                decision = self.decide(step, ids, scores)
+            except ScoresNotFinite as error:
+                kept = self.fail(step, scores, error)
+                if kept:
+                    scores = scores.of_rows(kept, len(step.places))
+                step, ids = step.keep(kept), ids[kept]
+            else:
+                self.canvas.commit(step, decision)
+                return
+
+    def fail(self, step: Step, scores: Scores, error: ScoresNotFinite) -> list[int]:
+        """Give the error to the rows whose scores are not finite; returns the places of the others in the step."""
+        faulty = set(scores.row[~scores.logits.float().amax(dim=1).isfinite()].tolist())
+        for i in faulty:
+            self.canvas.rows[step.places[i]].error = error
+        return [i for i in range(len(step.places)) if i not in faulty]
+
+    def decide(self, step: Step, ids: Tensor, scores: Scores) -> Decision:
+        """Choose tokens and positions for each row from its scores.
+
+        Raises:
+            ScoresNotFinite: those of some row.
+        """
+        parts = self.canvas.parts(step)
+        if len(parts) == 1:
+            return self._decide(step, ids, scores)
+        decisions = [
+            self._decide(
+                step.keep(positions),
+                ids[positions[0] : positions[-1] + 1],
+                scores.of_rows(positions, len(step.places)),
+            )
+            for positions in parts
+        ]
+        return Decision(*(_joined(column, decisions) for column in zip(*decisions, strict=True)))
+
+    def _decide(self, step: Step, ids: Tensor, scores: Scores) -> Decision:
+        """The same for rows that are treated alike."""
+        row, column, logits = scores
+        first: Row = self.canvas.rows[step.places[0]]
+        how: Sampling = first.sampling
+        mask = first.config.mask_token_id
+        present = ids[row, column]
+        candidates = propose(
+            logits,
+            alg=how.alg,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            top_k=how.top_k,
+            uniforms=self._uniforms("token", step, ids.shape[1], row, column) if how.temperature > 0 else None,
+            present=present.masked_fill(present == mask, -1) if how.alg == "p2" else None,
+            with_certainty=how.rule is not None,
+            with_margin=how.is_guarded,
+        )
+
+        def spread(values: Tensor, fill: float | Tensor) -> Tensor:
+            grid = fill.clone() if isinstance(fill, Tensor) else values.new_full(ids.shape, fill)
+            grid[row, column] = values
+            return grid
+
+        shuffled = how.alg == "origin" or how.alg_temp
+        uniforms = self._uniforms("order", step, ids.shape[1], row, column) if shuffled else None
+        ranking = spread(order_scores(candidates.confidence, how.alg, how.alg_temp, uniforms), -torch.inf)
+        counts = step.index.new_tensor([commit.count for commit in step.commits])
+        remasked = self._remask(step, ids) if how.remask else None
+        if remasked is not None:
+            counts = counts + remasked.sum(dim=1)
+        chosen = choose(ranking, counts)
+        margin = None
+        if how.is_guarded:
+            scale = how.alg_temp or 1.0
+            margin = _ranking_margin(ranking, spread(candidates.sensitivity / scale, 0.0), counts)
+            margin = torch.minimum(margin, spread(candidates.margin, torch.inf).masked_fill(~chosen, torch.inf).amin(1))
+        if how.rule is not None:
+            probability = spread(candidates.probability, -torch.inf)
+            entropy = spread(candidates.entropy, torch.inf)
+            accepted, distance = accept(how.rule, how.bound, probability, entropy)
+            chosen |= accepted
+            margin = torch.minimum(margin, distance) if how.is_guarded else None
+        log_probability = None
+        if how.keeps_scores:
+            chosen_logits = logits.gather(1, candidates.tokens[:, None]).squeeze(1).float()
+            log_probability = spread(chosen_logits - logits.float().logsumexp(dim=1), 0.0)
+        return Decision(chosen, spread(candidates.tokens, ids), remasked, log_probability, margin)
+
+    def _uniforms(self, name: str, step: Step, length: int, row: Tensor, column: Tensor) -> Tensor:
+        """One draw per scored position, named by the row's seed, the step and the position in the text."""
+        seeds = [self.canvas.rows[place].seed for place in step.places]
+        draws = row_uniforms(name, seeds, [commit.step for commit in step.commits], length).to(row.device)
+        return draws[row, self.canvas.position_ids[step.index[row], column]]
+
+    def _remask(self, step: Step, ids: Tensor) -> Tensor:
+        """(R, T) bool: committed tokens of the block to mask again (ReMDM-conf, https://arxiv.org/abs/2503.00307).
+
+        A token is masked again with probability `eta * sigma_max * softmax(-confidence)`, where
+        `sigma_max = min(1, s / (1 - t))` between the times t and s of the step; never at the last step of a block.
+        """
+        canvas, rows = self.canvas, [self.canvas.rows[place] for place in step.places]
+        sigmas = []
+        for row, commit in zip(rows, step.commits, strict=True):
+            in_block = [c for c in row.plan if c.block == commit.block]
+            done = sum(c.count for c in in_block if c.step < commit.step)
+            size = sum(c.count for c in in_block)
+            t, s = 1 - done / size, 1 - (done + commit.count) / size
+            sigmas.append(0.0 if t >= 1 else min(1.0, s / (1 - t)))
+        decoded = (canvas.take(canvas.block, step) == step.block) & (ids != rows[0].config.mask_token_id)
+        confidence = canvas.take(canvas.log_probability, step).exp()
+        share = (-confidence).masked_fill(~decoded, -torch.inf).softmax(dim=1).nan_to_num()
+        strength = 1.0 if rows[0].config.eta is None else rows[0].config.eta
+        probability = share * strength * torch.tensor(sigmas, device=ids.device)[:, None]
+        row, column = decoded.nonzero(as_tuple=True)
+        remasked = torch.zeros_like(decoded)
+        remasked[row, column] = self._uniforms("remask", step, ids.shape[1], row, column) < probability[row, column]
+        # What is masked again must fit in the schedule: at most as much as stays masked after the step.
+        left = [
+            sum(c.count for c in row.plan if c.block == m.block and c.step > m.step)
+            for row, m in zip(rows, step.commits, strict=True)
+        ]
+        return choose(torch.where(remasked, probability, -torch.inf), step.index.new_tensor(left))
+
+
+def _joined(column: tuple[Tensor | None, ...], decisions: list[Decision]) -> Tensor | None:
+    """One field of the decisions of parts, row after row; zeros where a part has none, None where no part has it."""
+    present = next((x for x in column if x is not None), None)
+    if present is None:
+        return None
+    return torch.cat(
+        [
+            present.new_zeros(len(d.chosen), *present.shape[1:]) if x is None else x
+            for x, d in zip(column, decisions, strict=True)
+        ]
+    )
+
+
+def _ranking_margin(ranking: Tensor, sensitivity: Tensor, counts: Tensor) -> Tensor:
+    """(R,) the error of the logits, in nats, that could swap the last position chosen and the first one that is not."""
+    ordered, order = ranking.sort(dim=1, descending=True, stable=True)
+    moved = sensitivity.gather(1, order)
+    last, following = (counts - 1).clamp(min=0)[:, None], counts.clamp(max=ranking.shape[1] - 1)[:, None]
+    gap = ordered.gather(1, last) - ordered.gather(1, following)
+    margin = nats(gap.float(), moved.gather(1, last) + moved.gather(1, following))
+    nothing_left = (counts[:, None] >= ranking.shape[1]) | ordered.gather(1, following).isinf()
+    return margin.masked_fill(nothing_left, torch.inf).squeeze(1)
