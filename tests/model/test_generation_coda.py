@@ -14,8 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
-from CoDALanguageModel import CoDALanguageModel, DiffusionGenerationConfig
-from CoDALanguageModel import DecodingStalled
+from CoDALanguageModel import CoDALanguageModel, DecodingStalled, DiffusionGenerationConfig
 from CoDALanguageModel.diffusion import named_rng
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy", "p2")
