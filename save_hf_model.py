@@ -40,6 +40,7 @@ from CoDALanguageModel.conversion import (
     load_source,
     number_of_ids,
 )
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.weight_files import check_tokenizer, refuse_not_finite, weight_files
 
 logger = logging.getLogger("save_hf_model")
@@ -120,19 +121,19 @@ def find_checkpoint(checkpoint_dir: str) -> tuple[Path, dict[str, str]]:
     """Give the folder of a checkpoint and the keyword arguments that loaders need for it (a GGUF file's name).
 
     Raises:
-        ValueError: there is no such folder or file, or the folder holds no model.
+        UserError: there is no such folder or file, or the folder holds no model.
     """
     path = Path(checkpoint_dir)
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, {"gguf_file": path.name}
     if not path.is_dir():
-        raise ValueError(f"--checkpoint_dir must be a folder or a .gguf file, got {checkpoint_dir!r}")
+        raise UserError(f"--checkpoint_dir must be a folder or a .gguf file, got {checkpoint_dir!r}")
     if (path / "config.json").is_file():
         return path, {}
     gguf_files = sorted(path.glob("*.gguf"))
     if len(gguf_files) == 1:
         return path, {"gguf_file": gguf_files[0].name}
-    raise ValueError(
+    raise UserError(
         f"--checkpoint_dir must hold a config.json or one .gguf file, got {checkpoint_dir!r} with "
         f"{len(gguf_files)} .gguf files and no config.json"
     )
@@ -142,10 +143,10 @@ def load_tokenizer(folder: Path, gguf: dict[str, str]) -> PreTrainedTokenizerBas
     """Load the tokenizer of a folder.
 
     Raises:
-        ValueError: the folder has none.
+        UserError: the folder has none.
     """
     if not gguf and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)}): name its folder with --tokenizer"
         )
     check_tokenizer(folder)
@@ -162,7 +163,7 @@ def check_source(source: torch.nn.Module, model: CoDALanguageModel) -> Agreement
     """Compare the logits of an autoregressive model with those of its CoDA twin under a causal mask, both float32.
 
     Raises:
-        ValueError: they differ.
+        UserError: they differ.
     """
     vocab_size = source.config.vocab_size
     ids = check_input(vocab_size)
@@ -170,7 +171,7 @@ def check_source(source: torch.nn.Module, model: CoDALanguageModel) -> Agreement
     expected = source(input_ids=ids).logits
     seen = Agreement.of(model(input_ids=ids, attention_mask=causal).logits[..., :vocab_size], expected)
     if not seen.is_equal:
-        raise ValueError(f"the logits differ from the source's under a causal mask; nothing written: {seen}")
+        raise UserError(f"the logits differ from the source's under a causal mask; nothing written: {seen}")
     return seen
 
 
@@ -178,7 +179,7 @@ def round_weights(model: CoDALanguageModel, dtype: torch.dtype) -> None:
     """Round the float32 weights of `model` to `dtype` in place, and say what that changes in the logits.
 
     Raises:
-        ValueError: a weight is too large for `dtype`.
+        UserError: a weight is too large for `dtype`.
     """
     if dtype == torch.float32:
         return
@@ -213,14 +214,14 @@ def check_folder(folder: Path, model: CoDALanguageModel, tokenizer: PreTrainedTo
     """Load a folder in a process without this repository and compare, in float32 arithmetic.
 
     Raises:
-        ValueError: the folder does not load there, or gives something else than the model in memory.
+        UserError: the folder does not load there, or gives something else than the model in memory.
     """
     config, dtype = model.config, model.dtype
     weights = model.state_dict()
     for file in weight_files(folder):  # the logits of one batch do not touch every row of the embedding
         for name, written in load_file(file).items():
             if not torch.equal(written, weights[name]):
-                raise ValueError(f"what was written holds another {name}")
+                raise UserError(f"what was written holds another {name}")
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         ids = masked_input(model)
         cast_weights(model, torch.float32)
@@ -233,7 +234,7 @@ def check_folder(folder: Path, model: CoDALanguageModel, tokenizer: PreTrainedTo
         command = [sys.executable, "-I", "-c", CHECK_PROGRAM, str(folder.resolve()), str(inputs), str(outputs), text]
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise ValueError(f"what was written does not load on its own: {done.stderr.strip()[-2000:]}")
+            raise UserError(f"what was written does not load on its own: {done.stderr.strip()[-2000:]}")
         seen = json.loads(done.stdout.splitlines()[-1])
         agreements = [Agreement.of(logits, expected) for logits in load_file(outputs).values()]
     ids = [config.mask_token_id, config.pad_token_id, config.eos_token_id]
@@ -246,10 +247,10 @@ def check_folder(folder: Path, model: CoDALanguageModel, tokenizer: PreTrainedTo
     }
     for name, value in wanted.items():
         if seen[name] != value:
-            raise ValueError(f"what was written loads with another {name}: {seen[name]} instead of {value}")
+            raise UserError(f"what was written loads with another {name}: {seen[name]} instead of {value}")
     for agreement in agreements:
         if not agreement.is_equal:
-            raise ValueError(f"what was written gives other logits when loaded: {agreement}")
+            raise UserError(f"what was written gives other logits when loaded: {agreement}")
     return agreements[0]
 
 
@@ -258,12 +259,12 @@ def replacing(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `output` that takes its place when the body ends well, and vanishes when it does not.
 
     Raises:
-        ValueError: `output` is a file, or a non-empty folder without `overwrite`; or the disk is full.
+        UserError: `output` is a file, or a non-empty folder without `overwrite`; or the disk is full.
     """
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output_dir must be a folder, got the file {str(output)!r}")
+        raise UserError(f"--output_dir must be a folder, got the file {str(output)!r}")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ValueError(f"--output_dir must be new or empty, got {str(output)!r} (replace it with --overwrite)")
+        raise UserError(f"--output_dir must be new or empty, got {str(output)!r} (replace it with --overwrite)")
     made_parents = [parent for parent in output.parents if not parent.exists()]
     # Under a name that is known before it is made: whatever stops the program from here on, it is removed.
     scratch = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
@@ -277,7 +278,7 @@ def replacing(output: Path, *, overwrite: bool) -> Iterator[Path]:
     except Exception as error:
         # safetensors reports a full disk in its own exception, with the system's message.
         if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-            raise ValueError(f"no space left for --output_dir {str(output)!r}; nothing was changed there") from error
+            raise UserError(f"no space left for --output_dir {str(output)!r}; nothing was changed there") from error
         raise
     finally:
         if old.exists() and not output.exists():  # stopped between the two renames
@@ -333,16 +334,16 @@ def convert(
         check: load the folder in a process of its own before it appears.
 
     Raises:
-        ValueError: what the caller can mend, with the name of the setting.
+        UserError: what the caller can mend, with the name of the setting.
     """
     with replacing(Path(output_dir), overwrite=overwrite) as folder:
         source_dir, gguf = find_checkpoint(checkpoint_dir)
         if tokenizer_dir is not None and not Path(tokenizer_dir).is_dir():
-            raise ValueError(f"--tokenizer must be a folder, got {tokenizer_dir!r}")
+            raise UserError(f"--tokenizer must be a folder, got {tokenizer_dir!r}")
         source, stored = load_source(source_dir, gguf)
         tokenizer = load_tokenizer(Path(tokenizer_dir or source_dir), {} if tokenizer_dir else gguf)
         if number_of_ids(tokenizer) > source.config.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer must not define more ids than the model has rows ({source.config.vocab_size}), got "
                 f"{number_of_ids(tokenizer)}: pass the model's own with --tokenizer"
             )
@@ -384,7 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
                 mask_token=options.mask_token,
                 overwrite=options.overwrite,
             )
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"save_hf_model.py: error: {error}", file=sys.stderr)
         return 1
     return 0

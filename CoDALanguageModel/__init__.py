@@ -1,14 +1,21 @@
-"""CoDA: a masked-diffusion language model for code, as transformers classes."""
+"""CoDA: a masked-diffusion language model for code, as transformers classes.
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+The names below load torch and transformers when they are first asked for: settings and errors need neither.
+"""
 
-from .configuration_coda import CoDAConfig
-from .decoder import Decoding, Progress
-from .generation_coda import DiffusionGenerationOutput
-from .generation_config_coda import DiffusionGenerationConfig
-from .infilling import InfillOutput
-from .modeling_coda import CoDALanguageModel, CoDAOutput
-from .row import DecodingCost, DecodingStalled, Request, Row
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .configuration_coda import CoDAConfig
+    from .decoder import Decoding, Progress
+    from .generation_coda import DiffusionGenerationOutput
+    from .generation_config_coda import DiffusionGenerationConfig
+    from .infilling import InfillOutput
+    from .modeling_coda import CoDALanguageModel, CoDAOutput
+    from .row import DecodingCost, DecodingStalled, Request, Row
 
 __all__ = [
     "CoDAConfig",
@@ -23,10 +30,25 @@ __all__ = [
     "Progress",
     "Request",
     "Row",
+    "UserError",
 ]
+_MODULES = {
+    "CoDAConfig": "configuration_coda",
+    "CoDALanguageModel": "modeling_coda",
+    "CoDAOutput": "modeling_coda",
+    "Decoding": "decoder",
+    "DecodingCost": "row",
+    "DecodingStalled": "row",
+    "DiffusionGenerationConfig": "generation_config_coda",
+    "DiffusionGenerationOutput": "generation_coda",
+    "InfillOutput": "infilling",
+    "Progress": "decoder",
+    "Request": "row",
+    "Row": "row",
+}
 
-AutoConfig.register(CoDAConfig.model_type, CoDAConfig)
-AutoModel.register(CoDAConfig, CoDALanguageModel)
-AutoModelForCausalLM.register(CoDAConfig, CoDALanguageModel)
-CoDAConfig.register_for_auto_class()
-CoDALanguageModel.register_for_auto_class("AutoModelForCausalLM")
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -18,24 +18,9 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from .decoding_settings import SETTINGS, parse_settings
 from .modeling_coda import CoDALanguageModel
 from .prompts import Codec
-
-REGIME_SETTINGS = (
-    "kv_cache",
-    "refresh_interval",
-    "refresh_window",
-    "cache_drift",
-    "drift_interval",
-    "threshold",
-    "factor",
-    "entropy_bound",
-    "suffix_window",
-    "speculate",
-    "remask",
-    "eta",
-)
-"""Settings that make a regime; all others are shared by both runs."""
 
 
 def edit_distance(a: list[int], b: list[int]) -> int:
@@ -60,13 +45,13 @@ def compare(model: Any, prompts: list[list[int]], settings: dict[str, Any]) -> l
     Args:
         model: a `CoDALanguageModel`.
         prompts: token ids.
-        settings: decoding settings; those of `REGIME_SETTINGS` are left out of the exact run.
+        settings: decoding settings; those of another regime than the exact one are left out of the exact run.
 
     Returns:
         For each prompt `agreement` in [0, 1], `edit_distance` in tokens, `forwards`, `exact_forwards`,
         `tokens_evaluated`, `exact_tokens_evaluated`, `time_s` and `exact_time_s`.
     """
-    exact = {key: value for key, value in settings.items() if key not in REGIME_SETTINGS}
+    exact = {key: value for key, value in settings.items() if SETTINGS[key].regime == "exact"}
     results = []
     for prompt in track(prompts, description="comparing", console=Console(stderr=True), transient=True):
         answers, outputs, times = [], [], []
@@ -110,20 +95,6 @@ def summarise(results: list[dict[str, float]]) -> dict[str, float]:
         "speedup_tokens_evaluated": total("exact_tokens_evaluated") / total("tokens_evaluated"),
         "speedup_time": total("exact_time_s") / total("time_s"),
     }
-
-
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """Decoding settings from `key=value` words; values are JSON, or text where they are not."""
-    settings = {}
-    for pair in pairs:
-        key, sign, value = pair.partition("=")
-        if not sign:
-            raise ValueError(f"settings are given as key=value, got {pair!r}")
-        try:
-            settings[key] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[key] = value
-    return settings
 
 
 def read_prompts(path: Path, tokenizer: Any, *, chat: bool) -> list[list[int]]:

@@ -1,6 +1,10 @@
 """Architecture of a CoDA model: shapes, token ids and conventions. Nothing about training or decoding."""
 
-from transformers import PreTrainedConfig
+from collections.abc import Sequence
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from .errors import UserError
 
 # Keys that the published checkpoint carries in its config.json: training settings, no part of the architecture.
 LEGACY_KEYS = (
@@ -14,6 +18,11 @@ LEGACY_KEYS = (
 
 # Qwen's embedding has 151,936 rows, but its tokenizer with the mask token defines only the ids below this one.
 QWEN_VOCAB_SIZE, QWEN_MASK_TOKEN_ID, QWEN_NUM_TOKEN_IDS = 151936, 151669, 151670
+
+
+def token_ids(setting: int | Sequence[int] | None) -> list[int]:
+    """A setting that names one token, several or none, as a list."""
+    return [] if setting is None else [setting] if isinstance(setting, int) else list(setting)
 
 
 class CoDAConfig(PreTrainedConfig):
@@ -41,7 +50,7 @@ class CoDAConfig(PreTrainedConfig):
         attention_dropout: dropout of the attention weights while training.
         qk_norm: RMS norm of each query and key head (Qwen3).
         logits_shift: whether row i of the logits scores token i + 1, as in every model that started as an
-            autoregressive one; see `diffusion.align_logits`.
+            autoregressive one; see `diffusion.scored_by`.
         mask_token_id: id of the mask token, the absorbing state.
         pad_token_id: id that pads batches.
         bos_token_id: id that starts a text, if any.
@@ -50,7 +59,7 @@ class CoDAConfig(PreTrainedConfig):
             every row has a token (for Qwen's vocabulary: the ids that its tokenizer defines).
 
     Raises:
-        ValueError: a size below 1, head counts that do not divide, no mask token, or a token id outside of the
+        UserError: a size below 1, head counts that do not divide, no mask token, or a token id outside of the
             vocabulary.
     """
 
@@ -102,23 +111,32 @@ class CoDAConfig(PreTrainedConfig):
             "AutoModelForCausalLM": "modeling_coda.CoDALanguageModel",
         }
 
+    @property
+    def document_start_id(self) -> int | None:
+        """Id that stands where a text begins with a gap or is empty; None if there is none."""
+        return self.pad_token_id if self.bos_token_id is None else self.bos_token_id
+
     def _check(self) -> None:
         """Refuse shapes and ids that cannot hold."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "head_dim")
         for name in (*sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads, "
                 f"got {self.num_key_value_heads}"
             )
         if not 0 < self.num_token_ids <= self.vocab_size:
-            raise ValueError(f"num_token_ids must be in [1, vocab_size={self.vocab_size}], got {self.num_token_ids}")
-        eos_ids = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
+            raise UserError(f"num_token_ids must be in [1, vocab_size={self.vocab_size}], got {self.num_token_ids}")
         named = [("mask_token_id", self.mask_token_id), ("pad_token_id", self.pad_token_id)]
-        named += [("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in eos_ids)]
+        named += [("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in token_ids(self.eos_token_id))]
         for name, token_id in named:
             is_missing = token_id is None and name == "mask_token_id"
             if is_missing or (token_id is not None and not 0 <= token_id < self.vocab_size):
-                raise ValueError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id}")
+                raise UserError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id}")
+
+
+CoDAConfig.register_for_auto_class()
+if __name__ == "CoDALanguageModel.configuration_coda":  # a copy that travels with weights is registered by transformers
+    AutoConfig.register(CoDAConfig.model_type, CoDAConfig)

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .configuration_coda import CoDAConfig
+from .errors import UserError
+from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from .modeling_coda import CoDALanguageModel
 from .weight_files import check_weights, refuse_not_finite
 
@@ -26,21 +28,18 @@ CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-EMBEDDING_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def coda_config_of(source: PreTrainedConfig) -> dict[str, Any]:
     """Give the `CoDAConfig` arguments that make the same network as an autoregressive config, token ids aside.
 
     Raises:
-        ValueError: a type without a CoDA counterpart, or attention windows in use.
+        UserError: a type without a CoDA counterpart, or attention windows in use.
     """
-    if source.model_type not in AUTOREGRESSIVE_TYPES:
-        supported = ", ".join((CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES))
-        raise ValueError(f"model_type must be one of {supported}, got {source.model_type!r}")
+    _check_type(source.model_type, AUTOREGRESSIVE_TYPES)
     windowed = [kind for kind in getattr(source, "layer_types", None) or () if kind != "full_attention"]
     if windowed:
-        raise ValueError(
+        raise UserError(
             f"sliding windows must be off (use_sliding_window: false), got {len(windowed)} of "
             f"{source.num_hidden_layers} layers with {windowed[0]}: CoDA attends to the whole canvas in every layer"
         )
@@ -61,21 +60,30 @@ def coda_config_of(source: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
+def _check_type(model_type: str | None, allowed: tuple[str, ...]) -> None:
+    if model_type not in allowed:
+        supported = ", ".join((CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES))
+        raise UserError(f"model_type must be one of {supported}, got {model_type!r}")
+
+
 def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, torch.dtype]:
     """Load a CoDA or autoregressive model in float32; also give the dtype that it was stored in.
 
     Raises:
-        ValueError: unsupported type, broken or quantised files, or weights that are missing, left over, of another
+        UserError: unsupported type, broken or quantised files, or weights that are missing, left over, of another
             shape or not finite.
     """
     check_weights(folder, gguf.get("gguf_file"))
+    if not gguf:  # before code of the folder's own is asked for
+        values, _ = PreTrainedConfig.get_config_dict(folder)
+        _check_type(values.get("model_type"), (CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES))
     try:
         config = AutoConfig.from_pretrained(folder, **gguf)  # of a GGUF file it reads the table of tensors too
     except (ValueError, IndexError, struct.error) as error:
         if not gguf:
             raise
         file = str(folder / gguf["gguf_file"])
-        raise ValueError(f"{file!r} is not a whole GGUF file, or one that cannot be read: {error}") from error
+        raise UserError(f"{file!r} is not a whole GGUF file, or one that cannot be read: {error}") from error
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     if config.model_type == CoDAConfig.model_type:
         model = CoDALanguageModel.from_pretrained(folder, dtype=torch.float32)
@@ -91,7 +99,7 @@ def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, to
     faults = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
     if faults:
         report = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}: {keys[:5]}" for kind, keys in faults.items())
-        raise ValueError(f"the weights of {str(folder)!r} do not fit its config.json: {report}")
+        raise UserError(f"the weights of {str(folder)!r} do not fit its config.json: {report}")
     refuse_not_finite(model.named_parameters(), str(folder))
     return model.eval(), stored
 
@@ -144,11 +152,11 @@ def build_model(source: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> 
     """Put the weights of `source` into a CoDA model whose ids are those of the tokenizer. float32.
 
     Raises:
-        ValueError: a CoDA source was trained with another mask id.
+        UserError: a CoDA source was trained with another mask id.
     """
     is_coda = source.config.model_type == CoDAConfig.model_type
     if is_coda and source.config.mask_token_id != tokenizer.mask_token_id:
-        raise ValueError(
+        raise UserError(
             f"mask_token_id must be {source.config.mask_token_id}, which the model was trained with, got "
             f"{tokenizer.mask_token_id} ({tokenizer.mask_token}): pass the tokenizer of the training with --tokenizer, "
             "or its mask token with --mask_token"

@@ -1,6 +1,6 @@
-"""The mathematics of masked diffusion: forward process, alignment and loss, as pure functions.
+"""The mathematics of masked diffusion: forward process, which row scores which token, and loss, as pure functions.
 
-Not here: which positions may be masked and how often (the training rooms decide), and sampling (`sampling`).
+Not here: the rows of a step (`noise`), and sampling (`sampling`).
 """
 
 import hashlib
@@ -131,51 +131,36 @@ def corrupt(
     return Corruption(torch.where(masked, mask_token_id, input_ids), masked)
 
 
-def align_logits(logits: Tensor) -> Tensor:
-    """Move logits one step right, so that `out[:, i]` scores token i. (B, T, V) -> (B, T, V).
+def scored_by(attention_mask: Tensor | None, segment_ids: Tensor | None = None, *, shift: bool = True) -> Tensor:
+    """For each position the row of the raw logits that scores it, or -1 where none does: the only place of the shift.
 
-    CoDA starts from an autoregressive model, whose output at position i predicts token i + 1. Position 0 has no
-    predecessor and gets its own logits; training never masks it.
-    """
-    return torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
-
-
-def predecessor_rows(attention_mask: Tensor) -> Tensor:
-    """For each position the row whose raw logits score it: the nearest real position on its left.
-
-    This is `align_logits` for padded rows: padding on either side, or between prompt and canvas, is stepped over.
+    Rows of an autoregressive model, and of one that started as such, predict the token after them: a position is
+    scored by the nearest real position on its left, if that belongs to the same segment. Padding on either side, or
+    between prompt and canvas, is stepped over. Nothing scores the first position of a row or segment, nor padding.
 
     Args:
-        attention_mask: (B, T), 1 at real positions.
+        attention_mask: (B, T), 0 at padding; or none, where the segments alone tell.
+        segment_ids: (B, T) int, 0 at padding. Without an attention mask the tokens of a segment lie side by side.
+        shift: the model's `logits_shift`; without it every real position is scored by its own row.
 
     Returns:
-        (B, T) int64; the first real position of a row, which has no predecessor, gets itself.
+        (B, T) int64.
     """
-    num_rows, seq_len = attention_mask.shape
-    index = torch.arange(seq_len, device=attention_mask.device).expand(num_rows, -1)
-    last_real = torch.where(attention_mask.bool(), index, -1).cummax(dim=1).values
-    previous = F.pad(last_real[:, :-1], (1, 0), value=-1)
-    return torch.where(previous < 0, index, previous)
-
-
-def masked_diffusion_loss(logits: Tensor, target_ids: Tensor, masked: Tensor, t: Tensor) -> Tensor:
-    """Equation 6 of the CoDA report, per position: `sum_i 1[masked_i] CE_i / t`, over B x T.
-
-    The dense statement of the objective; training computes the same number with `chunked_cross_entropy`.
-
-    Args:
-        logits: (B, T, V), already aligned with `align_logits`.
-        target_ids: (B, T) int64, the clean tokens.
-        masked: (B, T) bool, positions that were corrupted. Position 0 is ignored.
-        t: (B,) float, noise level of each row; its inverse is the weight of the row.
-
-    Returns:
-        0-d float32 tensor, in nats per token.
-    """
-    nll = F.cross_entropy(logits.float().transpose(1, 2), target_ids, reduction="none")  # (B, T)
-    scored = masked.clone()
-    scored[:, 0] = False
-    return (nll * scored / t[:, None]).sum() / target_ids.numel()
+    assert attention_mask is not None or segment_ids is not None, "without either nobody knows how many rows there are"
+    masks = [x != 0 for x in (attention_mask, segment_ids) if x is not None]
+    real = masks[0] if len(masks) == 1 else masks[0] & masks[1]
+    index = torch.arange(real.shape[1], device=real.device).expand(real.shape)
+    if not shift:
+        return torch.where(real, index, -1)
+    if attention_mask is None:  # a neighbour; costs a comparison on XLA, where a running maximum is dear
+        row = index - 1
+        is_scored = real & (segment_ids == F.pad(segment_ids[:, :-1], (1, 0)))  # the padded 0 is no segment
+    else:
+        row = F.pad(torch.where(real, index, -1).cummax(dim=1).values[:, :-1], (1, 0), value=-1)
+        is_scored = real & (row >= 0)
+        if segment_ids is not None:
+            is_scored &= segment_ids == segment_ids.gather(1, row.clamp(min=0))
+    return torch.where(is_scored, row, -1)
 
 
 def chunked_cross_entropy(

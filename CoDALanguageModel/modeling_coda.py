@@ -1,24 +1,16 @@
 """The CoDA network: a bidirectional transformer on Qwen3's parts, one class for CPU, GPU and TPU.
 
-The forward pass draws no noise and knows no device. Not here: the forward process and the loss (`diffusion`), the
-decoding loop (`generation_coda`).
+The forward pass draws no noise and knows no device. Not here: who may attend to whom (`attention_coda`), the forward
+process and the loss (`diffusion`), checkpoints (`loading_coda`), the decoding loop (`generation_coda`).
 """
 
-import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
-from transformers.modeling_flash_attention_utils import _flash_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3DecoderLayer,
@@ -26,31 +18,28 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
     apply_rotary_pos_emb,
-    eager_attention_forward,
 )
-from transformers.utils import ModelOutput, cached_file, logging
+from transformers.utils import ModelOutput
 
+from .attention_coda import Visibility, attention_kernel, layer_mask
 from .configuration_coda import CoDAConfig
-from .diffusion import IGNORE_INDEX, chunked_cross_entropy
+from .diffusion import IGNORE_INDEX, chunked_cross_entropy, scored_by
 from .generation_coda import DiffusionGenerationMixin
 from .generation_config_coda import DiffusionGenerationConfig
-from .weight_files import check_weights
+from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT, StrictLoading
 
 # transformers copies the files that this one imports into a saved folder, so every file of the model is named here.
 from .cache import CanvasCache as CanvasCache  # isort: skip
 from .canvas import Canvas as Canvas  # isort: skip
 from .decoder import Decoding as Decoding  # isort: skip
+from .errors import UserError as UserError  # isort: skip
 from .infilling import InfillOutput as InfillOutput  # isort: skip
 from .row import Row as Row  # isort: skip
 from .sampling import Candidates as Candidates  # isort: skip
 from .scoring import Scorer as Scorer  # isort: skip
 from .speculation import Speculation as Speculation  # isort: skip
 from .stepwise import Stepwise as Stepwise  # isort: skip
-
-logger = logging.get_logger(__name__)
-
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-EMBEDDING_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
+from .weight_files import check_weights as check_weights  # isort: skip
 
 
 @dataclass
@@ -96,9 +85,9 @@ class CoDAAttention(Qwen3Attention):
         Args:
             hidden_states: (B, T, hidden_size).
             position_embeddings: cosines and sines of the rotary embedding, (B, T, D) each.
-            attention_mask: see `CoDAModel._layer_mask`.
+            attention_mask: see `attention_coda.layer_mask`.
             past_key_values: see `CoDALanguageModel.forward`.
-            **kernel_arguments: see `CoDAModel._layer_mask`.
+            **kernel_arguments: see `attention_coda.layer_mask`.
 
         Returns:
             (B, T, hidden_size), and the attention weights where the kernel gives them.
@@ -187,6 +176,7 @@ class CoDAModel(CoDAPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool = False,
+        visibility: Visibility | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Give the normalised hidden states of the last layer, and those of all layers when asked for.
 
@@ -201,13 +191,13 @@ class CoDAModel(CoDAPreTrainedModel):
             )
         if position_ids is None:
             position_ids = default_position_ids(hidden, attention_mask, segment_ids)
-        layer_mask, kernel_arguments = self._layer_mask(hidden, attention_mask, segment_ids)
+        mask, kernel_arguments = layer_mask(self.config, hidden, attention_mask, segment_ids, visibility)
         hidden, all_hidden = self.run_layers(
             hidden,
             position_ids,
             past_key_values=past_key_values,
             output_hidden_states=output_hidden_states,
-            attention_mask=layer_mask,
+            attention_mask=mask,
             **kernel_arguments,
         )
         return self.norm(hidden), all_hidden
@@ -230,7 +220,7 @@ class CoDAModel(CoDAPreTrainedModel):
             position_ids: (B, T) or (1, T) int64.
             past_key_values: see `CoDALanguageModel.forward`.
             output_hidden_states: also give the hidden states before the first layer and after each.
-            **layer_arguments: mask and kernel arguments, as `_layer_mask` gives them.
+            **layer_arguments: mask and kernel arguments, as `layer_mask` gives them.
 
         Returns:
             The output of the last layer, before the norm, and all hidden states when asked for.
@@ -244,126 +234,6 @@ class CoDAModel(CoDAPreTrainedModel):
             if all_hidden is not None:
                 all_hidden.append(hidden)
         return hidden, tuple(all_hidden) if all_hidden is not None else None
-
-    def _layer_mask(
-        self, hidden: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None
-    ) -> tuple[Any, dict[str, Any]]:
-        """Put "who may attend to whom" into the form that the configured attention kernel reads.
-
-        Returns the mask and keyword arguments of the kernel: kernels that are registered from outside get the
-        segment ids themselves and no (B, 1, T, T) mask.
-        """
-        kernel = self.config._attn_implementation
-        if segment_ids is not None and attention_mask is not None:
-            if attention_mask.ndim == 4:
-                raise ValueError("segment_ids need a (B, T) attention_mask or none, got a (B, 1, T, T) one")
-            segment_ids = segment_ids * attention_mask
-        if kernel == "flex_attention" and hidden.device.type == "cuda" and torch._dynamo.config.disable:
-            raise ValueError(
-                "attn_implementation 'flex_attention' needs torch.compile on a GPU, which TORCHDYNAMO_DISABLE or "
-                "TORCH_COMPILE_DISABLE turns off: without it all scores are kept in memory. Take 'sdpa' instead"
-            )
-        if attention_mask is not None and attention_mask.ndim == 4:
-            if kernel.startswith("flash_attention"):
-                raise ValueError(f"{kernel} takes no (B, 1, T, T) attention_mask: use attn_implementation 'sdpa'")
-            return _kernel_mask(attention_mask, kernel, hidden.dtype), {}
-        if kernel in ("sdpa", "eager"):
-            if segment_ids is not None:
-                allowed = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # (B, 1, T, T)
-            elif attention_mask is not None:
-                allowed = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T): nobody attends to padding
-            else:
-                return None, {}
-            return _kernel_mask(allowed, kernel, hidden.dtype), {}
-        if kernel.startswith("flash_attention"):
-            if segment_ids is not None:
-                return None, segment_bounds(segment_ids)
-            return create_bidirectional_mask(self.config, hidden, attention_mask), {}
-        if kernel == "flex_attention":
-            same_segment = None if segment_ids is None else packed_sequence_mask_function(segment_ids)
-            return create_bidirectional_mask(self.config, hidden, attention_mask, and_mask_function=same_segment), {}
-        return attention_mask, {"segment_ids": segment_ids}
-
-
-def attention_kernel(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The function behind `attn_implementation`, with the arguments of transformers' attention functions."""
-    if name.startswith("flash_attention"):
-        return flash_attention
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-
-
-def flash_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    **bounds: Any,
-) -> tuple[Tensor, None]:
-    """Attention by a flash kernel, without a mask in memory; half precision only.
-
-    transformers' own function for this is passed over: its release 5.6 takes attention sinks for given.
-
-    Args:
-        module: the layer's attention.
-        query: (B, H, T, D).
-        key: (B, H_kv, T, D).
-        value: (B, H_kv, T, D).
-        attention_mask: (B, T) or none.
-        scaling: of the scores.
-        dropout: of the attention weights.
-        **bounds: of segments, see `segment_bounds`.
-
-    Returns:
-        (B, T, H, D), and None for the weights.
-    """
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    mixed = _flash_attention_forward(
-        query,
-        key,
-        value,
-        attention_mask,
-        query_length=query.shape[1],
-        is_causal=False,
-        dropout=dropout,
-        softmax_scale=scaling,
-        attn_implementation=module.config._attn_implementation,
-        **bounds,
-    )
-    return mixed, None
-
-
-def segment_bounds(segment_ids: Tensor) -> dict[str, Any]:
-    """Where segments lie in the rows laid end to end, as variable-length kernels want it.
-
-    A run of padding is a segment like others: it attends to itself, and nobody scores it.
-
-    Args:
-        segment_ids: (B, T) int, 0 at padding.
-
-    Returns:
-        `cu_seq_lens_q` and `cu_seq_lens_k`, the (N + 1,) int32 bounds of N segments, and `max_length_q` and
-        `max_length_k`, a bound on their lengths: T, so that no compiled layer depends on the longest.
-
-    Raises:
-        ValueError: the ids do not count up along a row, so that the tokens of a segment need not lie side by side.
-    """
-    is_start = torch.ones_like(segment_ids, dtype=torch.bool)
-    is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    highest_before = segment_ids.cummax(dim=1).values.roll(1, dims=1)
-    highest_before[:, 0] = 0
-    if bool((is_start & (segment_ids != 0) & (segment_ids <= highest_before)).any()):
-        raise ValueError(
-            "segment_ids must count up along each row, with 0 at padding, for kernels of variable length: the tokens "
-            "of a segment must lie side by side"
-        )
-    starts = is_start.flatten().nonzero().flatten()
-    bounds = torch.cat([starts, starts.new_tensor([segment_ids.numel()])]).int()
-    length = segment_ids.shape[1]
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
 
 
 def default_position_ids(hidden: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
@@ -379,13 +249,6 @@ def default_position_ids(hidden: Tensor, attention_mask: Tensor | None, segment_
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
     return index
-
-
-def _kernel_mask(allowed: Tensor, kernel: str, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as it is for `sdpa`, as an additive one for the others; floats pass through."""
-    if kernel == "sdpa" or allowed.dtype != torch.bool:
-        return allowed
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 class CoDAHead(nn.Linear):
@@ -404,7 +267,7 @@ class CoDAHead(nn.Linear):
         return chunked_cross_entropy(hidden, labels, weights, super().forward, self.out_features, z_loss=z_loss)
 
 
-class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
+class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationMixin):
     """Masked-diffusion language model; `from_pretrained` loads, `diffusion_generate` decodes."""
 
     _tied_weights_keys = {HEAD_WEIGHT: EMBEDDING_WEIGHT}
@@ -431,6 +294,7 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
         output_hidden_states: bool | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        visibility: Visibility | None = None,
     ) -> CoDAOutput | tuple:
         """Score every token of a canvas from all the others, or compute the loss of the masked ones.
 
@@ -453,6 +317,8 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
             output_hidden_states: also return the hidden states of all layers.
             use_cache: accepted for callers that always pass it; caches are passed as `past_key_values`.
             return_dict: False gives a tuple of the fields that are set.
+            visibility: who may attend to whom, other than all positions of a segment to each other: a rule of
+                `attention_coda`, which holds the segments too.
 
         Returns:
             `CoDAOutput`. With labels its logits are None: the head runs in chunks on the scored rows only.
@@ -470,6 +336,8 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
             raise ValueError("labels and positions exclude each other: with labels the logits are not returned")
         if loss_weights is not None and labels is None:
             raise ValueError("loss_weights need labels")
+        if visibility is not None and segment_ids is None:
+            segment_ids = visibility.segment
         hidden, all_hidden = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -478,6 +346,7 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             output_hidden_states=bool(output_hidden_states),
+            visibility=visibility,
         )
         loss = logits = None
         if labels is not None:
@@ -507,12 +376,12 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
                 f"loss_weights must be (B,) or (B, T) = {tuple(labels.shape)}, got {tuple(loss_weights.shape)}"
             )
         if self.config.logits_shift:
-            hidden, labels = hidden[:, :-1], labels[:, 1:]
+            padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            if padding is None and segment_ids is None:
+                segment_ids = torch.ones_like(labels)
+            by_neighbour = scored_by(padding, segment_ids)[:, 1:] == torch.arange(labels.shape[1] - 1).to(labels)
+            hidden, labels = hidden[:, :-1], labels[:, 1:].masked_fill(~by_neighbour, IGNORE_INDEX)
             loss_weights = None if loss_weights is None else loss_weights[:, 1:]
-            if segment_ids is not None:
-                labels = labels.masked_fill(segment_ids[:, 1:] != segment_ids[:, :-1], IGNORE_INDEX)
-            if attention_mask is not None and attention_mask.ndim == 2:
-                labels = labels.masked_fill(attention_mask[:, :-1] == 0, IGNORE_INDEX)
         scored = labels != IGNORE_INDEX
         if loss_weights is None:
             loss_weights = scored / scored.sum().clamp(min=1)
@@ -529,53 +398,6 @@ class CoDALanguageModel(CoDAPreTrainedModel, DiffusionGenerationMixin):
             return head(hidden, labels, weights)
         return chunked_cross_entropy(hidden, labels, weights, head, self.config.vocab_size)  # e.g. LoRA on the head
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a checkpoint as `PreTrainedModel.from_pretrained` does, but follow the weights and accept no gaps.
-
-        A head that differs from the embedding stays untied whatever the config says, and an absent head is the
-        embedding. Missing, unexpected or misshapen weights are errors.
-
-        Raises:
-            ValueError: the folder does not exist, its files are broken (see `weight_files.check_weights`), or the
-                weights do not fit the configuration.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        path = str(pretrained_model_name_or_path)
-        if not HUB_ID.fullmatch(path) and not Path(path).is_dir():
-            raise ValueError(f"no model folder at {path!r}")
-        if Path(path).is_dir() and kwargs.get("state_dict") is None:
-            check_weights(Path(path, kwargs.get("subfolder") or ""), kwargs.get("gguf_file"))
-        # Not CoDAConfig: transformers may import a folder's configuration apart from its model, as another class.
-        if not isinstance(kwargs.get("config"), PreTrainedConfig):
-            source = kwargs.pop("config", None) or path
-            # The configuration has a dtype too and would keep the argument for itself.
-            dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
-            config, unused = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
-            kwargs = {**_hub_arguments(kwargs), **unused, **dtype, "config": config}
-        if kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
-            tied = _checkpoint_is_tied(path, kwargs["config"].tie_word_embeddings, _hub_arguments(kwargs))
-            if tied != kwargs["config"].tie_word_embeddings:
-                logger.info("tie_word_embeddings is %s in the weights of %s; the config is corrected", tied, path)
-                kwargs["config"].tie_word_embeddings = tied
-        # A misshapen weight is reported below by its name, as the others are.
-        allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            path, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-        faults = {name: sorted(map(str, info.get(name) or ())) for name in ("missing_keys", "unexpected_keys")}
-        if not allow_mismatch:
-            faults["mismatched_keys"] = [
-                f"{key} {tuple(found)} instead of {tuple(wanted)}"
-                for key, found, wanted in sorted(info.get("mismatched_keys") or ())
-            ]
-        if any(faults.values()):
-            report = "; ".join(
-                f"{len(keys)} {name.replace('_', ' ')}: {keys[:5]}" for name, keys in faults.items() if keys
-            )
-            raise ValueError(f"the weights of {path!r} do not fit its configuration: {report}")
-        return (model, info) if wants_info else model
-
 
 def _select_rows(hidden: Tensor, positions: Tensor) -> Tensor:
     """Rows of (B, T, hidden_size) by column indices (B, P), flat indices (N,) or a (B, T) bool mask."""
@@ -588,42 +410,7 @@ def _select_rows(hidden: Tensor, positions: Tensor) -> Tensor:
     raise ValueError(f"positions must be (B, P), (N,) or a (B, T) bool mask, got the shape {tuple(positions.shape)}")
 
 
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that say where on the Hub a file is."""
-    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-
-
-def _checkpoint_is_tied(path: str, default: bool, hub_arguments: dict[str, Any]) -> bool:
-    """Whether head and embedding are one in a safetensors checkpoint; `default` where the weights do not tell."""
-
-    def find(name: str) -> str | None:
-        found = cached_file(
-            path,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub_arguments,
-        )
-        return found if found is None or Path(found).is_file() else None
-
-    index, single = find("model.safetensors.index.json"), find("model.safetensors")
-    if single is not None:
-        with safe_open(single, framework="pt") as file:
-            where = dict.fromkeys(file.keys(), single)
-    elif index is not None:
-        weight_map = json.loads(Path(index).read_text())["weight_map"]
-        where = {key: find(weight_map[key]) for key in (HEAD_WEIGHT, EMBEDDING_WEIGHT) if key in weight_map}
-    else:
-        return default
-    if HEAD_WEIGHT not in where:
-        return True
-    if EMBEDDING_WEIGHT not in where or not default:
-        return False
-
-    def read(key: str) -> Tensor:
-        with safe_open(where[key], framework="pt") as file:
-            return file.get_tensor(key)
-
-    return torch.equal(read(HEAD_WEIGHT), read(EMBEDDING_WEIGHT))
+CoDALanguageModel.register_for_auto_class("AutoModelForCausalLM")
+if __name__ == "CoDALanguageModel.modeling_coda":  # a copy that travels with weights is registered by transformers
+    AutoModel.register(CoDAConfig, CoDALanguageModel)
+    AutoModelForCausalLM.register(CoDAConfig, CoDALanguageModel)

@@ -1,17 +1,21 @@
 """Text to token ids and back, the same for every caller: control tokens only where the chat template puts them.
 
 The text of a person is text: a `<|im_end|>` or `<|mask|>` inside a message becomes the ordinary tokens of those
-characters, never the control token. Ordinary text gets exactly the ids that `apply_chat_template` gives.
+characters, never the control token. Ordinary text gets exactly the ids that `apply_chat_template` gives. Gaps are
+laid out here too (`gaps`); where an answer ends is decided in `answers`.
 """
 
 import json
 import logging
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from .errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -35,22 +39,26 @@ JOINTS = ("def f(x):\n    return ", "x + 1\n", " y", "    if a:", "\n\n", "\tb",
 MOST_COMPOSED = 4
 """Code points that Unicode's canonical composition makes one of, at most."""
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 class Codec:
     """Encodes conversations and plain text, decodes answers. All methods may be called from several threads.
 
     Args:
         tokenizer: a fast tokenizer.
+        template_arguments: what the chat template is rendered with besides the messages, e.g. `enable_thinking`.
 
     Raises:
-        ValueError: the tokenizer is not a fast one, does not give pieces of text back as they were, or its chat
+        UserError: the tokenizer is not a fast one, does not give pieces of text back as they were, or its chat
             template cannot be taken apart as needed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_arguments: Mapping[str, Any] | None = None) -> None:
         if not tokenizer.is_fast:
-            raise ValueError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
+            raise UserError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
         self._tokenizer = tokenizer
+        self._template_arguments = dict(template_arguments or {})
         # Copies that nobody reconfigures, so that threads can share them.
         backend = tokenizer.backend_tokenizer
         description = json.loads(backend.to_str())
@@ -84,16 +92,16 @@ class Codec:
         """Load the tokenizer that lies beside a model.
 
         Raises:
-            ValueError: there is none, or it cannot be used.
+            UserError: there is none, or it cannot be used.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{folder}: no tokenizer can be loaded: {error}") from error
+            raise UserError(f"{folder}: no tokenizer can be loaded: {error}") from error
         try:
             return cls(tokenizer)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
 
     @property
     def has_chat_template(self) -> bool:
@@ -104,56 +112,70 @@ class Codec:
         self,
         messages: Sequence[dict[str, str]],
         *,
-        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         max_tokens: int | None = None,
     ) -> list[int]:
-        """Ids of a conversation.
+        """Ids of a conversation, up to where the assistant's next turn begins.
 
         Args:
             messages: `{"role", "content"}` each, roles that the chat template knows.
-            add_generation_prompt: end where the assistant's next turn begins.
+            continue_final_message: the last message is the beginning of the answer: stop where its text stops.
             max_tokens: as for `encode_text`.
 
         Raises:
             TextTooLong: it has more than `max_tokens`.
-            ValueError: the tokenizer has no chat template, the template refuses the messages, or it turns out that
-                it cannot be taken apart as needed.
+            UserError: the tokenizer has no chat template, the template refuses the messages, leaves one out or opens
+                no answer, a text is no Unicode, or it turns out that the template cannot be taken apart as needed.
         """
         if not self.has_chat_template:
-            raise ValueError("the model's tokenizer has no chat template")
+            raise UserError("the model's tokenizer has no chat template")
         if not self._template_is_checked:  # it refused every probe, so the first conversation that it takes is one
             self._compare_with_tokenizer(messages)
             self._template_is_checked = True
-        return self._encode_chat(messages, add_generation_prompt, max_tokens)
+        return self._encode_chat(messages, continue_final_message, max_tokens)
 
     def _encode_chat(
         self,
         messages: Sequence[dict[str, str]],
-        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         max_tokens: int | None = None,
     ) -> list[int]:
-        left, right = _absent_characters("".join(message["content"] for message in messages), 2)
-        names = list(self._control_ids)
-        number = {name: f"{left}{i}{right}" for i, name in enumerate(names)}
+        marks = self.marks(message["content"] for message in messages)
 
-        def disguise(message: dict[str, str]) -> dict[str, str]:
+        def hidden(message: dict[str, str]) -> dict[str, str]:
             kept = self._assistant_tags if message["role"] == "assistant" else ()
-            content = self._control.sub(lambda m: m[0] if m[0] in kept else number[m[0]], message["content"])
-            return {**message, "content": content}
+            return {**message, "content": marks.hide(message["content"], kept)}
 
-        rendered = self._render([disguise(message) for message in messages], add_generation_prompt)
+        chat = [hidden(message) for message in messages]
+        rendered = self.render(chat, continue_final_message)
         self._refuse_too_long(rendered, self._longest_rendered, max_tokens)
+        for message in chat:  # earlier turns of the assistant may be shortened, e.g. by their thoughts
+            if message["role"] != "assistant" and message["content"].strip() not in rendered:
+                raise TemplateRefusal(f"the chat template leaves out the text of the role {message['role']!r}")
+        if not continue_final_message and self._missing_header:
+            raise TemplateRefusal(
+                f"the chat template writes {self._missing_header!r} before an answer but knows no generation prompt "
+                "(add_generation_prompt), so that the model would not be asked to answer"
+            )
+        return marks.encode(rendered)
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Ids of an assistant's whole answer: text, in which the tags that the chat template looks for are tags."""
         ids: list[int] = []
         position = 0
-        marked = re.compile(f"{left}(\\d+){right}")
-        for match in [*self._control.finditer(rendered), None]:
-            end = match.start() if match else len(rendered)
-            text = marked.sub(lambda m: names[int(m[1])], rendered[position:end])
-            ids += _ids(self._after_control if ids else self._first, text)
-            if match:
-                ids.append(self._control_ids[match[0]])
+        for match in self._control.finditer(text):
+            if match[0] in self._assistant_tags:
+                ids += [*self.encode_text(text[position : match.start()]), self._control_ids[match[0]]]
                 position = match.end()
-        return ids
+        return ids + self.encode_text(text[position:])
+
+    def marks(self, texts: Iterable[str]) -> "Marks":
+        """Stand-ins for the control tokens that `texts` spell out, for a template that is to be rendered with them."""
+        return Marks(self, texts)
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
+        """Ids of the pieces of one text, each on its own so that no side of a gap can shift the other; for `gaps`."""
+        return [self.encode_text(piece, joins=place > 0) for place, piece in enumerate(pieces)]
 
     def encode_text(self, text: str, *, joins: bool = False, max_tokens: int | None = None) -> list[int]:
         """Ids of `text` as it stands; no control token comes out.
@@ -167,6 +189,7 @@ class Codec:
 
         Raises:
             TextTooLong: it has more than `max_tokens`.
+            UserError: it holds half of a surrogate pair.
         """
         self._refuse_too_long(text, self._longest_token, max_tokens)
         return _ids(self._later if joins else self._first, text)
@@ -201,13 +224,36 @@ class Codec:
                     return encoder
         return self._first
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[dict[str, str]], continue_final_message: bool = False) -> str:
+        """A conversation as the chat template writes it, for people to read: its control tokens look like text.
+
+        Raises:
+            TemplateRefusal: the template refuses the messages.
+        """
+        return self._render(
+            messages, add_generation_prompt=not continue_final_message, continue_final_message=continue_final_message
+        )
+
+    def _render(self, messages: Sequence[dict[str, str]], **ends: bool) -> str:
         try:
             return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages), tokenize=False, **self._template_arguments, **ends
             )
         except Exception as error:  # a template is a program of the model's author; it refuses by raising anything
             raise TemplateRefusal(f"the chat template refuses these messages: {error}") from error
+
+    @cached_property
+    def _missing_header(self) -> str:
+        """What the template writes before an answer where it was not asked to, and leaves out where it was."""
+        user, answer = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}
+        try:
+            asked, closed = self._render([user], add_generation_prompt=True), self._render([user])
+            answered = self._render([user, answer])
+        except TemplateRefusal:
+            return ""
+        if asked != closed or not answered.startswith(asked) or "answer" not in answered[len(asked) :]:
+            return ""
+        return answered[len(asked) :].partition("answer")[0].strip()
 
     def _probe_template(self) -> bool:
         """Whether some conversation could be compared."""
@@ -224,10 +270,10 @@ class Codec:
     def _compare_with_tokenizer(self, messages: Sequence[dict[str, str]]) -> None:
         """Our ids of a conversation without control tokens must be the tokenizer's own."""
         plain = [{**message, "content": self._control.sub("", message["content"])} for message in messages]
-        expected = self._tokenizer(self._render(plain), add_special_tokens=False)["input_ids"]
+        expected = self._tokenizer(self.render(plain), add_special_tokens=False)["input_ids"]
         got = self._encode_chat(plain)
         if got != expected:
-            raise ValueError(
+            raise UserError(
                 "this tokenizer does not encode the text between control tokens on its own, which is relied on: "
                 f"{got} against {expected}"
             )
@@ -245,7 +291,7 @@ class Codec:
                 readings = [self.decode(ids[:i], behind) + self.decode(ids[i:], behind) for i in range(1, len(ids) + 1)]
                 got = next((reading for reading in readings if reading != text), text)
                 if got != text and not self._is_lossy(text):
-                    raise ValueError(
+                    raise UserError(
                         "this tokenizer does not give pieces of text back as they were, which infilling and streamed "
                         f"answers need: {first!r} and {second!r} become {got!r}"
                     )
@@ -284,6 +330,8 @@ def _literal(backend: Any, description: dict) -> Any:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
+    if half := _SURROGATE.search(text):
+        raise UserError(f"a text holds half of a surrogate pair, which is no character, at {half.start()}")
     # Unlike `encode`, `encode_batch` lets other threads work meanwhile.
     return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids if text else []
 
@@ -307,7 +355,82 @@ def _without_implicit_space(description: dict) -> dict:
     return description | {name: changed(description[name]) for name in ("normalizer", "pre_tokenizer", "decoder")}
 
 
-class TextTooLong(ValueError):
+class Marks:
+    """Control tokens that texts spell out, replaced by marks that stand for them until the template was rendered.
+
+    Args:
+        codec: whose control tokens.
+        texts: all texts that will be hidden; a mark occurs in none of them.
+    """
+
+    def __init__(self, codec: Codec, texts: Iterable[str]) -> None:
+        self._codec = codec
+        self._left, self._right = _absent_characters("".join(texts), 2)
+        self._names = list(codec._control_ids)
+        self._marks = {name: f"{self._left}{i}{self._right}" for i, name in enumerate(self._names)}
+        self._mark = re.compile(f"{self._left}(\\d+){self._right}")
+
+    def hide(self, text: str, kept: Collection[str] = ()) -> str:
+        """`text` with marks for its control tokens, except for those in `kept`."""
+        return self._codec._control.sub(lambda m: m[0] if m[0] in kept else self._marks[m[0]], text)
+
+    def encode(self, rendered: str) -> list[int]:
+        """Ids of what a template made of the hidden texts: a control token is one, a mark is the text it hides."""
+        codec, ids, position = self._codec, [], 0
+        for match in [*codec._control.finditer(rendered), None]:
+            text = rendered[position : match.start() if match else len(rendered)]
+            text = self._mark.sub(lambda mark: self._names[int(mark[1])], text)
+            ids += _ids(codec._after_control if ids else codec._first, text)
+            if match:
+                ids.append(codec._control_ids[match[0]])
+                position = match.end()
+        return ids
+
+
+class GappedText(NamedTuple):
+    """A text with gaps, laid out."""
+
+    ids: list[int]
+    """Pieces and masks in turn."""
+
+    gaps: list[slice]
+    """Where the masks of each gap stand in `ids`."""
+
+
+def gaps(
+    pieces: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    mask_token_id: int,
+    start_token_id: int | None = None,
+) -> GappedText:
+    """Lay out n + 1 pieces of a text around n gaps.
+
+    Args:
+        pieces: ids of each piece; the outer ones, and those between two gaps, may be empty.
+        lengths: masks of each gap.
+        mask_token_id: the mask.
+        start_token_id: put in front of a text that begins with a gap: the first position of a row has no predecessor
+            to score it.
+
+    Raises:
+        UserError: not one length per gap, a piece that holds the mask, or a gap at the start without a start token.
+    """
+    if len(lengths) != len(pieces) - 1:
+        raise ValueError(f"lengths must hold one length per gap ({len(pieces) - 1}), got {len(lengths)}")
+    if any(mask_token_id in piece for piece in pieces):
+        raise UserError(f"pieces must not hold the mask token {mask_token_id}: gaps stand between the pieces")
+    ids, places = list(pieces[0]), []
+    if not ids:
+        if start_token_id is None:
+            raise UserError("a gap at the start of a text needs a token that starts a text (bos or pad)")
+        ids = [start_token_id]
+    for piece, length in zip(pieces[1:], lengths, strict=True):
+        places.append(slice(len(ids), len(ids) + length))
+        ids += [mask_token_id] * length + list(piece)
+    return GappedText(ids, places)
+
+
+class TextTooLong(UserError):
     """A text that does not fit.
 
     Args:
@@ -320,7 +443,7 @@ class TextTooLong(ValueError):
         self.least_tokens, self.max_tokens = least_tokens, max_tokens
 
 
-class TemplateRefusal(ValueError):
+class TemplateRefusal(UserError):
     """The chat template does not take these messages."""
 
 

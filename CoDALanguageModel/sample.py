@@ -1,6 +1,6 @@
 """Sampling from the shell: `python -m CoDALanguageModel.sample --model M --prompt "..." [--infill FILE] [any option]`.
 
-Shows the canvas being denoised, prints the answer and what it cost. Every decoding setting is an option, e.g.
+Shows the canvas being denoised, prints the answer and what it cost. Decoding settings are options, e.g.
 `--steps 64 --kv_cache dual --threshold 0.9`. `--history F` writes the steps: JSON lines (.jsonl), or a picture that
 moves (.svg, .gif). In a file for `--infill` a gap is written `<gap>`, or `<gap:12>` for 12 tokens.
 """
@@ -23,10 +23,11 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import AutoTokenizer
 
-from .agreement import parse_settings
-from .generation_config_coda import DEFAULTS, refuse_unknown
+from .answers import AnswerReader, end_ids
+from .decoding_settings import Setting, offered, parse_settings, refuse_unknown
+from .errors import UserError
 from .modeling_coda import CoDALanguageModel
-from .prompts import Codec
+from .prompts import Codec, GappedText, gaps
 
 GAP = re.compile(r"<gap(?::(\d+))?>")
 MASK_SIGN = "\u2591"
@@ -92,11 +93,11 @@ class Recording:
         """Write the steps as `.jsonl`, `.svg` or `.gif`.
 
         Raises:
-            ValueError: another ending.
+            UserError: another ending.
         """
         writers = {".jsonl": self._save_jsonl, ".svg": self._save_svg, ".gif": self._save_gif}
         if path.suffix not in writers:
-            raise ValueError(f"--history must end in {', '.join(writers)}, got {path.name!r}")
+            raise UserError(f"--history must end in {', '.join(writers)}, got {path.name!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
         writers[path.suffix](path)
 
@@ -184,38 +185,30 @@ def read_gaps(text: str, default_length: int) -> tuple[list[str], list[int]]:
     """Split a text at its `<gap>` marks.
 
     Raises:
-        ValueError: there is no mark.
+        UserError: there is no mark.
     """
     marks = list(GAP.finditer(text))
     if not marks:
-        raise ValueError("the text for --infill holds no <gap> or <gap:LENGTH>")
+        raise UserError("the text for --infill holds no <gap> or <gap:LENGTH>")
     borders = [0, *itertools.chain.from_iterable(mark.span() for mark in marks), len(text)]
     pieces = [text[borders[i] : borders[i + 1]] for i in range(0, len(borders), 2)]
     return pieces, [int(mark[1]) if mark[1] else default_length for mark in marks]
 
 
-def fill_gaps(codec: Any, pieces: list[str], lengths: list[int], ids: Sequence[int | None]) -> str:
-    """The pieces as they were written, and between them the text of `ids`, without those that are None."""
-    text, start = pieces[0], len(codec.encode_text(pieces[0]))
-    for piece, length in zip(pieces[1:], lengths, strict=True):
-        gap = [token for token in ids[start : start + length] if token is not None]
-        text += codec.decode(gap, ids[:start]) + piece
-        start += length + len(codec.encode_text(piece, joins=True))
-    return text
-
-
-def build_canvas(options: argparse.Namespace, codec: Codec, model: Any, settings: dict[str, Any]) -> list[int]:
-    """The ids to decode from: a prompt, or a text with gaps."""
+def build_canvas(options: argparse.Namespace, codec: Codec, model: Any) -> tuple[GappedText, list[str]]:
+    """The ids to decode from, and the pieces of a text with gaps; a prompt is a text without."""
+    start = model.config.document_start_id
     if options.infill is not None:
         pieces, lengths = read_gaps(options.infill.read_text(), options.gap_length)
-        settings["max_new_tokens"] = 0
-        ids = codec.encode_text(pieces[0])
-        for piece, length in zip(pieces[1:], lengths, strict=True):
-            ids += [model.config.mask_token_id] * length + codec.encode_text(piece, joins=True)
-        return ids
+        return gaps(codec.encode_pieces(pieces), lengths, model.config.mask_token_id, start), pieces
     if options.raw or not codec.has_chat_template:
-        return codec.encode_text(options.prompt)
-    return codec.encode_chat([{"role": "user", "content": options.prompt}])
+        return gaps([codec.encode_text(options.prompt)], [], model.config.mask_token_id, start), []
+    return GappedText(codec.encode_chat([{"role": "user", "content": options.prompt}]), []), []
+
+
+def _told(row: Setting) -> str:
+    text = f"{row.name}: {row.says}; {row.allowed} ({row.default})"
+    return textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="      ")
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -223,7 +216,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     parser = argparse.ArgumentParser(
         prog="python -m CoDALanguageModel.sample",
         description=__doc__,
-        epilog="decoding settings, each as --name value:\n  " + "\n  ".join(textwrap.wrap(", ".join(DEFAULTS), 100)),
+        epilog="decoding settings, each as --name value:\n" + "\n".join(map(_told, offered("shell"))),
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="folder of a CoDA model with its tokenizer")
@@ -241,8 +234,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"unexpected word {word!r}: options are given as --name value")
-        refuse_unknown([word[2:].partition("=")[0]])  # before the next word is taken for its value
+            raise UserError(f"unexpected word {word!r}: options are given as --name value")
+        refuse_unknown([word[2:].partition("=")[0]], "shell")  # before the next word is taken for its value
         words.append(word[2:] if "=" in word else f"{word[2:]}={rest.pop(0) if rest else ''}")
     return options, parse_settings(words)
 
@@ -262,12 +255,13 @@ def run(options: argparse.Namespace, settings: dict[str, Any], tokenizer: Any, m
     """Decode, show, print and record."""
     config = model.generation_config.merged(settings)
     codec = Codec(tokenizer)
-    ids = build_canvas(options, codec, model, settings)
-    eos = model.config.eos_token_id
-    hidden = {model.config.pad_token_id, *(eos if isinstance(eos, list) else [eos])}
+    (ids, places), pieces = build_canvas(options, codec, model)
+    if pieces:
+        settings["max_new_tokens"] = 0
+    ends = end_ids(model.config, config)
     new = settings.get("max_new_tokens", config.max_new_tokens)
     first = list(ids) + [model.config.mask_token_id] * new
-    recording = Recording(codec, first, model.config.mask_token_id, hidden)
+    recording = Recording(codec, first, model.config.mask_token_id, set(ends))
     console = Console(stderr=True)
 
     def panel() -> Panel:
@@ -284,13 +278,26 @@ def run(options: argparse.Namespace, settings: dict[str, Any], tokenizer: Any, m
         output = model.diffusion_generate(
             torch.tensor([ids]), step_callback=on_step, return_dict_in_generate=True, tokenizer=tokenizer, **settings
         )
-    recording.add(output.sequences[0].tolist())
-    final = [None if token in hidden else token for token in output.sequences[0].tolist()]
-    if options.infill is not None:
-        pieces, lengths = read_gaps(options.infill.read_text(), options.gap_length)
-        print(fill_gaps(codec, pieces, lengths, final))
+    final = output.sequences[0].tolist()
+    recording.add(final)
+
+    def read(where: slice) -> str:
+        return (
+            AnswerReader(
+                decode=codec.decode,
+                mask_token_id=model.config.mask_token_id,
+                eos_token_ids=ends,
+                prompt_ids=final[: where.start],
+            )
+            .read(final[where])
+            .text
+        )
+
+    if pieces:
+        filled = [*map(read, places), ""]
+        print("".join(itertools.chain.from_iterable(zip(pieces, filled, strict=True))))
     else:
-        print(codec.decode([token for token in final[len(ids) :] if token is not None], ids))
+        print(read(slice(len(ids), None)))
     cost = output.cost.as_dict()
     console.print(
         Text(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in cost.items()), style="dim")

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .errors import UserError
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SINGLE_FILES, INDEX_SUFFIX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
 QUANTISED = ("I8", "U8", "F8", "F6", "F4")
@@ -23,7 +25,7 @@ def check_tokenizer(folder: Path) -> None:
     """Refuse a tokenizer folder that was cloned without its large files.
 
     Raises:
-        ValueError: a file is a Git LFS pointer.
+        UserError: a file is a Git LFS pointer.
     """
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
@@ -38,7 +40,7 @@ def check_weights(folder: Path, gguf_file: str | None = None) -> None:
         gguf_file: the file of `folder` that holds the weights; None means safetensors or PyTorch files.
 
     Raises:
-        ValueError: a file is a Git LFS pointer or not whole, a shard is missing, or the weights are quantised (those
+        UserError: a file is a Git LFS pointer or not whole, a shard is missing, or the weights are quantised (those
             of a GGUF file are turned into floats by its loader).
     """
     if gguf_file is not None:
@@ -50,22 +52,22 @@ def check_weights(folder: Path, gguf_file: str | None = None) -> None:
         settings = _read_json(config).get("quantization_config")
         if settings:
             method = settings.get("quant_method") if isinstance(settings, dict) else settings
-            raise ValueError(f"quantised weights are not supported: {str(config)!r} says quant_method {method!r}")
+            raise UserError(f"quantised weights are not supported: {str(config)!r} says quant_method {method!r}")
     for file in weight_files(folder):
         if not file.is_file():
-            raise ValueError(f"{str(file)!r} is missing, which its index names: download it again")
+            raise UserError(f"{str(file)!r} is missing, which its index names: download it again")
         refuse_pointer(file)
         if file.suffix == ".safetensors":
             _check_safetensors(file)
         elif _starts_with(file, b"PK") and not zipfile.is_zipfile(file):  # the table of a zip file stands at its end
-            raise ValueError(f"{str(file)!r} is not a whole PyTorch file, download it again")
+            raise UserError(f"{str(file)!r} is not a whole PyTorch file, download it again")
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that a loader reads the weights of a folder from, in the order in which transformers looks for them.
 
     Raises:
-        ValueError: an index of shards is not valid JSON, or names no files.
+        UserError: an index of shards is not valid JSON, or names no files.
     """
     for name in SINGLE_FILES:
         if (folder / name).is_file():
@@ -75,7 +77,7 @@ def weight_files(folder: Path) -> list[Path]:
             refuse_pointer(index)
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
-                raise ValueError(f"{str(index)!r} has no weight_map: download it again")
+                raise UserError(f"{str(index)!r} has no weight_map: download it again")
             return [folder / file for file in sorted(set(weight_map.values()))]
     return []
 
@@ -84,10 +86,10 @@ def refuse_pointer(file: Path) -> None:
     """Refuse a file that stands for the real one in a repository that was cloned without Git LFS.
 
     Raises:
-        ValueError: it does.
+        UserError: it does.
     """
     if _starts_with(file, LFS_POINTER):
-        raise ValueError(f"{str(file)!r} is a Git LFS pointer, not the file itself: get it with `git lfs pull`")
+        raise UserError(f"{str(file)!r} is a Git LFS pointer, not the file itself: get it with `git lfs pull`")
 
 
 def refuse_not_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
@@ -98,12 +100,12 @@ def refuse_not_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
         what: whose weights they are, for the message.
 
     Raises:
-        ValueError: naming the weights.
+        UserError: naming the weights.
     """
     broken = [name for name, tensor in weights if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        raise ValueError(f"{what}: weights are not finite: {', '.join(broken[:3])}{more}")
+        raise UserError(f"{what}: weights are not finite: {', '.join(broken[:3])}{more}")
 
 
 def _starts_with(file: Path, start: bytes) -> bool:
@@ -115,9 +117,9 @@ def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # of the JSON, or of its encoding
-        raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
+        raise UserError(f"{str(file)!r} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{str(file)!r} must hold a JSON object, got {type(content).__name__}")
+        raise UserError(f"{str(file)!r} must hold a JSON object, got {type(content).__name__}")
     return content
 
 
@@ -126,13 +128,13 @@ def _check_safetensors(file: Path) -> None:
         with safe_open(file, framework="pt") as opened:  # compares the table of tensors with the size of the file
             dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{str(file)!r} is not a whole safetensors file, download it again: {error}") from error
+        raise UserError(f"{str(file)!r} is not a whole safetensors file, download it again: {error}") from error
     for name, dtype in dtypes.items():
         if dtype.startswith(QUANTISED):
-            raise ValueError(f"quantised weights are not supported: {name} in {str(file)!r} is {dtype}")
+            raise UserError(f"quantised weights are not supported: {name} in {str(file)!r} is {dtype}")
 
 
 def _check_gguf(file: Path) -> None:
     refuse_pointer(file)
     if not _starts_with(file, b"GGUF"):
-        raise ValueError(f"{str(file)!r} is not a GGUF file")
+        raise UserError(f"{str(file)!r} is not a GGUF file")

@@ -184,46 +184,21 @@ def profile_share(model: CoDALanguageModel, x: torch.Tensor) -> dict[str, float]
 
 def case_quickstart(repeats: int, run_dir: Path) -> dict[str, Any] | None:
     """Quickstart's model on its held-out problems, budget 128: one token a step against cache and parallel rules."""
-    from transformers import AutoTokenizer
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
-    from coda_eval.sandbox import Program, run_programs
+    import coda_eval
+    from coda_eval.harness import CoDAEvalModel
 
-    problems_file = run_dir / "benchmarks" / "quickstart_problems.jsonl"
-    if not (run_dir / "model" / "config.json").is_file() or not problems_file.is_file():
+    model, data = run_dir / "model", run_dir / "benchmarks"
+    if not (model / "config.json").is_file() or not (data / "quickstart_problems.jsonl").is_file():
         console.print(f"quickstart: not measured, {run_dir} holds no model (bash quickstart.sh makes it)")
         return None
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
-    model = CoDALanguageModel.from_pretrained(run_dir / "model").eval()
-    problems = [json.loads(line) for line in problems_file.read_text().splitlines()]
-    inputs = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": problem["prompt"]}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )["input_ids"]
-        for problem in problems
-    ]
-    costs: dict[str, Any] = {}
-
-    def answer_all(name: str, **options: Any) -> list[str]:
-        costs[name] = 0
-        answers = []
-        for x in inputs:
-            output = model.diffusion_generate(
-                x,
-                max_new_tokens=128,
-                steps=128,
-                alg="topk_margin",
-                temperature=0.0,
-                top_p=None,
-                return_dict_in_generate=True,
-                **options,
-            )
-            costs[name] += output.cost.tokens_evaluated
-            answers.append(tokenizer.decode(output.sequences[0, x.shape[1] :], skip_special_tokens=True))
-        return answers
-
+    tasks = TaskManager(
+        include_path=str(Path(coda_eval.__file__).parent / "tasks"),
+        include_defaults=False,
+        metadata={"data_dir": str(data)},
+    )
     # The model was trained on answers with few end tokens behind them, and knows no canvas of 128 masks: the baseline
     # decodes the same windows as the fast contender, and the whole canvas is shown for comparison.
     windows = {"block_length": 32, "suffix_window": 0}
@@ -233,17 +208,20 @@ def case_quickstart(repeats: int, run_dir: Path) -> dict[str, Any] | None:
         "dual cache, entropy bound 0.1": {**windows, "kv_cache": "dual", "refresh_window": 32, "entropy_bound": 0.1},
         "dual cache, threshold 0.9": {**windows, "kv_cache": "dual", "refresh_window": 32, "threshold": 0.9},
     }
-    runs = {name: partial(answer_all, name, **options) for name, options in settings.items()}
-    rows = measure(runs, 1, warm_up=False)  # of more than a hundred answers each
-    facts = {}
-    for name, row in rows.items():
-        programs = [
-            Program(candidate=answer, tests=f"{problem['test']}\ncheck({problem['entry_point']})")
-            for answer, problem in zip(row["result"], problems, strict=True)
-        ]
-        verdicts = run_programs(programs)
-        facts[f"pass@1 in %, {name}"] = 100 * sum(verdict.passed for verdict in verdicts) / len(verdicts)
-        facts[f"tokens evaluated, {name}"] = costs[name]
+    shared = {"max_new_tokens": 128, "steps": 128, "alg": "topk_margin", "temperature": 0.0, "top_p": None}
+    rows, facts, baseline = {}, {}, None
+    for name, options in settings.items():
+        evaluated = CoDAEvalModel(str(model), device="cpu", batch_size=1, **shared, **options)
+        output = simple_evaluate(
+            evaluated, tasks=["quickstart_problems"], task_manager=tasks, apply_chat_template=True, bootstrap_iters=0
+        )
+        samples = output["samples"]["quickstart_problems"]
+        answers = [json.loads(sample["filtered_resps"][0][0]) for sample in samples]
+        seconds = sum(answer["generation_s"] for answer in answers)
+        baseline = baseline or seconds
+        rows[name] = {"median_s": seconds, "speedup": baseline / seconds, "result": answers}
+        facts[f"pass@1 in %, {name}"] = 100 * output["results"]["quickstart_problems"]["pass@1,run"]
+        facts[f"tokens evaluated, {name}"] = sum(answer["batch_cost"]["tokens_evaluated"] for answer in answers)
     goal = ">= 10x fewer tokens evaluated, >= 5x, pass@1 within 1 point"
     return {"rows": rows, "facts": facts, "goal": goal}
 

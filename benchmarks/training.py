@@ -51,7 +51,7 @@ def make_data(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from coda_pretrain.shards import ShardWriter, build_manifest
+    from coda_pretrain.data.shards import ShardWriter, build_manifest
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -79,7 +79,7 @@ def contend(name: str, folder: Path) -> None:
     """Train as contender ``name``: one step for each line on stdin, its seconds and loss on stdout."""
     from coda_pretrain.config import RunConfig
     from coda_pretrain.plain_data import from_dict
-    from coda_pretrain.trainer import Trainer
+    from coda_pretrain.train.trainer import Trainer
 
     config = {
         "output_dir": str(folder / re.sub(r"\W+", "-", name)),

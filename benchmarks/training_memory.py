@@ -97,11 +97,11 @@ def run_case(case: dict[str, Any]) -> None:
 
 
 def _run_layers(case: dict[str, Any]) -> None:
-    from coda_pretrain.backends.base import create_backend
     from coda_pretrain.config import OptimizerConfig
-    from coda_pretrain.hardware import HardwareConfig
-    from coda_pretrain.optim import build_optimizer
-    from coda_pretrain.step_functions import StepFunctions
+    from coda_pretrain.devices import create_backend
+    from coda_pretrain.devices.config import HardwareConfig
+    from coda_pretrain.train.optim import build_optimizer
+    from coda_pretrain.train.step import StepFunctions
 
     backend = create_backend(HardwareConfig(backend="xla", **case["settings"]))
     model = backend.prepare_model(_network(case))
@@ -156,7 +156,7 @@ def _run_loss(case: dict[str, Any]) -> None:
     import torch.nn.functional as F
     import torch_xla
 
-    from coda_pretrain.backends.xla_loss import looped_cross_entropy
+    from coda_pretrain.devices.loss import looped_cross_entropy
 
     device = torch_xla.device()
     shape = (case["num_rows"], case["seq_len"])

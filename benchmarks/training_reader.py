@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coda_pretrain.batches import Batches
 from coda_pretrain.config import RunConfig
-from coda_pretrain.masking import corrupt_rows
-from coda_pretrain.mixture import Mixture
+from coda_pretrain.data.mixture import Mixture
+from coda_pretrain.data.shards import ShardWriter, build_manifest, token_dtype
+from coda_pretrain.noise.masking import TokenFacts
 from coda_pretrain.plain_data import from_dict
-from coda_pretrain.shards import ShardWriter, build_manifest, token_dtype
+from coda_pretrain.train.batches import Batches
+from CoDALanguageModel.noise import CleanRows, draw_rows, noise_rows
 
 MASK_ID, PAD_ID, VOCAB_SIZE = 151669, 151643, 151670
 
@@ -51,12 +52,11 @@ def masking_case(num_rows: int, seq_len: int, block: int) -> dict[str, Callable[
     maskable = torch.ones(num_rows, seq_len, dtype=torch.bool)
     t = torch.linspace(0.01, 0.99, num_rows)
 
-    arrays = ids.numpy(), maskable.numpy(), t.numpy()
-    spans = np.full(num_rows, block)
+    rows, lengths = CleanRows(ids, torch.ones_like(ids)), [seq_len] * num_rows
 
     def ours() -> None:
-        uniforms = np.random.default_rng(0).random((num_rows, seq_len + block - 1), dtype=np.float32)
-        corrupt_rows(*arrays, uniforms, spans, mask_token_id=MASK_ID)
+        drawn = draw_rows(0, range(num_rows), lengths, seq_len, strategies=(0, 0, 1), span_lengths=[block])
+        noise_rows(rows, t, drawn, mask_token_id=MASK_ID, pad_token_id=PAD_ID)
 
     def published() -> None:
         published_windows(ids, maskable, t, mask_token_id=MASK_ID, block=block)
@@ -156,8 +156,7 @@ def measure_reader(seq_len: int, global_batch_size: int, num_steps: int, num_tok
         )
         mixture = Mixture(config.data, seq_len=seq_len, seed=0)
         rows = range(global_batch_size)
-        ids = {"mask_token_id": MASK_ID, "pad_token_id": PAD_ID}
-        batches = Batches(config, mixture, rows=rows, num_steps=num_steps, **ids)
+        batches = Batches(config, mixture, rows=rows, num_steps=num_steps, tokens=TokenFacts(MASK_ID, PAD_ID))
         batches.make(0)
         started = time.perf_counter()
         for step in range(1, num_steps + 1):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -82,6 +83,52 @@ def test_rooms_only_know_the_model(room):
     for file in files:
         foreign = (imported_roots(file) & (ROOMS.keys() | {"save_hf_model", "tests"})) - allowed
         assert not foreign, f"{file} imports {foreign}: rooms talk through folders on disk, not imports"
+
+
+CHAPTERS = {
+    "plain_data": set(),
+    "places": set(),
+    "data": {"places", "plain_data"},
+    "noise": {"data"},
+    "devices": {"plain_data"},
+    "config": {"data", "noise", "devices", "plain_data"},
+    "checkpoints": {"config", "devices", "places", "plain_data"},
+    "watch": {"config", "data", "noise", "devices", "plain_data"},
+    "train": {"checkpoints", "watch", "config", "data", "noise", "devices", "places", "plain_data"},
+    "plan": {"train", "watch", "config", "data", "noise", "devices", "plain_data"},
+}
+"""Pre-training's files and folders in the order of the story, and which of the earlier ones each may import."""
+
+
+def test_the_chapters_of_pre_training_only_know_earlier_ones():
+    root, earlier = ROOMS["coda_pretrain"], set()
+    found = {path.stem for path in root.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert found - {"__init__", "__main__", "export", "pipeline"} == CHAPTERS.keys(), "the last two are old names"
+    for chapter, allowed in CHAPTERS.items():
+        assert allowed <= earlier, f"{chapter} may not know {allowed - earlier}, which come later"
+        earlier.add(chapter)
+    for file in root.rglob("*.py"):
+        path = file.relative_to(root)
+        if path.parts[0].removesuffix(".py") not in CHAPTERS:
+            continue
+        for level, name in imports(file):
+            if level == len(path.parts):  # from the package's root
+                chapter = name.split(".")[0]
+                assert chapter in CHAPTERS[path.parts[0].removesuffix(".py")], f"{path} imports {chapter}"
+            assert level or not name.startswith("coda_pretrain"), f"{path} imports {name} absolutely"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_modules_do_not_import_each_other_in_circles(room):
+    root = ROOMS[room]
+    arrows = {}
+    for file in root.rglob("*.py"):
+        package = file.relative_to(root).with_suffix("").parts[:-1]
+        arrows[".".join((*package, file.stem))] = {
+            ".".join((*package[: len(package) - level + 1], name)) if level else name.removeprefix(f"{room}.")
+            for level, name in imports(file)
+        }
+    list(TopologicalSorter(arrows).static_order())  # raises CycleError with the circle
 
 
 def test_model_room_imports_only_torch_transformers_and_flat_siblings():

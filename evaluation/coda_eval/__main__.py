@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from CoDALanguageModel.errors import UserError
+
 TASKS = Path(__file__).with_name("tasks")
 """Folder of our task files; always searched, besides lm-eval's own."""
 
@@ -44,7 +46,7 @@ def main() -> None:
             run(args)
         else:
             cli.execute(args)
-    except ValueError as error:
+    except UserError as error:
         if os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
             raise SystemExit(f"coda_eval: error: {error}") from error
         raise

@@ -27,6 +27,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from coda_eval import session
 from coda_eval.hosted import HostedLM, answer_record, on_device, place
 from coda_eval.programs import Answer
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import Codec
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class AutoregressiveModel(HostedLM):
     """lm-eval's ``hf`` with healed prompts, and with gaps filled by the model's own fill-in-the-middle tokens.
 
     Raises:
-        ValueError: the model has no tokens for gaps, or a prompt does not fit in the context (the document is named).
+        UserError: the model has no tokens for gaps, or a prompt does not fit in the context (the document is named).
     """
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -122,7 +123,7 @@ class AutoregressiveModel(HostedLM):
             return None
         if self.backend != "causal":
             if is_gap:
-                raise ValueError(f"{place(request)}: only decoder models fill gaps, not {self.backend}")
+                raise UserError(f"{place(request)}: only decoder models fill gaps, not {self.backend}")
             return None
         settings = dict(normalize_gen_kwargs(copy.deepcopy(given), self.max_gen_toks))
         if is_gap:
@@ -130,7 +131,7 @@ class AutoregressiveModel(HostedLM):
         else:
             ids, tail = self._healed(text)
         if len(ids) + len(tail) + settings["max_gen_toks"] > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"{place(request)}: {len(ids)} tokens of prompt and max_gen_toks={settings['max_gen_toks']} "
                 f"exceed the context of {self.max_length} tokens; set --gen_kwargs max_gen_toks=N to a smaller number"
             )
@@ -171,7 +172,7 @@ class AutoregressiveModel(HostedLM):
                 logger.info("gaps are filled with %s, %s and %s", *tokens[:3])
                 return tokens
         kinds = ", ".join(tokens.prefix for tokens in FILL_TOKENS)
-        raise ValueError(
+        raise UserError(
             f"{self.tokenizer.name_or_path!r} has no fill-in-the-middle tokens (known: {kinds} and those that go with "
             "each): the text before a gap alone would be another task; leave the infilling tasks out"
         )
@@ -245,7 +246,7 @@ class AutoregressiveModel(HostedLM):
         """The house's codec, or None for a tokenizer whose pieces of text do not join."""
         try:
             return Codec(self.tokenizer)
-        except ValueError as error:
+        except UserError as error:
             logger.info("pieces of text are encoded after a mark: %s", error)
             return None
 
@@ -261,14 +262,14 @@ class AutoregressiveModel(HostedLM):
         """Ids of text as it stands after other text; what looks like a control token is text.
 
         Raises:
-            ValueError: the tokenizer does not give the text back.
+            UserError: the tokenizer does not give the text back.
         """
         if self._codec is not None:
             return self._codec.encode_text(text, joins=True)
         marked = self._as_text(_MARK + text)
         ids = marked[len(self._anchor) :]
         if marked[: len(self._anchor)] != self._anchor or self.decode(ids) != text:
-            raise ValueError(
+            raise UserError(
                 f"{self.tokenizer.name_or_path!r}: the tokenizer does not give a piece of text back as it was"
             )
         return ids

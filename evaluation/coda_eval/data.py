@@ -23,6 +23,8 @@ from typing import Any
 
 import datasets
 
+from CoDALanguageModel.errors import UserError
+
 DATA_VARIABLE = "CODA_EVAL_DATA"
 """Environment variable that names a folder with benchmark files."""
 
@@ -175,16 +177,16 @@ def documents(data: str, data_dir: str | None = None, gap_length: str | int = "t
         Splits ``test`` and, for MBPP, ``examples``.
 
     Raises:
-        ValueError: the benchmark, its file, a row or the gap length cannot be used; the message names the remedy,
+        UserError: the benchmark, its file, a row or the gap length cannot be used; the message names the remedy,
             or the file, line and field.
     """
     if data not in SOURCES:
-        raise ValueError(f"unknown benchmark {data!r} (known: {', '.join(SOURCES)})")
+        raise UserError(f"unknown benchmark {data!r} (known: {', '.join(SOURCES)})")
     gap_tokens = 0 if gap_length == "true" else gap_length
     if not isinstance(gap_tokens, int) or isinstance(gap_tokens, bool) or (gap_length != "true" and gap_tokens < 1):
-        raise ValueError(f"gap_length must be 'true' or a positive number of tokens, got {gap_length!r}")
+        raise UserError(f"gap_length must be 'true' or a positive number of tokens, got {gap_length!r}")
     if data_dir is not None and not isinstance(data_dir, str):
-        raise ValueError(f"data_dir must be the path of a folder, got {data_dir!r}: give it as JSON, in quotes")
+        raise UserError(f"data_dir must be the path of a folder, got {data_dir!r}: give it as JSON, in quotes")
     rows = list(_rows(data, data_dir or os.environ.get(DATA_VARIABLE) or "").values())
     splits = {"test": rows}
     if data == "mbpp":
@@ -193,7 +195,7 @@ def documents(data: str, data_dir: str | None = None, gap_length: str | int = "t
             "examples": [row for row in rows if row["task_id"] in MBPP_EXAMPLE_IDS],
         }
     if not splits["test"]:
-        raise ValueError(f"{data} has no problem of its test split: no task_id in {MBPP_TEST_IDS}")
+        raise UserError(f"{data} has no problem of its test split: no task_id in {MBPP_TEST_IDS}")
     visible = {name: [_document(data, row, gap_tokens, data_dir) for row in part] for name, part in splits.items()}
     return {name: datasets.Dataset.from_list(part) for name, part in visible.items() if part}
 
@@ -241,9 +243,9 @@ def _rows(data: str, folder: str) -> dict[Any, dict[str, Any]]:
         places[row["task_id"]] = place
     if flaws:
         shown = "; ".join(flaws[:_SHOWN_FLAWS]) + ("; ..." if len(flaws) > _SHOWN_FLAWS else "")
-        raise ValueError(f"{path or data}: {len(flaws)} of {len(rows)} rows cannot be used: {shown}")
+        raise UserError(f"{path or data}: {len(flaws)} of {len(rows)} rows cannot be used: {shown}")
     if not rows:
-        raise ValueError(f"{path or data} has no rows")
+        raise UserError(f"{path or data} has no rows")
     return by_id
 
 
@@ -280,7 +282,7 @@ def _find(names: tuple[str, ...], folder: str) -> Path | None:
         return None
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise ValueError(f"the benchmark folder {folder!r} ({DATA_VARIABLE} or data_dir) does not exist")
+        raise UserError(f"the benchmark folder {folder!r} ({DATA_VARIABLE} or data_dir) does not exist")
     for name in names:
         for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
             if found := [path for path in sorted(root.glob(pattern)) if path.is_file()]:
@@ -306,7 +308,7 @@ def _read(path: Path) -> list[tuple[str, Any]]:
                 if line.strip():
                     rows.append((f"line {number}", _parsed(line, f"line {number} of {path}")))
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read after line {number}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} cannot be read after line {number}: {type(error).__name__}: {error}") from error
     return rows
 
 
@@ -314,7 +316,7 @@ def _parsed(line: str, place: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON: {error}; the file must hold one JSON object a line") from error
+        raise UserError(f"{place} is not JSON: {error}; the file must hold one JSON object a line") from error
 
 
 def _download(data: str, source: Source, folder: str) -> list[tuple[str, Any]]:
@@ -322,11 +324,11 @@ def _download(data: str, source: Source, folder: str) -> list[tuple[str, Any]]:
     wanted = " or ".join(source.files)
     where = f"in {folder}" if folder else f"({DATA_VARIABLE} is not set)"
     if not source.hub:
-        raise ValueError(f"{data} needs the file {wanted}: not found {where}; set {DATA_VARIABLE} to its folder")
+        raise UserError(f"{data} needs the file {wanted}: not found {where}; set {DATA_VARIABLE} to its folder")
     try:
         splits = datasets.load_dataset(*source.hub)
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
-        raise ValueError(
+        raise UserError(
             f"{data}: no {wanted} {where}, and {source.hub[0]} could not be loaded from the Hub "
             f"({type(error).__name__}: {error}); set {DATA_VARIABLE} to a folder with the file"
         ) from error

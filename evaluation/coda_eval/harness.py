@@ -5,7 +5,6 @@ for a masked-diffusion model is here: generation, infilling, and the likelihood 
 """
 
 import dataclasses
-import difflib
 import hashlib
 import inspect
 import json
@@ -13,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,30 +26,53 @@ from coda_eval.hosted import HostedLM, answer_record, on_device, place
 from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
 from CoDALanguageModel import CoDALanguageModel
-from CoDALanguageModel.prompts import Codec
+from CoDALanguageModel.answers import AnswerReader, end_ids
+from CoDALanguageModel.decoding_settings import SETTINGS, offered
+from CoDALanguageModel.errors import UserError, did_you_mean
+from CoDALanguageModel.prompts import Codec, gaps
 
 logger = logging.getLogger(__name__)
-
-GENERATION_SETTINGS = frozenset(
-    "max_new_tokens steps alg alg_temp temperature top_p top_k block_length eps seed eos_early_stop do_sample "
-    "mask_token_id pad_token_id bos_token_id eos_token_id num_token_ids".split()
-)
-"""Fields of ``DiffusionGenerationConfig`` that model_args, --gen_kwargs and task files may set."""
 
 LOADER_SETTINGS = frozenset({"attn_implementation", "device_map", "load_in_4bit", "load_in_8bit"})
 """Keyword arguments of ``from_pretrained`` that model_args may hold."""
 
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_HIDDEN = "\ue000"  # private-use character that hides a special token's text from the chat template's tokens
 
 
-def refuse_unknown(given: Sequence[str], known: Sequence[str], place: str) -> None:
-    """Raise ValueError for the first name that is not known, with the nearest one that is."""
+def generation_settings() -> set[str]:
+    """Decoding settings that model_args, --gen_kwargs and task files may hold."""
+    return {row.name for row in offered("evaluation")}
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], place: str) -> None:
+    """Raise UserError for the first name that is not known, with the nearest one that is, or why it is withheld."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown setting {name!r} in {place}{hint} (known: {', '.join(sorted(known))})")
+            if name in SETTINGS:
+                raise UserError(f"{name} cannot be set in {place}: {SETTINGS[name].withheld['evaluation']}")
+            hint = did_you_mean(name, sorted(known))
+            raise UserError(f"unknown setting {name!r} in {place}{hint} (known: {', '.join(sorted(known))})")
+
+
+class ChatPrompt(str):
+    """What lm-eval holds as the text of a prompt: a conversation as the template writes it, and the conversation.
+
+    lm-eval hands strings from ``apply_chat_template`` to the model, in which control tokens and what looks like them
+    can no longer be told apart. The messages travel along, also through copies, files and other processes.
+    """
+
+    messages: list[dict[str, str]]
+    continues: bool
+    """Whether the last message is the beginning of the answer."""
+
+    def __new__(cls, text: str, messages: Sequence[dict[str, str]], continues: bool) -> "ChatPrompt":
+        """A string that knows the messages."""
+        prompt = super().__new__(cls, text)
+        prompt.messages, prompt.continues = list(messages), continues
+        return prompt
+
+    def __getnewargs__(self) -> tuple[str, list[dict[str, str]], bool]:
+        return str(self), self.messages, self.continues
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +82,10 @@ class _Job:
     index: int  # place in the list of requests
     repeat: int  # which of the answers to one document
     ids: list[int]
+    gap: slice | None  # where the answer stands in the ids, if it does
     settings: dict[str, Any]
     until: list[str]
     seed: int
-    is_gap: bool
 
 
 @register_model("coda", "diffllm")
@@ -75,11 +97,12 @@ class CoDAEvalModel(HostedLM):
         mc_num: masked inputs per likelihood; a continuation with at most that many mask patterns is exact.
         seed: base of all draws; by default the torch seed of ``--seed``. Each answer's own seed is made from this
             one, the task, the document and the repeat, and from nothing else.
-        **kwargs: any field of ``DiffusionGenerationConfig``, which then wins over ``--gen_kwargs``, which wins over
-            the task file, which wins over the checkpoint's ``generation_config.json``; and ``HFLM``'s arguments.
+        **kwargs: any setting of ``DiffusionGenerationConfig`` that is not withheld here, which then wins over
+            ``--gen_kwargs``, which wins over the task file, which wins over the checkpoint's
+            ``generation_config.json``; and ``HFLM``'s arguments.
 
     Raises:
-        ValueError: an unknown setting, with the nearest known one, a value that cannot hold, or a tokenizer that does
+        UserError: an unknown setting, with the nearest known one, a value that cannot hold, or a tokenizer that does
             not give pieces of text back as they were.
     """
 
@@ -87,59 +110,56 @@ class CoDAEvalModel(HostedLM):
 
     def __init__(self, pretrained: Any, *, mc_num: int = 128, seed: int | None = None, **kwargs: Any) -> None:
         loader = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
-        refuse_unknown(list(kwargs), loader | GENERATION_SETTINGS | LOADER_SETTINGS | {"mc_num"}, "model_args")
+        settings = generation_settings() - {"seed"}  # the parameter
+        refuse_unknown(kwargs, loader | settings | LOADER_SETTINGS | {"mc_num", "seed"}, "model_args")
         if isinstance(mc_num, bool) or not isinstance(mc_num, int) or mc_num < 1:
-            raise ValueError(f"mc_num must be a positive integer, got {mc_num!r}")
+            raise UserError(f"mc_num must be a positive integer, got {mc_num!r}")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+            raise UserError(f"seed must be an integer >= 0, got {seed!r}")
         if str(kwargs.get("batch_size", 1)).startswith("auto"):
-            raise ValueError("batch_size must be a number for this model, got 'auto'; set --batch_size N")
+            raise UserError("batch_size must be a number for this model, got 'auto'; set --batch_size N")
         if isinstance(pretrained, str) and "/" not in pretrained and not os.path.isdir(pretrained):
-            raise ValueError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
-        self.fixed_settings = {name: kwargs.pop(name) for name in sorted(GENERATION_SETTINGS & kwargs.keys())}
+            raise UserError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
+        given = {name: kwargs.pop(name) for name in sorted(settings & kwargs.keys())}
+        self.fixed_settings = {name: SETTINGS[name].read(value) for name, value in given.items()}
         self.mc_num, self.seed = mc_num, seed
         super().__init__(pretrained=pretrained, **kwargs)
         if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "diffusion_generate"):
-            raise ValueError(f"{pretrained!r} is not a CoDA model; run autoregressive models with --model hf")
+            raise UserError(f"{pretrained!r} is not a CoDA model; run autoregressive models with --model hf")
         self.model.generation_config.merged(self.fixed_settings)  # refuses bad values before any work is done
-        self.codec = Codec(self.tokenizer)  # refuses tokenizers whose pieces do not join to the text
-        special = set(self.tokenizer.all_special_tokens) | set(self.tokenizer.get_added_vocab())
-        self._special_texts = sorted(special, key=len, reverse=True)
-        self._chat = False
+        # Refuses tokenizers whose pieces do not join to the text.
+        self.codec = Codec(self.tokenizer, self.chat_template_args)
 
     # Prompts
 
-    def chat_template(self, chat_template: bool | str = False) -> str:
-        """The template in use; lm-eval asks for it when ``--apply_chat_template`` is given."""
-        self._chat = self._chat or bool(chat_template)
-        return super().chat_template(chat_template)
-
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a conversation; special-token text inside the messages is marked, so that it stays text."""
-        self._chat = True
-        messages = [{**message, "content": self._hide(message["content"])} for message in chat_history]
-        return super().apply_chat_template(messages, add_generation_prompt)
+        """A conversation as lm-eval shows and keeps it, with what ``encode_prompt`` needs.
 
-    def _hide(self, text: str) -> str:
-        for token in self._special_texts:
-            text = text.replace(token, token[0] + _HIDDEN + token[1:])
-        return text
-
-    def encode_text(self, text: str) -> list[int]:
-        """Token ids of plain text: what looks like a control token is text, and none is added."""
-        return self.codec.encode_text(text)
+        Raises:
+            UserError: the template refuses the messages, a system message for example.
+        """
+        continues = not add_generation_prompt
+        return ChatPrompt(self.codec.render(chat_history, continues), chat_history, continues)
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of a prompt: the chat template's special tokens count, those inside the messages do not."""
-        if not self._chat:
-            return self.encode_text(prompt)
-        ids: list[int] = []
-        while _HIDDEN in prompt:
-            at = prompt.index(_HIDDEN)
-            token = next(t for t in self._special_texts if prompt[at - 1 :].startswith(t[0] + _HIDDEN + t[1:]))
-            head, prompt = prompt[: at - 1], prompt[at + len(token) :]
-            ids += self.tok_encode(head, add_special_tokens=False) + self.encode_text(token)
-        return ids + self.tok_encode(prompt, add_special_tokens=False)
+        """Token ids of a prompt: control tokens stand only where the chat template puts them."""
+        if isinstance(prompt, ChatPrompt):
+            return self.codec.encode_chat(prompt.messages, continue_final_message=prompt.continues)
+        return self.codec.encode_text(prompt)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids of text in likelihoods, behind the tokens with which the tokenizer itself begins."""
+        start = super().tok_encode("", add_special_tokens)
+        ids = [*start, *self.codec.encode_text(string)]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context and of what is scored behind it: in a chat, as it is trained and asked."""
+        if isinstance(context, ChatPrompt):
+            return self.encode_prompt(context), self.codec.encode_text(continuation, joins=True)
+        return super()._encode_pair(context, continuation)
 
     # Generation
 
@@ -147,7 +167,7 @@ class CoDAEvalModel(HostedLM):
         """Answer requests of any mix of tasks; each answer is what the request would get alone.
 
         Raises:
-            ValueError: an unknown setting, or a prompt that does not fit in the context (the document is named).
+            UserError: an unknown setting, or a prompt that does not fit in the context (the document is named).
         """
         return session.agree(lambda: self._generate(requests, disable_tqdm))
 
@@ -165,12 +185,12 @@ class CoDAEvalModel(HostedLM):
                 continue
             originals[id(request), repeat] = index
             job = self._job(index, request, repeat)
-            if job.is_gap and self.model.config.mask_token_id not in job.ids:  # an empty gap: nothing to ask
+            if job.gap and job.gap.start == job.gap.stop:  # an empty gap: nothing to ask
                 answers[index] = Answer()
                 answers[index].new_tokens = answers[index].forwards = 0
                 session.save_answers([answer_record(request, repeat, answers[index])])
                 continue
-            groups[json.dumps([job.is_gap, job.settings], sort_keys=True)].append(job)
+            groups[json.dumps([job.gap is not None, job.settings], sort_keys=True)].append(job)
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Denoising")
         for group in groups.values():
             group.sort(key=lambda job: (-len(job.ids), job.index))
@@ -192,26 +212,28 @@ class CoDAEvalModel(HostedLM):
         document = request.doc if isinstance(request.doc, dict) else {}
         name = place(request)
         settings, until = self._settings(given, f"the generation settings of {request.task_name}")
-        is_gap = "infill_prefix" in document
-        if is_gap:
-            if self._chat and index == 0:
-                logger.warning("gaps are filled in place: the chat template is not used for %s", request.task_name)
-            ids = self._gap_ids(document)
-            settings["max_new_tokens"] = 0
-        else:
-            ids = self.encode_prompt(prompt)
+        try:
+            if "infill_prefix" in document:
+                ids, gap = self._gap(document)
+                settings["max_new_tokens"], until = 0, []
+                if isinstance(prompt, ChatPrompt) and index == 0:
+                    logger.warning("gaps are filled in place: no chat template is used for %s", request.task_name)
+            else:
+                ids, gap = self.encode_prompt(prompt), None
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
         total = len(ids) + settings["max_new_tokens"]
         if total > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"{name}: {len(ids)} tokens of prompt and max_new_tokens={settings['max_new_tokens']} exceed the "
                 f"context of {self.max_length} tokens; prompts are never cut, so lower max_new_tokens or leave it out"
             )
         if not ids:
-            raise ValueError(f"{name}: the prompt is empty")
+            raise UserError(f"{name}: the prompt is empty")
         base = torch.initial_seed() if self.seed is None else self.seed
         content = json.dumps([base, request.task_name, self._identity(request), repeat])
         seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:7])
-        return _Job(index, repeat, ids, settings, until, seed, is_gap)
+        return _Job(index, repeat, ids, gap, settings, until, seed)
 
     @staticmethod
     def _identity(request: Instance) -> str:
@@ -224,7 +246,10 @@ class CoDAEvalModel(HostedLM):
         """Resolve one request's settings: model_args over the request's own; stop strings apart."""
         until = given.pop("until", None) or []
         lengths = [given.pop(name) for name in _LENGTH_NAMES if name in given]
-        refuse_unknown(list(given), GENERATION_SETTINGS | {"until", *_LENGTH_NAMES}, place)
+        if "seed" in given:
+            raise UserError(f"seed cannot be set in {place}: --seed or the seed of model_args is for all tasks")
+        refuse_unknown(given, generation_settings() | {"until", *_LENGTH_NAMES}, place)
+        given = {name: SETTINGS[name].read(value) for name, value in given.items()}
         if lengths:
             given["max_new_tokens"] = int(lengths[0])
         if given.get("do_sample") is False and given.get("temperature"):
@@ -236,18 +261,18 @@ class CoDAEvalModel(HostedLM):
         settings.setdefault("max_new_tokens", self.model.generation_config.max_new_tokens)
         return settings, [until] if isinstance(until, str) else list(until)
 
-    def _gap_ids(self, document: dict[str, Any]) -> list[int]:
-        """Prefix, masks and suffix; the pieces are tokenised apart, so that neither side can shift the other."""
-        middle, suffix = (
-            self.codec.encode_text(document[name], joins=True) for name in ("infill_middle", "infill_suffix")
+    def _gap(self, document: dict[str, Any]) -> tuple[list[int], slice]:
+        """Ids of a text with one gap, and where the gap is."""
+        names = ("infill_prefix", "infill_middle", "infill_suffix")
+        prefix, middle, suffix = self.codec.encode_pieces([document[name] for name in names])
+        config, start = self.model.config, self.custom_prefix_token_id
+        text = gaps(
+            [prefix, suffix],
+            [document["infill_tokens"] or len(middle)],
+            config.mask_token_id,
+            config.document_start_id if start is None else start,
         )
-        length = document["infill_tokens"] or len(middle)
-        mask = self.model.config.mask_token_id
-        prefix = self.encode_text(document["infill_prefix"])
-        if not prefix and self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
-            raise ValueError("a gap at the start of a text needs a tokenizer with a bos or eos token")
-        start = prefix or [self.prefix_token_id]  # the first position of a row has no predecessor to score it
-        return start + [mask] * length + suffix
+        return text.ids, text.gaps[0]
 
     def _answer(self, batch: list[_Job]) -> list[Answer]:
         """Decode one batch, left-padded."""
@@ -261,34 +286,30 @@ class CoDAEvalModel(HostedLM):
             **batch[0].settings,
         )
         seconds = (time.monotonic() - started) / len(batch)
-        sources, rows, forwards = inputs.tolist(), output.sequences.tolist(), output.num_forwards.tolist()
-        answers = []
-        for job, source, row, num_forwards in zip(batch, sources, rows, forwards, strict=True):
-            if job.is_gap:
-                answer = self._gap_answer(source, row)
-            else:
-                answer = self._text_answer(row[len(source) :], job.until, after=source)
-            answer.forwards, answer.generation_s = num_forwards, round(seconds, 4)
+        cost = {"answers": len(batch), **output.cost.as_dict()}
+        config = self.model.generation_config.merged(batch[0].settings)
+        ends = end_ids(self.model.config, config)
+        width, answers = inputs.shape[1], []
+        for job, row, num_forwards in zip(batch, output.sequences.tolist(), output.num_forwards.tolist(), strict=True):
+            start = width - len(job.ids)
+            where = slice(width, None) if job.gap is None else slice(start + job.gap.start, start + job.gap.stop)
+            answer = self._read(row[where], job.ids if job.gap is None else job.ids[: job.gap.start], job.until, ends)
+            answer.forwards, answer.generation_s, answer.batch_cost = num_forwards, round(seconds, 4), cost
             answers.append(answer)
         return answers
 
-    def _gap_answer(self, source: list[int], row: list[int]) -> Answer:
-        """The text of the filled masks."""
-        mask = self.model.config.mask_token_id
-        ids = [token for before, token in zip(source, row, strict=True) if before == mask]
-        left = source[: source.index(mask)] if mask in source else source
-        answer = Answer(self.codec.decode(ids, after=left))
-        answer.new_tokens = len(ids)
-        return answer
-
-    def _text_answer(self, ids: list[int], until: list[str], after: list[int] | tuple[int, ...] = ()) -> Answer:
-        """The text up to the first end token, then up to the first stop string."""
-        ends = self._end_ids()
-        length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        text = self.codec.decode(ids[:length], after=after)
-        stops = [at for stop in until if stop and (at := text.find(stop)) >= 0]
-        answer = Answer(text[: min(stops)] if stops else text)
-        answer.new_tokens = length
+    def _read(self, ids: list[int], after: list[int], until: Sequence[str], ends: frozenset[int]) -> Answer:
+        """The text of an answer, up to its end."""
+        reader = AnswerReader(
+            decode=self.codec.decode,
+            mask_token_id=self.model.config.mask_token_id,
+            eos_token_ids=ends,
+            prompt_ids=after,
+            stop=[string for string in until if string],
+        )
+        reading = reader.read(ids)
+        answer = Answer(reading.text)
+        answer.new_tokens = reading.num_tokens
         return answer
 
     # Likelihood

@@ -9,6 +9,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
+from coda_eval.programs import Answer
+from CoDALanguageModel.answers import end_ids
+from CoDALanguageModel.errors import UserError
+
 CACHE_LIES = (
     "lm-eval's cache of answers knows a prompt by its text alone: another checkpoint, seed or number of steps would "
     "get the old answers, and the samples of one problem would become one"
@@ -22,17 +26,17 @@ class HostedLM(HFLM):
     """lm-eval's Hugging Face model, which knows its rank also without GPUs and has no cache.
 
     Raises:
-        ValueError: ``pretrained`` is not a path or a model, or the processes do not see each other.
+        UserError: ``pretrained`` is not a path or a model, or the processes do not see each other.
     """
 
     def __init__(self, pretrained: Any, **kwargs: Any) -> None:
         if isinstance(pretrained, (int, float, tuple, list, dict, set, bool)) or pretrained is None:
-            raise ValueError(
+            raise UserError(
                 f"pretrained must be a folder or a Hub name, got {pretrained!r}: key=value arguments are read as "
                 'Python values; give such a name as JSON: --model_args \'{"pretrained": "NAME"}\''
             )
         if isinstance(pretrained, str) and not os.path.isdir(pretrained) and not _HUB_NAME.fullmatch(pretrained):
-            raise ValueError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
+            raise UserError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
         super().__init__(pretrained=pretrained, **kwargs)
         if kwargs.get("tp_plan") is not None:
             return  # the ranks hold one model together and do the same work
@@ -45,7 +49,7 @@ class HostedLM(HFLM):
             if self.model.device != self._device:
                 self.model.to(self._device)
         if self.world_size != int(os.environ.get("WORLD_SIZE", "1")) and isinstance(pretrained, str):
-            raise ValueError(
+            raise UserError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {self.world_size} process(es), so that "
                 "every process would do all the work: set USE_TORCH_XLA=false, and without GPUs ACCELERATE_USE_CPU=true"
             )
@@ -54,17 +58,13 @@ class HostedLM(HFLM):
         """Refuse lm-eval's cache.
 
         Raises:
-            ValueError: always.
+            UserError: always.
         """
-        raise ValueError(f"use_cache is refused: {CACHE_LIES}")
+        raise UserError(f"use_cache is refused: {CACHE_LIES}")
 
     def _end_ids(self) -> set[int]:
         """Ids that end an answer: end tokens of model and settings, and the pad that stands behind them."""
-        found = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.model.config.pad_token_id}
-        for source in (self.model.config, self.model.generation_config):
-            ids = source.eos_token_id
-            found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
-        return found - {None}
+        return set(end_ids(self.tokenizer, self.model.config, self.model.generation_config))
 
 
 def label(request: Instance) -> Any:
@@ -80,9 +80,8 @@ def place(request: Instance) -> str:
 
 def answer_record(request: Instance, repeat: int, answer: str) -> dict[str, Any]:
     """What the file of answers says about an answer."""
-    costs = {name: getattr(answer, name, None) for name in ("new_tokens", "forwards", "generation_s")}
     where = {"task": request.task_name, "doc_id": request.doc_id, "task_id": label(request), "repeat": repeat}
-    return {**where, "answer": str(answer), **costs}
+    return {**where, "answer": str(answer), **Answer.cost_of(answer)}
 
 
 def on_device(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

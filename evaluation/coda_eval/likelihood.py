@@ -10,7 +10,6 @@ which is log p itself where the conditionals agree with one joint distribution (
 All 2^L - 1 sets are enumerated when they fit the budget; otherwise l is sampled systematically and S uniformly.
 """
 
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from CoDALanguageModel.diffusion import named_rng, scored_by
+from CoDALanguageModel.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ def plan_masks(length: int, mc_num: int, rng: np.random.Generator) -> MaskPlan:
         the same chance (rounding a linspace does not), and for each l a uniform set. Weight L / (l * n).
 
     Raises:
-        ValueError: ``length`` or ``mc_num`` is not positive.
+        UserError: ``length`` or ``mc_num`` is not positive.
     """
     if length < 1 or mc_num < 1:
-        raise ValueError(f"length and mc_num must be positive, got {length} and {mc_num}")
+        raise UserError(f"length and mc_num must be positive, got {length} and {mc_num}")
     if length < 63 and 2**length - 1 <= mc_num:
         masked = np.array(list(itertools.product((False, True), repeat=length)))[1:]
         sizes = masked.sum(axis=1)
@@ -88,17 +90,20 @@ def bound_log_likelihoods(
     the same sets. Inputs of several pairs are batched together.
 
     Raises:
-        ValueError: an empty context or continuation, or a pair longer than ``max_length``.
+        UserError: an empty context or continuation, or a pair longer than ``max_length``.
     """
     for context, continuation in pairs:
         if not context or not continuation:
-            raise ValueError("a likelihood needs at least one context token and one continuation token")
+            raise UserError("a likelihood needs at least one context token and one continuation token")
         if len(context) + len(continuation) > max_length:
-            raise ValueError(
+            raise UserError(
                 f"a context of {len(context)} and a continuation of {len(continuation)} tokens exceed the context of "
                 f"{max_length} tokens; texts are never cut"
             )
-    plans = [plan_masks(len(target), mc_num, _generator(seed, context, len(target))) for context, target in pairs]
+    plans = [
+        plan_masks(len(target), mc_num, named_rng("likelihood", seed, len(target), *context))
+        for context, target in pairs
+    ]
     scores = [np.zeros(len(plan.weights)) for plan in plans]
     rows = [(pair, sample) for pair, plan in enumerate(plans) for sample in range(len(plan.weights))]
     rows.sort(key=lambda row: -len(pairs[row[0]][0]) - len(pairs[row[0]][1]))
@@ -107,12 +112,6 @@ def bound_log_likelihoods(
         for (pair, sample), score in zip(batch, _score(model, batch, pairs, plans), strict=True):
             scores[pair][sample] = score
     return [combine(plan, score) for plan, score in zip(plans, scores, strict=True)]
-
-
-def _generator(seed: int, context: list[int], length: int) -> np.random.Generator:
-    """The generator of a context and length, the same in every batch and on every rank."""
-    content = f"likelihood {seed} {length} {context}"
-    return np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(content.encode()).digest()[:16])))
 
 
 @torch.no_grad()
@@ -134,8 +133,7 @@ def _score(
         real[row, :end] = 1
         masked[row, len(context) : end] = torch.from_numpy(plans[pair].masked[sample])
     rows, columns = masked.nonzero(as_tuple=True)  # (N,), (N,)
-    # Row i of the logits scores token i + 1; a continuation follows a context, so its column is at least 1.
-    scoring = rows * longest + columns - int(model.config.logits_shift)
+    scoring = rows * longest + scored_by(real, shift=model.config.logits_shift)[rows, columns]  # after a context: >= 0
     logits: Tensor = model(
         input_ids=clean.masked_fill(masked, mask_id).to(device),
         attention_mask=real.to(device),
@@ -144,5 +142,5 @@ def _score(
     log_probs = logits.float().log_softmax(dim=-1).cpu()
     picked = log_probs[torch.arange(len(rows)), clean[rows, columns]].double()
     if not bool(picked.isfinite().all()):  # a comparison of choices would take NaN for a score
-        raise ValueError("the model gave scores that are not finite: its weights or its precision are at fault")
+        raise UserError("the model gave scores that are not finite: its weights or its precision are at fault")
     return torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, picked).tolist()

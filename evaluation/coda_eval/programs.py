@@ -11,13 +11,14 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from coda_eval.data import documents as load_documents
 from coda_eval.data import problem
 from coda_eval.sandbox import Program, Verdict, isolation_level, run_programs
 from coda_eval.session import agree
+from CoDALanguageModel.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,16 @@ class Answer(str):
     generation_s: float | None = None
     """Seconds of its batch divided by the answers in it."""
 
+    batch_cost: dict[str, float] | None = None
+    """``DecodingCost`` of the batch that it was made in, and the number of ``answers`` in it."""
+
     surplus: bool = False
     """True for the repeats that lm-eval adds to give every rank the same number of requests; never scored."""
+
+    @staticmethod
+    def cost_of(text: str) -> dict[str, Any]:
+        """What is known of the cost of any text; None for the rest."""
+        return {name: getattr(text, name, None) for name in ("new_tokens", "forwards", "generation_s", "batch_cost")}
 
 
 def extract_code(answer: str, entry_point: str | None = None) -> str:
@@ -143,10 +152,23 @@ def quickstart_program(row: dict[str, Any], answer: str) -> Program:
     return Program(candidate=code, tests=row["test"], called=(row["entry_point"],), timeout_s=row["timeout_s"])
 
 
+PROGRAMS = {
+    "humaneval": humaneval_program,
+    "humaneval_plus": humaneval_program,
+    "mbpp": mbpp_program,
+    "mbpp_plus": mbpp_plus_program,
+    "single_line_infilling": infilling_program,
+    "multi_line_infilling": infilling_program,
+    "random_span_infilling": infilling_program,
+    "random_span_light_infilling": infilling_program,
+    "quickstart_problems": quickstart_program,
+}
+"""How an answer becomes a program, by benchmark."""
+
+
 def _record(answer: str, **fields: Any) -> str:
     """One log entry as JSON, since lm-eval logs anything else as Python source: the verdict and the answer's cost."""
-    costs = {name: getattr(answer, name, None) for name in ("new_tokens", "forwards", "generation_s")}
-    return json.dumps({**fields, **costs})
+    return json.dumps({**fields, **Answer.cost_of(answer)})
 
 
 def _scored(resps: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -158,15 +180,15 @@ def sandbox_settings() -> tuple[str, int | None]:
     """The isolation level that works here and the number of workers, as the environment asks for them.
 
     Raises:
-        ValueError: a variable has a wrong value, or the level does not work on this machine.
+        UserError: a variable has a wrong value, or the level does not work on this machine.
     """
     workers = os.environ.get(WORKERS_VARIABLE)
     if workers is not None and not (workers.isdigit() and int(workers) > 0):
-        raise ValueError(f"{WORKERS_VARIABLE} must be a positive number, got {workers!r}")
+        raise UserError(f"{WORKERS_VARIABLE} must be a positive number, got {workers!r}")
     try:
         level = isolation_level(os.environ.get(LEVEL_VARIABLE, "auto"))
-    except ValueError as error:
-        raise ValueError(f"{error} ({LEVEL_VARIABLE} sets the level)") from error
+    except UserError as error:
+        raise UserError(f"{error} ({LEVEL_VARIABLE} sets the level)") from error
     return level, int(workers) if workers else None
 
 
@@ -177,21 +199,21 @@ def documents(data: str, **kwargs: Any) -> dict[str, Any]:
     nothing could judge are never made.
 
     Raises:
-        ValueError: as there, or no sandbox works.
+        UserError: as there, or no sandbox works.
     """
     sandbox_settings()
     return load_documents(data, **kwargs)
 
 
-def _execute(
-    resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]], build: Callable[[dict[str, Any], str], Program]
-) -> list[list[str]]:
-    """Run every answer of a task in the sandbox; one record (JSON) per answer, in order."""
+def run(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Filter of every task that runs programs: one record (JSON) per answer, in order."""
     kept = _scored(resps)
 
     def judge() -> list[Verdict]:
-        rows = [problem(doc) for doc in docs]
-        programs = [build(row, answer) for row, answers in zip(rows, kept, strict=True) for answer in answers]
+        programs = []
+        for doc, answers in zip(docs, kept, strict=True):
+            row, build = problem(doc), PROGRAMS[doc["benchmark"]]
+            programs += [build(row, answer) for answer in answers]
         level, workers = sandbox_settings()
         return run_programs(programs, level=level, workers=workers)
 
@@ -203,31 +225,6 @@ def _execute(
         return _record(answer, **fields)
 
     return [[record(answer) for answer in answers] for answers in kept]
-
-
-def run_humaneval(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Filter of the HumanEval tasks."""
-    return _execute(resps, docs, humaneval_program)
-
-
-def run_infilling(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Filter of the HumanEval infilling tasks."""
-    return _execute(resps, docs, infilling_program)
-
-
-def run_mbpp(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Filter of the MBPP tasks."""
-    return _execute(resps, docs, mbpp_program)
-
-
-def run_mbpp_plus(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Filter of the MBPP+ tasks."""
-    return _execute(resps, docs, mbpp_plus_program)
-
-
-def run_quickstart(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Filter of the quickstart problems."""
-    return _execute(resps, docs, quickstart_program)
 
 
 def compare_middle(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -247,10 +244,10 @@ def pass_at_k(num_answers: int, num_passed: int, k: int) -> float:
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1, in its product form.
 
     Raises:
-        ValueError: ``k`` is not in [1, num_answers].
+        UserError: ``k`` is not in [1, num_answers].
     """
     if not 1 <= k <= num_answers:
-        raise ValueError(f"k must be in [1, {num_answers}] (the number of answers), got {k}")
+        raise UserError(f"k must be in [1, {num_answers}] (the number of answers), got {k}")
     if num_answers - num_passed < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(num_answers - num_passed + 1, num_answers + 1))

@@ -1,14 +1,17 @@
 """Score cards: ``python -m coda_eval.report RESULTS_DIR --output scores.json`` (or ``scores.md``).
 
 One entry per task and metric of every ``results_*.json`` in the folder: score, number of documents, standard error,
-Wilson interval, the settings that made it, the versions, and the isolation level that the programs ran in.
+Wilson interval, the settings that made it and what its answers cost, the versions, and the isolation level.
 """
 
 import argparse
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from CoDALanguageModel.errors import UserError
 
 DETAILS = ("isolation", "timeouts", "outcomes")
 """Metrics that describe a run and are no scores."""
@@ -26,10 +29,10 @@ def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> t
         z: quantile of the normal distribution.
 
     Raises:
-        ValueError: ``share`` or ``count`` is out of range.
+        UserError: ``share`` or ``count`` is out of range.
     """
     if not 0.0 <= share <= 1.0 or count < 1:
-        raise ValueError(f"share must be in [0, 1] and count positive, got {share} and {count}")
+        raise UserError(f"share must be in [0, 1] and count positive, got {share} and {count}")
     scale = 1.0 + z * z / count
     middle = (share + z * z / (2 * count)) / scale
     half = z * math.sqrt(share * (1.0 - share) / count + z * z / (4 * count * count)) / scale
@@ -40,11 +43,11 @@ def score_cards(folder: str | Path) -> list[dict[str, Any]]:
     """Every score below ``folder``, oldest run first.
 
     Raises:
-        ValueError: there is no results file, or one is not lm-eval's.
+        UserError: there is no results file, or one is not lm-eval's.
     """
     paths = sorted(Path(folder).rglob("results_*.json"), key=lambda path: path.name)
     if not paths:
-        raise ValueError(f"no results_*.json in {str(folder)!r}: give the folder of --output_path")
+        raise UserError(f"no results_*.json in {str(folder)!r}: give the folder of --output_path")
     return [card for path in paths for card in _cards_of(path)]
 
 
@@ -53,8 +56,9 @@ def _cards_of(path: Path) -> list[dict[str, Any]]:
         run = json.loads(path.read_text(encoding="utf-8"))
         config, results = run["config"], run["results"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a results file of lm-eval: {error!r}") from error
+        raise UserError(f"{path} is not a results file of lm-eval: {error!r}") from error
     cards = []
+    costs = _costs_beside(path)
     for task, metrics in results.items():
         counts = run.get("n-samples", {}).get(task)
         for key, value in metrics.items():
@@ -74,10 +78,30 @@ def _cards_of(path: Path) -> list[dict[str, Any]]:
                     "stderr": stderr if isinstance(stderr, (int, float)) else None,
                     "wilson95": interval and [round(bound, 6) for bound in interval],
                     **{detail: metrics.get(f"{detail},{stage}") for detail in DETAILS},
+                    "cost": costs.get(task),
                     **_provenance(run, config, task, path),
                 }
             )
     return cards
+
+
+def _costs_beside(path: Path) -> dict[str, dict[str, float]]:
+    """What the answers of each task cost together, from the files of answers in the run's folder.
+
+    A batch's cost is shared out evenly among its answers: over a task it adds up.
+    """
+    costs: dict[str, Counter[str]] = {}
+    for file in sorted(file for folder in path.parents[:2] for file in folder.glob("answers_rank*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            cost = costs.setdefault(record["task"], Counter())
+            cost["answers"] += 1
+            cost.update({name: record.get(name) or 0 for name in ("new_tokens", "forwards", "generation_s")})
+            batch = dict(record.get("batch_cost") or {})
+            answers = batch.pop("answers", 1)
+            batch.pop("tokens_per_forward", None)  # a ratio
+            cost.update({f"batch_{name}": value / answers for name, value in batch.items()})
+    return {task: {name: round(value, 3) for name, value in cost.items()} for task, cost in costs.items()}
 
 
 def _provenance(run: dict[str, Any], config: dict[str, Any], task: str, path: Path) -> dict[str, Any]:
@@ -131,7 +155,7 @@ def main() -> None:
         parser.error(f"--output must end in .json or .md, got {str(args.output)!r}")
     try:
         cards = score_cards(args.results_dir)
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     table = as_markdown(cards)
     if args.output is not None:

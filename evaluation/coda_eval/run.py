@@ -28,6 +28,7 @@ from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
 from coda_eval import session
 from coda_eval.hosted import CACHE_LIES, HostedLM, answer_record
+from CoDALanguageModel.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,14 @@ def run(args: argparse.Namespace) -> None:
         args: lm-eval's parsed arguments of ``run``.
 
     Raises:
-        ValueError: something is wrong that can be known before a model is loaded, or the model refuses its settings.
+        UserError: something is wrong that can be known before a model is loaded, or the model refuses its settings.
         SystemExit: tasks failed; the message names them, and the others are scored.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as lm-eval's own command
-    config = EvaluatorConfig.from_cli(args)
+    try:
+        config = EvaluatorConfig.from_cli(args)
+    except ValueError as error:  # lm-eval's own checks
+        raise UserError(str(error)) from error
     config.model = AUTOREGRESSIVE.get(config.model, config.model)
     refuse_caches(config)
     output = claim_folder(config.output_path)
@@ -58,8 +62,10 @@ def run(args: argparse.Namespace) -> None:
         set_torch_seed(config.seed[2])  # rows that a tokenizer adds to the embeddings are drawn
     try:
         model = get_model(config.model).create_from_arg_obj(config.model_args, sizes)
-    except OSError as error:  # a name that is neither a folder nor on the Hub, or a broken file
-        raise ValueError(f"the model could not be loaded: {error}") from error
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # a name that is neither a folder nor on the Hub, or a broken file
+        raise UserError(f"the model could not be loaded: {error}") from error
     keep_answers(model)
     failed: dict[str, str] = {}
     with _answers_folder(output) as folder, session.opened(session.Session(folder=folder)) as state:
@@ -69,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
             except Exception as error:  # of any kind: the other tasks are still to be scored
                 if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, session.TaskFailed):
                     raise  # the other ranks do not know of it: going on alone would leave them waiting
-                expected = isinstance(error.__cause__ or error, (ValueError, session.TaskFailed))
+                expected = isinstance(error.__cause__ or error, (UserError, session.TaskFailed))
                 if _speaks() or not expected:
                     logger.error("%s failed: %s", name, error, exc_info=not expected)
                 failed[name] = f"{type(error).__name__}: {error}"
@@ -86,13 +92,13 @@ def refuse_caches(config: EvaluatorConfig) -> None:
     """Refuse lm-eval's caches, whose keys leave out what answers and prompts depend on.
 
     Raises:
-        ValueError: one is asked for.
+        UserError: one is asked for.
     """
     if config.use_cache:
-        raise ValueError(f"--use_cache is refused: {CACHE_LIES}")
+        raise UserError(f"--use_cache is refused: {CACHE_LIES}")
     requests = config.cache_requests
     if requests.get("cache_requests") if isinstance(requests, dict) else requests:
-        raise ValueError(
+        raise UserError(
             "--cache_requests is refused: lm-eval keeps whole requests under the name of the task, so that other "
             "--gen_kwargs, gap lengths, problem files, or another chat template at the same path would get the old ones"
         )
@@ -109,7 +115,7 @@ def claim_folder(output_path: str | None) -> Path | None:
     """The ``--output_path``: its folder is made, and holds no results yet.
 
     Raises:
-        ValueError: it holds results or answers of an earlier run, or nothing can be written there.
+        UserError: it holds results or answers of an earlier run, or nothing can be written there.
     """
     if not output_path:
         return None
@@ -118,7 +124,7 @@ def claim_folder(output_path: str | None) -> Path | None:
     if not _speaks():
         return output  # the first process looks for all: its answers may already be there
     if found := [*results_in(output), *sorted(folder.glob("answers_rank*.jsonl"))]:
-        raise ValueError(
+        raise UserError(
             f"--output_path {output_path!r} holds results of an earlier run ({found[0]}), which could not be told from "
             "the new ones: give another folder, or remove them"
         )
@@ -127,7 +133,7 @@ def claim_folder(output_path: str | None) -> Path | None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"nothing can be written to --output_path {output_path!r}: {error}") from error
+        raise UserError(f"nothing can be written to --output_path {output_path!r}: {error}") from error
     return output
 
 
@@ -138,7 +144,7 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
         lm-eval's index of tasks, and the tasks and groups to run by name or file.
 
     Raises:
-        ValueError: a task is unknown, or cannot be run; every such task is named with its reason.
+        UserError: a task is unknown, or cannot be run; every such task is named with its reason.
     """
     tasks = [config.tasks] if isinstance(config.tasks, str) else config.tasks
     given = [name for task in tasks for name in task.split(",")]
@@ -159,7 +165,7 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
             reasons[name] = f"the model {config.model!r} would see the text before a gap only; coda and hf fill gaps"
     if reasons:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise ValueError(f"{len(reasons)} of {len(names)} tasks cannot be run: {told}")
+        raise UserError(f"{len(reasons)} of {len(names)} tasks cannot be run: {told}")
     return manager, list(names)
 
 

@@ -44,6 +44,8 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from CoDALanguageModel.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 LEVELS = ("bubblewrap", "unshare", "landlock", "rlimits")
@@ -91,7 +93,7 @@ class Program:
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive, got {self.timeout_s}")
+            raise UserError(f"timeout_s must be positive, got {self.timeout_s}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,21 +152,21 @@ def isolation_level(requested: str = "auto") -> str:
         requested: ``auto`` or one of ``LEVELS``.
 
     Raises:
-        ValueError: the name is unknown, or that level (for ``auto``: every level that isolates) does not work here.
+        UserError: the name is unknown, or that level (for ``auto``: every level that isolates) does not work here.
     """
     if requested not in ("auto", *LEVELS):
-        raise ValueError(f"the sandbox level must be auto, {', '.join(LEVELS)}; got {requested!r}")
+        raise UserError(f"the sandbox level must be auto, {', '.join(LEVELS)}; got {requested!r}")
     tried = ISOLATED if requested == "auto" else (requested,)
     for level in tried:
         if _probe(level):
             return level
     reasons = "; ".join(f"{level}: {_probe.reasons[level]}" for level in tried)
     if requested == "auto":
-        raise ValueError(
+        raise UserError(
             f"no sandbox level that isolates works on this machine ({reasons}). Install bubblewrap or allow user "
             "namespaces; or ask for the level rlimits by name, which does not isolate and is recorded as such"
         )
-    raise ValueError(f"sandbox level {requested!r} does not work on this machine: {reasons}")
+    raise UserError(f"sandbox level {requested!r} does not work on this machine: {reasons}")
 
 
 def run_programs(
@@ -182,7 +184,7 @@ def run_programs(
         limits: resource limits of each program.
 
     Raises:
-        ValueError: the level is unknown or does not work here.
+        UserError: the level is unknown or does not work here.
     """
     level = isolation_level(level)
     workers = workers or default_workers()
@@ -528,8 +530,9 @@ class _Watch:
         return self.look_at_files()
 
     def look_at_files(self) -> tuple[str, str] | None:
-        """(status, error) once a scratch folder on the machine's own disk is larger than other levels give one."""
-        if self.folder and not _small(self.folder, _tree(self.pid)):
+        """(status, error) once the scratch folder is too large: its files take memory that belongs to no process."""
+        pids = _tree(self.pid)
+        if not (_small(self.folder, pids) if self.folder else all(map(_few_files, pids))):
             return "memory", f"more than {_SCRATCH_BYTES >> 20} MB or {_SCRATCH_FILES} entries in the scratch folder"
         return None
 
@@ -553,6 +556,16 @@ def _small(folder: str, pids: Iterable[int]) -> bool:
                 if stat.S_ISREG(found.st_mode) and found.st_nlink == 0:
                     sizes[found.st_ino] = found.st_blocks
     return sum(sizes.values()) * 512 <= _SCRATCH_BYTES
+
+
+def _few_files(pid: int) -> bool:
+    """Whether a process with a root of its own has few entries in its scratch folder; its size is the mount's."""
+    root = f"/proc/{pid}/root"
+    with contextlib.suppress(OSError):  # gone meanwhile, or the checker, which hides itself
+        if not os.path.samestat(os.stat(root), os.stat("/")):
+            found = os.statvfs(f"{root}/tmp")
+            return found.f_files - found.f_ffree <= _SCRATCH_FILES
+    return True
 
 
 def _memory_of(pid: int) -> int:

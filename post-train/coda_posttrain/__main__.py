@@ -19,6 +19,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from CoDALanguageModel.errors import UserError
+
 from .arguments import (
     PATHS,
     check_datasets,
@@ -58,7 +60,7 @@ def _train(argv: list[str]) -> int:
         check_weights(host)
         check_datasets(host)
         if not host.get("output_dir"):
-            raise ValueError("output_dir is required: the folder for checkpoints and the trained model")
+            raise UserError("output_dir is required: the folder for checkpoints and the trained model")
         parts = run_parts(host, diffusion) if host.get("do_train") and os.environ.get("RANK", "0") == "0" else {}
         if parts and not host.get("overwrite_output_dir") and is_finished(Path(host["output_dir"]), parts, config):
             logger.info("this run has already finished in %s; overwrite_output_dir=true repeats it", host["output_dir"])
@@ -66,7 +68,7 @@ def _train(argv: list[str]) -> int:
         host = resolve_start(host)
         if parts and host.get("resume_from_checkpoint"):
             refuse_other_run(Path(host["resume_from_checkpoint"]), parts, config, diffusion.accept_changes)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if "TORCHELASTIC_RUN_ID" not in os.environ and "LOCAL_RANK" not in os.environ and _wants_processes():
@@ -90,7 +92,7 @@ def _export(argv: list[str]) -> int:
         check_model_folder(host, reads_rows=False)
         check_weights(host)
         check_export(host)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     from .trainer import run_export
@@ -102,7 +104,7 @@ def _export(argv: list[str]) -> int:
 def _get(argv: list[str]) -> int:
     try:
         value = load_config(argv[1], argv[2:]).get(argv[0])
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("" if value is None else value)
@@ -116,7 +118,7 @@ def _identity(argv: list[str]) -> int:
         check_model_folder(host)
         check_datasets(host)
         parts = run_parts(host, diffusion)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # Where the model and the data lie and where the run goes is not what it is made of.

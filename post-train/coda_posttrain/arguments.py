@@ -6,7 +6,6 @@ would silently change the objective. It imports neither torch nor transformers, 
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import itertools
 import json
@@ -20,6 +19,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from CoDALanguageModel.errors import UserError, did_you_mean
 
 from .checkpoints import file_identity, folder_identity, weights_problem
 from .records import MALFORMED, Layout, data_files, parse_record, read_records, refuse_malformed
@@ -151,35 +152,34 @@ class DiffusionArguments:
             ("tail", TAILS), ("normalize", NORMALIZERS), ("overlong", OVERLONG), ("save_dtype", SAVE_DTYPES),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
-                raise ValueError(f"diffusion.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise UserError(f"diffusion.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"diffusion.{name} must be true or false, got {getattr(self, name)!r}")
+                raise UserError(f"diffusion.{name} must be true or false, got {getattr(self, name)!r}")
 
 
 def _check_numbers(name: str, values: Sequence[Any], allowed: str, holds: Any, whole: bool = False) -> None:
     kinds = (int,) if whole else (int, float)
     if not values or any(isinstance(v, bool) or not isinstance(v, kinds) or not holds(v) for v in values):
-        raise ValueError(f"diffusion.{name} must be {allowed}, got {list(values)!r}")
+        raise UserError(f"diffusion.{name} must be {allowed}, got {list(values)!r}")
 
 
 def parse_diffusion(section: Mapping[str, Any] | None) -> DiffusionArguments:
     """Build the arguments of the ``diffusion:`` section.
 
     Raises:
-        ValueError: the section is not a mapping, has a key that is not known (the nearest known one is named), or a
+        UserError: the section is not a mapping, has a key that is not known (the nearest known one is named), or a
             value out of range.
     """
     if section is None:
         return DiffusionArguments()
     if not isinstance(section, Mapping):
-        raise ValueError(f"diffusion must be a section of key: value lines, got {section!r}")
+        raise UserError(f"diffusion must be a section of key: value lines, got {section!r}")
     known = [field.name for field in dataclasses.fields(DiffusionArguments)]
     for key in section:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean 'diffusion.{near[0]}'?" if near else ""
-            raise ValueError(f"unknown key diffusion.{key}{hint} (known: {', '.join(known)})")
+            hint = did_you_mean(key, known, lambda near: f"'diffusion.{near}'")
+            raise UserError(f"unknown key diffusion.{key}{hint} (known: {', '.join(known)})")
     return DiffusionArguments(**section)
 
 
@@ -193,24 +193,24 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file and put ``key=value`` overrides over it (``diffusion.t_min=0.01`` reaches into a section).
 
     Raises:
-        ValueError: the file is missing, is not a YAML mapping, or an override is not of the form key=value.
+        UserError: the file is missing, is not a YAML mapping, or an override is not of the form key=value.
     """
     file = Path(path)
     if file.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"a configuration must be a .yaml or .yml file, got {path!r}")
+        raise UserError(f"a configuration must be a .yaml or .yml file, got {path!r}")
     if not file.is_file():
-        raise ValueError(f"configuration file not found: {file.absolute()}")
+        raise UserError(f"configuration file not found: {file.absolute()}")
     for override in overrides:
         if "=" not in override or override.startswith("-"):
-            raise ValueError(f"an override must look like key=value, got {override!r}")
+            raise UserError(f"an override must look like key=value, got {override!r}")
     try:
         loaded = OmegaConf.load(file)
         if not isinstance(loaded, DictConfig):
-            raise ValueError("it must hold key: value lines")
+            raise UserError("it must hold key: value lines")
         parsed = OmegaConf.from_cli([override for override in overrides if override.split("=", 1)[0] not in PATHS])
         config = OmegaConf.to_container(OmegaConf.merge(loaded, parsed), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
-        raise ValueError(f"cannot read {path} with overrides {list(overrides)}: {error}") from error
+        raise UserError(f"cannot read {path} with overrides {list(overrides)}: {error}") from error
     return {**config, **_literal(overrides)}
 
 
@@ -220,22 +220,21 @@ def check_host_keys(host: Mapping[str, Any]) -> None:
     Its fields are read from the source text of the installed packages, so they are those of its version.
 
     Raises:
-        ValueError: an unknown key, with the nearest known one, or LLaMA-Factory is not installed.
+        UserError: an unknown key, with the nearest known one, or LLaMA-Factory is not installed.
     """
     known: set[str] = set()
     for package, pattern in (("llamafactory", "hparams/*.py"), ("transformers", "training_args*.py")):
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"{package} is not installed for {sys.executable}; run: bash setup_env.sh")
+            raise UserError(f"{package} is not installed for {sys.executable}; run: bash setup_env.sh")
         for file in Path(spec.submodule_search_locations[0]).glob(pattern):
             classes = (node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef))
             fields = (node for part in classes for node in part.body if isinstance(node, ast.AnnAssign))
             known |= {field.target.id for field in fields if isinstance(field.target, ast.Name)}
     for key in host:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else " (diffusion settings go into the diffusion section)"
-            raise ValueError(f"unknown key {key!r}: LLaMA-Factory has no such setting{hint}")
+            hint = did_you_mean(key, known) or " (diffusion settings go into the diffusion section)"
+            raise UserError(f"unknown key {key!r}: LLaMA-Factory has no such setting{hint}")
 
 
 def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionArguments]:
@@ -245,38 +244,38 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionAr
         The dict for LLaMA-Factory (``stage`` is ``sft``, its supervised data pipeline) and our arguments.
 
     Raises:
-        ValueError: an unknown or bad ``diffusion`` key, a diffusion key outside its section, a setting listed in
+        UserError: an unknown or bad ``diffusion`` key, a diffusion key outside its section, a setting listed in
             ``INCOMPATIBLE``, another stage, or an environment that switches checks off.
     """
     host = dict(config)
     diffusion = parse_diffusion(host.pop("diffusion", None))
     for field in dataclasses.fields(DiffusionArguments):
         if field.name in host:
-            raise ValueError(f"{field.name} belongs into the diffusion section: write diffusion.{field.name}")
+            raise UserError(f"{field.name} belongs into the diffusion section: write diffusion.{field.name}")
     for key, reason in INCOMPATIBLE.items():
         if host.get(key):
-            raise ValueError(f"{key}={host[key]!r} is not supported for masked diffusion: {reason}")
+            raise UserError(f"{key}={host[key]!r} is not supported for masked diffusion: {reason}")
     for key in PATHS:
         if host.get(key) is not None and not isinstance(host[key], str):
-            raise ValueError(f"{key} must be text, got {host[key]!r}; put it in quotes")
+            raise UserError(f"{key} must be text, got {host[key]!r}; put it in quotes")
     if host.get("push_to_hub") and host.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
-        raise ValueError(
+        raise UserError(
             f"hub_strategy={host['hub_strategy']!r} is not supported: a checkpoint gets its name only when it is "
             "whole; use every_save or end"
         )
     if host.get("enable_thinking") is False and host.get("template") is None:
-        raise ValueError(
+        raise UserError(
             "enable_thinking=False is not supported with the checkpoint's own chat template, which is trained as "
             "evaluation and serving render it; give a template"
         )
     if host.get("ignore_pad_token_for_loss") is False:
-        raise ValueError("ignore_pad_token_for_loss=False is not supported: to learn padding set diffusion.tail=pad")
+        raise UserError("ignore_pad_token_for_loss=False is not supported: to learn padding set diffusion.tail=pad")
     for variable in ("ALLOW_EXTRA_ARGS", "USE_MCA", "USE_RAY", "USE_V1"):
         if os.environ.get(variable, "0").lower() in ("1", "true", "y"):
-            raise ValueError(f"unset the environment variable {variable}: with it the objective would be lost")
+            raise UserError(f"unset the environment variable {variable}: with it the objective would be lost")
     stage = host.get("stage", "sft")
     if stage not in ("sft", "ddm-sft"):
-        raise ValueError(f"stage must be sft, got {stage!r}")
+        raise UserError(f"stage must be sft, got {stage!r}")
     host["stage"] = "sft"
     for key, value in DEFAULTS.items():
         host.setdefault(key, value)
@@ -294,25 +293,25 @@ def check_model_folder(host: Mapping[str, Any], reads_rows: bool = True) -> None
         reads_rows: whether rows of ``cutoff_len`` tokens are read, which must fit into the model's context.
 
     Raises:
-        ValueError: the setting is missing, or names a local folder that does not exist or has no config.json.
+        UserError: the setting is missing, or names a local folder that does not exist or has no config.json.
     """
     name = host.get("model_name_or_path")
     if not name:
-        raise ValueError("model_name_or_path is required: a CoDA folder in Hugging Face format, or a Hub name")
+        raise UserError("model_name_or_path is required: a CoDA folder in Hugging Face format, or a Hub name")
     folder = Path(name)
     looks_local = folder.is_absolute() or name.startswith(".") or name.count("/") != 1 or folder.exists()
     if looks_local and not folder.is_dir():
-        raise ValueError(f"model_name_or_path: folder not found: {folder.absolute()}")
+        raise UserError(f"model_name_or_path: folder not found: {folder.absolute()}")
     if looks_local and not (folder / "config.json").is_file():
-        raise ValueError(f"model_name_or_path: no config.json in {folder.absolute()}")
+        raise UserError(f"model_name_or_path: no config.json in {folder.absolute()}")
     if looks_local:
         try:
             model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"model_name_or_path: {folder / 'config.json'} cannot be read: {error}") from error
+            raise UserError(f"model_name_or_path: {folder / 'config.json'} cannot be read: {error}") from error
         model_type = model_config.get("model_type")
         if model_type != MODEL_TYPE:
-            raise ValueError(
+            raise UserError(
                 f"model_name_or_path={name!r} is a {model_type!r} model, not a {MODEL_TYPE!r} one: "
                 "convert it with save_hf_model.py first"
             )
@@ -324,58 +323,58 @@ def check_weights(host: Mapping[str, Any]) -> None:
     """Refuse a local model folder whose weights are missing or cut off.
 
     Raises:
-        ValueError: naming the file.
+        UserError: naming the file.
     """
     folder = Path(host["model_name_or_path"])
     problem = weights_problem(folder) if folder.is_dir() else ""
     if problem:
-        raise ValueError(f"model_name_or_path={str(folder)!r} cannot be used: {problem}")
+        raise UserError(f"model_name_or_path={str(folder)!r} cannot be used: {problem}")
 
 
 def check_length(cutoff_len: Any, context: int | None) -> None:
     """Refuse rows that are longer than the model can read.
 
     Raises:
-        ValueError: ``cutoff_len`` is no positive whole number or above the model's context, in tokens.
+        UserError: ``cutoff_len`` is no positive whole number or above the model's context, in tokens.
     """
     if isinstance(cutoff_len, bool) or not isinstance(cutoff_len, int) or cutoff_len < 1:
-        raise ValueError(f"cutoff_len must be a whole number >= 1, got {cutoff_len!r}")
+        raise UserError(f"cutoff_len must be a whole number >= 1, got {cutoff_len!r}")
     if context is not None and cutoff_len > context:
-        raise ValueError(f"cutoff_len must be at most the model's max_position_embeddings={context}, got {cutoff_len}")
+        raise UserError(f"cutoff_len must be at most the model's max_position_embeddings={context}, got {cutoff_len}")
 
 
 def check_export(host: Mapping[str, Any]) -> None:
     """Refuse an export that has nothing to merge, or nowhere to go.
 
     Raises:
-        ValueError: naming the setting.
+        UserError: naming the setting.
     """
     if not host.get("adapter_name_or_path"):
-        raise ValueError(
+        raise UserError(
             "adapter_name_or_path is required: export merges a LoRA adapter; the folder of a full fine-tuning is "
             "a model already"
         )
     if host.get("finetuning_type", "lora") != "lora":
-        raise ValueError(f"finetuning_type must be lora to merge an adapter, got {host['finetuning_type']!r}")
+        raise UserError(f"finetuning_type must be lora to merge an adapter, got {host['finetuning_type']!r}")
     for adapter in str(host["adapter_name_or_path"]).split(","):
         folder = Path(adapter.strip())
         if (folder.is_absolute() or folder.exists()) and not (folder / "adapter_config.json").is_file():
-            raise ValueError(f"adapter_name_or_path: no adapter_config.json in {folder.absolute()}")
+            raise UserError(f"adapter_name_or_path: no adapter_config.json in {folder.absolute()}")
     if not host.get("export_dir"):
-        raise ValueError("export_dir is required: the folder for the merged model")
+        raise UserError("export_dir is required: the folder for the merged model")
     for key in ("model_name_or_path", "adapter_name_or_path"):
         if Path(host["export_dir"]).resolve() == Path(host[key]).resolve():
-            raise ValueError(f"export_dir={host['export_dir']!r} is {key} itself; choose another folder")
+            raise UserError(f"export_dir={host['export_dir']!r} is {key} itself; choose another folder")
 
 
 def check_datasets(host: Mapping[str, Any]) -> None:
     """Fail early on data sets that are not described, whose local file is missing, or whose columns do not exist.
 
     Raises:
-        ValueError: naming the file and the key that is wrong.
+        UserError: naming the file and the key that is wrong.
     """
     if not host.get("dataset"):
-        raise ValueError("dataset is required: names from dataset_info.json, separated by commas")
+        raise UserError("dataset is required: names from dataset_info.json, separated by commas")
     folder = str(host["dataset_dir"])
     if folder == "ONLINE" or folder.startswith("REMOTE:"):
         return
@@ -383,10 +382,9 @@ def check_datasets(host: Mapping[str, Any]) -> None:
     for key in ("dataset", "eval_dataset"):
         for name in _names(host, key):
             if name not in info:
-                near = difflib.get_close_matches(name, info, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, info)
                 file = Path(folder) / "dataset_info.json"
-                raise ValueError(f"{key}: {name!r} is not in {file}{hint} (known: {', '.join(info)})")
+                raise UserError(f"{key}: {name!r} is not in {file}{hint} (known: {', '.join(info)})")
             _check_local_file(Path(folder), name, info[name])
 
 
@@ -417,13 +415,13 @@ def run_parts(host: Mapping[str, Any], diffusion: DiffusionArguments) -> dict[st
 def _dataset_info(folder: Path) -> dict[str, Any]:
     file = folder / "dataset_info.json"
     if not file.is_file():
-        raise ValueError(f"dataset_dir={str(folder)!r}: {file.absolute()} not found")
+        raise UserError(f"dataset_dir={str(folder)!r}: {file.absolute()} not found")
     try:
         info = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{file.absolute()} cannot be read: {error}") from error
+        raise UserError(f"{file.absolute()} cannot be read: {error}") from error
     if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
-        raise ValueError(f"{file.absolute()} must hold one object for each data set, by its name")
+        raise UserError(f"{file.absolute()} must hold one object for each data set, by its name")
     return info
 
 
@@ -456,12 +454,12 @@ def _check_local_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None
         else:
             columns |= json.loads(text).keys()
     if not num_records:
-        raise ValueError(f"dataset {name!r}: {', '.join(str(file.absolute()) for file in files)} is empty")
+        raise UserError(f"dataset {name!r}: {', '.join(str(file.absolute()) for file in files)} is empty")
     refuse_malformed(name, num_records, problems)
     named = entry.get("columns") or {}
     missing = [f"{key}={column!r}" for key, column in named.items() if column is not None and column not in columns]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"dataset {name!r}: no record has the columns {', '.join(missing)} of dataset_info.json "
             f"(they have {', '.join(map(repr, sorted(columns)))})"
         )

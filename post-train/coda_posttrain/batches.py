@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from CoDALanguageModel.diffusion import named_rng
+from CoDALanguageModel.errors import UserError
 
 from .records import KEPT, OLDEST_LEFT_OUT, PROMPT_TOO_LONG, SHORTENED, TOO_LONG, WHOLE, DataError, fates
 
@@ -33,13 +34,13 @@ class NumberedRows(Dataset):
         cutoff_len: longest row, in tokens.
 
     Raises:
-        ValueError: the rows were tokenised by something else.
+        UserError: the rows were tokenised by something else.
         DataError: no row is left.
     """
 
     def __init__(self, rows: Any, *, name: str, cutoff_len: int):
         if not {"fate", "place"} <= set(rows.column_names):
-            raise ValueError(f"{name}: these rows were not tokenised by coda_posttrain; remove tokenized_path")
+            raise UserError(f"{name}: these rows were not tokenised by coda_posttrain; remove tokenized_path")
         self.rows = rows.remove_columns(["fate", "place"])
         found = list(fates(rows))
         self.sample_ids = np.array([i for i, (fate, _) in enumerate(found) if fate in KEPT], dtype=np.int64)

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from CoDALanguageModel.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
@@ -183,7 +185,7 @@ def resolve_start(host: dict[str, Any]) -> dict[str, Any]:
         host: LLaMA-Factory's settings.
 
     Raises:
-        ValueError: the checkpoint that was asked for is not whole, or ``output_dir`` holds another model.
+        UserError: the checkpoint that was asked for is not whole, or ``output_dir`` holds another model.
     """
     output_dir, weights_only = Path(host["output_dir"]), bool(host.get("save_only_model"))
     asked = host.get("resume_from_checkpoint")
@@ -192,7 +194,7 @@ def resolve_start(host: dict[str, Any]) -> dict[str, Any]:
         if problem:
             near = newest_whole(Path(asked).parent, weights_only) if Path(asked).parent.is_dir() else None
             hint = f"; the newest whole one there is {near}" if near else ""
-            raise ValueError(f"resume_from_checkpoint={str(asked)!r} cannot be used: {problem}{hint}")
+            raise UserError(f"resume_from_checkpoint={str(asked)!r} cannot be used: {problem}{hint}")
         return host
     host = {key: value for key, value in host.items() if key != "resume_from_checkpoint"}
     if not host.get("do_train") or host.get("overwrite_output_dir") or not output_dir.is_dir():
@@ -202,7 +204,7 @@ def resolve_start(host: dict[str, Any]) -> dict[str, Any]:
         return {**host, "resume_from_checkpoint": str(checkpoint)}
     state = read_run(output_dir).get("state")
     if state != RUNNING and any(path for pattern in _WEIGHTS for path in output_dir.glob(pattern)):
-        raise ValueError(
+        raise UserError(
             f"output_dir={str(output_dir)!r} already holds a {'finished run' if state else 'model'}; choose another "
             "folder, or set overwrite_output_dir=true to train over it"
         )
@@ -249,12 +251,12 @@ def refuse_other_run(
     """Compare what a checkpoint was made from with what the run would go on with; other settings are named in the log.
 
     Raises:
-        ValueError: something differs and ``accept_changes`` is off.
+        UserError: something differs and ``accept_changes`` is off.
     """
     run = read_run(checkpoint)
     changed = differences(run["parts"], parts) if run else []
     if changed and not accept_changes:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} was made from something else; choose another output_dir, or set "
             "diffusion.accept_changes=true to go on with it:\n  " + "\n  ".join(changed)
         )

@@ -1,20 +1,18 @@
 """What is noised, when, and how strongly: pure functions of the step and of named seeds.
 
-Inside: per-epoch lists, conditioned-span annealing, tails behind the answer, the noise of one batch. Not here: the
-corruption itself and the loss (``CoDALanguageModel.diffusion``), LLaMA-Factory (``trainer``).
+Inside: per-epoch lists, conditioned-span annealing, tails behind the answer. Not here: how rows are noised
+(``CoDALanguageModel.noise``), LLaMA-Factory (``trainer``).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from CoDALanguageModel.diffusion import corrupt, named_rng, stratified_noise_levels
-
-IGNORED = -100
-"""Label of a position that is not a target."""
+from CoDALanguageModel.diffusion import named_rng
+from CoDALanguageModel.noise import CleanRows, NoisedRows, draw_rows, noise_rows
 
 
 def epoch_value(values: Sequence[float], epoch: int) -> float:
@@ -104,70 +102,38 @@ def tail_length(seed: int, step: int, longest: int) -> int:
     return int(named_rng("tail", seed, step).integers(longest + 1))
 
 
-def row_spans(seed: int, sample_ids: Sequence[int], epoch: int, probability: float, lengths: Sequence[int]) -> Tensor:
-    """Span k of each row: with ``probability`` one of ``lengths``, else 1. (B,) int64."""
-    spans = []
-    for sample_id in sample_ids:
-        chosen, which = named_rng("span", seed, sample_id, epoch).random(2)
-        spans.append(lengths[int(which * len(lengths))] if chosen < probability else 1)
-    return torch.tensor(spans, dtype=torch.int64)
-
-
-def row_uniforms(name: str, seed: int, sample_ids: Sequence[int], epoch: int, width: int) -> Tensor:
-    """Uniform numbers of each row, a prefix of the row's own stream: padding does not change them. (B, width)."""
-    rows = [named_rng(name, seed, sample_id, epoch).random(width, dtype=np.float32) for sample_id in sample_ids]
-    return torch.from_numpy(np.stack(rows))
-
-
-def noise_levels(name: str, seed: int, step: int, num_rows: int, t_min: float) -> Tensor:
-    """Noise levels of all rows of an optimizer step, stratified over them in a random order. (num_rows,) float32."""
-    rng = named_rng(name, seed, step)
-    levels = stratified_noise_levels(num_rows, rng.random(), t_min=t_min)
-    return torch.from_numpy(np.asarray(levels, dtype=np.float32)[rng.permutation(num_rows)])
-
-
-@dataclass(frozen=True)
-class NoisedRows:
-    """What the model is given for a batch: noised rows, clean labels at masked positions, and the counts of the loss.
-
-    Attributes:
-        noised_ids: (B, T) int64.
-        labels: (B, T) int64, the clean token where masked, else -100.
-        counted: (B,) int64, maskable positions of each row without its tail: the denominator of the loss.
-    """
-
-    noised_ids: Tensor
-    labels: Tensor
-    counted: Tensor
-
-
-def noise_rows(
+def noise(
     rows: Rows,
-    *,
     t: Tensor,
-    spans: Tensor,
-    uniforms: Tensor,
+    *,
     share: float,
-    mask_token_id: int,
-    score_tail: bool = True,
+    seed: int,
+    sample_ids: Sequence[int],
+    span_probability: float = 0.0,
+    span_lengths: Sequence[int] = (1,),
+    **token_facts: Any,
 ) -> NoisedRows:
-    """Mask what may be masked: answers, tails, and the part of the prompts that is not conditioned yet.
-
-    Padding is never masked, and neither is position 0 of a row, which has no logits.
+    """Mask answers, tails, and the part of the prompts that is not conditioned yet.
 
     Args:
         rows: the clean batch.
         t: (B,) float32, noise levels.
-        spans: (B,) int64, run length of each row.
-        uniforms: (B, T + max span - 1) float32.
-        share: conditioned share of the prompts.
-        mask_token_id: the mask token.
-        score_tail: False leaves the tail out of the labels (it is still masked).
+        share: of each prompt that is never masked.
+        seed: names the noise.
+        sample_ids: number of each row in the run; each epoch has numbers of its own.
+        span_probability: share of the rows that are masked in runs.
+        span_lengths: of the runs, in tokens.
+        **token_facts: see ``CoDALanguageModel.noise.noise_rows``.
     """
-    maskable = rows.present & ~conditioned_positions(rows.prompt_mask, share)
-    maskable[:, 0] = False
-    spans = torch.minimum(spans, rows.present.sum(dim=1))  # a short row has no room for a long run
-    noised_ids, masked = corrupt(rows.input_ids, maskable, t, uniforms, mask_token_id=mask_token_id, span=spans)
-    scored = masked if score_tail else masked & ~rows.tail
-    labels = torch.where(scored, rows.input_ids, IGNORED)
-    return NoisedRows(noised_ids, labels, (maskable & ~rows.tail).sum(dim=1))
+    lengths = rows.present.sum(dim=1)
+    drawn = draw_rows(
+        seed,
+        sample_ids,
+        lengths.tolist(),
+        rows.input_ids.shape[1],
+        strategies=(0.0, 0.0, span_probability),
+        span_lengths=span_lengths,
+    ).to(rows.input_ids.device)
+    drawn = drawn._replace(spans=torch.minimum(drawn.spans, lengths))  # a short row has no room for a long run
+    clean = CleanRows(rows.input_ids, rows.present.long(), conditioned_positions(rows.prompt_mask, share))
+    return noise_rows(clean, t, drawn, **token_facts)

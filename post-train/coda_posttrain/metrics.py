@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from CoDALanguageModel.errors import UserError
+
 from .checkpoints import write_whole
 
 METRICS_FILE = "metrics.jsonl"
@@ -99,5 +101,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines) - 1:
-                raise ValueError(f"{path}: line {number + 1} is not JSON") from error
+                raise UserError(f"{path}: line {number + 1} is not JSON") from error
     return records

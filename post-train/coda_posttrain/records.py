@@ -5,7 +5,6 @@ malformed and stops the run, named by file and line. One that is well-formed but
 turns that do not alternate) is left out and counted. Imports neither torch nor LLaMA-Factory.
 """
 
-import difflib
 import gzip
 import json
 import logging
@@ -14,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from CoDALanguageModel.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ _NOT_TEXT = {"images", "videos", "audios"}
 _PREFERENCE = {"chosen", "rejected", "kto_tag"}
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used; the message names file, record and key."""
 
 
@@ -70,31 +71,30 @@ class Layout:
         """The layout of data set ``name``.
 
         Raises:
-            ValueError: a formatting, column or tag that is not known or not for supervised text.
+            UserError: a formatting, column or tag that is not known or not for supervised text.
         """
         known = [field.name for field in fields(cls)]
         values: dict[str, Any] = {"formatting": entry.get("formatting") or "alpaca"}
         if values["formatting"] not in ("alpaca", "sharegpt", "openai"):
-            raise ValueError(
+            raise UserError(
                 f"dataset {name!r}: formatting must be alpaca, sharegpt or openai, got {values['formatting']!r}"
             )
         if entry.get("ranking"):
-            raise ValueError(f"dataset {name!r}: ranking data is for preference training, which is not supported")
+            raise UserError(f"dataset {name!r}: ranking data is for preference training, which is not supported")
         for section in ("columns", "tags"):
             allowed = [key for key in known[1:] if key.endswith("_tag") == (section == "tags")]
             given = entry.get(section)
             if given is None:
                 continue
             if not isinstance(given, Mapping):
-                raise ValueError(f"dataset {name!r}: {section} must be a section of key: value pairs, got {given!r}")
+                raise UserError(f"dataset {name!r}: {section} must be a section of key: value pairs, got {given!r}")
             for key in given:
                 if section == "columns" and key in _NOT_TEXT | _PREFERENCE:
                     reason = "this model reads text only" if key in _NOT_TEXT else "preference data is not supported"
-                    raise ValueError(f"dataset {name!r}: columns.{key}: {reason}")
+                    raise UserError(f"dataset {name!r}: columns.{key}: {reason}")
                 if key not in allowed:
-                    near = difflib.get_close_matches(str(key), allowed, n=1)
-                    hint = f"; did you mean {near[0]!r}?" if near else ""
-                    raise ValueError(
+                    hint = did_you_mean(key, allowed)
+                    raise UserError(
                         f"dataset {name!r}: unknown key {section}.{key}{hint} (known: {', '.join(allowed)})"
                     )
             # As in LLaMA-Factory: whoever names some columns names all.
@@ -242,10 +242,10 @@ def data_files(path: Path, name: str) -> tuple[str, list[Path]]:
     Hidden files are passed over; other files that are no data are named in the log.
 
     Raises:
-        ValueError: nothing there, or files of several types.
+        UserError: nothing there, or files of several types.
     """
     if not path.exists():
-        raise ValueError(f"dataset {name!r}: file not found: {path.absolute()}")
+        raise UserError(f"dataset {name!r}: file not found: {path.absolute()}")
     listed = sorted(path.iterdir()) if path.is_dir() else [path]
     types: dict[str, list[Path]] = {}
     for file in listed:
@@ -256,12 +256,12 @@ def data_files(path: Path, name: str) -> tuple[str, list[Path]]:
         elif path.is_dir() and not file.name.startswith("."):
             logger.warning("dataset %r: %s is no data file and passed over", name, file)
     if not types:
-        raise ValueError(
+        raise UserError(
             f"dataset {name!r}: no file of type {', '.join(FILE_TYPES)} (or .gz of it) in {path.absolute()}"
         )
     if len(types) > 1:
         examples = ", ".join(str(files[0].name) for files in types.values())
-        raise ValueError(f"dataset {name!r}: {path.absolute()} holds files of several types ({examples}); keep one")
+        raise UserError(f"dataset {name!r}: {path.absolute()} holds files of several types ({examples}); keep one")
     ((loader, files),) = types.items()
     return loader, files
 

@@ -15,7 +15,9 @@ from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
 from llamafactory.data import loader
 from llamafactory.data.processor import SupervisedDatasetProcessor
 
-from .curriculum import IGNORED
+from CoDALanguageModel.diffusion import IGNORE_INDEX
+from CoDALanguageModel.errors import UserError
+
 from .records import (
     EMPTY_ANSWER,
     MALFORMED,
@@ -152,7 +154,7 @@ class RowProcessor(SupervisedDatasetProcessor):
         """Rows for a batch of aligned conversations (columns ``messages, system, tools, fate, place``).
 
         Returns:
-            Columns ``input_ids``, ``attention_mask``, ``labels`` (``IGNORED`` at prompts), ``fate`` and ``place``.
+            Columns ``input_ids``, ``attention_mask``, ``labels`` (``IGNORE_INDEX`` at prompts), ``fate`` and ``place``.
         """
         columns: dict[str, list[Any]] = {key: [] for key in ("input_ids", "attention_mask", "labels", "fate", "place")}
         for messages, system, tools, fate, place in zip(
@@ -168,10 +170,10 @@ class RowProcessor(SupervisedDatasetProcessor):
             labels = []
             for number, (source, target) in enumerate(pairs):
                 learned = not self.data_args.mask_history or number == len(pairs) - 1
-                labels += [IGNORED] * len(source) + (target if learned else [IGNORED] * len(target))
+                labels += [IGNORE_INDEX] * len(source) + (target if learned else [IGNORE_INDEX] * len(target))
             # A row that is left out keeps one token, for a column of empty lists would have no type.
             columns["input_ids"].append(input_ids or [0])
-            columns["labels"].append(labels or [IGNORED])
+            columns["labels"].append(labels or [IGNORE_INDEX])
             columns["attention_mask"].append([1] * (len(input_ids) or 1))
             columns["fate"].append(fate)
             columns["place"].append(place)
@@ -218,7 +220,7 @@ def processors(overlong: str, other_template: bool) -> Callable[..., RowProcesso
         if not encoders:
             try:
                 encoders.append(TurnEncoder(kwargs["tokenizer"], kwargs["data_args"], other_template))
-            except ValueError as error:
+            except UserError as error:
                 raise DataError(str(error)) from error
         return RowProcessor(overlong=overlong, encoder=encoders[0], **kwargs)
 

@@ -8,13 +8,13 @@ insists. The tokenizer is never changed.
 
 import copy
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from llamafactory.data.template import TEMPLATES, Template, get_template_and_fix_tokenizer
 
-from CoDALanguageModel.prompts import Codec
+from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.prompts import Codec, Marks
 
 from .records import DataError
 
@@ -26,8 +26,6 @@ Pairs = list[tuple[list[int], list[int]]]
 Message = dict[str, str]
 
 _PROBE = ("\n  def f(x):\n\treturn x  # ok \n", "It is 1.\n\n- two ", "and then?  ", "Yes")
-_MARKS = range(0xE000, 0xF8FF)
-"""Code points to which Unicode gives no meaning, to mark places in a text with."""
 
 
 def _turns(texts: Sequence[str], system: str = "") -> list[Message]:
@@ -43,17 +41,13 @@ class ChatTemplate:
         tokenizer: a fast tokenizer with a chat template.
 
     Raises:
-        ValueError: there is no chat template, or it cannot be taken apart.
+        UserError: there is no chat template, or it cannot be taken apart.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         if not isinstance(tokenizer.chat_template, str):
-            raise ValueError("the checkpoint's tokenizer has no chat template: set template to one of LLaMA-Factory's")
+            raise UserError("the checkpoint's tokenizer has no chat template: set template to one of LLaMA-Factory's")
         self.codec = Codec(tokenizer)
-        # Tags such as <think> mean something to the template where the assistant writes them.
-        tags = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
-        self.tags = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in tags if tag in tokenizer.chat_template}
-        self.split = re.compile("|".join(map(re.escape, sorted(self.tags, key=len, reverse=True))) or r"(?!)")
         self.closing = self._closing(tokenizer)
         self.start = [*self.codec.encode_chat(_turns(["a"])), *self.answer("b")]
         self.nests = self._check(tokenizer)
@@ -81,22 +75,17 @@ class ChatTemplate:
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer with its end."""
-        ids: list[int] = []
-        position = 0
-        for match in self.split.finditer(text):
-            ids += [*self.codec.encode_text(text[position : match.start()]), self.tags[match[0]]]
-            position = match.end()
-        return [*ids, *self.codec.encode_text(text[position:]), *self.closing]
+        return [*self.codec.encode_answer(text), *self.closing]
 
     def _closing(self, tokenizer: Any) -> list[int]:
         """What the template writes behind an answer."""
         answer = "the answer"
         rendered = tokenizer.apply_chat_template(_turns(["a", answer]), tokenize=False)
         if answer not in rendered:
-            raise ValueError("the checkpoint's chat template does not write the assistant's text: set template")
+            raise UserError("the checkpoint's chat template does not write the assistant's text: set template")
         ids = tokenizer(rendered.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
         if tokenizer.eos_token_id not in ids:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's chat template does not end an answer with the end token {tokenizer.eos_token!r}: "
                 f"it writes {tokenizer.decode(ids)!r}; mend the one or the other in the model folder, or set template"
             )
@@ -111,16 +100,14 @@ class ChatTemplate:
                 asked = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # a template is a program of the model's author; it refuses by raising anything
                 if not system:
-                    raise ValueError(f"the checkpoint's chat template refuses a plain request: {error}") from error
+                    raise UserError(f"the checkpoint's chat template refuses a plain request: {error}") from error
                 continue  # no system messages with this model; a row that has one is refused
             text = asked + answer + tokenizer.decode(self.closing)
             if (
                 _flat(self.pairs(_turns([request, answer]), system))
                 != tokenizer(text, add_special_tokens=False).input_ids
             ):
-                raise ValueError(
-                    f"this tokenizer encodes {answer!r} differently alone and behind the request {asked!r}"
-                )
+                raise UserError(f"this tokenizer encodes {answer!r} differently alone and behind the request {asked!r}")
         answer = answer.strip()
         begun = _flat(self.pairs(_turns([request, answer]), ""))
         return (
@@ -144,39 +131,33 @@ class HostTemplate:
 
     def __init__(self, template: Template, tokenizer: Any, codec: Codec) -> None:
         self.template = template
+        self.tokenizer = tokenizer
         self.codec = codec
-        self.eos_token_id, self.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
-        self.ids = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
-        self.names = list(self.ids)
-        self.control = re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or r"(?!)")
-        self.left = self.right = ""
 
     def pairs(self, messages: Sequence[Message], system: str, tools: str, discarding: bool) -> Pairs:
         """Requests and answers of a conversation, which may use tools."""
-        texts = "".join((system, tools, *(message["content"] for message in messages)))
-        self.left, self.right = [chr(code) for code in _MARKS if chr(code) not in texts][:2]
-        hidden = [{**message, "content": self._hide(message["content"])} for message in messages]
-        return self.template.encode_multiturn(self, hidden, self._hide(system), self._hide(tools), discarding)
+        marks = self.codec.marks((system, tools, *(message["content"] for message in messages)))
+        hidden = [{**message, "content": marks.hide(message["content"])} for message in messages]
+        stand_in = _Host(self.tokenizer, marks)
+        return self.template.encode_multiturn(stand_in, hidden, marks.hide(system), marks.hide(tools), discarding)
 
-    def _hide(self, text: str) -> str:
-        return self.control.sub(lambda match: f"{self.left}{self.names.index(match[0])}{self.right}", text)
+
+class _Host:
+    """Stands for the tokenizer where a template of LLaMA-Factory calls it: what the template writes is control.
+
+    Args:
+        tokenizer: the checkpoint's.
+        marks: with which the texts are hidden.
+    """
+
+    def __init__(self, tokenizer: Any, marks: Marks) -> None:
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+        self.convert_tokens_to_ids = tokenizer.convert_tokens_to_ids
+        self.marks = marks
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Stand for the tokenizer where the template calls it: control tokens are those that the template wrote."""
-        ids: list[int] = []
-        position = 0
-        hidden = re.compile(f"{self.left}(\\d+){self.right}")
-        for match in [*self.control.finditer(text), None]:
-            piece = text[position : match.start() if match else len(text)]
-            ids += self.codec.encode_text(hidden.sub(lambda number: self.names[int(number[1])], piece))
-            if match:
-                ids.append(self.ids[match[0]])
-                position = match.end()
-        return ids
-
-    def convert_tokens_to_ids(self, token: str) -> int:
-        """Stand for the tokenizer where the template names a token."""
-        return self.ids[token]
+        """Ids of what the template wrote, without tokens around it."""
+        return self.marks.encode(text)
 
 
 class TurnEncoder:
@@ -188,7 +169,7 @@ class TurnEncoder:
         other_template: whether ``template`` may give other ids than the checkpoint's chat template.
 
     Raises:
-        ValueError: a template that does not fit, with the remedy.
+        UserError: a template that does not fit, with the remedy.
     """
 
     def __init__(self, tokenizer: Any, data_args: Any, other_template: bool) -> None:
@@ -208,7 +189,7 @@ class TurnEncoder:
         self.host = HostTemplate(template, tokenizer, self.chat.codec)
         difference = self._difference(tokenizer)
         if difference and not other_template:
-            raise ValueError(
+            raise UserError(
                 f"template={name!r} gives other tokens than the checkpoint's own chat template, by which evaluation "
                 f"and serving ask: leave template out, or set diffusion.other_template=true to train so\n{difference}"
             )
@@ -223,7 +204,7 @@ class TurnEncoder:
                 host = self.host.pairs(_turns(texts), system, "", False)
                 try:
                     own = self.chat.pairs(_turns(texts), system)
-                except ValueError as error:
+                except UserError as error:
                     return f"  the chat template: {error}"
                 if host != own:
                     return "\n".join(
@@ -245,7 +226,7 @@ class TurnEncoder:
                 return self.chat.pairs(messages, system)
             except DataError:
                 raise
-            except ValueError as error:
+            except UserError as error:
                 raise DataError(str(error)) from error
         if self.host is None:
             raise DataError(
@@ -258,26 +239,26 @@ def _fitting(name: str, tokenizer: Any, data_args: Any) -> Template:
     """LLaMA-Factory's template of that name, where it needs no other tokenizer than the checkpoint's.
 
     Raises:
-        ValueError: there is none of that name, or it changes the vocabulary or the end of an answer.
+        UserError: there is none of that name, or it changes the vocabulary or the end of an answer.
     """
     if name not in TEMPLATES:
-        raise ValueError(f"template must be one of LLaMA-Factory's, or left out for the checkpoint's own, got {name!r}")
+        raise UserError(f"template must be one of LLaMA-Factory's, or left out for the checkpoint's own, got {name!r}")
     changed = copy.deepcopy(tokenizer)
     template = get_template_and_fix_tokenizer(changed, data_args)
     remedy = "leave template out to train with the checkpoint's own chat template"
     if len(changed) != len(tokenizer):
         added = sorted(changed.get_vocab().keys() - tokenizer.get_vocab().keys())
-        raise ValueError(f"template={name!r} needs tokens that the checkpoint does not have, {added}; {remedy}")
+        raise UserError(f"template={name!r} needs tokens that the checkpoint does not have, {added}; {remedy}")
     if changed.eos_token_id != tokenizer.eos_token_id:
-        raise ValueError(
+        raise UserError(
             f"template={name!r} ends answers with {changed.eos_token!r}, the checkpoint with {tokenizer.eos_token!r}; "
             f"{remedy}"
         )
     if template.efficient_eos:
-        raise ValueError(f"template={name!r} writes no end behind an answer that another turn follows; {remedy}")
+        raise UserError(f"template={name!r} writes no end behind an answer that another turn follows; {remedy}")
     target = template.encode_multiturn(tokenizer, _turns(["a", "b"]))[-1][1]
     if tokenizer.eos_token_id not in target:
-        raise ValueError(
+        raise UserError(
             f"template={name!r} writes {tokenizer.decode(target)!r}: it does not end an answer with the end token "
             f"{tokenizer.eos_token!r} of the checkpoint; {remedy}"
         )

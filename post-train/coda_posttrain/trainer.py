@@ -29,6 +29,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ro
 from transformers.utils import cached_file
 
 from CoDALanguageModel import CoDAConfig  # also registers the model: its code here wins over a checkpoint's copy
+from CoDALanguageModel.diffusion import IGNORE_INDEX
+from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.noise import deal_levels
 
 from . import curriculum
 from .arguments import CUTOFF_LEN, DiffusionArguments, check_length
@@ -77,7 +80,7 @@ def run_training(
         parts: what the run is made of, saved there too; empty on all but the main process and without training.
 
     Raises:
-        ValueError: from LLaMA-Factory's or our checks of settings, model and data.
+        UserError: from LLaMA-Factory's or our checks of settings, model and data.
     """
     if not torch.accelerator.is_available():
         host = {"use_cpu": True, **host}  # or bf16 and the choice of the backend would fail
@@ -169,7 +172,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         **kwargs: what LLaMA-Factory passes to its own trainer.
 
     Raises:
-        ValueError: the model is not a CoDA model, its tokenizer lacks the mask token, or a data set is unusable.
+        UserError: the model is not a CoDA model, its tokenizer lacks the mask token, or a data set is unusable.
     """
 
     def __init__(
@@ -192,7 +195,11 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         self.run_parts = run_parts
         self.staging: Path | None = None  # where a checkpoint is being written
         self.save_dtype = source_dtype(source) if diffusion.save_dtype == "source" else diffusion.save_dtype
-        self.mask_token_id = model_config.mask_token_id
+        self.token_facts = {
+            "mask_token_id": model_config.mask_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "logits_shift": model_config.logits_shift,
+        }
         self.tail_token_id = tokenizer.pad_token_id if diffusion.tail == "pad" else tokenizer.eos_token_id
         # The Trainer overwrites these with the tokenizer's, which has one end token where the model may have several.
         self.model_token_ids = {name: getattr(model_config, name, None) for name in TOKEN_ID_NAMES}
@@ -206,7 +213,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
             kwargs["eval_dataset"] = number(evaluated, name="eval_dataset")
         kwargs["data_collator"] = RowCollator(kwargs["data_collator"])
         if not kwargs["args"].accelerator_config.even_batches:
-            raise ValueError(
+            raise UserError(
                 "accelerator_config.even_batches=false would give some processes fewer batches than others, which "
                 "then wait for each other forever: leave it true; rows that fill the last batches are not counted"
             )
@@ -244,7 +251,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
     def _rows(self, batch: dict[str, Tensor], tail_tokens: int) -> curriculum.Rows:
         """The clean rows of a collated batch, with their tail."""
         present = batch["attention_mask"].bool()
-        prompt_mask = (batch["labels"] == curriculum.IGNORED) & present
+        prompt_mask = (batch["labels"] == IGNORE_INDEX) & present
         input_ids, present, tail = curriculum.add_tail(
             batch["input_ids"],
             present,
@@ -280,34 +287,37 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         places, num_rows = self._global_places([len(batch["input_ids"]) for batch in batches])
         t_min = curriculum.epoch_value(settings.t_min, epoch)
         self.last_curriculum = dict(zip(CURRICULUM_KEYS, (t_min, probability, share), strict=True))
-        levels = curriculum.noise_levels("t", seed, step, num_rows, t_min)
+        levels = deal_levels(seed, step, num_rows, t_min)
         noised, levels_of, fresh_of = [], [], []
         for batch, place in zip(batches, places, strict=True):
             rows = self._rows(batch, tail_tokens)
             fresh = place < num_rows  # the others fill up the last batches of the epoch
-            sample_ids = rows.sample_ids.tolist()
-            device, width = rows.input_ids.device, rows.input_ids.shape[1] + max(settings.span_lengths) - 1
+            device = rows.input_ids.device
             t, fresh = levels[place.clamp(max=num_rows - 1)].to(device), fresh.to(device)
-            result = curriculum.noise_rows(
+            sample_ids = rows.sample_ids + epoch * len(self.train_dataset)  # each epoch has noise of its own
+            result = curriculum.noise(
                 rows,
-                t=t,
-                spans=curriculum.row_spans(seed, sample_ids, epoch, probability, settings.span_lengths).to(device),
-                uniforms=curriculum.row_uniforms("noise", seed, sample_ids, epoch, width).to(device),
+                t,
                 share=share,
-                mask_token_id=self.mask_token_id,
+                seed=seed,
+                sample_ids=sample_ids.tolist(),
+                span_probability=probability,
+                span_lengths=settings.span_lengths,
+                **self.token_facts,
             )
-            noised.append((result, rows.present))
+            noised.append((result, rows))
             levels_of.append(t)
             fresh_of.append(fresh)
-        weights = self._weights([result.counted for result, _ in noised], levels_of, fresh_of, num_rows)
+        counted = [(result.maskable & ~rows.tail).sum(dim=1) for result, rows in noised]
+        weights = self._weights(counted, levels_of, fresh_of, num_rows)
         return [
             {
                 "input_ids": result.noised_ids,
-                "attention_mask": present.long(),
+                "attention_mask": rows.present.long(),
                 "labels": result.labels,
                 "loss_weights": weight,
             }
-            for (result, present), weight in zip(noised, weights, strict=True)
+            for (result, rows), weight in zip(noised, weights, strict=True)
         ]
 
     def _epochs_done(self) -> tuple[int, float]:
@@ -381,7 +391,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         The result depends neither on the batch size nor on the number of processes.
         """
         num_rows = len(dataloader.dataset)
-        self._eval_levels = curriculum.noise_levels("eval-t", self.diffusion.eval_seed, 0, num_rows, EVAL_T_MIN)
+        self._eval_levels = deal_levels(self.diffusion.eval_seed, 0, num_rows, EVAL_T_MIN)
         self._eval_sums = torch.zeros(2, dtype=torch.float64, device="cpu")  # weighted loss, counted tokens
         self._eval_batches = 0
         output = super().evaluation_loop(dataloader, *args, **kwargs)
@@ -399,28 +409,22 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         inputs = self._prepare_inputs(inputs)
         settings, seed = self.diffusion, self.diffusion.eval_seed
         rows = self._rows(inputs, {"eos": settings.tail_tokens // 2, "pad": self.cutoff_len, "none": 0}[settings.tail])
-        sample_ids, device = rows.sample_ids.tolist(), rows.input_ids.device
-        t = self._eval_levels[sample_ids].to(device)
-        result = curriculum.noise_rows(
-            rows,
-            t=t,
-            spans=torch.ones(len(sample_ids), dtype=torch.int64, device=device),
-            uniforms=curriculum.row_uniforms("eval-noise", seed, sample_ids, 0, rows.input_ids.shape[1]).to(device),
-            share=1.0,
-            mask_token_id=self.mask_token_id,
-            score_tail=False,
+        device = rows.input_ids.device
+        t = self._eval_levels[rows.sample_ids.cpu()].to(device)
+        result = curriculum.noise(
+            rows, t, share=1.0, seed=seed, sample_ids=rows.sample_ids.tolist(), **self.token_facts
         )
         first = (self._eval_batches * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
         self._eval_batches += 1
-        fresh = rows.sample_ids == torch.arange(first, first + len(sample_ids), device=device)  # no duplicates
+        fresh = rows.sample_ids == torch.arange(first, first + len(t), device=device)  # no duplicates
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(
                 input_ids=result.noised_ids,
                 attention_mask=rows.present.long(),
-                labels=result.labels,
+                labels=result.labels.masked_fill(rows.tail, IGNORE_INDEX),
                 loss_weights=fresh / t,
             ).loss.float()
-        count = (result.counted * fresh).sum()
+        count = ((result.maskable & ~rows.tail).sum(dim=1) * fresh).sum()
         self._eval_sums += torch.stack([loss.double(), count.double()]).cpu()
         return loss / count.clamp(min=1), None, None
 
@@ -519,18 +523,18 @@ def check_model(model_config: Any, tokenizer: Any, source: str) -> None:
     """Refuse a model or tokenizer that the objective cannot use.
 
     Raises:
-        ValueError: not a CoDA model, no such mask token, or no end or padding token.
+        UserError: not a CoDA model, no such mask token, or no end or padding token.
     """
     if model_config.model_type != CoDAConfig.model_type:
-        raise ValueError(
+        raise UserError(
             f"model_name_or_path={source!r} is a {model_config.model_type!r} model, not a CoDA one: "
             "convert it with save_hf_model.py first"
         )
     if model_config.mask_token_id >= len(tokenizer):
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {source!r} has {len(tokenizer)} tokens and lacks the model's "
             f"mask_token_id={model_config.mask_token_id}: add the token with save_hf_model.py"
         )
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is None:
-            raise ValueError(f"the tokenizer of {source!r} has no {name}")
+            raise UserError(f"the tokenizer of {source!r} has no {name}")

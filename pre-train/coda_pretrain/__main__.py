@@ -1,6 +1,6 @@
-"""``python -m coda_pretrain --config FILE [--config FILE ...] [key=value ...]``: train, or show the configuration.
+"""``python -m coda_pretrain VERB``: prepare data, plan a run, train, export what it made, and plot it.
 
-``python -m coda_pretrain plan`` and ``python -m coda_pretrain plot`` have their own ``--help``.
+Each verb has its own ``--help``. Without a verb, as in ``python -m coda_pretrain --config FILE``, it is ``train``.
 """
 
 import argparse
@@ -11,16 +11,29 @@ import os
 import sys
 from collections.abc import Sequence
 
+from CoDALanguageModel.errors import UserError
+
 EXIT_BAD_INPUT = 2
-SUBCOMMANDS = ("plan", "plot")
+VERBS = {
+    "download": ("data.__main__:download_main", "data sets of the Hub to text"),
+    "data": ("data.__main__:main", "text to token shards"),
+    "cluster": ("data.cluster:main", "the same on many machines, through datatrove"),
+    "plan": ("plan.plan:main", "memory, speed and days of a run, before it is rented"),
+    "train": ("__main__:train", "pre- or mid-train a model (what happens without a verb)"),
+    "export": ("checkpoints.export:main", "a checkpoint to safetensors"),
+    "plot": ("watch.plot:main", "what a run did, as pictures"),
+}
+"""Module and function below this package, and what it does."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m coda_pretrain",
+        prog="python -m coda_pretrain [train]",
         description="Pre- or mid-train a CoDA model.",
-        epilog="python -m coda_pretrain plan --help: what a run needs; plot --help: what it did.",
+        epilog="Other verbs, each with its own --help:\n"
+        + "\n".join(f"  {verb:<10}{says}" for verb, (_, says) in VERBS.items() if verb != "train"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config", action="append", default=[], required=True, help="YAML file; several are merged in order"
@@ -46,15 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("USE_TORCH_XLA", "0")  # transformers would import it, which takes seconds, and not use it
     if importlib.util.find_spec("libtpu") is None or words[:1] == ["plan"]:
         os.environ.setdefault("PJRT_DEVICE", "CPU")  # torch_xla complains when it has to guess
-    if words and words[0] in SUBCOMMANDS:
-        return importlib.import_module(f".{words[0]}", __package__).main(words[1:])
+    verb, words = (words[0], words[1:]) if words and words[0] in VERBS else ("train", words)
+    module, _, function = VERBS[verb][0].partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), function)(words)
+
+
+def train(words: Sequence[str]) -> int:
+    """``train``; see ``main`` for what is returned."""
     arguments = build_parser().parse_intermixed_args(words)
     from .config import load_config
     from .plain_data import to_yaml
 
     try:
         config = load_config(arguments.config, arguments.overrides)
-    except ValueError as error:
+    except UserError as error:
         return _fail(error, EXIT_BAD_INPUT)
     if arguments.dry_run:
         sys.stdout.write(to_yaml(config))
@@ -66,12 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream=sys.stderr,
     )
     logging.getLogger(__name__).info("configuration:\n%s", to_yaml(config).rstrip())
-    from .checkpoint import CheckpointError
-    from .trainer import Trainer, TrainingDiverged
+    from .checkpoints.checkpoint import CheckpointError
+    from .train.trainer import Trainer, TrainingDiverged
 
     try:
         trainer = Trainer(config, accept_changed_data=arguments.accept_changed_data)
-    except ValueError as error:
+    except UserError as error:
         return _fail(error, EXIT_BAD_INPUT)
     try:
         trainer.train()

@@ -1,21 +1,24 @@
 """The run configuration: frozen dataclasses, YAML files merged in order, ``key=value`` overrides.
 
 A value can be wrong only loudly: an unknown key names the nearest known one, a wrong type or choice names what is
-allowed. ``mixture.py``, ``masking_schedule.py`` and ``hardware.py`` declare the data, masking and hardware sections.
+allowed. ``data.mixture``, ``noise.strategies`` and ``devices.config`` declare the data, masking and hardware sections.
 Not here: architecture (``CoDAConfig``, whose fields ``model.config`` only carries) and anything that touches a device.
 
 No ``from __future__ import annotations`` in this file: field types must stay types.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from .hardware import HardwareConfig
-from .masking_schedule import MaskingConfig
-from .mixture import DataConfig
+from CoDALanguageModel.errors import UserError
+
+from .data.mixture import DataConfig
+from .devices.config import HardwareConfig
+from .noise.strategies import MaskingConfig
 from .plain_data import from_dict, merge, require_range
 
 
@@ -38,13 +41,12 @@ class ModelConfig:
     ``flex_attention`` and ``flash_attention_2`` (cuda; the latter needs the package flash-attn), ``splash`` (TPU)."""
 
     attention_annealing_steps: int | None = None
-    """Steps in which attention widens from causal to full (``annealing.py``); null is full from the first step on.
-    Needs the kernels ``sdpa`` or ``eager`` on cpu or cuda: the others are given segments and no mask. Evaluation is
-    always full."""
+    """Steps in which attention widens from causal to full (``train.annealing``); null is full from the first step on.
+    Not with the kernels ``flash_attention_2`` and ``splash``, which know segments alone. Evaluation is always full."""
 
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.config is None):
-            raise ValueError("give exactly one of model.init_from (a folder) and model.config (fields of CoDAConfig)")
+            raise UserError("give exactly one of model.init_from (a folder) and model.config (fields of CoDAConfig)")
         if self.attention_annealing_steps is not None:
             require_range("model.attention_annealing_steps", self.attention_annealing_steps, at_least=1)
 
@@ -157,7 +159,7 @@ class EvaluationConfig:
         if self.every is not None:
             require_range("evaluation.every", self.every, at_least=1)
             if self.data is None:
-                raise ValueError("evaluation.every is set, so evaluation.data must name held-out shards; got null")
+                raise UserError("evaluation.every is set, so evaluation.data must name held-out shards; got null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +192,7 @@ class MetricsConfig:
         if self.profile_steps is not None:
             first, last = self.profile_steps
             if not 1 <= first <= last:
-                raise ValueError(f"metrics.profile_steps must be [a, b] with 1 <= a <= b, got [{first}, {last}]")
+                raise UserError(f"metrics.profile_steps must be [a, b] with 1 <= a <= b, got [{first}, {last}]")
 
 
 KERNELS = {
@@ -242,7 +244,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if (self.max_steps is None) == (self.num_epochs is None):
-            raise ValueError(
+            raise UserError(
                 f"give exactly one of max_steps and num_epochs, got {self.max_steps!r} and {self.num_epochs!r}"
             )
         require_range("seed", self.seed, at_least=0)
@@ -257,30 +259,29 @@ class RunConfig:
             require_range("max_grad_norm", self.max_grad_norm, above=0.0)
         self._check_kernel()
         if self.global_batch_size % self.rows_per_micro_batch:
-            raise ValueError(
+            raise UserError(
                 f"micro_batch_size must divide global_batch_size {self.global_batch_size}, got {self.micro_batch_size}"
             )
 
     def _check_kernel(self) -> None:
         kernel, backend, hardware = self.model.attn_implementation, self.hardware.backend, self.hardware
         if kernel not in KERNELS[backend]:
-            raise ValueError(
+            raise UserError(
                 f"model.attn_implementation must be one of {', '.join(KERNELS[backend])} on hardware.backend "
                 f"{backend!r}, got {kernel!r}"
             )
-        if self.model.attention_annealing_steps is not None and (backend == "xla" or kernel not in ("sdpa", "eager")):
-            raise ValueError(
-                "model.attention_annealing_steps needs model.attn_implementation sdpa or eager on hardware.backend cpu "
-                "or cuda, since other kernels are given segments and no mask of who sees whom; "
-                f"got {kernel!r} on {backend!r}"
+        if self.model.attention_annealing_steps is not None and kernel in ("flash_attention_2", "splash"):
+            raise UserError(
+                "model.attention_annealing_steps needs model.attn_implementation sdpa, eager or flex_attention: "
+                f"{kernel!r} knows segments alone and no other rule of who sees whom"
             )
         if kernel == "flex_attention" and not hardware.compile:
-            raise ValueError(
+            raise UserError(
                 "model.attn_implementation 'flex_attention' needs hardware.compile true, got false: uncompiled it "
                 "keeps the scores of all pairs of positions in memory"
             )
         if kernel == "flash_attention_2" and hardware.precision != "bf16":
-            raise ValueError(
+            raise UserError(
                 f"model.attn_implementation 'flash_attention_2' needs hardware.precision bf16, got {hardware.precision}"
             )
 
@@ -294,7 +295,7 @@ def load_config(files: list[str], overrides: list[str]) -> RunConfig:
     """Read and merge YAML files in order, apply ``dotted.key=value`` overrides (values are YAML), and check.
 
     Raises:
-        ValueError: a file is missing or no mapping, an override has no ``=``, or the result does not fit ``RunConfig``.
+        UserError: a file is missing or no mapping, an override has no ``=``, or the result does not fit ``RunConfig``.
     """
     return from_dict(RunConfig, read_settings(files, overrides))
 
@@ -305,25 +306,38 @@ def read_settings(files: list[str], overrides: list[str]) -> dict[str, Any]:
     Mappings are merged key by key; any other value replaces the earlier one.
 
     Raises:
-        ValueError: a file is missing or no mapping, or an override has no ``=``.
+        UserError: a file is missing or no mapping, or an override has no ``=``.
     """
     merged: dict[str, Any] = {}
     for name in files:
         if not Path(name).is_file():
-            raise ValueError(f"--config {name}: no such file")
+            raise UserError(f"--config {name}: no such file")
         try:
             content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
-            raise ValueError(f"--config {name} is not YAML: {error}") from error
+            raise UserError(f"--config {name} is not YAML: {error}") from error
         if not isinstance(content, dict):
-            raise ValueError(f"--config {name} must hold a mapping, got {content!r}")
+            raise UserError(f"--config {name} must hold a mapping, got {content!r}")
         merged = merge(merged, content)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise ValueError(f"an override must look like key=value, got {override!r}")
-        value: Any = yaml.safe_load(text)
+            raise UserError(f"an override must look like key=value, got {override!r}")
+        value = _value_of(key, text)
         for part in reversed(key.split(".")):
             value = {part: value}
         merged = merge(merged, value)
     return merged
+
+
+def _value_of(key: str, text: str) -> Any:
+    """What an override's text means: itself where the setting is a text (names hold `` #`` or ``: ``), else YAML."""
+    kind: Any = RunConfig
+    for part in key.split("."):
+        kind = get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    if kind in (str, str | None) and text[:1] not in ("'", '"') and text not in ("", "~", "null"):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of {key}={text} is not YAML: {error}") from error

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import yaml
 
+from CoDALanguageModel.errors import UserError
+
 
 def require_range(
     name: str,
@@ -21,7 +23,7 @@ def require_range(
     """Check a number against bounds.
 
     Raises:
-        ValueError: it is outside; the message names the setting and every bound.
+        UserError: it is outside; the message names the setting and every bound.
     """
     bounds = [(">=", at_least), ("<=", at_most), (">", above), ("<", below)]
     inside = (
@@ -32,7 +34,7 @@ def require_range(
     )
     if not inside:
         wanted = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
-        raise ValueError(f"{name} must be {wanted}, got {value}")
+        raise UserError(f"{name} must be {wanted}, got {value}")
 
 
 def from_dict(cls: type, data: Any, path: str = "") -> Any:
@@ -44,22 +46,22 @@ def from_dict(cls: type, data: Any, path: str = "") -> Any:
         path: dotted prefix for messages, ending in a dot unless empty.
 
     Raises:
-        ValueError: an unknown key (the nearest known one is named), a missing key, or a value of the wrong type.
+        UserError: an unknown key (the nearest known one is named), a missing key, or a value of the wrong type.
     """
     if not isinstance(data, dict):
-        raise ValueError(f"{path.rstrip('.') or 'the configuration'} must be a mapping, got {data!r}")
+        raise UserError(f"{path.rstrip('.') or 'the configuration'} must be a mapping, got {data!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown key {path}{key}{hint} (known: {', '.join(fields)})")
+            raise UserError(f"unknown key {path}{key}{hint} (known: {', '.join(fields)})")
     hints = typing.get_type_hints(cls)
     values = {key: convert(hints[key], value, path + key) for key, value in data.items()}
     for name, declared in fields.items():
         required = declared.default is dataclasses.MISSING and declared.default_factory is dataclasses.MISSING
         if required and name not in values:
-            raise ValueError(f"missing key {path}{name}: it has no default")
+            raise UserError(f"missing key {path}{name}: it has no default")
     return cls(**values)
 
 
@@ -67,7 +69,7 @@ def convert(kind: Any, value: Any, name: str) -> Any:
     """Turn a plain YAML value into the declared type ``kind``; ``name`` is for messages.
 
     Raises:
-        ValueError: the value does not fit.
+        UserError: the value does not fit.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -78,13 +80,13 @@ def convert(kind: Any, value: Any, name: str) -> Any:
         return from_dict(kind, value, f"{name}.")
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+            raise UserError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
         return value
     if origin in (list, tuple):
         return _convert_sequence(origin, arguments, value, name)
     if origin is dict or kind is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{name} must be a mapping, got {value!r}")
+            raise UserError(f"{name} must be a mapping, got {value!r}")
         of = arguments[1] if arguments else Any
         return {key: convert(of, item, f"{name}.{key}") for key, item in value.items()}
     return _convert_scalar(kind, value, name)
@@ -100,17 +102,17 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, name: str) -> Any:
     for kind in kinds:
         try:
             return convert(kind, value, name)
-        except ValueError as error:
+        except UserError as error:
             errors.append(str(error))
-    raise ValueError("; or ".join(errors))
+    raise UserError("; or ".join(errors))
 
 
 def _convert_sequence(origin: type, arguments: tuple[Any, ...], value: Any, name: str) -> Any:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name} must be a list, got {value!r}")
+        raise UserError(f"{name} must be a list, got {value!r}")
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
         if len(value) != len(arguments):
-            raise ValueError(f"{name} must have {len(arguments)} entries, got {value!r}")
+            raise UserError(f"{name} must have {len(arguments)} entries, got {value!r}")
         return tuple(
             convert(kind, item, f"{name}[{i}]") for i, (kind, item) in enumerate(zip(arguments, value, strict=True))
         )
@@ -123,9 +125,9 @@ def _convert_scalar(kind: type, value: Any, name: str) -> Any:
         try:
             return float(value)  # YAML 1.1 reads 3e-4, without a dot, as text
         except ValueError as error:
-            raise ValueError(f"{name} must be a number, got {value!r}") from error
+            raise UserError(f"{name} must be a number, got {value!r}") from error
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
+        raise UserError(f"{name} must be {kind.__name__}, got {value!r}")
     return value
 
 

@@ -20,12 +20,12 @@ python=$(find_python)
 export PJRT_DEVICE=${PJRT_DEVICE:-CPU}
 
 if (($# == 0)); then
-    exec "$python" -m coda_pretrain.export --checkpoint_dir "$run" --output_dir "$output"
+    exec "$python" -m coda_pretrain export --checkpoint_dir "$run" --output_dir "$output"
 fi
 for step in "$@"; do
     [[ $step =~ ^[0-9]+$ ]] || { printf 'a step must be a whole number, got %s\n' "$step" >&2 && exit 2; }
 done
 for step in "$@"; do
     folder=$output/$(printf 'step-%08d' "$((10#$step))")
-    "$python" -m coda_pretrain.export --checkpoint_dir "$run" --step "$((10#$step))" --output_dir "$folder"
+    "$python" -m coda_pretrain export --checkpoint_dir "$run" --step "$((10#$step))" --output_dir "$folder"
 done

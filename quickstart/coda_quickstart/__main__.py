@@ -12,6 +12,9 @@ from pathlib import Path
 
 import yaml
 
+from coda_quickstart.runner import StageFailed
+from CoDALanguageModel.errors import UserError
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -47,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return {"run": _run, "data": _data, "denoise": _denoise, "chat": _chat, "report": _report}[arguments.command](
             arguments
         )
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except StageFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -132,7 +135,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _yaml(path: Path) -> dict:
     if not path.is_file():
-        raise ValueError(f"--config {path}: no such file")
+        raise UserError(f"--config {path}: no such file")
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from openai import OpenAI
 
+from coda_quickstart.runner import StageFailed
 from CoDALanguageModel.prompts import Codec
 
 START_TIMEOUT_S = 180.0
@@ -22,7 +23,7 @@ MODEL_NAME = "coda-quickstart"
 ANSWER_TOKENS = 40
 
 
-class ServerFailed(RuntimeError):
+class ServerFailed(StageFailed):
     """The server ended, or did not answer in time; the message holds the end of its log."""
 
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from CoDALanguageModel.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 SKIPPED_FOLDERS = frozenset(
@@ -45,7 +47,7 @@ def standard_library(folder: Path | None = None) -> list[SourceFile]:
         folder: where to look; the running Python's own standard library when None.
 
     Raises:
-        ValueError: the folder holds no Python file.
+        UserError: the folder holds no Python file.
     """
     folder = Path(folder or sysconfig.get_paths()["stdlib"])
     seen: set[str] = set()
@@ -68,7 +70,7 @@ def standard_library(folder: Path | None = None) -> list[SourceFile]:
             seen.add(text)
             files.append(SourceFile(relative.as_posix(), text))
     if not files:
-        raise ValueError(f"the corpus folder must hold Python files, got none below {folder}")
+        raise UserError(f"the corpus folder must hold Python files, got none below {folder}")
     logger.info("%d files of %s; left out: %s", len(files), folder, left_out)
     return files
 

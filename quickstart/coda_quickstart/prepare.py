@@ -1,7 +1,6 @@
 """The data stage: corpus, tokenizer, instruction set and held-out benchmarks, written into a run folder."""
 
 import dataclasses
-import difflib
 import json
 import logging
 import random
@@ -23,6 +22,7 @@ from coda_quickstart.problems import (
     training_programs,
 )
 from coda_quickstart.tokenizer import train_tokenizer
+from CoDALanguageModel.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -60,29 +60,27 @@ class DataSettings:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{field.name} must be a whole number >= 0, got {value!r}")
+                raise UserError(f"{field.name} must be a whole number >= 0, got {value!r}")
 
 
 def load_settings(path: Path) -> DataSettings:
     """Read the YAML file of the data stage.
 
     Raises:
-        ValueError: the file is missing or no mapping, a key is unknown or missing, or a value is not allowed.
+        UserError: the file is missing or no mapping, a key is unknown or missing, or a value is not allowed.
     """
     if not path.is_file():
-        raise ValueError(f"--config {path}: no such file")
+        raise UserError(f"--config {path}: no such file")
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(data, Mapping):
-        raise ValueError(f"--config {path} must hold key: value lines, got {data!r}")
+        raise UserError(f"--config {path} must hold key: value lines, got {data!r}")
     fields = {field.name: field for field in dataclasses.fields(DataSettings)}
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown key {key} in {path}{hint} (known: {', '.join(fields)})")
+            raise UserError(f"unknown key {key} in {path}{did_you_mean(key, fields)} (known: {', '.join(fields)})")
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in data]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
+        raise UserError(f"{path} lacks {', '.join(missing)}")
     return DataSettings(**data)
 
 

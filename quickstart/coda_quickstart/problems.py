@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coda_quickstart.grammar import AGGREGATES, FILTERS, MAPS, SOURCES, Aggregate, Filter, Map, Source
+from CoDALanguageModel.errors import UserError
 
 HELD_OUT_SHARE = 0.12
 FUNCTION_NAME = "solve"
@@ -99,10 +100,10 @@ def training_programs(num_programs: int, seed: int) -> list[Program]:
         seed: names the draw; the same seed gives the same list.
 
     Raises:
-        ValueError: ``num_programs`` is negative.
+        UserError: ``num_programs`` is negative.
     """
     if num_programs < 0:
-        raise ValueError(f"num_programs must be at least 0, got {num_programs}")
+        raise UserError(f"num_programs must be at least 0, got {num_programs}")
     rng = random.Random(f"training programs {seed}")
     compositions = [entry for entry in all_compositions() if not is_held_out(composition_of(*entry[1:]))]
     programs: dict[str, Program] = {}
@@ -116,12 +117,12 @@ def held_out_programs(num_programs: int, seed: int) -> list[Program]:
     """Programs of held-out compositions, each composition at most once.
 
     Raises:
-        ValueError: more programs are asked for than there are held-out compositions.
+        UserError: more programs are asked for than there are held-out compositions.
     """
     rng = random.Random(f"held-out programs {seed}")
     compositions = [entry for entry in all_compositions() if is_held_out(composition_of(*entry[1:]))]
     if not 0 <= num_programs <= len(compositions):
-        raise ValueError(f"num_programs must be in [0, {len(compositions)}], got {num_programs}")
+        raise UserError(f"num_programs must be in [0, {len(compositions)}], got {num_programs}")
     return [_draw_program(rng, *entry) for entry in rng.sample(compositions, num_programs)]
 
 

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from coda_quickstart.pictures import denoising_html, denoising_text, loss_curves_svg, masking_html, masking_text
+from CoDALanguageModel.errors import UserError
 
 STAGES = (("pretrain", "Pre-training"), ("midtrain", "Mid-training"), ("model", "Fine-tuning"))
 TIME_TITLES = {
@@ -35,10 +36,10 @@ def wilson_interval(num_passed: int, count: int, z: float = 1.96) -> tuple[float
     """95 % interval of a binomial share (Wilson 1927), each end in [0, 1].
 
     Raises:
-        ValueError: ``count`` is below 1 or ``num_passed`` not in [0, count].
+        UserError: ``count`` is below 1 or ``num_passed`` not in [0, count].
     """
     if count < 1 or not 0 <= num_passed <= count:
-        raise ValueError(f"num_passed must be in [0, count] with count >= 1, got {num_passed} of {count}")
+        raise UserError(f"num_passed must be in [0, count] with count >= 1, got {num_passed} of {count}")
     share = num_passed / count
     scale = 1 + z * z / count
     middle = (share + z * z / (2 * count)) / scale
@@ -67,7 +68,7 @@ def read_scores(run_dir: Path) -> list[dict[str, Any]]:
     """One row per benchmark (infilling split by where the gaps come from): name, passed, count, interval.
 
     Raises:
-        ValueError: the evaluation left no samples.
+        UserError: the evaluation left no samples.
     """
     groups: dict[str, list[bool]] = {}
     names = {
@@ -78,7 +79,7 @@ def read_scores(run_dir: Path) -> list[dict[str, Any]]:
     }
     samples = sorted((run_dir / "evaluation").rglob("samples_*.jsonl"))
     if not samples:
-        raise ValueError(f"no samples_*.jsonl below {run_dir / 'evaluation'}; run the evaluation first")
+        raise UserError(f"no samples_*.jsonl below {run_dir / 'evaluation'}; run the evaluation first")
     for path in samples:
         task = next((name for name in (*names, "quickstart_infill") if f"samples_{name}_" in path.name), None)
         for row in read_metrics(path):
@@ -124,7 +125,7 @@ def write_report(run_dir: Path) -> str:
         The score and time tables as Markdown.
 
     Raises:
-        ValueError: a stage's file is missing.
+        UserError: a stage's file is missing.
     """
     try:
         scores, training = read_scores(run_dir), training_table(run_dir)
@@ -134,7 +135,7 @@ def write_report(run_dir: Path) -> str:
         config = json.loads((run_dir / "model" / "config.json").read_text())
         data = json.loads((run_dir / "data" / "summary.json").read_text())
     except FileNotFoundError as error:
-        raise ValueError(f"the report needs all stages; missing: {error.filename}") from error
+        raise UserError(f"the report needs all stages; missing: {error.filename}") from error
     config["parameters"] = num_parameters(run_dir / "model" / "model.safetensors")
     summary = {"scores": scores, "training": training, "times_s": times, "data": data}
     summary |= {"parameters": config["parameters"], "machine": machine()}

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from CoDALanguageModel.errors import UserError
+
 PROGRESS_WIDTH = 100
 POLL_S = 0.5
 
@@ -173,10 +175,10 @@ def start_over(run_dir: Path) -> None:
     """Remove a run folder.
 
     Raises:
-        ValueError: the folder holds other things than a run of ours, which are not to be deleted.
+        UserError: the folder holds other things than a run of ours, which are not to be deleted.
     """
     if not run_dir.exists():
         return
     if any(run_dir.iterdir()) and not (run_dir / "logs").is_dir():
-        raise ValueError(f"--fresh would delete {run_dir}, which is no quickstart run (it has no logs folder)")
+        raise UserError(f"--fresh would delete {run_dir}, which is no quickstart run (it has no logs folder)")
     shutil.rmtree(run_dir)

@@ -1,5 +1,6 @@
 """The stages of the loop as command lines of the rooms, with the files that connect them."""
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,12 +38,12 @@ def build_stages(repository: Path, run_dir: Path, configs: Path, evaluation: Map
         train = (python, "-m", "coda_pretrain", "--config", config, f"output_dir={run_dir / name}")
         common = (f"model.tokenizer={run_dir / 'tokenizer'}", f"data.root={run_dir / 'shards'}")
         common += (f"evaluation.data.root={run_dir / 'shards'}",)
-        export = (python, "-m", "coda_pretrain.export", "--checkpoint_dir", str(run_dir / name))
+        export = (python, "-m", "coda_pretrain", "export", "--checkpoint_dir", str(run_dir / name))
         return (*train, *common, *overrides), (*export, "--output_dir", str(run_dir / f"{name}_export"))
 
     def shard(name: str) -> tuple[str, ...]:
         paths = ("--input", str(run_dir / "data" / f"{name}.jsonl"), "--output", str(run_dir / "shards" / name))
-        return (python, "-m", "coda_pretrain.data", *paths, "--tokenizer", str(run_dir / "tokenizer"))
+        return (python, "-m", "coda_pretrain", "data", *paths, "--tokenizer", str(run_dir / "tokenizer"))
 
     pretrain = Stage(
         name="pretrain",
@@ -130,14 +131,14 @@ def build_stages(repository: Path, run_dir: Path, configs: Path, evaluation: Map
 def _evaluation_stage(
     run_dir: Path, python: str, configs: Path, evaluation: Mapping[str, Any], inputs: tuple[Path, ...]
 ) -> Stage:
-    arguments = ",".join(f"{name}={value}" for name, value in evaluation["generation"].items())
+    # As JSON: a path with a comma would end there in lm-eval's own key=value form.
+    arguments = json.dumps({"pretrained": str(run_dir / "model"), **evaluation["generation"]})
     results = run_dir / "evaluation"
     score = (python, "-m", "coda_eval", "run", "--model", "coda", "--apply_chat_template")
-    score += ("--model_args", f"pretrained={run_dir / 'model'},{arguments}")
+    score += ("--model_args", arguments)
     score += ("--tasks", "quickstart_problems,quickstart_infill,coda_humaneval_instruct")
     score += ("--samples", f'{{"coda_humaneval_instruct": {list(HUMANEVAL_PROBLEMS)}}}')
     score += ("--batch_size", str(evaluation["batch_size"]), "--output_path", str(results), "--log_samples")
-    score += ("--confirm_run_unsafe_code",)
     cards = (python, "-m", "coda_eval.report", str(results), "--output", str(run_dir / "scores.json"))
     return Stage(
         name="evaluate",

@@ -9,6 +9,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from CoDALanguageModel.errors import UserError
+
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -39,10 +41,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, max_len
         max_length: longest input of the model that uses it, in tokens.
 
     Raises:
-        ValueError: ``vocab_size`` leaves no room for 256 bytes and the special tokens.
+        UserError: ``vocab_size`` leaves no room for 256 bytes and the special tokens.
     """
     if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(f"vocab_size must be at least {256 + len(SPECIAL_TOKENS)}, got {vocab_size}")
+        raise UserError(f"vocab_size must be at least {256 + len(SPECIAL_TOKENS)}, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

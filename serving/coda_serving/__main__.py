@@ -1,7 +1,6 @@
 """``python -m coda_serving``: settings from the environment, a bound port, the model, then the server."""
 
 import argparse
-import dataclasses
 import gc
 import logging
 import os
@@ -43,7 +42,7 @@ def check_defaults(settings: ServerSettings, sampler: "ModelSampler") -> ServerS
     Raises:
         ValueError: it could not: ``MAX_TOKENS`` does not fit in the context, or ``STEPS`` in the blocks.
     """
-    from .scheduler import CanvasRequest, SamplingOptions
+    from .scheduler import CanvasRequest
 
     most = sampler.context_length - 1
     if "max_tokens" in settings.model_fields_set and settings.max_tokens > most:
@@ -53,14 +52,12 @@ def check_defaults(settings: ServerSettings, sampler: "ModelSampler") -> ServerS
         )
     settings = settings.with_defaults(sampler.defaults)
     settings = settings.model_copy(update={"max_tokens": min(settings.max_tokens, most)})
-    names = [field.name for field in dataclasses.fields(SamplingOptions)]
-    options = SamplingOptions(**{name: value for name, value in settings.decoding.items() if name in names})
     start = sampler.document_start_id
-    request = CanvasRequest(
-        prompt_ids=(0 if start is None else start,), max_tokens=settings.max_tokens, options=options, seed=0
-    )
     try:
-        sampler.check(request)
+        options = settings.options()
+        settings.refuse_approximate(options)
+        prompt = (0 if start is None else start,)
+        sampler.check(CanvasRequest(prompt_ids=prompt, max_tokens=settings.max_tokens, options=options, seed=0))
     except ValueError as error:
         values = ", ".join(f"{name.upper()}={value}" for name, value in settings.decoding.items())
         raise ValueError(f"no request that names nothing could be answered: {error} ({values})") from error

@@ -29,7 +29,7 @@ from .metrics import Metrics
 from .observe import ObserveMiddleware
 from .protocol import ChatRequest, CompletionRequest, SamplingRequest
 from .responses import ChatCompletion, Completion, Head, ModelCard, ModelList, Usage, chat_completion, completion
-from .scheduler import CanvasRequest, SamplingOptions
+from .scheduler import CanvasRequest
 from .settings import ServerSettings
 from .streaming import EventStream, chat_events, completion_events
 
@@ -81,14 +81,16 @@ def build_app(service: Service) -> FastAPI:
     app.state.engine = service.engine
     _add_error_handlers(app)
     _describe_bodies(app)
-    app.include_router(_open_routes(service))
-    app.include_router(_model_routes(service))
+    routers = (_open_routes(service), _model_routes(service))
+    for router in routers:
+        app.include_router(router)
     app.add_middleware(Gate, settings=service.settings)
     if service.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(service.settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(ObserveMiddleware, metrics=service.metrics)
+    routes = [route for router in routers for route in router.routes]
+    app.add_middleware(ObserveMiddleware, metrics=service.metrics, routes=routes)
     return app
 
 
@@ -179,7 +181,7 @@ def _chat_canvases(service: Service, body: ChatRequest) -> tuple[list[CanvasRequ
         raise _context_exceeded(error.max_tokens, f"at least {error.least_tokens}", max_tokens, "messages") from error
     except ValueError as error:
         raise invalid(str(error), param="messages") from error
-    return _canvases(service, body, [prompt_ids], None, max_tokens), len(prompt_ids)
+    return _canvases(service, body, [prompt_ids], None, max_tokens, "messages"), len(prompt_ids)
 
 
 def _completion_canvases(service: Service, body: CompletionRequest) -> tuple[list[CanvasRequest], int]:
@@ -195,7 +197,7 @@ def _completion_canvases(service: Service, body: CompletionRequest) -> tuple[lis
             ids = [service.limits.document_start_id]
         prompts.append(ids)
     prompt_tokens = sum(map(len, prompts)) + len(prompts) * len(suffix_ids or ())
-    return _canvases(service, body, prompts, suffix_ids, body.max_tokens), prompt_tokens
+    return _canvases(service, body, prompts, suffix_ids, body.max_tokens, "prompt"), prompt_tokens
 
 
 def _encode_text(service: Service, body: CompletionRequest, text: str, param: str, *, joins: bool = False) -> list[int]:
@@ -214,18 +216,16 @@ def _canvases(
     prompts: list[list[int]],
     suffix_ids: list[int] | None,
     max_tokens: int | None,
+    param: str,
 ) -> list[CanvasRequest]:
+    """One canvas per prompt and answer; ``param`` is the field that the prompts came from."""
     settings = service.settings
-    options = SamplingOptions(
-        steps=_or(body.steps, settings.steps),
-        alg=_or(body.alg, settings.alg),
-        alg_temp=_or(body.alg_temp, settings.alg_temp),
-        temperature=_or(body.temperature, settings.temperature),
-        top_p=_or(body.top_p, settings.top_p),
-        top_k=settings.top_k if body.top_k is None else body.top_k if body.top_k > 0 else None,
-        block_length=_or(body.block_length, settings.block_length),
-    )
-    seed = _or(body.seed, settings.seed)
+    try:
+        options = settings.options(body.decoding)
+        settings.refuse_approximate(options)
+    except ValueError as error:
+        raise _refused(body, error) from error
+    seed = settings.seed if body.seed is None else body.seed
     if seed is None:
         seed = 0 if options.temperature == 0 else secrets.randbits(62)
     canvases = []
@@ -233,7 +233,7 @@ def _canvases(
     for prompt_ids in prompts:
         given = len(prompt_ids) + len(suffix_ids or ())
         if given + (max_tokens or 1) > context:
-            raise _context_exceeded(context, str(given), max_tokens, "messages" if suffix_ids is None else "prompt")
+            raise _context_exceeded(context, str(given), max_tokens, param)
         canvas = CanvasRequest(
             prompt_ids=tuple(prompt_ids),
             suffix_ids=None if suffix_ids is None else tuple(suffix_ids),
@@ -245,7 +245,7 @@ def _canvases(
         try:
             service.limits.check(canvas)
         except ValueError as error:
-            raise invalid(str(error)) from error
+            raise _refused(body, error) from error
         canvases += [canvas.with_seed(seed + choice) for choice in range(body.n or 1)]
     return canvases
 
@@ -272,8 +272,10 @@ def _context_exceeded(context: int, prompt_tokens: str, max_tokens: int | None, 
     )
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _refused(body: SamplingRequest, error: ValueError) -> ApiError:
+    """400 for a message that begins with the name of the setting at fault, or is about several."""
+    name = str(error).partition(" ")[0]
+    return invalid(str(error), param=name if name in type(body).model_fields else None)
 
 
 def _usage_of(prompt_tokens: int):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from .answers import AnswerReader, Decode, FinishReason, num_committed
+from CoDALanguageModel.answers import AnswerReader, Decode, FinishReason, num_committed
+
 from .metrics import Metrics
 from .scheduler import CanvasRequest, Job, QueueFull, Scheduler
 
@@ -248,7 +249,7 @@ class Engine:
 
     def _settled(self, request: CanvasRequest, ids: list[int]) -> list[int]:
         """The answer's ids with a mask wherever a token may still be taken back."""
-        if request.options.alg != "p2":  # which may mask a token again as long as its block is not full
+        if request.options.commits_are_final:  # else a token may be masked again as long as its block is not full
             return ids
         mask = self._sampler.mask_token_id
         settled = num_committed(ids, mask)

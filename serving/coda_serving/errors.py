@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from CoDALanguageModel.decoding_settings import offered
+
 
 class ApiError(Exception):
     """A request that cannot be answered, with the HTTP status and body its client gets.
@@ -48,9 +50,9 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 SHUTTING_DOWN = ApiError(503, "the server is shutting down", code="server_shutting_down")
 """For requests that the end of the server cuts off."""
 
-FIELDS_OF_BODIES = frozenset(
-    "content include_obfuscation include_usage max_completion_tokens max_tokens messages model n name prompt role seed "
-    "steps alg alg_temp block_length stop stream stream_options suffix temperature text top_k top_p type".split()
+FIELDS_OF_BODIES = {row.api for row in offered("server")}.union(
+    "content include_obfuscation include_usage max_completion_tokens messages model n name prompt role stop stream "
+    "stream_options suffix text type".split()
 )
 """Names that may stand in the path to a fault. Pydantic puts the branch of a union there too, which is no field."""
 

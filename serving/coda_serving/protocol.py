@@ -3,22 +3,22 @@
 Not here: what comes back (``responses``).
 """
 
-import difflib
 import logging
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, create_model, model_validator
+
+from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, Setting
+from CoDALanguageModel.errors import did_you_mean
 
 from .errors import invalid
-from .settings import MAX_SEED, Algorithm
+from .settings import DECODING, MAX_SEED, typed
 
 logger = logging.getLogger(__name__)
 
 MAX_CHOICES = 128
-LARGEST_INTEGER = 2**31 - 1
 
 NEUTRAL_FOR_ALL: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
 }
@@ -65,7 +65,35 @@ class StreamOptions(StrictModel):
     """Accepted; events are never padded."""
 
 
-class SamplingRequest(StrictModel):
+NONE = "none"
+"""Value of a field that turns a setting off, since null means the server's default."""
+
+BOUNDS = {"temperature": {"le": 2}, "top_k": {"ge": -1}}
+"""OpenAI's range, and other servers' way to say all."""
+
+
+def _field(row: Setting) -> Any:
+    """The type of a setting in a request."""
+
+    def or_none(value: Any, check: Any) -> Any:
+        return value if row.optional and value == NONE else check(value)
+
+    def describe(schema: dict[str, Any]) -> None:
+        schema["anyOf"] += [{"const": NONE}] if row.optional else []
+
+    about = Field(description=row.says, json_schema_extra=describe)
+    return Annotated[typed(row, **BOUNDS.get(row.api, {})) | None, WrapValidator(or_none), about]
+
+
+DecodingFields = create_model(
+    "DecodingFields",
+    __base__=StrictModel,
+    **{row.api: (_field(row), None) for row in DECODING},  # type: ignore[call-overload]
+)
+"""A field for each of ``DECODING``; null means the server's default."""
+
+
+class SamplingRequest(DecodingFields):
     """Fields that conversations and plain texts share. Null means the server's default."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL
@@ -74,14 +102,6 @@ class SamplingRequest(StrictModel):
 
     model: str | None = Field(None, max_length=4096)
     """Served name of the model."""
-    max_tokens: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
-    """Length of the answer's canvas in tokens."""
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    """0 takes the most probable token."""
-    top_p: float | None = Field(None, gt=0, le=1)
-    """Probability mass to draw from."""
-    top_k: int | None = Field(None, ge=-1, le=LARGEST_INTEGER)
-    """Number of tokens to draw from; -1 and 0 are all. Extension."""
     stop: NonEmptyText | Annotated[list[NonEmptyText], Field(fail_fast=True)] | None = None
     """The answer ends before the first of these strings that is complete; 16 at most."""
     seed: int | None = Field(None, ge=0, le=MAX_SEED - MAX_CHOICES)
@@ -91,14 +111,6 @@ class SamplingRequest(StrictModel):
     stream: bool | None = None
     """Send committed text as it becomes final."""
     stream_options: StreamOptions | None = None
-    steps: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
-    """Denoising steps. Extension."""
-    alg: Algorithm | None = None
-    """Order of the commits. Extension."""
-    alg_temp: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
-    """Randomness of that order. Extension."""
-    block_length: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
-    """Tokens per block decoded from left to right. Extension."""
 
     @model_validator(mode="before")
     @classmethod
@@ -126,6 +138,14 @@ class SamplingRequest(StrictModel):
         if isinstance(self.stop, list) and len(self.stop) > 16:
             raise invalid(f"stop takes at most 16 strings, got {len(self.stop)}", param="stop")
         return self
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """The settings of ``DECODING`` that the request gives, by their names here."""
+        given = {row.api: row.read(value) for row in DECODING if (value := getattr(self, row.api)) is not None}
+        if given.get("top_k") in (-1, 0):
+            given["top_k"] = None
+        return given
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -243,6 +263,4 @@ class CompletionRequest(SamplingRequest):
 
 
 def _unknown(name: str, known: list[str]) -> Exception:
-    near = difflib.get_close_matches(name[:100], known, n=1)  # the search costs much for a long name
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return invalid(f"unknown field {name!r}{hint}", param=name, code="unknown_field")
+    return invalid(f"unknown field {name!r}{did_you_mean(name, known)}", param=name, code="unknown_field")

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from .answers import FinishReason
+from CoDALanguageModel.answers import FinishReason
+
 from .engine import Answer
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from CoDALanguageModel import CoDALanguageModel
-from CoDALanguageModel.generation_config_coda import DEFAULTS
-from CoDALanguageModel.sampling import plan_commits
+from CoDALanguageModel.row import Request, Row
 from CoDALanguageModel.weight_files import refuse_not_finite
 
 from .scheduler import CanvasRequest
@@ -89,8 +88,8 @@ class ModelSampler:
         A saved file holds every setting: what it only repeats of the model room's own defaults decides nothing.
         """
         config = self._model.generation_config
-        decided = {name: (getattr(config, source), DEFAULTS[source]) for name, source in DECODING.items()}
-        return {name: value for name, (value, default) in decided.items() if value != default}
+        decided = ((row, getattr(config, row.name)) for row in DECODING)
+        return {row.api: value for row, value in decided if value != row.default}
 
     def check(self, request: CanvasRequest) -> None:
         """Refuse a canvas that could not be denoised.
@@ -109,10 +108,10 @@ class ModelSampler:
             raise ValueError(
                 f"prompt ids must be in [0, {self.num_token_ids}) and not the mask token {self.mask_token_id}"
             )
-        config = self._model.generation_config.merged(self._settings(request))
-        plan_commits(
-            request.max_tokens, steps=config.steps, block_length=config.block_length, eps=config.eps, alg=config.alg
-        )
+        gap = [] if request.suffix_ids is None else [self.mask_token_id] * request.max_tokens
+        ids = [*request.prompt_ids, *gap, *(request.suffix_ids or ())]
+        config = self._model.generation_config.merged(self._settings([request]))
+        Row(Request(ids=ids, settings=config, seed=request.seed), 0, self._model.config, None)
 
     @torch.inference_mode()
     def run(self, requests: Sequence[CanvasRequest], on_step: Callable[[list[list[int]], int], bool]) -> None:
@@ -133,8 +132,7 @@ class ModelSampler:
             inputs,
             attention_mask=attention_mask,
             step_callback=read,
-            seed=[request.seed for request in requests],
-            **self._settings(requests[0]),
+            **self._settings(requests),
         )
 
     def _canvases(self, requests: Sequence[CanvasRequest], is_infilling: bool) -> tuple[Tensor, Tensor, list[slice]]:
@@ -155,19 +153,8 @@ class ModelSampler:
         return inputs, attention_mask, answers
 
     @staticmethod
-    def _settings(request: CanvasRequest) -> dict[str, object]:
-        options = request.options
-        return {
-            "max_new_tokens": 0 if request.suffix_ids is not None else request.max_tokens,
-            "steps": options.steps,
-            "alg": options.alg,
-            "alg_temp": options.alg_temp,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "top_k": options.top_k,
-            "block_length": options.block_length,
-            "do_sample": None,
-            "eos_early_stop": True,
-            "output_history": False,
-            "return_dict_in_generate": False,
-        }
+    def _settings(requests: Sequence[CanvasRequest]) -> dict[str, object]:
+        first = requests[0]
+        length = 0 if first.suffix_ids is not None else first.max_tokens
+        seeds = [request.seed for request in requests]
+        return first.options.overrides() | {"max_new_tokens": length, "seed": seeds}

@@ -11,18 +11,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How a canvas is denoised; fields as in ``DiffusionGenerationConfig``."""
-
-    steps: int
-    alg: str
-    alg_temp: float
-    temperature: float
-    top_p: float | None
-    top_k: int | None
-    block_length: int | None
+from CoDALanguageModel.decoding_settings import DecodingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +27,9 @@ class CanvasRequest:
     suffix_ids: tuple[int, ...] | None = None
     """Tokens after the answer (infilling); None when the answer is the end of the canvas."""
 
-    options: SamplingOptions
+    options: DecodingSettings
+    """How it is denoised; its length and seed are the fields beside."""
+
     seed: int
     stop: tuple[str, ...] = ()
 

@@ -3,18 +3,19 @@
 Not here: what a request may ask for (``protocol``).
 """
 
-import difflib
 import ipaddress
+import json
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, create_model, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy", "p2"]
+from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, DecodingSettings, Setting, offered
+from CoDALanguageModel.errors import did_you_mean
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -22,18 +23,53 @@ MAX_SEED = 2**63 - 1
 """Largest seed a request or ``SEED`` may name."""
 
 
-DECODING = {
-    "max_tokens": "max_new_tokens",
-    **{name: name for name in ("steps", "alg", "alg_temp", "temperature", "top_p", "top_k", "block_length")},
-}
-"""Settings that a model's ``generation_config.json`` also has, and their names there."""
+DECODING = tuple(row for row in offered("server") if row.name != "seed")
+"""Settings of a request and of the environment; the seed of a server is another matter, see ``SEED``."""
 
 
-class ServerSettings(BaseSettings):
+def typed(row: Setting, **bounds: Any) -> Any:
+    """The pydantic type of a setting's values, with its bounds, or narrower ones."""
+    kinds = {list: Annotated[list[int], Field(fail_fast=True)]}
+    kind = Literal[row.choices] if row.choices else kinds.get(row.kind, row.kind)
+    bounds = {"ge": row.least, "gt": row.above, "le": row.most, "lt": row.below} | bounds
+    if row.kind is int:
+        bounds["le"] = bounds["le"] or LARGEST_INTEGER
+    if row.api == "max_tokens":
+        bounds["ge"] = 1
+    known: dict[str, Any] = {name: value for name, value in bounds.items() if value is not None}
+    known |= {"allow_inf_nan": False} if row.kind is float else {}
+    return Annotated[kind, Field(**known)]
+
+
+def _variable(row: Setting) -> Any:
+    """The type of a setting in the environment: also ``none``, and JSON for what is no number or word."""
+
+    def read(value: Any) -> Any:
+        value = row.read(value)
+        if row.kind not in (list, dict) or not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError("must be JSON") from error
+
+    kind = typed(row) | None if row.optional else typed(row)
+    return Annotated[kind, NoDecode, BeforeValidator(read), Field(description=row.says)]
+
+
+DecodingDefaults = create_model(
+    "DecodingDefaults",
+    __base__=BaseSettings,
+    **{row.api: (_variable(row), row.served_default) for row in DECODING},  # type: ignore[call-overload]
+)
+"""A field for each of ``DECODING``."""
+
+
+class ServerSettings(DecodingDefaults):
     """Everything that the operator decides. Each field is the environment variable of the same name in capitals.
 
-    An empty variable counts as unset. Sampling fields are defaults that a request may override; where the environment
-    sets none, the ``generation_config.json`` of the model's folder does (``with_defaults``), if there is one.
+    An empty variable counts as unset. Those of ``DECODING`` are defaults that a request may override; where the
+    environment sets none, the ``generation_config.json`` of the model's folder does (``with_defaults``).
     """
 
     model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="forbid", protected_namespaces=())
@@ -62,32 +98,15 @@ class ServerSettings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights; ``auto`` is float32 on the CPU and bfloat16 elsewhere."""
 
-    max_tokens: int = Field(256, ge=1)
-    """Answer length in tokens of requests that name none."""
-
-    steps: int = Field(128, ge=1)
-    """Denoising steps of requests that name none."""
-
-    alg: Algorithm = "entropy"
-    """Order in which tokens are committed."""
-
-    alg_temp: float = Field(0.1, ge=0, allow_inf_nan=False)
-    """Randomness of that order; 0 is none."""
-
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Randomness of the tokens; 0 takes the most probable one."""
-
-    top_p: float | None = Field(None, gt=0, le=1)
-    """Probability mass that tokens are drawn from; all of it when unset."""
-
-    top_k: int | None = Field(None, ge=1)
-    """Number of tokens to draw from; all when unset."""
-
-    block_length: int | None = Field(32, ge=1)
-    """Tokens per block decoded from left to right; ``none`` decodes the whole answer as one block."""
-
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     """Seed of requests that name none. Unset: 0 at temperature 0, else a fresh one per request."""
+
+    allow_approximate: bool = True
+    """Whether requests may ask for regimes whose tokens are not those of the stepwise sampler.
+
+    They may by default: a client gets them by name alone, they cost less than what it would get without, and no other
+    request's answer depends on them.
+    """
 
     max_queue: int = Field(64, ge=1)
     """Answers that may wait for the model; beyond that a request gets 429 with Retry-After."""
@@ -136,11 +155,6 @@ class ServerSettings(BaseSettings):
     def _split_origins(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("block_length", mode="before")
-    @classmethod
-    def _none_is_one_block(cls, value: object) -> object:
-        return None if isinstance(value, str) and value.lower() == "none" else value
-
     @field_validator("log_level", "device", mode="before")
     @classmethod
     def _lower(cls, value: object) -> object:
@@ -157,8 +171,33 @@ class ServerSettings(BaseSettings):
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """The sampling defaults by the names of a request."""
-        return {name: getattr(self, name) for name in DECODING}
+        """The decoding defaults by the names of a request."""
+        return {row.api: getattr(self, row.api) for row in DECODING}
+
+    def options(self, given: dict[str, Any] | None = None) -> DecodingSettings:
+        """How an answer is denoised; its length and seed stand apart.
+
+        Args:
+            given: what a request says, by its names.
+
+        Raises:
+            ValueError: a value or a combination is not allowed.
+        """
+        values = self.decoding | (given or {})
+        return DecodingSettings(**{row.name: values[row.api] for row in DECODING if row.api != "max_tokens"})
+
+    def refuse_approximate(self, options: DecodingSettings) -> None:
+        """Hold requests to ``ALLOW_APPROXIMATE``.
+
+        Raises:
+            ValueError: the options make answers approximate, and the operator forbids it.
+        """
+        if not self.allow_approximate and options.approximate:
+            name = options.approximate[0]
+            raise ValueError(
+                f"{name} makes answers approximate, which this server does not allow (ALLOW_APPROXIMATE=false); got "
+                f"{getattr(options, name)!r}"
+            )
 
     @property
     def public_name(self) -> str:
@@ -206,8 +245,7 @@ def _check_env_file(env_file: str) -> None:
     known = [name.upper() for name in ServerSettings.model_fields]
     for name in dotenv_values(env_file):
         if name.upper() not in known:
-            near = difflib.get_close_matches(name.upper(), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name.upper(), known, str)
             raise ValueError(f"{env_file}: unknown variable {name}{hint} (known: {', '.join(known)})")
 
 

@@ -8,16 +8,20 @@ that `echo "..." | chat_cli.py ...` prints the answer and ends. Text is printed 
 """
 
 import argparse
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import openai
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import InMemoryHistory
 from rich.console import Console
+
+from CoDALanguageModel.decoding_settings import Setting, offered
 
 COMMANDS = """/exit           leave
 /reset          forget the conversation
@@ -34,7 +38,8 @@ class Conversation:
     model: str
     stream: bool
     settings: dict[str, object]
-    extra: dict[str, object]
+    """Fields of the request, those that OpenAI's schema has not included."""
+
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
@@ -57,7 +62,7 @@ class Conversation:
 
     def _whole(self) -> Iterator[tuple[str, object | None]]:
         answer = self.client.chat.completions.create(
-            model=self.model, messages=self.messages(), extra_body=self.extra, **self.settings
+            model=self.model, messages=self.messages(), extra_body=self.settings
         )
         yield answer.choices[0].message.content or "", answer.usage
 
@@ -67,8 +72,7 @@ class Conversation:
             messages=self.messages(),
             stream=True,
             stream_options={"include_usage": True},
-            extra_body=self.extra,
-            **self.settings,
+            extra_body=self.settings,
         )
         with events:
             for event in events:
@@ -192,11 +196,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--system", type=utf8_text, help="system message")
     parser.add_argument("--api-key", help="key of the server; by default the variable API_KEY")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for an answer")
-    for name, kind in (("max-tokens", int), ("temperature", float), ("top-p", float), ("seed", int)):
-        parser.add_argument(f"--{name}", type=kind, help="by default the server's")
-    for name, kind in (("steps", int), ("block-length", int), ("top-k", int), ("alg-temp", float), ("alg", str)):
-        parser.add_argument(f"--{name}", type=kind, help="diffusion setting; by default the server's")
+    group = parser.add_argument_group("decoding settings", "by default the server's; none turns one off that can be")
+    for row in offered("server"):
+        flag = f"--{row.api.replace('_', '-')}"
+        group.add_argument(flag, type=partial(read_setting, row), metavar=row.kind.__name__.upper(), help=row.says)
     return parser.parse_args(arguments)
+
+
+def read_setting(row: Setting, text: str) -> object:
+    """A setting's value as the request wants it; the server checks what may hold.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no number, or no JSON where the setting takes no word.
+    """
+    if row.read(text) is None or row.kind is str:
+        return text.lower() if row.read(text) is None else text
+    try:
+        return row.kind(text) if row.kind in (int, float) else json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid {row.kind.__name__} value: {text!r}") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -213,9 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         max_retries=0,
     )
 
-    def given(*names: str) -> dict[str, object]:
-        return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
+    names = [row.api for row in offered("server")]
     failed = False
     try:
         model = args.model or next(iter(client.models.list())).id
@@ -223,8 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
             client=client,
             model=model,
             stream=args.stream,
-            settings=given("max_tokens", "temperature", "top_p", "seed"),
-            extra=given("steps", "block_length", "top_k", "alg_temp", "alg"),
+            settings={name: getattr(args, name) for name in names if getattr(args, name) is not None},
             system=args.system,
         )
     except openai.OpenAIError as error:

@@ -259,6 +259,17 @@ def test_unsupported_type_lists_the_supported_ones(tmp_path):
         convert(str(tmp_path / "source"), str(tmp_path / "made"))
 
 
+def test_a_model_with_code_of_its_own_is_refused_by_its_type_without_a_question(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    make_autoregressive(source)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "unheard-of", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (source / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail(f"asked: {text}"))
+    with pytest.raises(ValueError, match="model_type must be one of CoDA, qwen3, qwen2, llama, got 'unheard-of'"):
+        convert(str(source), str(tmp_path / "made"))
+
+
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "misshapen"])
 @pytest.mark.parametrize("kind", ["autoregressive", "export"])
 def test_weights_that_do_not_fit_are_refused(kind, fault, tmp_path):

@@ -178,11 +178,10 @@ def test_pieces_join_where_the_tokenizer_adds_and_drops_spaces():
 def test_the_gap_of_a_diffusion_model_joins_where_the_tokenizer_adds_spaces(model_dir):
     coda = CoDAEvalModel(CoDALanguageModel.from_pretrained(model_dir), tokenizer=llama_tokenizer())
     gap = {"infill_prefix": "x =", "infill_middle": " y", "infill_suffix": "z", "infill_tokens": None}
-    ids, mask = coda._gap_ids(gap), coda.model.config.mask_token_id
-    first, last = ids.index(mask), len(ids) - ids[::-1].index(mask)
-    filled = [*ids[:first], *coda.codec.encode_text(" y", joins=True), *ids[last:]]
+    ids, where = coda._gap(gap)
+    filled = [*ids[: where.start], *coda.codec.encode_text(" y", joins=True), *ids[where.stop :]]
     assert coda.codec.decode(filled) == "x = yz"
-    assert coda._gap_answer(ids, filled) == " y"
+    assert coda._read(filled[where], ids[: where.start], (), frozenset()) == " y"
 
 
 @pytest.mark.parametrize("special", [True, False])

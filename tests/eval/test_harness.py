@@ -1,11 +1,13 @@
 """The model behind lm-eval: the same answers in every batch and on any number of ranks, settings as documented."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import dill
 import pytest
 import torch
 from lm_eval import simple_evaluate
@@ -14,7 +16,8 @@ from lm_eval.api.registry import get_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import coda_eval.autoregressive  # noqa: F401  registers the model coda_hf
-from coda_eval.harness import CoDAEvalModel
+from coda_eval.harness import CoDAEvalModel, generation_settings
+from CoDALanguageModel.decoding_settings import SETTINGS, Setting
 
 
 def load(model_dir, **settings):
@@ -75,25 +78,36 @@ def test_requests_that_only_even_out_ranks_are_marked(model_dir):
     assert answers[1] == answers[2]
 
 
-def test_answer_ends_at_its_first_end_token_and_its_own_stop_string(model_dir):
-    model = load(model_dir)
-    ids = [*model.encode_text("one\ntwo three"), model.tokenizer.eos_token_id, *model.encode_text("hidden")]
-    assert model._text_answer(ids, []) == "one\ntwo three"
-    assert model._text_answer(ids, ["three", "\n"]) == "one"
-    padded = [*model.encode_text("one"), model.tokenizer.pad_token_id, *model.encode_text("hidden")]
-    assert model._text_answer(padded, []) == "one"
-    assert model._text_answer(ids, []).new_tokens == len(ids) - 1 - len(model.encode_text("hidden"))
+def test_answer_ends_at_its_first_end_token_and_its_own_stop_string(model_dir, monkeypatch):
+    model = load(model_dir, max_new_tokens=40)
+    encode, tokenizer = model.codec.encode_text, model.tokenizer
+    for end in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        ids = [*encode("one\ntwo three"), end, *encode("hidden")]
+
+        def answered(inputs, ids=ids, end=end, **settings):
+            row = torch.tensor([[*ids, *[end] * (40 - len(ids))]] * len(inputs))
+            return SimpleNamespace(sequences=torch.cat([inputs, row], dim=1), num_forwards=torch.ones(len(inputs)))
+
+        monkeypatch.setattr(model.model, "diffusion_generate", answered)
+        asked = [request({"task_id": str(n)}, until=until) for n, until in enumerate(([], ["three", "\n"], ["", "zz"]))]
+        answers = model.generate_until(asked, True)
+        assert answers == ["one\ntwo three", "one", "one\ntwo three"]
+        assert answers[0].new_tokens == len(encode("one\ntwo three"))
+        assert answers[1].new_tokens == len(encode("one\n"))
 
 
 def test_gap_is_prefix_masks_suffix_tokenised_apart(model_dir):
     model = load(model_dir)
+    encode, mask = model.codec.encode_text, model.tokenizer.mask_token_id
     doc = {"infill_prefix": "def a", "infill_middle": "dd(a, b", "infill_suffix": "):<|im_end|>\n", "infill_tokens": 0}
-    length = len(model.encode_text("dd(a, b"))
-    mask = model.tokenizer.mask_token_id
-    expected = model.encode_text("def a") + [mask] * length + model.encode_text("):<|im_end|>\n")
-    assert model._gap_ids(doc) == expected
-    assert model.tokenizer.eos_token_id not in expected
-    assert model._gap_ids({**doc, "infill_tokens": 11}).count(mask) == 11
+    length = len(encode("dd(a, b"))
+    ids, gap = model._gap(doc)
+    assert ids == encode("def a") + [mask] * length + encode("):<|im_end|>\n")
+    assert ids[gap] == [mask] * length
+    assert model.tokenizer.eos_token_id not in ids
+    assert model._gap({**doc, "infill_tokens": 11})[0].count(mask) == 11
+    at_the_start, gap = model._gap({**doc, "infill_prefix": ""})
+    assert at_the_start[: gap.start] == [model.model.config.document_start_id]
 
 
 def test_empty_gaps_are_empty_in_any_batch(model_dir):
@@ -116,6 +130,40 @@ def test_special_tokens_in_messages_stay_text(model_dir):
     assert model.encode_prompt(plain) == model.tokenizer.encode(plain)
 
 
+def test_a_conversation_survives_what_lm_eval_does_with_prompts(model_dir):
+    model = load(model_dir)
+    turns = [{"role": "user", "content": "a <|im_end|>\n<|im_start|>assistant\nb\ue000"}]
+    for chat, opens in ((turns, True), ([*turns, {"role": "assistant", "content": "```python\n<|mask|>"}], False)):
+        prompt = model.apply_chat_template(chat, add_generation_prompt=opens)
+        asked = request({"task_id": "p"}, prompt)
+        for kept in (prompt, dill.loads(dill.dumps(asked)).args[0], copy.deepcopy(asked).args[0]):
+            assert kept == str(prompt)
+            assert model.encode_prompt(kept) == model.codec.encode_chat(chat, continue_final_message=not opens)
+    assert prompt.endswith("```python\n<|mask|>")
+    assert model.codec.decode(model.encode_prompt(prompt)).endswith("```python\n<|mask|>")
+    # The same text written by a person is text.
+    assert model.tokenizer.eos_token_id not in model.encode_prompt(str(prompt))
+
+
+def test_a_system_message_that_the_template_refuses_is_an_error(model_dir):
+    model = load(model_dir)
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+    model.tokenizer.chat_template = refuse + model.tokenizer.chat_template
+    with pytest.raises(ValueError, match="the chat template refuses these messages: no system messages"):
+        model.apply_chat_template([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
+
+
+def test_likelihoods_score_text_as_text(model_dir):
+    model = load(model_dir)
+    encode, end = model.codec.encode_text, model.tokenizer.eos_token_id
+    assert model._encode_pair("x <|im_end|> = ", "1<|mask|>") == (encode("x <|im_end|> ="), encode(" 1<|mask|>"))
+    chat = model.apply_chat_template([{"role": "user", "content": "x <|im_end|>"}])
+    context, choice = model._encode_pair(chat, "<|im_end|>")
+    assert context == model.codec.encode_chat([{"role": "user", "content": "x <|im_end|>"}])
+    assert choice == encode("<|im_end|>")
+    assert end not in choice
+
+
 def test_model_args_win_over_request_settings_and_those_over_the_checkpoint(model_dir):
     model = load(model_dir, temperature=0.3)
     settings, until = model._settings({"until": "x", "max_gen_toks": 99, "top_p": 0.5, "temperature": 0.9}, "t")
@@ -129,6 +177,43 @@ def test_model_args_win_over_request_settings_and_those_over_the_checkpoint(mode
         "do_sample": False,
     }
     assert bare._settings({}, "t")[0]["max_new_tokens"] == bare.model.generation_config.max_new_tokens
+
+
+def test_every_setting_is_a_name_of_model_args_or_says_why_not(model_dir, monkeypatch):
+    for name, row in SETTINGS.items():
+        if reason := row.withheld.get("evaluation"):
+            with pytest.raises(ValueError, match=f"{name} cannot be set in model_args: {reason}"):
+                load(model_dir, **{name: row.default})
+        else:
+            assert name in generation_settings()
+    monkeypatch.setitem(SETTINGS, "warmth", Setting(name="warmth", kind=float, default=0.5, most=1, least=0, says="w"))
+    assert load(model_dir, warmth=0.25).fixed_settings["warmth"] == 0.25
+    with pytest.raises(ValueError, match="warmth must be in"):
+        load(model_dir, warmth=2)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"kv_cache": "dual", "threshold": 0.9, "block_length": 4}, {"speculate": 3}, {"remask": "conf"}]
+)
+def test_all_regimes_are_scored_and_their_cost_is_recorded(model_dir, settings):
+    asked = [request({"task_id": f"p/{n}"}, "x = 1\n" * (n + 1)) for n in range(3)]
+    model = load(model_dir, batch_size=2, **settings)
+    answers = model.generate_until(asked, True)
+    for index, (one, answer) in enumerate(zip(asked, answers, strict=True)):
+        ids, seed = model.encode_prompt(one.args[0]), model._job(index, one, 0).seed
+        new = model.model.diffusion_generate(torch.tensor([ids]), seed=seed, steps=8, max_new_tokens=8, **settings)
+        assert answer == model._text_answer(new[0, len(ids) :].tolist(), [], after=ids)
+    assert sorted(answer.batch_cost["answers"] for answer in answers) == [1, 2, 2]
+    assert all(answer.batch_cost["tokens_evaluated"] >= 8 for answer in answers)
+    assert (answers[0].batch_cost["cache_refreshes"] > 0) == ("kv_cache" in settings)
+
+
+def test_none_turns_a_setting_off(model_dir):
+    model = load(model_dir, threshold="None", kv_cache="none")
+    assert (model.fixed_settings["threshold"], model.fixed_settings["kv_cache"]) == (None, "none")
+    assert model._settings({"top_p": "none"}, "t")[0]["top_p"] is None
+    with pytest.raises(ValueError, match="seed cannot be set in t: --seed"):
+        model._settings({"seed": 3}, "t")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +235,8 @@ def test_bad_settings_are_errors_that_name_them(model_dir, settings, message):
 
 def test_bad_requests_are_errors_that_name_the_document(model_dir):
     model = load(model_dir)
+    with pytest.raises(ValueError, match="document p/0: a text holds half of a surrogate pair"):
+        model.generate_until([request({"task_id": "p/0"}, "a\ud800")], True)
     with pytest.raises(
         ValueError, match="task t, document p/0: .* exceed the context of 512 tokens; prompts are never cut"
     ):
@@ -227,7 +314,8 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from coda_eval.__main__ import TASKS
 from coda_eval import programs, session
-from coda_eval.harness import CoDAEvalModel
+from coda_eval.harness import CoDAEvalModel, generation_settings
+from CoDALanguageModel.decoding_settings import SETTINGS, Setting
 model = CoDAEvalModel(sys.argv[1], device="cpu", batch_size=2, steps=8, max_new_tokens=8, temperature=0.9, seed=5)
 tasks = TaskManager(include_path=[str(TASKS)], include_defaults=False)
 with session.opened(session.Session(folder=Path(sys.argv[2] + ".answers"))):

@@ -70,7 +70,7 @@ def test_several_answers_are_scored_together_and_padding_is_not(monkeypatch):
     doc = {"benchmark": "humaneval", "data_dir": None, "task_id": row["task_id"]}
     surplus = Answer("    pass\n")
     surplus.surplus = True
-    records = programs.run_humaneval([[row["canonical_solution"], "    pass\n", surplus]], [doc])
+    records = programs.run([[row["canonical_solution"], "    pass\n", surplus]], [doc])
     assert len(records[0]) == 2
     assert programs.score_programs(doc, records)["pass@1"] == 0.5
     ten = [records[0][:1] + records[0][1:] * 9]
@@ -95,7 +95,7 @@ def test_isolation_and_outcomes_of_all_answers_reach_the_results(oracle, evaluat
 def test_bad_number_of_workers_is_an_error(monkeypatch):
     monkeypatch.setenv("CODA_EVAL_WORKERS", "many")
     with pytest.raises(ValueError, match="CODA_EVAL_WORKERS must be a positive number, got 'many'"):
-        programs.run_humaneval([], [])
+        programs.run([], [])
 
 
 def test_gaps_compare_stripped_and_raw(oracle, evaluate, data_dir):

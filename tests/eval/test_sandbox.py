@@ -345,6 +345,14 @@ def test_limits_of_files_and_open_files_hold(level):
     assert all(v.passed for v in run_programs([Program(candidate=c, tests=TESTS) for c in (big, many)], level=level))
 
 
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_the_number_of_files_is_bounded(level):
+    code = "import time\nfor i in range(8000): open(str(i), 'w').close()\ntime.sleep(1)\ndef f(x): return 4"
+    some = "for i in range(1000): open(str(i), 'w').close()\ndef f(x): return 4"
+    many, few = run_programs([Program(candidate=c, tests=TESTS) for c in (code, some)], level=level)
+    assert (many.status, few.status) == ("memory", "passed")
+
+
 @pytest.mark.parametrize("level", ISOLATED)
 def test_the_machine_is_out_of_sight_and_reach(level, tmp_path):
     secret = tmp_path / "secret.txt"

@@ -8,11 +8,9 @@ from numpy.polynomial import Polynomial
 
 from CoDALanguageModel.diffusion import (
     IGNORE_INDEX,
-    align_logits,
     corrupt,
-    masked_diffusion_loss,
     named_rng,
-    predecessor_rows,
+    scored_by,
     stratified_noise_levels,
 )
 
@@ -143,39 +141,28 @@ def test_shapes_that_do_not_fit_are_refused(changes, message):
         corrupt(**{**arguments, **changes}, mask_token_id=MASK)
 
 
-# ---- alignment
+# ---- which row scores which token
 
 
-def test_aligned_row_i_is_the_row_of_its_predecessor():
-    logits = torch.randn(2, 5, 3)
-    aligned = align_logits(logits)
-    assert torch.equal(aligned[:, 1:], logits[:, :-1])
-    assert torch.equal(aligned[:, 0], logits[:, 0])
+def test_padding_on_any_side_is_stepped_over_and_what_has_no_row_says_so():
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 1], [1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 0]])
+    want = [[-1, 0, 1, 2], [-1, -1, -1, 2], [-1, 0, -1, 1], [-1, -1, -1, 0], [-1, -1, -1, 1], [-1] * 4]
+    assert scored_by(mask).tolist() == want
+    assert scored_by(mask, shift=False).tolist() == [
+        [i if m else -1 for i, m in enumerate(row)] for row in mask.tolist()
+    ]
 
 
-def test_predecessors_step_over_padding_on_any_side():
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 1], [1, 0, 0, 1], [0, 1, 0, 1]])
-    rows = predecessor_rows(mask)
-    want = [[0, 0, 1, 2], [None, None, 2, 2], [0, 0, None, 1], [0, None, None, 0], [None, 1, None, 1]]
-    for got, expected in zip(rows.tolist(), want, strict=True):
-        assert [g for g, e in zip(got, expected, strict=True) if e is not None] == [
-            e for e in expected if e is not None
-        ]
-    logits = torch.randn(5, 4, 3)
-    assert torch.equal(logits[:1].gather(1, rows[:1, :, None].expand(-1, -1, 3)), align_logits(logits[:1]))
+def test_no_segment_is_scored_from_another_with_or_without_a_mask():
+    segments = torch.tensor([[1, 1, 1, 2, 3, 3, 0, 0]])
+    assert scored_by(None, segments).tolist() == [[-1, 0, 1, -1, -1, 4, -1, -1]]
+    assert torch.equal(scored_by(torch.ones_like(segments), segments), scored_by(None, segments))
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1]])
+    assert scored_by(mask, segments).tolist() == [[-1, -1, 1, -1, -1, -1, -1, -1]]
+    assert scored_by(None, segments, shift=False).tolist() == [[0, 1, 2, 3, 4, 5, -1, -1]]
 
 
 # ---- the objective
-
-
-def test_the_dense_loss_is_equation_6():
-    logits, ids = torch.randn(2, 4, 5), torch.randint(0, 5, (2, 4))
-    masked, t = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]]).bool(), torch.tensor([0.5, 0.25])
-    want = 0.0
-    for b, i in itertools.product(range(2), range(1, 4)):  # position 0 is not scored
-        if masked[b, i]:
-            want -= F.log_softmax(logits[b, i].double(), dim=-1)[ids[b, i]] / t[b]
-    assert masked_diffusion_loss(logits, ids, masked, t).item() == pytest.approx(float(want) / 8, rel=1e-6)
 
 
 T_MIN, SEQ_LEN = 0.05, 4
@@ -190,7 +177,7 @@ def tiny_vocabulary(make_model):
     )
     text = torch.tensor([2, 0, 3, 1])
     with torch.no_grad():
-        logits = align_logits(model(text.masked_fill(SUBSETS, 4)).logits)
+        logits = model(text.masked_fill(SUBSETS, 4)).logits.roll(1, dims=1)  # position 0 is not scored
     nll = F.cross_entropy(logits.transpose(1, 2), text.expand(16, -1), reduction="none")
     scored = SUBSETS.clone()
     scored[:, 0] = False

@@ -1,26 +1,20 @@
-import importlib.util
 import itertools
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.utils import counters
 from transformers import (
-    AttentionInterface,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    masking_utils,
 )
-from transformers import modeling_flash_attention_utils as flash_utils
 
 from CoDALanguageModel import CoDALanguageModel, diffusion
-from CoDALanguageModel.diffusion import IGNORE_INDEX, align_logits, masked_diffusion_loss
+from CoDALanguageModel.diffusion import IGNORE_INDEX
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -56,6 +50,19 @@ TWINS = {
         {},
     ),
 }
+
+
+def align_logits(logits):
+    """Logits one step right, so that row i scores token i; position 0, which is never masked, keeps its own."""
+    return torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+
+
+def masked_diffusion_loss(logits, target_ids, masked, t):
+    """Equation 6 of the CoDA report over aligned logits, in nats a token: `sum_i 1[masked_i] CE_i / t`, over B x T."""
+    nll = F.cross_entropy(logits.float().transpose(1, 2), target_ids, reduction="none")  # (B, T)
+    scored = masked.clone()
+    scored[:, 0] = False
+    return (nll * scored / t[:, None]).sum() / target_ids.numel()
 
 
 def make_twins(name, make_model, **changes):
@@ -199,178 +206,6 @@ def test_explicit_positions_replace_the_default_ones(model, tokens):
     assert not torch.allclose(model(ids, position_ids=index * 3).logits, model(ids).logits, atol=1e-2)
 
 
-# ---- kernels
-
-
-@torch.no_grad()
-def test_sdpa_and_eager_agree_with_every_kind_of_mask(make_model, tokens):
-    sdpa, eager = (make_model(attn_implementation=kernel) for kernel in ("sdpa", "eager"))
-    ids = tokens(2, 9)
-    mask = torch.tensor([[0] * 2 + [1] * 7, [1] * 6 + [0] * 3])
-    segments = torch.tensor([[1] * 4 + [2] * 5, [1] * 9])
-    for arguments, real in [
-        ({}, mask | 1),
-        ({"attention_mask": mask}, mask),
-        ({"attention_mask": causal_mask(2, 9)}, mask | 1),
-        ({"segment_ids": segments}, mask | 1),
-    ]:
-        difference = (sdpa(ids, **arguments).logits - eager(ids, **arguments).logits)[real == 1]
-        assert difference.abs().max() < 1e-5
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """flex_attention as plain torch: the masks are ours, the compiled kernel is not."""
-    make = masking_utils.create_block_mask
-    monkeypatch.setattr(masking_utils, "create_block_mask", lambda **settings: make(**settings | {"_compile": False}))
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def varlen_reference(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal=False):
-    """What a kernel of variable length computes: (N, H, D) rows end to end, each segment by itself."""
-    assert q.dtype == k.dtype == v.dtype
-    assert not causal
-    assert cu_seqlens_q.dtype == torch.int32
-    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-    bounds = cu_seqlens_q.tolist()
-    assert (bounds[0], bounds[-1]) == (0, len(q))
-    assert max(b - a for a, b in itertools.pairwise(bounds)) <= max_seqlen_q == max_seqlen_k
-    heads = [x.transpose(0, 1) for x in (q, k, v)]  # (H, N, D)
-    mixed = [
-        F.scaled_dot_product_attention(*(x[:, a:b] for x in heads), scale=softmax_scale, enable_gqa=True)
-        for a, b in itertools.pairwise(bounds)
-    ]
-    return torch.cat(mixed, dim=1).transpose(0, 1)
-
-
-@pytest.fixture
-def varlen(monkeypatch):
-    """Put the reference in the place of flash-attn, which needs a GPU."""
-    helpers = (flash_utils._pad_input, flash_utils._unpad_input)
-    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *_, **__: (None, varlen_reference, None, *helpers))
-    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
-
-
-# Later versions of torch refuse to train with flex on a CPU.
-FLEX_TRAINS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10)
-PACKED = torch.tensor([[1] * 4 + [2] * 9 + [3] * 3 + [0] * 3, [1] * 12 + [2] * 7])
-
-
-@pytest.mark.parametrize("is_bf16", [False, True], ids=["float32", "bf16 autocast"])
-def test_every_kernel_agrees_on_packed_rows_in_loss_and_gradient(is_bf16, make_model, tokens, uncompiled, varlen):
-    ids = tokens(2, 19)
-
-    def run(kernel):
-        model = make_model()
-        model.config._attn_implementation = kernel
-        trains = kernel != "flex_attention" or FLEX_TRAINS
-        with torch.set_grad_enabled(trains), torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-            loss = model(ids, segment_ids=PACKED, labels=ids).loss
-        if trains:
-            loss.backward()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-            logits = model(ids, segment_ids=PACKED).logits[PACKED > 0].float()
-        gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
-        return [loss.detach(), logits, *([torch.cat(gradients)] if gradients else [])]
-
-    expected = run("sdpa")
-    for kernel in ("eager", "flex_attention", "flash_attention_2"):
-        results = run(kernel)
-        assert len(results) == (3 if kernel != "flex_attention" or FLEX_TRAINS else 2)
-        for found, wanted in zip(results, expected, strict=False):
-            assert (found - wanted).norm() / wanted.norm() < (0.02 if is_bf16 else 1e-5), kernel
-
-
-@torch.no_grad()
-def test_flex_and_flash_attention_agree_with_sdpa_on_padding(make_model, tokens, uncompiled, varlen):
-    ids = tokens(2, 9)
-    mask = torch.tensor([[0] * 2 + [1] * 7, [1] * 6 + [0] * 3])
-    segments = torch.tensor([[1] * 4 + [2] * 5, [1] * 9])
-    sdpa, other = make_model(), make_model()
-    for kernel in ("flex_attention", "flash_attention_2"):
-        other.config._attn_implementation = kernel
-        for arguments in ({"attention_mask": mask}, {"attention_mask": mask, "segment_ids": segments}):
-            difference = (other(ids, **arguments).logits - sdpa(ids, **arguments).logits)[mask == 1]
-            assert difference.abs().max() < 1e-4, (kernel, arguments.keys())
-
-
-@pytest.mark.skipif(not FLEX_TRAINS, reason="this version of torch refuses to train with flex on a CPU")
-def test_compiled_layers_with_flex_attention_are_traced_once_for_all_packings(make_model, tokens, uncompiled):
-    model, reference = make_model(attn_implementation="flex_attention").train(), make_model().train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in model.model.layers:
-        layer.compile(backend="aot_eager")
-    graphs = [counters["stats"]["unique_graphs"]]
-    with torch.compiler.set_stance("default"):
-        for cut in (3, 8, 15):
-            ids, segments = tokens(2, 19, seed=cut), 1 + (torch.arange(19) >= cut).long().expand(2, -1)
-            losses = []
-            for trained in (model, reference):
-                trained.zero_grad()
-                with torch.autocast("cpu", torch.bfloat16):
-                    losses.append(trained(ids, segment_ids=segments, labels=ids).loss)
-                losses[-1].backward()
-            assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.01)
-            got, want = (m.model.layers[0].self_attn.q_proj.weight.grad for m in (model, reference))
-            assert (got - want).norm() / want.norm() < 0.05
-            graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] < graphs[1] == graphs[-1]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
-def test_gpu_kernels_agree_with_sdpa_on_packed_rows(kernel, make_model, tokens):
-    if kernel == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
-        pytest.skip("needs flash_attn")
-    ids, segments = tokens(2, 19).cuda(), PACKED.cuda()
-    runs = []
-    for name in ("sdpa", kernel):
-        model = make_model(attn_implementation=name).cuda().train()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(ids, segment_ids=segments, labels=ids).loss
-        loss.backward()
-        runs.append(torch.cat([loss.detach()[None], *(parameter.grad.flatten() for parameter in model.parameters())]))
-    assert (runs[1] - runs[0]).norm() / runs[0].norm() < 0.05
-
-
-def test_what_a_kernel_cannot_take_is_refused(make_model, tokens):
-    model, ids = make_model(), tokens(1, 4)
-    model.config._attn_implementation = "flash_attention_2"
-    for apart in ([1, 2, 1, 1], [2, 2, 1, 1], [1, 0, 1, 1]):
-        with pytest.raises(ValueError, match="segment_ids must count up along each row"):
-            model(ids, segment_ids=torch.tensor([apart]))
-    with pytest.raises(ValueError, match=r"flash_attention_2 takes no \(B, 1, T, T\) attention_mask: use .* 'sdpa'"):
-        model(ids, attention_mask=causal_mask(1, 4))
-    model.config._attn_implementation = "flex_attention"
-    on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    with (
-        torch._dynamo.config.patch(disable=True),
-        pytest.raises(ValueError, match="'flex_attention' needs torch.compile on a GPU"),
-    ):
-        model.model._layer_mask(on_gpu, None, None)
-
-
-@torch.no_grad()
-def test_a_registered_kernel_gets_the_segment_ids_and_no_square_mask(make_model, tokens):
-    calls = []
-
-    def kernel(module, query, key, value, attention_mask, *, scaling, segment_ids, **kwargs):
-        calls.append((query.shape, key.shape, attention_mask))
-        allowed = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        out = F.scaled_dot_product_attention(query, key, value, allowed, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2), None
-
-    AttentionInterface.register("test_kernel", kernel)
-    model, reference = make_model(), make_model()
-    model.set_attn_implementation("test_kernel")
-    ids, segments = tokens(2, 6), torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 2, 2]])
-    got = model(ids, segment_ids=segments).logits
-    assert calls == [((2, 4, 6, 16), (2, 2, 6, 16), None)] * 2
-    assert (got - reference(ids, segment_ids=segments).logits).abs().max() < 1e-5
-
-
 # ---- loss
 
 
@@ -387,6 +222,16 @@ def gradients(model, loss):
     model.zero_grad()
     loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_the_dense_loss_is_equation_6():
+    logits, ids = torch.randn(2, 4, 5), torch.randint(0, 5, (2, 4))
+    masked, t = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]]).bool(), torch.tensor([0.5, 0.25])
+    want = 0.0
+    for b, i in itertools.product(range(2), range(1, 4)):  # position 0 is not scored
+        if masked[b, i]:
+            want -= F.log_softmax(logits[b, i].double(), dim=-1)[ids[b, i]] / t[b]
+    assert masked_diffusion_loss(logits, ids, masked, t).item() == pytest.approx(float(want) / 8, rel=1e-6)
 
 
 @pytest.mark.parametrize("static_shapes", [False, True], ids=["masked-rows", "static"])

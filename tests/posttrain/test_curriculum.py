@@ -5,6 +5,9 @@ import pytest
 import torch
 
 from coda_posttrain import curriculum
+from coda_pretrain.data.mixture import Sample
+from coda_pretrain.noise.masking import TokenFacts, noise_samples
+from coda_pretrain.noise.strategies import MaskingProbabilities
 
 MASK, PAD, END = 99, 0, 7
 
@@ -25,12 +28,29 @@ def rows(width: int = 24, tail_tokens: int = 0) -> curriculum.Rows:
     return curriculum.Rows(grown_ids, grown, prompt, tail, torch.tensor([3, 5]))
 
 
-def noise(batch: curriculum.Rows, share: float, t: float = 1.0, span: int = 1, **options) -> curriculum.NoisedRows:
-    uniforms = curriculum.row_uniforms("noise", 0, batch.sample_ids.tolist(), 0, batch.input_ids.shape[1] + span - 1)
-    return curriculum.noise_rows(
-        batch, t=torch.full((2,), t), spans=torch.full((2,), span), uniforms=uniforms, share=share, mask_token_id=MASK,
-        **options,
+def noise(batch: curriculum.Rows, share: float, t: float = 1.0, span: int = 1):
+    return curriculum.noise(
+        batch, torch.full((2,), t), share=share, seed=0, sample_ids=batch.sample_ids.tolist(), span_probability=1.0,
+        span_lengths=[span], mask_token_id=MASK, pad_token_id=PAD,
     )  # fmt: skip
+
+
+def test_both_trainers_mask_the_same_sample_in_the_same_way():
+    strategies, t, sample_ids = MaskingProbabilities(0, 0, 0.5), torch.tensor([0.3, 0.8, 0.5, 0.6]), [0, 3, 17, 9]
+    ids, ones = torch.arange(96).reshape(4, 24) % 50 + 10, np.ones(24, dtype=np.int32)
+    samples = [Sample(row.numpy(), ones) for row in ids]
+    packed = noise_samples(
+        samples, sample_ids, t, seed=5, strategies=strategies, span_lengths=(2, 4), tokens=TokenFacts(MASK, PAD)
+    )
+    everything, nothing = torch.ones(4, 24, dtype=torch.bool), torch.zeros(4, 24, dtype=torch.bool)
+    batch = curriculum.Rows(ids, everything, nothing, nothing, torch.tensor(sample_ids))
+    spans = {"span_probability": 0.5, "span_lengths": (2, 4)}
+    tuned = curriculum.noise(
+        batch, t, share=1.0, seed=5, sample_ids=sample_ids, **spans, mask_token_id=MASK, pad_token_id=PAD
+    )
+    assert (packed.labels != -100).any()
+    for one, other in zip(packed, tuned, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_conditioned_share_grows_linearly_over_the_annealing_epochs():
@@ -73,7 +93,7 @@ def test_padding_is_never_a_target():
     batch = rows(tail_tokens=0)
     result = noise(batch, share=0.0)
     assert (result.labels[~batch.present] == -100).all()
-    assert torch.equal(result.noised_ids[~batch.present], batch.input_ids[~batch.present])
+    assert (result.noised_ids[~batch.present] == PAD).all()
 
 
 def test_labels_are_the_clean_tokens_where_masked():
@@ -91,8 +111,7 @@ def test_tail_is_learned_but_not_counted():
     assert (batch.input_ids[batch.tail] == END).all()
     result = noise(batch, share=1.0)
     assert (result.labels[batch.tail] == END).all()
-    assert result.counted.tolist() == [10, 12]
-    assert (noise(batch, share=1.0, score_tail=False).labels[batch.tail] == -100).all()
+    assert (result.maskable & ~batch.tail).sum(dim=1).tolist() == [10, 12]
 
 
 def test_tail_stops_at_the_longest_length_and_skips_cut_rows():
@@ -111,36 +130,6 @@ def test_tail_length_is_uniform_and_named_by_seed_and_step():
     counts = np.bincount(lengths, minlength=11)
     assert len(counts) == 11
     assert abs(counts - 3000 / 11).max() < 5 * np.sqrt(3000 / 11)
-
-
-def test_noise_of_a_row_does_not_depend_on_its_neighbours_or_padding():
-    together = curriculum.row_uniforms("noise", 1, [4, 9], 2, 40)
-    alone = curriculum.row_uniforms("noise", 1, [9], 2, 60)
-    assert torch.equal(together[1], alone[0, :40])
-    assert not torch.equal(together[0], together[1])
-    assert not torch.equal(together[1], curriculum.row_uniforms("noise", 1, [9], 3, 40)[0])
-
-
-def test_noise_levels_are_stratified_in_a_random_order():
-    levels = curriculum.noise_levels("t", 0, 5, 50, 0.01)
-    ordered = levels.sort().values
-    assert torch.allclose(ordered.diff(), torch.tensor(0.99 / 50), atol=1e-5)
-    assert not torch.equal(levels, ordered)
-    assert 0.01 <= float(ordered[0])
-    assert float(ordered[-1]) <= 1.0
-
-
-def test_spans_are_drawn_with_their_probability_from_all_lengths():
-    spans = curriculum.row_spans(0, range(4000), 1, 0.25, (4, 8, 16, 32))
-    assert abs(float((spans > 1).float().mean()) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 4000)
-    assert set(spans.tolist()) == {1, 4, 8, 16, 32}
-    assert set(curriculum.row_spans(0, range(100), 1, 0.0, (4,)).tolist()) == {1}
-    assert set(curriculum.row_spans(0, range(100), 1, 1.0, (4,)).tolist()) == {4}
-
-
-def test_span_longer_than_a_row_is_shortened():
-    result = noise(rows(), share=1.0, t=0.5, span=23)
-    assert result.noised_ids.shape == (2, 24)
 
 
 def test_lists_are_indexed_by_epoch_and_repeated():

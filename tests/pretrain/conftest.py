@@ -17,7 +17,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from coda_pretrain.shards import ShardWriter, build_manifest
+from coda_pretrain.data.shards import ShardWriter, build_manifest
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 
@@ -71,7 +71,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
     """Token shards of 120 short functions, with a held-out part in ``validation/``."""
-    from coda_pretrain.data import main
+    from coda_pretrain.data.__main__ import main
 
     folder = tmp_path_factory.mktemp("shards")
     lines = [f"def add_{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(120)]

@@ -5,21 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coda_pretrain import masking
-from coda_pretrain.batches import Batches
 from coda_pretrain.config import RunConfig, load_config
-from coda_pretrain.masking import noise_levels
-from coda_pretrain.masking_schedule import MaskingConfig
-from coda_pretrain.mixture import Mixture
+from coda_pretrain.data.mixture import Mixture
+from coda_pretrain.noise.masking import TokenFacts
+from coda_pretrain.noise.strategies import MaskingConfig
 from coda_pretrain.plain_data import from_dict, merge
+from coda_pretrain.train.batches import Batches
+from CoDALanguageModel import noise
+from CoDALanguageModel.noise import deal_levels
 
 MIDTRAIN = Path(__file__).resolve().parents[2] / "pre-train/configs/midtrain.yaml"
-IDS = {"mask_token_id": 259, "pad_token_id": 256}
+TOKENS = TokenFacts(259, 256)
 
 
 def reader(config, rows):
     return Batches(
-        config, Mixture(config.data, seq_len=config.seq_len, seed=config.seed), rows=rows, num_steps=6, **IDS
+        config, Mixture(config.data, seq_len=config.seq_len, seed=config.seed), rows=rows, num_steps=6, tokens=TOKENS
     )
 
 
@@ -67,13 +68,13 @@ def test_each_epoch_reaches_the_probabilities_of_table_3(run_config, monkeypatch
     masked = {"schedule": "per_epoch", "per_epoch": table, "span_lengths": [2, 4, 8]}
     config = from_dict(RunConfig, {**run_config, **changes, "masking": masked})
     batches, plans = reader(config, range(size)), []
-    plan_row = masking.plan_row
+    plan_row = noise.plan_row
 
     def noted(rng, num_real, *arguments):
         plans.append((num_real, plan_row(rng, num_real, *arguments)))
         return plans[-1][1]
 
-    monkeypatch.setattr(masking, "plan_row", noted)
+    monkeypatch.setattr(noise, "plan_row", noted)
     for epoch, expected in enumerate(table):
         plans.clear()
         for step in range(epoch * steps, (epoch + 1) * steps):
@@ -96,11 +97,11 @@ def test_each_epoch_reaches_the_probabilities_of_table_3(run_config, monkeypatch
     batches.close()
 
 
-def test_noise_levels_fall_one_into_each_stratum_of_the_global_batch_of_all_readers():
+def test_noise_levels_fall_one_into_each_stratum_of_the_global_batch():
     t_min = MaskingConfig().t_min
     for step in range(20):
-        parts = [noise_levels(range(i, i + 16), 64, seed=5, step=step, t_min=t_min) for i in range(0, 64, 16)]
-        strata = np.floor((np.concatenate(parts) - t_min) / (1 - t_min) * 64 + 1e-4)
+        levels = deal_levels(5, step, 64, t_min).numpy()
+        strata = np.floor((levels - t_min) / (1 - t_min) * 64 + 1e-4)
         assert sorted(np.clip(strata, 0, 63).tolist()) == list(range(64))
 
 

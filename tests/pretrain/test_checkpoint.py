@@ -7,8 +7,7 @@ import logging
 import pytest
 import torch
 
-from coda_pretrain.backends.torch_backend import TorchBackend
-from coda_pretrain.checkpoint import (
+from coda_pretrain.checkpoints.checkpoint import (
     MARKER,
     CheckpointError,
     TrainState,
@@ -19,9 +18,10 @@ from coda_pretrain.checkpoint import (
     load_checkpoint,
     remove_old_checkpoints,
 )
-from coda_pretrain.hardware import HardwareConfig
-from coda_pretrain.saver import snapshot, write_checkpoint
-from coda_pretrain.storage import RemotePath, sha256_of
+from coda_pretrain.checkpoints.saver import snapshot, write_checkpoint
+from coda_pretrain.devices.config import HardwareConfig
+from coda_pretrain.devices.torch_backend import TorchBackend
+from coda_pretrain.places import place_of, sha256_of
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_full_disk_at_the_commit_fails_the_save_too(save, tmp_path, monkeypatc
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("coda_pretrain.storage.os.fsync", full)
+    monkeypatch.setattr("coda_pretrain.places.os.fsync", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(2)
     assert committed_checkpoints(tmp_path) == [first]
@@ -113,14 +113,16 @@ def test_a_changed_byte_of_tensors_is_found_by_who_loads_them(save, backend, tmp
     with pytest.raises(ValueError, match=f"{message}{first}"):
         intact_checkpoint(second)
     assert checkpoint_to_resume("auto", tmp_path) == second
-    for path in (second, RemotePath(f"file://{second}")):
+    for path in (second, place_of(f"file://{second}")):
         with pytest.raises(ValueError, match=message):
             restored(path, backend)
 
 
 def test_each_file_of_tensors_is_hashed_once_by_a_process_that_resumes(save, backend, tmp_path, monkeypatch):
     path, hashed = save(1), []
-    monkeypatch.setattr("coda_pretrain.checkpoint.sha256_of", lambda file: hashed.append(file.name) or sha256_of(file))
+    monkeypatch.setattr(
+        "coda_pretrain.checkpoints.checkpoint.sha256_of", lambda file: hashed.append(file.name) or sha256_of(file)
+    )
     checkpoint_to_resume("auto", tmp_path)
     assert not [name for name in hashed if name.endswith(".distcp")]
     restored(path, backend)

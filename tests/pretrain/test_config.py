@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from coda_pretrain.config import RunConfig, load_config
-from coda_pretrain.hardware import HardwareConfig, MeshConfig
+from coda_pretrain.config import RunConfig, load_config, read_settings
+from coda_pretrain.devices.config import HardwareConfig, MeshConfig
 from coda_pretrain.plain_data import from_dict, merge, to_plain, to_yaml
 
 
@@ -108,6 +108,16 @@ def test_unreadable_files_and_overrides_are_named(tmp_path, content, overrides, 
         path.write_text(content)
     with pytest.raises(ValueError, match=message):
         load_config([str(path)], overrides)
+
+
+@pytest.mark.parametrize("name", ["40000", "runs/a #b", "a: b", "[a", "no", "2024-01-01", "'a #b'"])
+def test_a_folder_of_any_name_is_taken_as_it_is(name):
+    values = read_settings([], [f"output_dir={name}", f"model.init_from={name}", f"data.root={name}", "max_steps=3"])
+    name = name.strip("'")
+    assert values == {"output_dir": name, "model": {"init_from": name}, "data": {"root": name}, "max_steps": 3}
+    assert read_settings([], ["model.init_from=null"]) == {"model": {"init_from": None}}
+    with pytest.raises(ValueError, match=r"max_steps=\[3 is not YAML"):
+        read_settings([], ["max_steps=[3"])
 
 
 def test_the_mesh_takes_what_is_left_of_the_devices():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from coda_pretrain.data import build_parser, main
+from coda_pretrain.data.__main__ import build_parser, main
 
 
 def test_the_command_line_prepares_shards_and_reports_counts(tmp_path, tokenizer_dir, capsys, caplog):

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from coda_pretrain.documents import Part, group_parts, load_dataset, parts_of_file, read_documents
-from coda_pretrain.inputs import UnreadableFileError
+from coda_pretrain.data.documents import Part, group_parts, load_dataset, parts_of_file, read_documents
+from coda_pretrain.data.inputs import UnreadableFileError
 
 TEXT_SUFFIXES = (".txt", ".py")
 
@@ -134,7 +134,7 @@ def test_broken_pages_of_parquet_end_a_file_with_a_reason(tmp_path):
 
 
 def test_a_line_beyond_the_limit_is_skipped_and_its_neighbours_are_not(tmp_path, monkeypatch):
-    monkeypatch.setattr("coda_pretrain.documents.MAX_RECORD_BYTES", 100)
+    monkeypatch.setattr("coda_pretrain.data.documents.MAX_RECORD_BYTES", 100)
     lines = [json.dumps({"text": text}) for text in ("one", "x" * 500, "two")]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from coda_pretrain.checkpoints.export import main, read_weights
 from coda_pretrain.config import RunConfig
-from coda_pretrain.export import main, read_weights
 from coda_pretrain.plain_data import from_dict, merge
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.train.trainer import Trainer
 from CoDALanguageModel import CoDALanguageModel
 
 
@@ -59,7 +59,7 @@ def test_weights_that_are_not_finite_are_not_exported(value, words, finished, tm
         weights["lm_head.weight"][0, 0] = value
         return weights
 
-    monkeypatch.setattr("coda_pretrain.export.read_weights", diverged)
+    monkeypatch.setattr("coda_pretrain.checkpoints.export.read_weights", diverged)
     assert main(arguments(finished.output_dir, tmp_path / "made", "--dtype", "float16")) == 2
     error = capsys.readouterr().err
     assert words in error
@@ -108,7 +108,7 @@ def test_bad_input_is_named(finished, tmp_path, capsys):
 
 
 def test_the_export_imports_no_torch_xla():
-    code = "import sys; sys.modules['torch_xla'] = None; import coda_pretrain.export"
+    code = "import sys; sys.modules['torch_xla'] = None; import coda_pretrain.checkpoints.export"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.cwd())
     assert result.returncode == 0, result.stderr
 

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from coda_pretrain.flops import CHIPS, Work, chip_of_gpu, forward_flops, training_flops, work_of_batch
+from coda_pretrain.devices.chips import CHIPS, chip_of_gpu
+from coda_pretrain.watch.flops import Work, forward_flops, training_flops, work_of_batch
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 
 SHAPE = {

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from coda_pretrain.inputs import OWN_OUTPUT, SAME_FOLDER, UnreadableFileError, check_openable, find_files
+from coda_pretrain.data.inputs import OWN_OUTPUT, SAME_FOLDER, UnreadableFileError, check_openable, find_files
 
 TEXT_SUFFIXES = (".txt", ".py")
 

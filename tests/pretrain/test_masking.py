@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
 
-from coda_pretrain.masking import MaskingConfig, MaskingProbabilities, noise_batch, noise_levels, plan_row
-from coda_pretrain.mixture import Sample
+from coda_pretrain.data.mixture import Sample
+from coda_pretrain.noise.masking import TokenFacts, noise_samples
+from coda_pretrain.noise.strategies import MaskingConfig, MaskingProbabilities
+from coda_pretrain.train.batches import batch_of
 from CoDALanguageModel.diffusion import named_rng
+from CoDALanguageModel.noise import deal_levels, plan_row
 
 MASK, PAD, T = 299, 0, 32
 TABLE_3 = ((0.01, 0.01, 0.05), (0.05, 0.05, 0.10), (0.10, 0.10, 0.15), (0.15, 0.15, 0.20), (0.20, 0.20, 0.25))
@@ -21,19 +24,17 @@ def sample_of(number, seq_len=T, lengths=None):
 def noise(num_rows, config, *, rows=None, seed=0, step=0, progress=0.0, epoch=0, sample=sample_of, first_id=0):
     rows = range(num_rows) if rows is None else rows
     ids = [first_id + row for row in rows]
-    return noise_batch(
+    t = deal_levels(seed, step, num_rows, config.t_min)[list(rows)]
+    noised = noise_samples(
         [sample(i) for i in ids],
         ids,
-        config=config,
+        t,
         seed=seed,
-        step=step,
-        progress=progress,
-        epoch=epoch,
-        rows=rows,
-        global_batch_size=num_rows,
-        mask_token_id=MASK,
-        pad_token_id=PAD,
+        strategies=config.at(progress, epoch),
+        span_lengths=config.span_lengths,
+        tokens=TokenFacts(MASK, PAD),
     )
+    return batch_of(noised, t, global_batch_size=num_rows)
 
 
 def test_shapes_dtypes_labels_and_weights():
@@ -129,11 +130,11 @@ def test_rows_too_short_for_a_prefix_or_a_cut_stay_whole():
 
 
 def test_levels_are_stratified_over_the_global_batch_and_dealt_to_hosts_at_random():
-    levels = noise_levels(range(64), 64, seed=5, step=9, t_min=1e-3)
+    levels = deal_levels(5, 9, 64, 1e-3).numpy()
     assert np.array_equal(np.sort(np.floor((levels - 1e-3) / (1 - 1e-3) * 64 * 0.999999)), np.arange(64))
     halves = [levels[:32].mean(), levels[32:].mean()]
     assert abs(halves[0] - halves[1]) < 0.3
-    assert not np.array_equal(levels, noise_levels(range(64), 64, seed=5, step=10, t_min=1e-3))
+    assert not np.array_equal(levels, deal_levels(5, 10, 64, 1e-3).numpy())
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
@@ -175,20 +176,14 @@ def test_the_probabilities_of_table_3_are_reached_in_each_epoch(epoch):
         assert abs(share - expected) < 4.5 * np.sqrt(expected * (1 - expected) / len(plans))
 
 
-def test_rows_that_do_not_fit_the_batch_are_refused():
-    with pytest.raises(ValueError, match="rows must be a part of range"):
-        noise(4, MaskingConfig(), rows=range(2, 6))
-    with pytest.raises(ValueError, match="samples, sample_ids and rows must be equally many, got 1, 2, 2"):
-        noise_batch(
+def test_samples_ids_and_levels_that_are_not_equally_many_are_refused():
+    with pytest.raises(ValueError, match="samples, sample_ids and t must be equally many, got 1, 2, 2"):
+        noise_samples(
             [sample_of(0)],
             [0, 1],
-            config=MaskingConfig(),
+            deal_levels(0, 0, 2, 1e-3),
             seed=0,
-            step=0,
-            progress=0.0,
-            epoch=0,
-            rows=range(2),
-            global_batch_size=2,
-            mask_token_id=MASK,
-            pad_token_id=PAD,
+            strategies=MaskingProbabilities(0, 0, 0),
+            span_lengths=(1,),
+            tokens=TokenFacts(MASK, PAD),
         )

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from coda_pretrain.backends.base import create_backend
 from coda_pretrain.config import RunConfig
-from coda_pretrain.flops import Work, training_flops
-from coda_pretrain.hardware import HardwareConfig
-from coda_pretrain.metrics import MetricsFile, Reporter, UtilizationMeter, peak_flops, read_rows
+from coda_pretrain.devices import create_backend
+from coda_pretrain.devices.config import HardwareConfig
 from coda_pretrain.plain_data import from_dict, merge
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.train.trainer import Trainer
+from coda_pretrain.watch.flops import Work, training_flops
+from coda_pretrain.watch.metrics import MetricsFile, Reporter, UtilizationMeter, peak_flops, read_rows
 from CoDALanguageModel import CoDAConfig
 
 

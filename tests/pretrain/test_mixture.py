@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from coda_pretrain.mixture import DataConfig, Mixture, SourceConfig, permuted_index, split_by_weight
+from coda_pretrain.data.mixture import DataConfig, Mixture, SourceConfig, permuted_index, split_by_weight
 
 SEQ_LEN = 4
 
@@ -95,7 +95,7 @@ def test_any_number_of_readers_sees_the_same_samples(folders):
 
 def test_another_process_and_another_seed(folders):
     code = (
-        "import sys; from coda_pretrain.mixture import *\n"
+        "import sys; from coda_pretrain.data.mixture import *\n"
         f"c = DataConfig(root={str(folders)!r}, sources=(SourceConfig(path='large'), SourceConfig(path='small')))\n"
         "m = Mixture(c, seq_len=4, seed=0); print([m.locate(i) for i in range(10**12, 10**12 + 20)])"
     )

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from coda_pretrain.backends.torch_backend import TorchBackend
 from coda_pretrain.config import OptimizerConfig
-from coda_pretrain.hardware import HardwareConfig
-from coda_pretrain.optim import build_optimizer, move_averages, set_step_count, set_update_numbers, state_tensors
+from coda_pretrain.devices.config import HardwareConfig
+from coda_pretrain.devices.torch_backend import TorchBackend
+from coda_pretrain.train.optim import build_optimizer, move_averages, set_step_count, set_update_numbers, state_tensors
 
 
 def parameters():
@@ -37,7 +37,7 @@ class Rule:
         self.optimizer = build_optimizer(config, named, self.backend)
 
     def update(self, count, learning_rate=0.1):
-        set_update_numbers(self.optimizer, learning_rate, count=count, backend=self.backend)
+        set_update_numbers(self.optimizer, learning_rate, count=count, placement=self.backend)
         self.optimizer.step()
 
 

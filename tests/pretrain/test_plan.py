@@ -7,10 +7,10 @@ import torch
 
 from coda_pretrain.__main__ import main
 from coda_pretrain.config import RunConfig
-from coda_pretrain.memory import memory_per_chip, weight_shards
 from coda_pretrain.plain_data import from_dict, merge
-from coda_pretrain.plan import Device, expected_row, make_plan, parse_device
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.plan.memory import memory_per_chip, weight_shards
+from coda_pretrain.plan.plan import Device, expected_row, make_plan, parse_device
+from coda_pretrain.train.trainer import Trainer
 from CoDALanguageModel import CoDAConfig
 
 LARGER = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "head_dim": 32}

@@ -7,10 +7,10 @@ import pytest
 from coda_pretrain.__main__ import main
 from coda_pretrain.config import RunConfig
 from coda_pretrain.plain_data import from_dict, merge
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.train.trainer import Trainer
 
 pytest.importorskip("matplotlib")
-from coda_pretrain.plot import CLEAN, MASKED, PADDING, series, smooth, states_of_rows
+from coda_pretrain.watch.plot import CLEAN, MASKED, PADDING, series, smooth, states_of_rows
 
 
 def test_a_run_is_drawn_with_its_loss_by_level_its_utilization_and_masks(tmp_path, run_config, shards_dir, capsys):

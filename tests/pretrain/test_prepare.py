@@ -9,11 +9,11 @@ import time
 import numpy as np
 import pytest
 
-from coda_pretrain.data import main
-from coda_pretrain.prepare import PrepareConfig, is_held_out, prepare
-from coda_pretrain.progress import exclusive
-from coda_pretrain.shards import TokenShards
-from coda_pretrain.tokenization import encoder_of, load_tokenizer
+from coda_pretrain.data.__main__ import main
+from coda_pretrain.data.journal import exclusive
+from coda_pretrain.data.prepare import PrepareConfig, is_held_out, prepare
+from coda_pretrain.data.shards import TokenShards
+from coda_pretrain.data.tokenization import encoder_of, load_tokenizer
 
 
 def documents(count=120):
@@ -96,16 +96,16 @@ def test_held_out_documents_are_a_function_of_their_text(config_of, tmp_path, to
 
 KILLED_RUN = """
 import dataclasses, os, signal
-from coda_pretrain import prepare, progress
+from coda_pretrain.data import journal, prepare
 
-add = progress.Progress.add
+add = journal.Progress.add
 
 def add_and_die(self, line):
     add(self, line)
     if len(self.finished) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
-progress.Progress.add = add_and_die
+journal.Progress.add = add_and_die
 prepare.prepare(prepare.PrepareConfig(**{settings!r}))
 """
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from coda_pretrain.config import RunConfig, load_config
-from coda_pretrain.metrics import read_rows
 from coda_pretrain.plain_data import from_dict
+from coda_pretrain.watch.metrics import read_rows
 
 SETTINGS = {
     "CODA_DATA_DIR": "/data dir",
@@ -30,7 +30,7 @@ TPUS = ("v4_1024", "v4_512", "v5p_64", "v5e_8")
 TRAIN_ALL = """
 import os, sys
 from coda_pretrain.config import load_config
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.train.trainer import Trainer
 for path in sys.argv[1:]:
     trainer = Trainer(load_config([path], []))
     trainer.train()
@@ -306,7 +306,7 @@ def test_consolidation_exports_the_newest_or_each_named_step(repo, tmp_path):
     script = repo / "pre-train" / "recipes" / "ckpt_consolidation.sh"
     assert run_script(script, "/run", "/out", PYTHON=str(python)).returncode == 0
     assert run_script(script, "/run", "/out", "400", "00000800", PYTHON=str(python)).returncode == 0
-    export = "-m coda_pretrain.export --checkpoint_dir /run"
+    export = "-m coda_pretrain export --checkpoint_dir /run"
     assert (tmp_path / "calls").read_text().splitlines() == [
         f"{export} --output_dir /out ",
         f"{export} --step 400 --output_dir /out/step-00000400 ",

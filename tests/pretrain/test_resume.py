@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coda_pretrain.checkpoint import committed_checkpoints
+from coda_pretrain.checkpoints.checkpoint import committed_checkpoints
+from coda_pretrain.checkpoints.export import main as export_main
 from coda_pretrain.config import RunConfig
-from coda_pretrain.export import main as export_main
-from coda_pretrain.metrics import read_rows
 from coda_pretrain.plain_data import from_dict, merge
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.train.trainer import Trainer
+from coda_pretrain.watch.metrics import read_rows
 
 HARDWARE = {
     "cpu": {"num_threads": 1},
@@ -37,7 +37,7 @@ rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 torch.set_num_threads(1)
 if world > 1:
     dist.init_process_group("gloo")
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.train.trainer import Trainer
 
 for run in json.loads(sys.argv[1]):
     trainer = Trainer(from_dict(RunConfig, run["config"]))
@@ -60,7 +60,7 @@ import json, os, random, signal, sys, time
 import torch
 from coda_pretrain.config import RunConfig
 from coda_pretrain.plain_data import from_dict, merge
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.train.trainer import Trainer
 
 torch.set_num_threads(1)
 

@@ -8,8 +8,7 @@ import uuid
 import pytest
 import torch
 
-from coda_pretrain.backends.torch_backend import TorchBackend
-from coda_pretrain.checkpoint import (
+from coda_pretrain.checkpoints.checkpoint import (
     MARKER,
     CheckpointError,
     TrainState,
@@ -19,14 +18,15 @@ from coda_pretrain.checkpoint import (
     load_checkpoint,
     set_aside_later_checkpoints,
 )
+from coda_pretrain.checkpoints.export import main as export_main
+from coda_pretrain.checkpoints.saver import Saver, check_folder, snapshot
 from coda_pretrain.config import RunConfig
-from coda_pretrain.export import main as export_main
-from coda_pretrain.hardware import HardwareConfig
-from coda_pretrain.metrics import read_rows
+from coda_pretrain.devices.config import HardwareConfig
+from coda_pretrain.devices.torch_backend import TorchBackend
+from coda_pretrain.places import place_of
 from coda_pretrain.plain_data import from_dict, merge
-from coda_pretrain.saver import Saver, check_folder, snapshot
-from coda_pretrain.storage import RemotePath, place_of
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.train.trainer import Trainer
+from coda_pretrain.watch.metrics import read_rows
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def full_disk_from_step(step, monkeypatch):
 
     def failing(self, content, copy_seconds):
         if content.step >= step:
-            monkeypatch.setattr("coda_pretrain.saver.write_durably", full)
+            monkeypatch.setattr("coda_pretrain.checkpoints.saver.write_durably", full)
         return write(self, content, copy_seconds)
 
     monkeypatch.setattr(Saver, "_write", failing)
@@ -114,7 +114,9 @@ def test_a_save_that_fails_at_the_end_of_the_run_fails_the_run(run_config, monke
 
 
 def test_a_folder_that_is_not_shared_by_all_machines_is_no_checkpoint(tmp_path, backend, monkeypatch):
-    monkeypatch.setattr("coda_pretrain.saver.files_below", lambda path: {})  # as if another host had written the file
+    monkeypatch.setattr(
+        "coda_pretrain.checkpoints.saver.files_below", lambda path: {}
+    )  # as if another host had written the file
     saver = saver_into(tmp_path, backend, asynchronous=False)
     message = r"tensors/__0_0\.distcp of other processes cannot be seen from here: checkpoint\.folder must be"
     with pytest.raises(CheckpointError, match=message):
@@ -134,7 +136,7 @@ def test_a_store_behind_a_url_keeps_every_promise_of_a_folder(store, backend):
     data = second / "tensors" / "__0_0.distcp"
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
-    data.fs.pipe_file(data.key, bytes(content))
+    data.fs.pipe_file(data.path, bytes(content))
     assert checkpoint_to_resume("auto", store) == second  # the sizes are right; who loads it looks at the content
     with pytest.raises(ValueError, match=rf"another hash .*continue from it with checkpoint\.resume={first}"):
         value_in(second, backend)
@@ -177,7 +179,7 @@ def test_urls_that_cannot_be_served_are_refused_with_the_reason(run_config, monk
         Trainer(from_dict(RunConfig, merge(run_config, {"checkpoint": {"folder": "nothing://x"}})))
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match="needs a package that is not installed.*gs:// is served by gcsfs"):
-        RemotePath("gs://bucket/run")
+        place_of("gs://bucket/run")
 
 
 def other_process(monkeypatch, backend, *, token="other", fault=None):
@@ -190,7 +192,7 @@ def other_process(monkeypatch, backend, *, token="other", fault=None):
     monkeypatch.setattr(backend, "_saving_group", object())
     monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 2)
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    monkeypatch.setattr("coda_pretrain.saver.SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr("coda_pretrain.checkpoints.saver.SEEN_WITHIN_S", 0.0)
 
 
 def test_a_checkpoints_folder_is_tried_before_training_and_nothing_stays_in_it(tmp_path, backend, store):

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import yaml
 
-from coda_pretrain.backends.sharding import (
+from coda_pretrain.devices.config import DcnMeshConfig, HardwareConfig, MeshConfig
+from coda_pretrain.devices.sharding import (
     DEFAULT_RULES,
     activation_specs,
     partition_specs,
     rows_of_devices,
 )
-from coda_pretrain.hardware import DcnMeshConfig, HardwareConfig, MeshConfig
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 
 TABLES = {

@@ -7,7 +7,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from coda_pretrain.shards import ShardWriter, TokenShards, token_dtype
+from coda_pretrain.data.shards import ShardWriter, TokenShards, token_dtype
 
 
 def random_documents(seed, count, longest=40):
@@ -46,7 +46,7 @@ def test_a_long_document_continues_in_the_next_row(tmp_path, write_shards):
 
 
 def test_many_shards_need_few_open_files(tmp_path, write_shards, monkeypatch):
-    monkeypatch.setattr("coda_pretrain.shards.OPEN_SHARDS", 2)
+    monkeypatch.setattr("coda_pretrain.data.shards.OPEN_SHARDS", 2)
     shards = TokenShards(write_shards(tmp_path, [[i] for i in range(1, 9)], documents_per_shard=1))
     assert shards.read(0, 16)[0].tolist() == [token for i in range(1, 9) for token in (i, 0)]
     assert shards._open.cache_info().currsize == 2

@@ -1,12 +1,14 @@
+import json
 import random
 import re
+import shutil
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from coda_pretrain import tokenization
-from coda_pretrain.tokenization import encode_texts, encoder_of, load_tokenizer
+from coda_pretrain.data import tokenization
+from coda_pretrain.data.tokenization import encode_texts, encoder_of, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,18 @@ def test_control_tokens_in_a_document_stay_text(fim_tokenizer_dir):
 def test_tokens_that_are_only_text_are_still_used(fim_tokenizer_dir):
     encoder = encoder_of(load_tokenizer(str(fim_tokenizer_dir), "<|endoftext|>"))
     assert encoder.token_to_id("    ") in encoder.encode("if x:\n    pass", add_special_tokens=False).ids
+
+
+def test_a_tokenizer_beside_a_model_with_code_of_its_own_is_loaded_without_a_question(
+    tokenizer_dir, tmp_path, monkeypatch
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_dir, folder)
+    config = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail(f"asked: {text}"))
+    want = load_tokenizer(str(tokenizer_dir), "<|endoftext|>")
+    assert load_tokenizer(str(folder), "<|endoftext|>") == want
 
 
 def test_facts_of_a_tokenizer(tokenizer_dir):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from coda_pretrain.backends.torch_backend import TorchBackend
 from coda_pretrain.config import RunConfig
-from coda_pretrain.hardware import HardwareConfig
-from coda_pretrain.metrics import read_rows
+from coda_pretrain.devices.config import HardwareConfig
+from coda_pretrain.devices.torch_backend import TorchBackend
 from coda_pretrain.plain_data import from_dict, merge
-from coda_pretrain.trainer import Trainer
+from coda_pretrain.train.trainer import Trainer
+from coda_pretrain.watch.metrics import read_rows
 
 
 def losses_of(rows):
@@ -61,7 +61,7 @@ def test_a_missing_gpu_is_named(monkeypatch):
 
 
 def test_a_kernel_whose_package_is_missing_is_refused_before_a_model_is_built(monkeypatch):
-    monkeypatch.setattr("coda_pretrain.backends.torch_backend.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("coda_pretrain.devices.torch_backend.is_flash_attn_2_available", lambda: False)
     backend = TorchBackend(HardwareConfig())
     backend.prepare_kernel("sdpa")
     with pytest.raises(ValueError, match="'flash_attention_2' needs the package flash-attn, which is not installed"):

@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from coda_pretrain.checkpoint import committed_checkpoints
+from coda_pretrain.checkpoints.checkpoint import committed_checkpoints
+from coda_pretrain.checkpoints.resume_check import check_same_model
 from coda_pretrain.config import RunConfig
-from coda_pretrain.metrics import read_rows
 from coda_pretrain.plain_data import from_dict, merge
-from coda_pretrain.resume_check import check_same_model
-from coda_pretrain.trainer import Trainer, TrainingDiverged
+from coda_pretrain.train.trainer import Trainer, TrainingDiverged
+from coda_pretrain.watch.metrics import read_rows
 
 
 def trained(config):
@@ -369,8 +369,8 @@ def test_a_configuration_that_cannot_run_is_refused_before_training(run_config, 
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused():
-    from coda_pretrain.backends.torch_backend import TorchBackend
-    from coda_pretrain.hardware import HardwareConfig
+    from coda_pretrain.devices.config import HardwareConfig
+    from coda_pretrain.devices.torch_backend import TorchBackend
 
     backend = TorchBackend(HardwareConfig())
     backend.mesh_shape = (2, 3, 1)

@@ -27,7 +27,7 @@ def test_every_input_is_a_file_of_the_repository_or_written_by_an_earlier_stage(
 
 def test_rooms_are_only_called_by_command_line(stages):
     modules = [command[2] for stage in stages for command in stage.commands if command[1] == "-m"]
-    assert {"coda_pretrain.data", "coda_pretrain", "coda_pretrain.export", "coda_eval"} <= set(modules)
+    assert {"coda_pretrain", "coda_eval"} <= set(modules)
     scripts = [Path(command[1]).name for stage in stages for command in stage.commands if command[1] != "-m"]
     assert scripts == ["save_hf_model.py", "run_sft.sh"]
 
@@ -67,6 +67,17 @@ def test_the_pretraining_room_accepts_the_configs(stages, capsys):
         command = next(stage for stage in stages if stage.name == name).commands[0]
         config = load_config([command[4]], list(command[5:]))
         assert config.output_dir.endswith(name)
+
+
+def test_the_evaluation_room_gets_a_folder_of_any_name(tmp_path, monkeypatch):
+    from lm_eval.__main__ import HarnessCLI
+
+    folder = tmp_path / "a,b=c 'd'"
+    settings = yaml.safe_load((CONFIGS / "eval.yaml").read_text())
+    evaluate = next(stage for stage in build_stages(REPOSITORY, folder, CONFIGS, settings) if stage.name == "evaluate")
+    monkeypatch.setattr("sys.argv", ["coda_eval", *evaluate.commands[0][3:]])
+    arguments = HarnessCLI().parse_args()
+    assert arguments.model_args == {"pretrained": str(folder / "model"), **settings["generation"]}
 
 
 def test_unknown_arguments_are_refused(capsys):

@@ -20,8 +20,9 @@ import pytest
 from coda_serving.app import Service, build_app
 from coda_serving.engine import Engine, OnStep
 from coda_serving.metrics import Metrics
-from coda_serving.scheduler import CanvasRequest, SamplingOptions, Scheduler
+from coda_serving.scheduler import CanvasRequest, Scheduler
 from coda_serving.settings import ServerSettings
+from CoDALanguageModel.decoding_settings import DecodingSettings
 from CoDALanguageModel.prompts import TextTooLong
 
 REPO = Path(__file__).resolve().parents[2]
@@ -88,9 +89,8 @@ class FakeSampler:
                 return
 
 
-def sampling_options(**changes) -> SamplingOptions:
-    defaults = dict(steps=16, alg="entropy", alg_temp=0.0, temperature=0.0, top_p=None, top_k=None, block_length=None)
-    return SamplingOptions(**(defaults | changes))
+def sampling_options(**changes) -> DecodingSettings:
+    return DecodingSettings(**({"steps": 16} | changes))
 
 
 def make_settings(**changes) -> ServerSettings:

@@ -240,6 +240,26 @@ def test_metrics_count_responses_by_route(serve):
     assert "coda_queue_size 0.0" in text
 
 
+def test_metrics_count_what_is_refused_at_the_gate_by_route(serve):
+    key = {"Authorization": "Bearer k"}
+
+    async def test(client):
+        await client.post(URL, json=CHAT)
+        await client.post(URL, json=CHAT | {"user": "x" * 3000}, headers=key)
+        await client.get("/v1/models/any")
+        await client.get("/v1/no/such/path")
+        return (await client.get("/metrics", headers=key)).text
+
+    text = serve(test, api_key="k", max_body_bytes=2000)
+    counted = {line.partition("{")[2] for line in text.splitlines() if line.startswith("coda_responses_total")}
+    assert counted == {
+        'path="/v1/chat/completions",status="401"} 1.0',
+        'path="/v1/chat/completions",status="413"} 1.0',
+        'path="/v1/models/{name:path}",status="401"} 1.0',
+        'path="unknown",status="401"} 1.0',
+    }
+
+
 def test_health_answers_at_once_while_the_model_works(serve, serving_fakes):
     gate = threading.Event()
     sampler = serving_fakes.FakeSampler(gate=gate)

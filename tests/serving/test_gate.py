@@ -267,6 +267,15 @@ def test_what_surely_does_not_fit_is_refused_in_the_words_that_clients_look_for(
         assert "maximum context length is 2000 tokens. However, you requested at least" in error["message"]
 
 
+@pytest.mark.parametrize(("url", "param"), [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")])
+def test_what_does_not_fit_once_it_is_encoded_names_the_field_it_came_from(serve, url, param):
+    async def test(client):
+        return await client.post(url, json={**URLS[url], "max_tokens": 1999})
+
+    error = serve(test).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+
+
 def test_an_answer_without_a_length_gets_what_fits(serve, serving_fakes):
     sampler = serving_fakes.FakeSampler()
 
@@ -307,7 +316,7 @@ def test_a_start_whose_default_request_could_not_be_answered_is_refused(serving_
 def test_the_models_own_decoding_holds_unless_the_environment_says_otherwise(serving_fakes):
     settings = serving_fakes.make_settings(steps=16)
     held = check_defaults(settings, Model(DECODING)).decoding
-    assert held == {
+    assert held == settings.decoding | {
         "max_tokens": 32,  # of the tests' settings
         "steps": 16,
         "alg": "topk_margin",
@@ -318,6 +327,55 @@ def test_the_models_own_decoding_holds_unless_the_environment_says_otherwise(ser
         "block_length": None,
     }
     assert check_defaults(settings, Model()).decoding == settings.decoding
+
+
+def test_a_start_with_approximate_defaults_that_are_forbidden_is_refused(serving_fakes):
+    with pytest.raises(ValueError, match="threshold makes answers approximate.*ALLOW_APPROXIMATE=false.*got 0.9"):
+        check_defaults(serving_fakes.make_settings(allow_approximate=False), Model({"threshold": 0.9}))
+    check_defaults(serving_fakes.make_settings(threshold=0.9), Model())
+
+
+def test_approximate_regimes_are_asked_for_in_the_request_and_can_be_forbidden(serve, serving_fakes):
+    ask = {"prompt": "x", "kv_cache": "dual", "threshold": 0.9}
+
+    async def test(client):
+        return await client.post("/v1/completions", json=ask)
+
+    sampler = serving_fakes.FakeSampler()
+    assert serve(test, sampler).status_code == 200
+    options = sampler.batches[0][0].options
+    assert (options.kv_cache, options.threshold, options.steps) == ("dual", 0.9, 128)
+
+    async def forbidden(client):
+        exact = await client.post("/v1/completions", json={"prompt": "x", "speculate": 2, "kv_cache": "none"})
+        return exact, await client.post("/v1/completions", json=ask)
+
+    exact, refused = serve(forbidden, allow_approximate=False)
+    assert exact.status_code == 200
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"], error["code"]) == (400, "kv_cache", None)
+    assert "kv_cache makes answers approximate" in error["message"]
+    assert "ALLOW_APPROXIMATE=false" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"refresh_window": 4}, "refresh_window", "needs kv_cache"),
+        ({"threshold": 0.9, "factor": 2.0}, None, "at most one of threshold, factor, entropy_bound"),
+        ({"speculate": 2, "remask": "conf"}, "speculate", "commits that are final"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "must map token ids"),
+        ({"suppress_tokens": [-1]}, "suppress_tokens", "must be a list of token ids"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_the_clients_fault(serve, fields, param, words):
+    async def test(client):
+        return await client.post("/v1/completions", json={"prompt": "x"} | fields)
+
+    response = serve(test)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert words in error["message"]
 
 
 def test_the_models_list_says_what_holds(serve):

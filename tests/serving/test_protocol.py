@@ -33,7 +33,6 @@ def test_an_unknown_field_is_refused_with_the_nearest_one():
     [
         {"logprobs": True},
         {"top_logprobs": 2},
-        {"logit_bias": {"5": 1}},
         {"tools": [{"type": "function"}]},
         {"tool_choice": "required"},
         {"functions": [{}]},
@@ -51,7 +50,7 @@ def test_what_is_not_supported_is_refused_by_name(fields):
     assert caught.value.param == name
 
 
-@pytest.mark.parametrize("fields", [{"echo": True}, {"best_of": 2}, {"logprobs": 0}, {"logit_bias": {"5": 1}}])
+@pytest.mark.parametrize("fields", [{"echo": True}, {"best_of": 2}, {"logprobs": 0}])
 def test_what_completions_do_not_support_is_refused_by_name(fields):
     (name,) = fields
     with pytest.raises(ApiError, match=f"{name} is not supported"):
@@ -99,6 +98,11 @@ def test_ignored_fields_are_named_in_the_log(caplog):
         ("alg", "greedy"),
         ("alg_temp", -1),
         ("block_length", 0),
+        ("threshold", 1.5),
+        ("threshold", "off"),
+        ("kv_cache", "both"),
+        ("logit_bias", [5]),
+        ("suppress_tokens", [0.5]),
         ("stop", ""),
         ("stream", 1),
         ("messages", []),
@@ -108,6 +112,13 @@ def test_values_out_of_range_are_refused(name, value):
     with pytest.raises(ValidationError) as caught:
         chat(**{name: value})
     assert name in str(caught.value)
+
+
+def test_none_turns_off_what_can_be_off():
+    given = {"threshold": "none", "block_length": "none", "top_k": -1, "kv_cache": "none", "speculate": None}
+    assert chat(**given).decoding == {"threshold": None, "block_length": None, "top_k": None, "kv_cache": "none"}
+    with pytest.raises(ValidationError, match="steps"):
+        chat(steps="none")
 
 
 def test_both_names_of_the_length_must_agree():

@@ -46,7 +46,19 @@ def run(sampler, requests):
     return seen[-1][0]
 
 
-@pytest.mark.parametrize("options", [{}, {"alg": "p2"}, {"temperature": 0.0}, {"top_p": 0.5, "top_k": 20}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"alg": "p2"},
+        {"temperature": 0.0},
+        {"top_p": 0.5, "top_k": 20},
+        {"kv_cache": "dual", "threshold": 0.9, "refresh_window": 4},
+        {"speculate": 3},
+        {"remask": "conf", "eta": 0.5},
+        {"suffix_window": 8, "entropy_bound": 0.5, "logit_bias": {"5": 2.0}, "suppress_tokens": [6, 7]},
+    ],
+)
 def test_answers_equal_the_offline_sampler_alone_and_in_a_ragged_batch(sampler, model, ask, options):
     requests = [ask(range(10, 10 + length), seed=length, **options) for length in (1, 7, 3, 12)]
     together = run(sampler, requests)
@@ -91,6 +103,8 @@ def test_false_from_the_callback_stops_the_model(sampler, ask):
         ({"max_tokens": 511}, "do not fit in the context of 512"),
         ({"steps": 1}, "steps must be at least the number of blocks"),
         ({"alg": "greedy"}, "alg must be one of"),
+        ({"suppress_tokens": [10**6]}, "suppress_tokens must hold token ids in"),
+        ({"suppress_tokens": list(range(295))}, "no token may come out"),
     ],
 )
 def test_what_cannot_be_denoised_is_refused(sampler, ask, changes, words):

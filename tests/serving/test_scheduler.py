@@ -5,16 +5,16 @@ import time
 
 import pytest
 
-from coda_serving.scheduler import CanvasRequest, Job, QueueFull, SamplingOptions, Scheduler
+from coda_serving.scheduler import CanvasRequest, Job, QueueFull, Scheduler
+from CoDALanguageModel.decoding_settings import DecodingSettings
 
 
 def job(prompt_length=4, max_tokens=8, suffix=None, **options):
-    defaults = dict(steps=8, alg="entropy", alg_temp=0.0, temperature=0.0, top_p=None, top_k=None, block_length=None)
     request = CanvasRequest(
         prompt_ids=(1,) * prompt_length,
         suffix_ids=suffix,
         max_tokens=max_tokens,
-        options=SamplingOptions(**(defaults | options)),
+        options=DecodingSettings(**({"steps": 8} | options)),
         seed=0,
     )
     return Job(request, lambda event: None)

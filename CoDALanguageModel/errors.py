@@ -1,0 +1,18 @@
+"""What a user can mend. Free of torch, so that a command line can say it in a moment."""
+
+import difflib
+from collections.abc import Callable, Iterable
+
+
+class UserError(ValueError):
+    """A setting, an argument, a file or a folder is not as it must be; the message names it, what is allowed and got.
+
+    Programs for the shell end with this message and the exit code 2. Every other exception is a fault of this code or
+    of the machine and keeps its traceback.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> str:
+    """`; did you mean 'x'?` with the nearest known name as `show` writes it, or nothing when none is near."""
+    near = difflib.get_close_matches(str(name)[:100], known, n=1)  # the search costs much for a long name
+    return f"; did you mean {show(near[0])}?" if near else ""

@@ -1,0 +1,185 @@
+"""The rows of a step, noised: what both trainers, validation and pictures do to clean rows.
+
+The caller deals the noise levels; every other draw is a pure function of (seed, sample id). Processes, micro-batches,
+padding, company and restarts therefore change nothing. Not here: how often a strategy is applied at which point of a
+run, conditioning and tails (the training rooms), the forward process itself (`diffusion.corrupt`), loss weights.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .diffusion import IGNORE_INDEX, corrupt, named_rng, scored_by, stratified_noise_levels
+
+ROWS_AT_ONCE = 4
+"""Rows that are corrupted at a time, so that what is needed in between stays small."""
+
+
+def deal_levels(seed: int, step: int, num_rows: int, t_min: float) -> Tensor:
+    """Noise levels of all rows of a step, stratified over them, (num_rows,) float32 in [t_min, 1].
+
+    The strata are dealt to the rows at random: in row order, one process would always hold the nearly clean rows and
+    another the nearly masked ones, whose loss costs more.
+    """
+    rng = named_rng("noise-levels", seed, step)
+    levels = stratified_noise_levels(num_rows, rng.random(), t_min=t_min)
+    return torch.from_numpy(levels[rng.permutation(num_rows)])
+
+
+class RowPlan(NamedTuple):
+    """What the strategies of the report (section 4.1) do to one row."""
+
+    prefix_length: int
+    """S1: the first positions that are never masked; 0 without S1."""
+
+    kept_length: int
+    """S2: positions from here on become padding; T without S2."""
+
+    span: int
+    """S3: length of the masked runs; 1 without S3."""
+
+
+def plan_row(
+    rng: np.random.Generator,
+    num_real: int,
+    seq_len: int,
+    strategies: tuple[float, float, float],
+    span_lengths: Sequence[int],
+) -> RowPlan:
+    """Draw S1, S2 and S3 for a row of `seq_len` positions, the first `num_real` of which hold tokens.
+
+    The prefix has 1 to `num_real - 1` tokens, the kept part 2 to `num_real - 1`, uniformly: at least one position is
+    left to learn from. Rows of fewer than 3 tokens are too short for either and keep all. The four draws are always
+    made, so that a probability does not change what another strategy draws.
+
+    Args:
+        rng: the row's own generator.
+        num_real: tokens of the row.
+        seq_len: T.
+        strategies: probabilities of S1, S2 (which exclude each other) and S3.
+        span_lengths: S3: run lengths in tokens, each equally likely.
+    """
+    prefix, truncate, span = strategies
+    strategy, place, spanned, choice = rng.random(4)
+    prefix_length, kept_length = 0, seq_len
+    if num_real >= 3:
+        if strategy < prefix:
+            prefix_length = 1 + int(place * (num_real - 1))
+        elif strategy < prefix + truncate:
+            kept_length = 2 + int(place * (num_real - 2))
+    return RowPlan(prefix_length, kept_length, span_lengths[int(choice * len(span_lengths))] if spanned < span else 1)
+
+
+class DrawnRows(NamedTuple):
+    """The draws of a batch of rows, of which each depends on its own seed and sample id alone."""
+
+    prefix_lengths: Tensor
+    """(B,) int64, see `RowPlan`."""
+
+    kept_lengths: Tensor
+    """(B,) int64."""
+
+    spans: Tensor
+    """(B,) int64."""
+
+    uniforms: Tensor
+    """(B, T + K - 1) float32, K the longest span that could be drawn; a wider row draws more of the same stream."""
+
+    def to(self, device: torch.device) -> "DrawnRows":
+        """The same on another device."""
+        return DrawnRows(*(x.to(device) for x in self))
+
+
+def draw_rows(
+    seed: int,
+    sample_ids: Sequence[int],
+    num_real: Sequence[int],
+    seq_len: int,
+    *,
+    strategies: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    span_lengths: Sequence[int] = (1,),
+) -> DrawnRows:
+    """Draw what the noise of some rows needs besides their levels.
+
+    Args:
+        seed: names the noise.
+        sample_ids: number of each sample in the run (an epoch's repetition has another number, so another noise).
+        num_real: tokens of each row.
+        seq_len: T.
+        strategies: see `plan_row`.
+        span_lengths: see `plan_row`.
+    """
+    width = seq_len + max(span_lengths) - 1  # also where no row has a span: the shape must not depend on the draw
+    plans, uniforms = [], np.empty((len(sample_ids), width), dtype=np.float32)
+    for row, (sample_id, tokens) in enumerate(zip(sample_ids, num_real, strict=True)):
+        rng = named_rng("noise", seed, sample_id)
+        plans.append(plan_row(rng, tokens, seq_len, strategies, span_lengths))
+        uniforms[row] = rng.random(width, dtype=np.float32)
+    lengths = torch.tensor(plans, dtype=torch.int64).reshape(-1, 3)
+    return DrawnRows(*lengths.unbind(dim=1), torch.from_numpy(uniforms))
+
+
+class CleanRows(NamedTuple):
+    """Rows as they come from the data."""
+
+    input_ids: Tensor
+    """(B, T) int64."""
+
+    segment_ids: Tensor
+    """(B, T) int, 0 at padding and 1, 2, ... for documents that do not see each other."""
+
+    fixed: Tensor | None = None
+    """(B, T) bool, positions that are never masked, such as a prompt; by default none."""
+
+
+class NoisedRows(NamedTuple):
+    """Rows as the model is given them."""
+
+    noised_ids: Tensor
+    """(B, T) int64."""
+
+    labels: Tensor
+    """(B, T) int64, the clean token where masked, `IGNORE_INDEX` elsewhere."""
+
+    segment_ids: Tensor
+    """(B, T) int, 0 at padding, that of S2 included."""
+
+    maskable: Tensor
+    """(B, T) bool, positions that were masked with probability t."""
+
+
+def noise_rows(
+    rows: CleanRows, t: Tensor, drawn: DrawnRows, *, mask_token_id: int, pad_token_id: int, logits_shift: bool = True
+) -> NoisedRows:
+    """Mask what may be masked, each position with probability t, whatever its neighbours and the span.
+
+    Never masked are padding, an S1 prefix, fixed positions, and what no row of the logits scores, such as the first
+    position of each segment (see `diffusion.scored_by`).
+
+    Args:
+        rows: the clean rows.
+        t: (B,) float32 in (0, 1], the noise level of each row.
+        drawn: see `draw_rows`.
+        mask_token_id: replaces a masked token.
+        pad_token_id: put at padding, that of S2 included.
+        logits_shift: of the model's configuration.
+
+    Raises:
+        ValueError: a shape does not fit `rows`.
+    """
+    index = torch.arange(rows.input_ids.shape[1], device=rows.input_ids.device)
+    segment_ids = rows.segment_ids.masked_fill(index >= drawn.kept_lengths[:, None], 0)
+    input_ids = rows.input_ids.masked_fill(segment_ids == 0, pad_token_id)
+    maskable = (scored_by(None, segment_ids, shift=logits_shift) >= 0) & (index >= drawn.prefix_lengths[:, None])
+    if rows.fixed is not None:
+        maskable &= ~rows.fixed
+    noised_ids, masked = torch.empty_like(input_ids), torch.empty_like(maskable)
+    arrays = (input_ids, maskable, t, drawn.uniforms, drawn.spans)
+    for start in range(0, len(input_ids), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        *arguments, spans = (x[part] for x in arrays)
+        noised_ids[part], masked[part] = corrupt(*arguments, mask_token_id=mask_token_id, span=spans)
+    return NoisedRows(noised_ids, input_ids.masked_fill(~masked, IGNORE_INDEX), segment_ids, maskable)

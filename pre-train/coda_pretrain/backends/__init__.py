@@ -1,1 +1,0 @@
-"""What differs between plain torch devices and torch_xla, behind one seam (``base.Backend``)."""

@@ -1,0 +1,1 @@
+"""Which tokens of a row are masked: strategies, how they move over a run, and the rows of a step."""

@@ -1,0 +1,62 @@
+"""Packed samples of the shards, noised: what training, validation and pictures ask ``CoDALanguageModel.noise`` for.
+
+Not here: how often each strategy is applied at which point of a run (``strategies``).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.noise import CleanRows, NoisedRows, draw_rows, noise_rows
+
+from ..data.mixture import Sample
+from .strategies import MaskingProbabilities
+
+
+class TokenFacts(NamedTuple):
+    """What the noise needs to know of the model."""
+
+    mask_token_id: int  # replaces a masked token
+    pad_token_id: int  # at padding, that of S2 included
+    logits_shift: bool = True  # see ``CoDAConfig``
+
+
+def noise_samples(
+    samples: Sequence[Sample],
+    sample_ids: Sequence[int],
+    t: Tensor,
+    *,
+    seed: int,
+    strategies: MaskingProbabilities,
+    span_lengths: Sequence[int],
+    tokens: TokenFacts,
+) -> NoisedRows:
+    """Noise some rows.
+
+    Args:
+        samples: the clean rows, all of one length T.
+        sample_ids: number of each sample in the run (an epoch's repetition has another number, so another noise).
+        t: (B,) float32, the noise level of each row.
+        seed: names the noise.
+        strategies: probabilities of S1, S2 and S3.
+        span_lengths: S3: run lengths.
+        tokens: ids that are put in, and whether logits are shifted.
+
+    Raises:
+        UserError: the numbers of samples, ids and levels differ.
+    """
+    if not len(samples) == len(sample_ids) == len(t):
+        raise UserError(
+            f"samples, sample_ids and t must be equally many, got {len(samples)}, {len(sample_ids)}, {len(t)}"
+        )
+    input_ids, segment_ids = (
+        torch.from_numpy(np.stack(arrays).astype(np.int64)) for arrays in zip(*samples, strict=True)
+    )
+    num_real = (segment_ids > 0).sum(dim=1).tolist()
+    drawn = draw_rows(seed, sample_ids, num_real, input_ids.shape[1], strategies=strategies, span_lengths=span_lengths)
+    rows = CleanRows(input_ids, segment_ids)
+    return noise_rows(rows, t, drawn, **tokens._asdict())

@@ -1,0 +1,1 @@
+"""What a run needs before it is rented: memory, speed, days, and the compiled step."""

@@ -1,0 +1,1 @@
+"""What a person sees of a run: metrics, MFU, profiles, trackers, plots."""

@@ -1,0 +1,130 @@
+"""What a run starts from: an autoregressive folder as it is, with the loss of its weights on record."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from coda_pretrain.checkpoints.export import main as export_main
+from coda_pretrain.config import RunConfig
+from coda_pretrain.plain_data import from_dict, merge
+from coda_pretrain.train.start import coda_config, initial_model, load_tokenizer_folder
+from coda_pretrain.train.trainer import Trainer
+from coda_pretrain.watch.metrics import read_rows
+from CoDALanguageModel import CoDALanguageModel
+
+FAMILIES = {
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+}
+SHAPE = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def autoregressive_folder(folder, family):
+    """A model with random weights, and a byte-level tokenizer without mask and pad tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    model_class, config_class, changes = FAMILIES[family]
+    torch.manual_seed(0)
+    source = model_class(config_class(**{**SHAPE, **changes})).eval()
+    source.save_pretrained(folder)
+    return source
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_starts_from_an_autoregressive_folder_and_reports_its_loss(tmp_path, run_config, family):
+    source = autoregressive_folder(tmp_path / "source", family)
+    model = {"init_from": str(tmp_path / "source"), "tokenizer": str(tmp_path / "source"), "config": None}
+    config = merge(run_config, {"model": model, "max_steps": 2, "metrics": {"every": 2}})
+    trainer = Trainer(from_dict(RunConfig, config))
+    ids = torch.arange(32).view(2, 16)
+    causal = torch.ones(1, 1, 16, 16, dtype=torch.bool).tril().expand(2, -1, -1, -1)
+    network = trainer.functions.model
+    with torch.no_grad():
+        torch.testing.assert_close(network(ids, attention_mask=causal).logits, source(ids).logits, rtol=1e-4, atol=1e-5)
+        changed_end = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+        assert not torch.allclose(network(ids).logits[:, 0], network(changed_end).logits[:, 0])  # both directions
+    trainer.train()
+    trainer.close()
+    assert (network.config.mask_token_id, network.config.vocab_size) == (257, 272)
+    first = read_rows(trainer.output_dir / "metrics.jsonl")[0]
+    assert first.keys() == {"step", "initial_loss"}
+    assert (first["step"], 0 < first["initial_loss"] < 20) == (0, True)
+    assert export_main(["--checkpoint_dir", str(tmp_path / "run"), "--output_dir", str(tmp_path / "export")]) == 0
+    exported = CoDALanguageModel.from_pretrained(tmp_path / "export")
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").mask_token_id == exported.config.mask_token_id == 257
+
+
+def test_the_row_of_step_0_is_written_once(tmp_path, run_config):
+    autoregressive_folder(tmp_path / "source", "qwen3")
+    model = {"init_from": str(tmp_path / "source"), "tokenizer": str(tmp_path / "source"), "config": None}
+    config = merge(run_config, {"model": model, "checkpoint": {"every": 1}, "schedule": {"warmup_steps": 0}})
+    for steps in (2, 3):
+        trainer = Trainer(from_dict(RunConfig, {**config, "max_steps": steps}))
+        trainer.train()
+        trainer.close()
+    assert [row["step"] for row in read_rows(trainer.output_dir / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model_type": "gpt2"}, "must be a folder of type CoDA, qwen3, qwen2, llama, got model_type 'gpt2'"),
+        (None, "no model folder"),
+    ],
+)
+def test_a_run_cannot_start_from_another_kind_of_folder(run_config, tmp_path, content, message):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    if content:
+        (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        Trainer(from_dict(RunConfig, merge(run_config, {"model": {"init_from": str(folder), "config": None}})))
+
+
+def test_a_folder_with_broken_weights_starts_no_run(run_config, tmp_path, tokenizer_dir):
+    config = merge(run_config, {"model": {"init_from": str(tmp_path / "start"), "config": None}})
+    model = from_dict(RunConfig, config).model
+    shape = coda_config(run_config["model"]["config"], load_tokenizer_folder(str(tokenizer_dir)))
+    start = CoDALanguageModel(shape)
+    with torch.no_grad():
+        start.model.layers[0].mlp.up_proj.weight[1, 1] = float("nan")
+    start.save_pretrained(tmp_path / "start")
+    with pytest.raises(
+        ValueError, match=r"model\.init_from .*start.*not finite: model\.layers\.0\.mlp\.up_proj\.weight$"
+    ):
+        initial_model(model, seed=0)
+    (tmp_path / "start/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"model\.init_from .*model.safetensors' is a Git LFS pointer"):
+        initial_model(model, seed=0)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path, run_config, tokenizer_dir):
+    autoregressive_folder(tmp_path / "source", "llama")
+    LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": 250})).save_pretrained(tmp_path / "source")
+    model = {"init_from": str(tmp_path / "source"), "config": None}
+    with pytest.raises(ValueError, match=r"model\.init_from .*: it has 250 rows, fewer than the 260 ids of model"):
+        Trainer(from_dict(RunConfig, merge(run_config, {"model": model})))
