@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .diffusion import predecessor_rows
 from .row import Row
 from .sampling import Commit
 
@@ -144,7 +143,7 @@ class Canvas:
             "ids": ids,
             "attention_mask": attention_mask,
             "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
-            "source": predecessor_rows(attention_mask),
+            "source": padded([row.source for row in rows]),
             "ordinal": ordinal,
             "block": torch.where(fillable, ordinal // block_length, -1),
         }

@@ -70,7 +70,7 @@ class Decoding:
         """Take a row in; it takes part in the next step.
 
         Raises:
-            ValueError: it cannot be decoded; nothing has changed then.
+            UserError: it cannot be decoded; nothing has changed then.
         """
         row = Row(request, self._num_admitted, self._model.config, self._decode)
         self._num_admitted += 1

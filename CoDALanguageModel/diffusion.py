@@ -163,12 +163,6 @@ def scored_by(attention_mask: Tensor | None, segment_ids: Tensor | None = None, 
     return torch.where(is_scored, row, -1)
 
 
-def predecessor_rows(attention_mask: Tensor) -> Tensor:
-    """`scored_by`, with itself where nothing scores a position. (B, T) -> (B, T) int64."""
-    row = scored_by(attention_mask)
-    return torch.where(row < 0, torch.arange(row.shape[1], device=row.device), row)
-
-
 def chunked_cross_entropy(
     hidden: Tensor,
     labels: Tensor,

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from .decoder import Decoding, Progress
 from .decoding_settings import SETTINGS
+from .errors import UserError
 from .generation_config_coda import DiffusionGenerationConfig
 from .infilling import InfillOutput, infill
 from .row import DecodingCost, Request, Row, complete
@@ -74,7 +75,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         """`diffusion_generate` under the name and with the arguments that transformers' callers use."""
         if "input_ids" in kwargs:
             if inputs is not None:
-                raise ValueError("inputs and input_ids are the same argument: give one of them")
+                raise UserError("inputs and input_ids are the same argument: give one of them")
             inputs = kwargs.pop("input_ids")
         return self.diffusion_generate(inputs, generation_config=generation_config, **kwargs)
 
@@ -124,14 +125,14 @@ class DiffusionGenerationMixin(GenerationMixin):
             `DiffusionGenerationOutput`.
 
         Raises:
-            ValueError: bad settings or inputs, or a canvas longer than the model's context.
+            UserError: bad settings or inputs, or a canvas longer than the model's context.
         """
         config = DiffusionGenerationConfig.of(generation_config or self.generation_config)
         given = {key: value for key, value in overrides.items() if value is not None or key in SETTINGS}
         config = config.merged(given)
         config = complete(config, self.config)
         if config.stop_strings and tokenizer is None:
-            raise ValueError("stop_strings need the tokenizer: pass tokenizer=...")
+            raise UserError("stop_strings need the tokenizer: pass tokenizer=...")
         inputs, attention_mask = _check_inputs(inputs, attention_mask, config, self.device)
         seeds = _seeds(config, len(inputs))
         inputs = inputs.repeat_interleave(config.num_return_sequences, 0)
@@ -213,7 +214,7 @@ def _seeds(config: DiffusionGenerationConfig, num_rows: int) -> list[int]:
     """One seed per sequence that comes out: those of a row count up from its own."""
     is_list = isinstance(config.seed, (list, tuple))
     if is_list and len(config.seed) != num_rows:
-        raise ValueError(f"seed must hold one integer per row ({num_rows}), got {len(config.seed)}")
+        raise UserError(f"seed must hold one integer per row ({num_rows}), got {len(config.seed)}")
     seeds = config.seed if is_list else [config.seed] * num_rows
     return [seed + i for seed in seeds for i in range(config.num_return_sequences)]
 
@@ -223,19 +224,19 @@ def _check_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Refuse inputs that cannot be decoded; give both tensors as int64 on the model's device."""
     if inputs is None:
-        raise ValueError("inputs must be a (B, T) tensor of token ids, got None")
+        raise UserError("inputs must be a (B, T) tensor of token ids, got None")
     if inputs.ndim != 2 or inputs.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"inputs must be a (B, T) tensor of token ids, got {inputs.dtype} {tuple(inputs.shape)}")
+        raise UserError(f"inputs must be a (B, T) tensor of token ids, got {inputs.dtype} {tuple(inputs.shape)}")
     if attention_mask is None:
         attention_mask = torch.ones_like(inputs)
     if attention_mask.shape != inputs.shape:
-        raise ValueError(
+        raise UserError(
             f"attention_mask must have the shape of inputs {tuple(inputs.shape)}, got {tuple(attention_mask.shape)}"
         )
     inputs, attention_mask = inputs.to(device).long(), attention_mask.to(device).long()
     if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-        raise ValueError("attention_mask must hold only 0 and 1")
+        raise UserError("attention_mask must hold only 0 and 1")
     has_gap = bool(((inputs == config.mask_token_id) & (attention_mask == 1)).any())
     if config.max_new_tokens == 0 and not has_gap:
-        raise ValueError("nothing to fill: max_new_tokens is 0 and inputs hold no mask token")
+        raise UserError("nothing to fill: max_new_tokens is 0 and inputs hold no mask token")
     return inputs, attention_mask

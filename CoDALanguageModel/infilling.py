@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .errors import UserError
+
 MAX_CANDIDATES = 64
 """Most combinations of lengths that are tried for one text: each is a row of the batch."""
 
@@ -54,30 +56,30 @@ def infill(
         **settings: decoding settings, see `DiffusionGenerationConfig`.
 
     Raises:
-        ValueError: not exactly one of `gap_lengths` and `infill_lengths`, lengths that are not positive, or too many
+        UserError: not exactly one of `gap_lengths` and `infill_lengths`, lengths that are not positive, or too many
             combinations, or a first gap that nothing stands before.
     """
     num_gaps = len(pieces) - 1
     if num_gaps < 1:
-        raise ValueError(f"pieces must hold at least 2 lists, one on each side of a gap, got {len(pieces)}")
+        raise UserError(f"pieces must hold at least 2 lists, one on each side of a gap, got {len(pieces)}")
     if (gap_lengths is None) == (infill_lengths is None):
-        raise ValueError("give exactly one of gap_lengths (known) and infill_lengths (candidates)")
+        raise UserError("give exactly one of gap_lengths (known) and infill_lengths (candidates)")
     if gap_lengths is not None and len(gap_lengths) != num_gaps:
-        raise ValueError(f"gap_lengths must hold one length per gap ({num_gaps}), got {len(gap_lengths)}")
+        raise UserError(f"gap_lengths must hold one length per gap ({num_gaps}), got {len(gap_lengths)}")
     for name, values in (("gap_lengths", gap_lengths), ("infill_lengths", infill_lengths)):
         if values is not None and (not values or min(values) < 1):
-            raise ValueError(f"{name} must be integers >= 1, got {list(values)}")
+            raise UserError(f"{name} must be integers >= 1, got {list(values)}")
     for name in ("max_new_tokens", "num_return_sequences", "output_scores", "return_dict_in_generate"):
         if name in settings:
-            raise ValueError(f"{name} is set by infill itself")
+            raise UserError(f"{name} is set by infill itself")
     mask_id = model.config.mask_token_id
     if any(mask_id in piece for piece in pieces):
-        raise ValueError(f"pieces must not hold the mask token {mask_id}: gaps stand between the pieces")
+        raise UserError(f"pieces must not hold the mask token {mask_id}: gaps stand between the pieces")
     if gap_lengths is not None:
         combinations = [tuple(gap_lengths)]
     else:
         if len(set(infill_lengths)) ** num_gaps > MAX_CANDIDATES:
-            raise ValueError(
+            raise UserError(
                 f"infill_lengths give {len(set(infill_lengths))}^{num_gaps} combinations for {num_gaps} gaps, more "
                 f"than {MAX_CANDIDATES}: give fewer lengths, or fill fewer gaps at a time"
             )

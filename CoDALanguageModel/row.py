@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from .configuration_coda import CoDAConfig
+from .configuration_coda import CoDAConfig, token_ids
+from .diffusion import scored_by
+from .errors import UserError
 from .generation_config_coda import DiffusionGenerationConfig
 from .sampling import Commit, plan_commits
 
@@ -98,12 +100,12 @@ class Vocabulary:
     """Which tokens may come out, and how their scores are changed before one is chosen.
 
     Raises:
-        ValueError: no token may come out.
+        UserError: no token may come out.
     """
 
     def __init__(self, config: DiffusionGenerationConfig, vocab_size: int, processors: Sequence[Any]):
         banned = {config.mask_token_id, *(config.suppress_tokens or ())}
-        if config.pad_token_id is not None and config.pad_token_id not in end_ids(config):
+        if config.pad_token_id is not None and config.pad_token_id not in token_ids(config.eos_token_id):
             banned.add(config.pad_token_id)
         self.banned = sorted(banned)
         self.bias = {int(token): float(value) for token, value in (config.logit_bias or {}).items()}
@@ -115,7 +117,7 @@ class Vocabulary:
         excluded = banned | {token for token, value in self.bias.items() if value == -math.inf}
         num_ids = min(config.num_token_ids or vocab_size, vocab_size)
         if len(excluded) >= num_ids and excluded.issuperset(range(num_ids)):
-            raise ValueError(
+            raise UserError(
                 f"no token may come out: suppress_tokens and logit_bias exclude all of the {num_ids} ids of the "
                 "vocabulary"
             )
@@ -184,7 +186,7 @@ class Row:
     """A canvas being decoded: the handle that `Decoding.admit` gives.
 
     Raises:
-        ValueError: the request cannot be decoded.
+        UserError: the request cannot be decoded.
     """
 
     request: Request
@@ -197,17 +199,22 @@ class Row:
         request, model = self.request, self.model_config
         self.config = config = complete(request.settings, model)
         if config.stop_strings and self.decode is None:
-            raise ValueError("stop_strings need the tokenizer: give its decode function")
+            raise UserError("stop_strings need the tokenizer: give its decode function")
         self.seed: int = config.seed if request.seed is None else request.seed
         if not isinstance(self.seed, int):
-            raise ValueError(f"seed must be one integer for one row, got {self.seed!r}")
+            raise UserError(f"seed must be one integer for one row, got {self.seed!r}")
         self.prompt_length = len(request.ids)
         self.ids: list[int] = [*request.ids, *[config.mask_token_id] * config.max_new_tokens]
         self.attention_mask = [*(request.attention_mask or [1] * self.prompt_length), *[1] * config.max_new_tokens]
         self.width = len(self.ids)
+        if len(self.attention_mask) != self.width:
+            raise UserError(f"attention_mask must hold one number per id ({self.prompt_length})")
         self.num_real = sum(self.attention_mask)
         pairs = enumerate(zip(self.ids, self.attention_mask, strict=True))
         self.gaps = [i for i, (token, real) in pairs if token == config.mask_token_id and real]
+        real = torch.tensor([self.attention_mask])
+        self.source: list[int] = scored_by(real, shift=model.logits_shift)[0].tolist()
+        """Column whose row of logits scores each column."""
         self._check(model)
         self.vocabulary = Vocabulary(config, model.vocab_size, request.processors)
         self.block_length = min(config.block_length or self.width, self.width)
@@ -215,7 +222,7 @@ class Row:
             len(self.gaps), steps=config.steps, block_length=config.block_length, eps=config.eps, alg=config.alg
         )
         self.totals = list(accumulate(commit.count for commit in self.plan))
-        self.eos_ids = frozenset(end_ids(config))
+        self.eos_ids = frozenset(token_ids(config.eos_token_id))
         self.sampling = Sampling.of(config)
         self.key: Hashable = (self.vocabulary.key, self.width if self.vocabulary.processors else None, self.sampling)
         """Equal for rows that are treated alike."""
@@ -239,20 +246,18 @@ class Row:
 
     def _check(self, model: CoDAConfig) -> None:
         config, prompt = self.config, self.ids[: self.prompt_length]
-        if len(self.attention_mask) != self.width:
-            raise ValueError(f"attention_mask must hold one number per id ({self.prompt_length})")
         if prompt and not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-            raise ValueError(f"token ids must be in [0, {model.vocab_size}), got {min(prompt)} to {max(prompt)}")
+            raise UserError(f"token ids must be in [0, {model.vocab_size}), got {min(prompt)} to {max(prompt)}")
         if not self.gaps:
-            raise ValueError("nothing to fill: max_new_tokens is 0 and inputs hold no mask token")
+            raise UserError("nothing to fill: max_new_tokens is 0 and inputs hold no mask token")
         longest = self.num_real - config.max_new_tokens
         if self.num_real > model.max_position_embeddings:
-            raise ValueError(
+            raise UserError(
                 f"the prompt of {longest} tokens and max_new_tokens={config.max_new_tokens} do not fit in the context "
                 f"of {model.max_position_embeddings} tokens"
             )
-        if model.logits_shift and self.gaps[0] == self.attention_mask.index(1):
-            raise ValueError(
+        if self.source[self.gaps[0]] < 0:
+            raise UserError(
                 f"row {self.number} starts with a mask, which nothing scores: each token is scored by the one before "
                 "it, so put a token (such as the start token) in front"
             )
@@ -358,21 +363,15 @@ class Row:
         """The canvas with the pad token behind the end of its answer."""
         fill = self.config.pad_token_id
         if fill is None:
-            fill = next(iter(end_ids(self.config)), None)
+            fill = next(iter(token_ids(self.config.eos_token_id)), None)
         return self.ids if fill is None else self.ids[: self.end] + [fill] * (self.width - self.end)
-
-
-def end_ids(config: DiffusionGenerationConfig) -> list[int]:
-    """The ids that end an answer."""
-    eos = config.eos_token_id
-    return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
 
 
 def complete(settings: DiffusionGenerationConfig, model: CoDAConfig) -> DiffusionGenerationConfig:
     """Checked settings whose token ids are the model's where they were None.
 
     Raises:
-        ValueError: a bad setting, or an id that the model has not.
+        UserError: a bad setting, or an id that the model has not.
     """
     config = copy.copy(settings)
     for name in ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import named_rng
+from .errors import UserError
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy", "p2")
 """Orders in which tokens are committed: at random, by probability of the token, by margin over the second best, by
@@ -106,14 +107,14 @@ def plan_commits(num_masked: int, *, steps: int, block_length: int | None, eps: 
         alg: one of `ALGORITHMS`.
 
     Raises:
-        ValueError: there are more blocks than steps.
+        UserError: there are more blocks than steps.
     """
     if num_masked == 0:
         return ()
     length = min(block_length or num_masked, num_masked)
     num_blocks = math.ceil(num_masked / length)
     if steps < num_blocks:
-        raise ValueError(
+        raise UserError(
             f"steps must be at least the number of blocks: {num_masked} masked tokens in blocks of "
             f"block_length={block_length} are {num_blocks} blocks, got steps={steps}"
         )

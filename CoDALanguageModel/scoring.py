@@ -145,9 +145,8 @@ class Scorer:
         """(R, T) bool: columns that a cached pass computes: the block and the rows that score it, or all behind."""
         canvas = self.canvas
         columns = canvas.take(canvas.block, step) == step.block
-        if self._is_shifted:
-            row, column = window.nonzero(as_tuple=True)
-            columns[row, canvas.take(canvas.source, step)[row, column]] = True
+        row, column = window.nonzero(as_tuple=True)
+        columns[row, canvas.take(canvas.source, step)[row, column]] = True
         first = columns.int().argmax(dim=1, keepdim=True)
         behind = torch.arange(columns.shape[1], device=columns.device) >= first
         columns |= behind & canvas.take(self.is_prefix, step)[:, None]
@@ -179,10 +178,6 @@ class Scorer:
             behind = row.config.suffix_window
             ends.append(FAR if behind is None else (commit.block + 1) * row.block_length + behind)
         return real & (canvas.take(canvas.ordinal, step) < step.index.new_tensor(ends)[:, None])
-
-    @property
-    def _is_shifted(self) -> bool:
-        return self.model.config.logits_shift
 
     def forward(
         self,
@@ -216,7 +211,7 @@ class Scorer:
             key_mask = None if canvas.is_unpadded else canvas.take(canvas.attention_mask, step)
         # 3 which rows of the result score what: of the window alone the head is run
         row, column = window.nonzero(as_tuple=True)  # (N,), (N,)
-        scored = canvas.source[step.index[row], column] if self._is_shifted else column
+        scored = canvas.source[step.index[row], column]
         width = ids.shape[1] if columns is None else columns.index.shape[1]
         slot = scored if columns is None else columns.slot[row, scored]
         # 4 run
