@@ -28,7 +28,8 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 from transformers.utils import cached_file
 
-from CoDALanguageModel import CoDAConfig  # also registers the model: its code here wins over a checkpoint's copy
+import CoDALanguageModel.modeling_coda  # noqa: F401 (registers the model: the code here wins over a checkpoint's copy)
+from CoDALanguageModel import CoDAConfig
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.noise import deal_levels
