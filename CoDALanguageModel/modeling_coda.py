@@ -33,6 +33,7 @@ from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT, StrictLoading
 from .cache import CanvasCache as CanvasCache  # isort: skip
 from .canvas import Canvas as Canvas  # isort: skip
 from .decoder import Decoding as Decoding  # isort: skip
+from .decoding_settings import Setting as Setting  # isort: skip
 from .errors import UserError as UserError  # isort: skip
 from .infilling import InfillOutput as InfillOutput  # isort: skip
 from .row import Row as Row  # isort: skip

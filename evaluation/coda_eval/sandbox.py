@@ -6,7 +6,7 @@ network, no other process, no file of the machine. ``landlock``, for containers 
 a program that lives among the machine's processes and on its file system: it can learn that a path or a process exists
 and a file's size and times, no more. ``rlimits`` limits what a program uses and refuses it sockets and signals to
 others, but it reads, and as an ordinary user writes, the machine's files: it is never chosen unasked. At all levels a
-filter refuses the system calls that no program needs (``sandbox_child.py``). The level that ran is part of every
+filter refuses the system calls that no program needs (``sandbox_walls.py``). The level that ran is part of every
 verdict.
 
 A candidate and its tests run in two processes (``sandbox_child.py``). The candidate's has no word of the tests, no file
@@ -65,7 +65,9 @@ FIRST_UID = 61184
 no account owns it. Each program has its own, which makes the limit on processes a limit per program, also while the
 kernel still takes a fork bomb down."""
 
-_CHILD = Path(__file__).with_name("sandbox_child.py")
+_CHILD = [f"sandbox_{name}" for name in ("values", "line", "walls", "candidate", "checker", "child")]
+"""Modules of the process inside the sandbox, each after those that it imports; the last one has ``main``."""
+
 WALL_FACTOR, WALL_S = 8, 30
 """A program that waits for a processor gets this many times its limit, and these seconds more, by the clock; then it
 is run again alone."""
@@ -335,7 +337,7 @@ module.main(marshal.load(file))"""
 @functools.cache
 def _child_code() -> bytes:
     """The modules of the child, compiled once: the same interpreter reads them."""
-    paths = [_CHILD.with_name("sandbox_values.py"), _CHILD]
+    paths = [Path(__file__).with_name(f"{name}.py") for name in _CHILD]
     return marshal.dumps([(path.stem, compile(path.read_text(encoding="utf-8"), path.name, "exec")) for path in paths])
 
 
