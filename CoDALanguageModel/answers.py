@@ -170,11 +170,6 @@ class AnswerReader:
         return min(enough, len(ids))
 
 
-def num_committed(answer_ids: Sequence[int], mask_token_id: int) -> int:
-    """Tokens before the first mask: all that may be shown, since a canvas fills out of order."""
-    return _first(answer_ids, mask_token_id, 0)
-
-
 def _first(ids: Sequence[int], token: int, start: int) -> int:
     """Place of the first `token` from `start` on; the length of `ids` where there is none."""
     try:

@@ -18,6 +18,7 @@ from coda_serving.protocol import ChatRequest, CompletionRequest
 from coda_serving.settings import ServerSettings
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.answers import AnswerReader, end_ids
+from CoDALanguageModel.decoder import Decoding, Progress
 from CoDALanguageModel.prompts import Codec, gaps
 from CoDALanguageModel.sample import parse, run
 
@@ -182,6 +183,17 @@ def test_half_a_character_is_refused_in_every_room(codec, evaluated, served, tex
     assert Layout().conversation({"instruction": text, "output": "x"})["fate"].startswith(MALFORMED)
 
 
+class Written(Decoding):
+    """A decoding that writes the same answer into each row, in one step."""
+
+    answer: list[int]
+
+    def step(self):
+        (row,) = self.rows
+        row.ids[row.prompt_length :] = self.answer
+        return [Progress(row, row.width, [], "length", None)]
+
+
 def test_an_answer_reads_the_same_in_every_room(tokenizer, texts, codec, evaluated, monkeypatch, capsys):
     model, draw = evaluated.model, random.Random(0)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -189,16 +201,18 @@ def test_an_answer_reads_the_same_in_every_room(tokenizer, texts, codec, evaluat
     monkeypatch.setattr("CoDALanguageModel.sample.Codec", lambda tokenizer: codec)  # takes seconds to make
     for number, text in enumerate(text for text in texts if len(text) < 100):
         tail = [[end, *codec.encode_text("hidden"), end], [pad, pad], [], [end]][number % 4]
-        ids = [*codec.encode_text(text), *tail]
+        ids = [*codec.encode_text(text), *tail] or [end]
         asked, settings = parse(["--model", "m", "--prompt", "p", "--raw", f"--max_new_tokens={len(ids)}", "--quiet"])
         prompt = codec.encode_text("p")
 
-        def answered(inputs, *args, ids=ids, **settings):
-            filled = torch.cat([inputs, torch.tensor([ids] * len(inputs), dtype=torch.int64)], dim=1)
-            cost = SimpleNamespace(as_dict=dict)
-            return SimpleNamespace(sequences=filled, num_forwards=torch.ones(len(inputs)), cost=cost)
+        def answered(inputs, ids=ids, **settings):
+            filled = torch.cat([inputs, torch.tensor([ids], dtype=torch.int64)], dim=1)
+            return SimpleNamespace(sequences=filled, cost=SimpleNamespace(as_dict=dict))
 
         monkeypatch.setattr(model, "diffusion_generate", answered)
+        monkeypatch.setattr(Written, "answer", ids, raising=False)
+        monkeypatch.setattr("coda_eval.harness.Decoding", Written)
+        monkeypatch.setitem(evaluated.fixed_settings, "max_new_tokens", len(ids))
         request = SimpleNamespace(args=("p", {"until": []}), doc={"task_id": "p"}, task_name="t", doc_id=0, repeats=1)
         (evaluation,) = evaluated.generate_until([request], True)
         run(asked, settings, tokenizer, model)
@@ -212,6 +226,5 @@ def test_an_answer_reads_the_same_in_every_room(tokenizer, texts, codec, evaluat
             ids = ids[size:]
         expected = codec.decode(codec.encode_text(text), prompt)
         assert (str(evaluation), sampled) == (expected, expected + "\n")
-        if tail or text:
-            assert (reading.text, reading.num_tokens) == (expected, evaluation.new_tokens)
-            assert reading.finish_reason == ("stop" if tail else "length")
+        assert (reading.text, reading.num_tokens) == (expected, evaluation.new_tokens)
+        assert reading.finish_reason == ("stop" if tail or not text else "length")

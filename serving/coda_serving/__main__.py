@@ -97,7 +97,6 @@ def serve(settings: ServerSettings) -> None:
         sampler,
         codec.decode,
         scheduler,
-        batch_wait_s=settings.batch_wait_ms / 1000,
         step_timeout_s=settings.step_timeout_s,
         metrics=metrics,
     )
@@ -126,6 +125,8 @@ def main() -> int:
         settings = load_settings(os.environ.get("ENV_FILE") or None)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logger.info("settings: %s", settings)
+        if "batch_wait_ms" in settings.model_fields_set:
+            logger.warning("BATCH_WAIT_MS has no effect any more: requests join the rows being denoised at any step")
         serve(settings)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

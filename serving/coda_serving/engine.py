@@ -1,4 +1,4 @@
-"""The one thread that owns the model: takes batches from the scheduler, denoises them, tells each listener.
+"""The one thread that owns the model: lets jobs in from the scheduler, denoises them step by step, tells each listener.
 
 Not here: HTTP and event loops (``app``), tensors (``sampler``).
 """
@@ -7,12 +7,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from CoDALanguageModel.answers import AnswerReader, Decode, FinishReason, num_committed
+from CoDALanguageModel.answers import AnswerReader, Decode, FinishReason
 
 from .metrics import Metrics
 from .scheduler import CanvasRequest, Job, QueueFull, Scheduler
@@ -48,15 +47,40 @@ class Failure:
     code: str = "model_failure"
 
 
+FAILED = Failure("the model failed; see the server's log")
 SHUTTING_DOWN = Failure("the server is shutting down", status=503, code="server_shutting_down")
 
 Event = Delta | Answer | Failure
 Listener = Callable[[Event], None]
 """Called in the engine's thread with any number of ``Delta`` and then one ``Answer`` or ``Failure``."""
 
-OnStep = Callable[[list[list[int]], int], bool]
-"""Called after each forward pass with the answer ids of every row, masks included, and the number of passes so far;
-False stops the batch."""
+
+class RowStep(NamedTuple):
+    """What a step made of a row."""
+
+    row: Hashable
+    """The handle that ``admit`` gave."""
+    ids: Sequence[int]
+    """The tokens of the answer that have become final, next to those of the steps before."""
+    is_full: bool
+    """Whether these are the last ones."""
+    forwards: int
+    """Forward passes that the row took part in so far."""
+    error: Exception | None
+    """What was wrong with this row alone."""
+
+
+class Rows(Protocol):
+    """Rows that are denoised together; each gets the tokens that it would get alone."""
+
+    def admit(self, request: CanvasRequest) -> Hashable:
+        """Take a canvas in from the next step on; returns its handle."""
+
+    def step(self) -> list[RowStep]:
+        """Take one step of every row. Rows that are full or at fault have left afterwards."""
+
+    def drop(self, row: Hashable) -> None:
+        """Take a row out, if it has not left."""
 
 
 class Sampler(Protocol):
@@ -65,8 +89,21 @@ class Sampler(Protocol):
     mask_token_id: int
     eos_token_ids: frozenset[int]
 
-    def run(self, requests: Sequence[CanvasRequest], on_step: OnStep) -> None:
-        """Denoise the canvases of ``requests`` together; each gets the tokens that it would get alone."""
+    def start(self) -> Rows:
+        """No rows yet."""
+
+
+class _Run:
+    """What one thread works on."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.jobs: dict[Hashable, tuple[Job, AnswerReader]] = {}
+        """By the handles of their rows."""
+        self.progress_s = 0.0
+        """When a step was begun or finished last, on the monotonic clock."""
+        self.busy_s = 0.0
+        """Since a job was finished last."""
 
 
 class Engine:
@@ -76,10 +113,9 @@ class Engine:
         sampler: the model. Only the engine's thread calls ``run``.
         decode: token ids to text, as ``answers.Decode``.
         scheduler: the queue.
-        batch_wait_s: how long an idle engine waits for company before it starts a batch.
-        step_timeout_s: how long a batch may go without finishing a step. A thread cannot be ended from outside: a
-            batch that takes longer is failed, and its thread left behind, once; the thread ends itself at its next
-            step. If the next thread gets stuck too while the first still is, the engine is no longer alive.
+        step_timeout_s: how long a step may take. A thread cannot be ended from outside: the jobs of a step that takes
+            longer are failed, and its thread left behind, once; the thread ends itself after the step. If the next
+            thread gets stuck too while the first still is, the engine is no longer alive.
         metrics: where to count.
     """
 
@@ -89,20 +125,16 @@ class Engine:
         decode: Decode,
         scheduler: Scheduler,
         *,
-        batch_wait_s: float,
         step_timeout_s: float,
         metrics: Metrics,
     ) -> None:
         self._sampler = sampler
         self._decode = decode
         self._scheduler = scheduler
-        self._batch_wait_s = batch_wait_s
         self._step_timeout_s = step_timeout_s
         self._metrics = metrics
         self._seconds_per_job = 1.0
-        self._running: list[Job] = []
-        self._progress_s = 0.0
-        """When the running batch started or finished its last step, on the monotonic clock."""
+        self._run = _Run(sampler.start())
         self._stopping = False
         self._stopped = threading.Event()
         self._stuck: threading.Thread | None = None
@@ -124,7 +156,7 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Answers being denoised."""
-        return len(self._running)
+        return len(self._run.jobs)
 
     @property
     def max_queue(self) -> int:
@@ -142,7 +174,7 @@ class Engine:
         self._watchdog.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """End the running batch at its next step, fail what waits, and join the thread."""
+        """End what runs after its step, fail what waits, and join the thread."""
         self._stopping = True
         self._stopped.set()
         for job in self._scheduler.close():
@@ -166,48 +198,86 @@ class Engine:
         return jobs
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Stop work on ``jobs``: those in the queue never run, those in a batch are dropped at its next step."""
+        """Stop work on ``jobs``: those in the queue never run, others are dropped before the next step."""
         for job in jobs:
             if not job.done:
                 self._metrics.cancelled.inc()
                 self._scheduler.cancel(job)
 
     def _work(self) -> None:
-        while batch := self._scheduler.next_batch(self._batch_wait_s):
-            started_s = self._progress_s = time.monotonic()
-            self._running = batch
-            self._metrics.batch_size.observe(len(batch))
-            rows = [(job, self._reader(job.request)) for job in batch]
+        run = self._run
+        while not self._stopping:
+            self._refill(run)
+            if not run.jobs:
+                if self._scheduler.is_closed:
+                    break
+                continue
+            self._step(run)
+            if self._run is not run:
+                break  # the watchdog has given this thread up, and another one works
+        self._fail(run, SHUTTING_DOWN)
+
+    def _refill(self, run: _Run) -> None:
+        """Drop what is no longer wanted and let in what has come; waits where nothing runs."""
+        for row, (job, _) in list(run.jobs.items()):
+            if job.cancelled:
+                run.rows.drop(row)
+                del run.jobs[row]
+        for job in self._scheduler.take([job.request.num_positions for job, _ in run.jobs.values()]):
+            run.progress_s = time.monotonic()
             try:
-                self._sampler.run([job.request for job in batch], partial(self._on_step, rows))
-            except Exception:  # one batch's fault must not end the service; every listener and the log hear of it
-                logger.exception("a batch of %d failed", len(batch))
-            # Whoever has no answer by now gets none: the batch failed or the server is stopping.
-            failure = SHUTTING_DOWN if self._stopping else Failure("the model failed; see the server's log")
-            for job in batch:
-                self._finish(job, failure)
-            if threading.current_thread() is not self._thread:
-                return  # the watchdog has given this thread up, and another one works
-            self._running = []
-            self._seconds_per_job += 0.2 * ((time.monotonic() - started_s) / len(batch) - self._seconds_per_job)
+                row = run.rows.admit(job.request)
+            except Exception:  # one request's fault must not end the service; its listener and the log hear of it
+                logger.exception("a request could not be begun")
+                self._finish(job, FAILED)
+            else:
+                run.jobs[row] = job, self._reader(job.request)
+
+    def _step(self, run: _Run) -> None:
+        """One step of all rows, and what it means to their listeners."""
+        started_s = run.progress_s = time.monotonic()
+        self._metrics.batch_size.observe(len(run.jobs))
+        try:
+            steps = run.rows.step()
+        except Exception:  # one step's fault must not end the service; every listener and the log hear of it
+            logger.exception("a step of %d rows failed", len(run.jobs))
+            self._fail(run, FAILED)
+            run.rows = self._sampler.start()
+            return
+        if self._run is not run:
+            return
+        run.progress_s = time.monotonic()
+        run.busy_s += run.progress_s - started_s
+        self._metrics.forwards.inc()
+        num_before = len(run.jobs)
+        for step in steps:
+            self._advance(run, step)
+        if num_finished := num_before - len(run.jobs):
+            self._seconds_per_job += 0.2 * (run.busy_s / num_finished - self._seconds_per_job)
+            run.busy_s = 0.0
+
+    def _fail(self, run: _Run, failure: Failure) -> None:
+        jobs = [job for job, _ in run.jobs.values()]
+        run.jobs = {}
+        for job in jobs:
+            self._finish(job, failure)
 
     def _watch(self) -> None:
-        """Give up a batch that finishes no step within ``step_timeout_s``, and go on with a new thread."""
+        """Give up rows that finish no step within ``step_timeout_s``, and go on with a new thread."""
         while not self._stopped.wait(min(1.0, self._step_timeout_s / 4)):
-            batch, waited_s = self._running, time.monotonic() - self._progress_s
-            if not batch or waited_s <= self._step_timeout_s:
+            run = self._run
+            waited_s = time.monotonic() - run.progress_s
+            if not run.jobs or waited_s <= self._step_timeout_s:
                 continue
-            logger.error("a batch of %d is given up: no step was finished in %.0f s", len(batch), waited_s)
-            stuck, self._running = self._thread, []
+            logger.error("%d rows are given up: no step was finished in %.0f s", len(run.jobs), waited_s)
             another_is_stuck = self._stuck is not None and self._stuck.is_alive()
-            self._stuck = stuck
+            self._stuck, self._run = self._thread, _Run(self._sampler.start())
             if not another_is_stuck:
                 self._thread = threading.Thread(target=self._work, name="coda-engine", daemon=True)
                 self._thread.start()
-            for job in batch:
-                self._finish(job, Failure(f"the model finished no step in {self._step_timeout_s:g} s"))
+            self._fail(run, Failure(f"the model finished no step in {self._step_timeout_s:g} s"))
             if another_is_stuck:
-                logger.critical("two batches are stuck: no more requests are taken")
+                logger.critical("two threads are stuck: no more requests are taken")
                 for job in self._scheduler.close():
                     job.listener(Failure("the model is stuck"))
                 return
@@ -221,42 +291,31 @@ class Engine:
             stop=request.stop,
         )
 
-    def _on_step(self, rows: list[tuple[Job, AnswerReader]], answer_ids: list[list[int]], num_passes: int) -> bool:
-        """Show each row's listener what has become final; False once no row is wanted any more."""
-        if threading.current_thread() is not self._thread:
-            return False
-        self._progress_s = time.monotonic()
-        self._metrics.forwards.inc()
-        for (job, reader), ids in zip(rows, answer_ids, strict=True):
-            if not job.done and not job.cancelled:
-                self._advance(job, reader, ids, num_passes)
-        return not self._stopping and any(not job.done and not job.cancelled for job, _ in rows)
-
-    def _advance(self, job: Job, reader: AnswerReader, ids: list[int], num_passes: int) -> None:
-        reading = reader.read(self._settled(job.request, ids))
+    def _advance(self, run: _Run, step: RowStep) -> None:
+        """Show a listener what has become final; an answer that has ended leaves, whatever its canvas still holds."""
+        job, reader = run.jobs[step.row]
+        if step.error is not None:
+            logger.error("a row failed alone", exc_info=step.error)
+            del run.jobs[step.row]
+            self._finish(job, FAILED)
+            return
+        if job.cancelled:
+            return  # dropped before the next step
+        reading = reader.feed(step.ids, is_full=step.is_full)
         if len(reading.text) > len(job.shown):
             job.listener(Delta(reading.text[len(job.shown) :]))
             job.shown = reading.text
         if reading.finish_reason is not None:
+            run.rows.drop(step.row)
+            del run.jobs[step.row]
             self._metrics.tokens.inc(reading.num_tokens)
             answer = Answer(
                 text=reading.text,
                 num_tokens=reading.num_tokens,
-                forwards=num_passes,
+                forwards=step.forwards,
                 finish_reason=reading.finish_reason,
             )
             self._finish(job, answer)
-
-    def _settled(self, request: CanvasRequest, ids: list[int]) -> list[int]:
-        """The answer's ids with a mask wherever a token may still be taken back."""
-        if request.options.commits_are_final:  # else a token may be masked again as long as its block is not full
-            return ids
-        mask = self._sampler.mask_token_id
-        settled = num_committed(ids, mask)
-        if settled == len(ids):
-            return ids
-        settled -= settled % (request.options.block_length or len(ids))
-        return ids[:settled] + [mask] * (len(ids) - settled)
 
     def _finish(self, job: Job, event: Event) -> None:
         with self._finishing:  # the watchdog or the thread that it gave up, not both

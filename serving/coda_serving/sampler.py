@@ -1,16 +1,16 @@
-"""The model behind the server: loading it, and denoising one batch of canvases. The only module that knows tensors."""
+"""The model behind the server: loading it, and rows of it that are denoised. The only module that knows tensors."""
 
 import logging
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.decoder import Decoding
 from CoDALanguageModel.row import Request, Row
 from CoDALanguageModel.weight_files import refuse_not_finite
 
+from .engine import RowStep
 from .scheduler import CanvasRequest
 from .settings import DECODING
 
@@ -60,8 +60,6 @@ class ModelSampler:
         self.document_start_id: int | None = (
             config.bos_token_id if config.bos_token_id is not None else config.pad_token_id
         )
-        # Left of every prompt and hidden by the attention mask, so any id that is no mask serves.
-        self._filler_id: int = config.pad_token_id if config.pad_token_id is not None else 0
 
     @classmethod
     def load(cls, model_name: str, *, device: str, dtype: str) -> "ModelSampler":
@@ -108,53 +106,70 @@ class ModelSampler:
             raise ValueError(
                 f"prompt ids must be in [0, {self.num_token_ids}) and not the mask token {self.mask_token_id}"
             )
+        Row(self.canvas(request), 0, self._model.config, None)
+
+    def start(self) -> "Rows":
+        """Nothing yet, which rows may join."""
+        return Rows(self)
+
+    def decoding(self) -> Decoding:
+        """The open loop of the model."""
+        return Decoding(self._model)
+
+    def canvas(self, request: CanvasRequest) -> Request:
+        """The request as the model room takes it."""
         gap = [] if request.suffix_ids is None else [self.mask_token_id] * request.max_tokens
-        ids = [*request.prompt_ids, *gap, *(request.suffix_ids or ())]
-        config = self._model.generation_config.merged(self._settings([request]))
-        Row(Request(ids=ids, settings=config, seed=request.seed), 0, self._model.config, None)
-
-    @torch.inference_mode()
-    def run(self, requests: Sequence[CanvasRequest], on_step: Callable[[list[list[int]], int], bool]) -> None:
-        """Denoise the canvases of ``requests`` as one left-padded batch.
-
-        Args:
-            requests: all with the same ``batch_key``.
-            on_step: see ``engine.OnStep``. Its last call sees every mask filled, unless it stopped the batch.
-        """
-        is_infilling = requests[0].suffix_ids is not None
-        inputs, attention_mask, answers = self._canvases(requests, is_infilling)
-
-        def read(canvas: Tensor, num_passes: int) -> bool:
-            rows = canvas.tolist()
-            return on_step([row[where] for row, where in zip(rows, answers, strict=True)], num_passes)
-
-        self._model.diffusion_generate(
-            inputs,
-            attention_mask=attention_mask,
-            step_callback=read,
-            **self._settings(requests),
+        length = 0 if request.suffix_ids is not None else request.max_tokens
+        return Request(
+            ids=[*request.prompt_ids, *gap, *(request.suffix_ids or ())],
+            settings=self._model.generation_config.merged(request.options.overrides() | {"max_new_tokens": length}),
+            seed=request.seed,
         )
 
-    def _canvases(self, requests: Sequence[CanvasRequest], is_infilling: bool) -> tuple[Tensor, Tensor, list[slice]]:
-        """(B, T) inputs and attention mask, and where each row's answer will stand in the (B, T + new) canvas."""
-        rows, answers = [], []
-        for request in requests:
-            gap = [self.mask_token_id] * request.max_tokens if is_infilling else []
-            rows.append([*request.prompt_ids, *gap, *(request.suffix_ids or ())])
-        width = max(map(len, rows))
-        inputs = torch.full((len(rows), width), self._filler_id, dtype=torch.int64)
-        attention_mask = torch.zeros_like(inputs)
-        for i, (request, row) in enumerate(zip(requests, rows, strict=True)):
-            padding = width - len(row)
-            inputs[i, padding:] = torch.tensor(row)
-            attention_mask[i, padding:] = 1
-            start = padding + len(request.prompt_ids)
-            answers.append(slice(start, start + request.max_tokens))
-        return inputs, attention_mask, answers
 
-    @staticmethod
-    def _settings(requests: Sequence[CanvasRequest]) -> dict[str, object]:
-        first = requests[0]
-        length = 0 if first.suffix_ids is not None else first.max_tokens
-        seeds = [request.seed for request in requests]
-        return first.options.overrides() | {"max_new_tokens": length, "seed": seeds}
+class Rows:
+    """The rows that are being denoised, as the engine sees them; each gets the tokens that it would get alone."""
+
+    def __init__(self, sampler: ModelSampler) -> None:
+        self._sampler = sampler
+        self._decoding = sampler.decoding()
+        self._read: dict[Row, tuple[int, int]] = {}
+        """Columns of each answer: the next one to read, and the one behind it."""
+
+    def admit(self, request: CanvasRequest) -> Row:
+        """Take a canvas in from the next step on.
+
+        Raises:
+            ValueError: it cannot be denoised.
+        """
+        row = self._decoding.admit(self._sampler.canvas(request))
+        start = len(request.prompt_ids)
+        self._read[row] = start, start + request.max_tokens
+        return row
+
+    @torch.inference_mode()
+    def step(self) -> list[RowStep]:
+        """Take one step of every row."""
+        steps = []
+        for row, settled, _, finished, error in self._decoding.step():
+            start, end = self._read[row]
+            settled = max(start, min(settled, end))
+            if finished is None and error is None:
+                self._read[row] = settled, end
+            else:
+                del self._read[row]
+            steps.append(
+                RowStep(
+                    row=row,
+                    ids=row.ids[start:settled],
+                    is_full=settled == end or finished is not None,
+                    forwards=row.cost.forwards,
+                    error=error,
+                )
+            )
+        return steps
+
+    def drop(self, row: Row) -> None:
+        """Take a row out; its place is free at once."""
+        self._decoding.drop(row)
+        self._read.pop(row, None)

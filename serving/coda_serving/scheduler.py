@@ -1,15 +1,14 @@
 """Which answers are denoised together: a bounded queue, oldest first.
 
-A job is one row of a canvas. Jobs whose canvases follow the same rules (``batch_key``) may share a batch; each keeps
-its own length, seed and stop strings. Not here: running a batch (``engine``), or what a token is.
+A job is one row, and may join any others, each with its own settings, length and stop strings, as long as there is
+room. Not here: running them (``engine``), or what a token is.
 """
 
 import dataclasses
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from CoDALanguageModel.decoding_settings import DecodingSettings
 
@@ -42,26 +41,18 @@ class CanvasRequest:
         """Length of the canvas in tokens."""
         return len(self.prompt_ids) + self.max_tokens + len(self.suffix_ids or ())
 
-    @property
-    def batch_key(self) -> Hashable:
-        """Equal for requests that one call of the sampler can serve.
-
-        Gaps may differ in length, while all answers at the end of a canvas get the same number of masks.
-        """
-        return (self.options, None if self.suffix_ids is not None else self.max_tokens)
-
 
 @dataclass(eq=False)
 class Job:
-    """A request in the queue or in a batch. ``cancelled`` may be set by any thread."""
+    """A request in the queue or being denoised. ``cancelled`` may be set by any thread."""
 
     request: CanvasRequest
     listener: Callable[[object], None]
     cancelled: bool = False
     shown: str = ""
-    forwards: int = 0
     done: bool = False
-    submitted_s: float = field(default_factory=time.monotonic)
+    passed: int = 0
+    """Younger jobs that were let in before it, for want of room for it."""
 
 
 class QueueFull(Exception):
@@ -69,12 +60,13 @@ class QueueFull(Exception):
 
 
 class Scheduler:
-    """Thread-safe queue that hands out batches.
+    """Thread-safe queue that says who may join the rows being denoised.
 
     Args:
         max_queue: jobs that may wait.
-        max_batch_size: jobs per batch.
-        max_batch_tokens: jobs times longest canvas per batch; a single job is always let through.
+        max_batch_size: jobs at a time; also how many younger ones may pass a job that does not fit, before all others
+            wait for it.
+        max_batch_tokens: jobs at a time, times the longest canvas; a job alone is always let through.
     """
 
     def __init__(self, *, max_queue: int, max_batch_size: int, max_batch_tokens: int) -> None:
@@ -84,6 +76,11 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more will come."""
+        return self._closed
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -101,33 +98,38 @@ class Scheduler:
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
-        """Take ``job`` out of the queue, or mark it so that its batch drops it at the next step."""
+        """Take ``job`` out of the queue, or mark it so that it is dropped before the next step."""
         with self._changed:
             job.cancelled = True
             if job in self._waiting:
                 self._waiting.remove(job)
 
-    def next_batch(self, wait_for_company_s: float = 0.0) -> list[Job]:
-        """Wait for work; return the oldest job and those that may join it, or [] once closed and empty.
+    def take(self, running: Sequence[int]) -> list[Job]:
+        """The jobs that may join now, oldest first. Where nothing runs it waits for one, or until it is closed.
 
         Args:
-            wait_for_company_s: how long the oldest job may wait for others before its batch starts.
+            running: length of each canvas that is being denoised.
         """
         with self._changed:
-            while True:
+            if not running:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
-                    return []
-                deadline = self._waiting[0].submitted_s + wait_for_company_s
-                while self._waiting and not self._closed and len(self._batch()) < self._max_batch_size:
-                    remaining = deadline - time.monotonic()
-                    if remaining <= 0 or not self._changed.wait(remaining):
-                        break
-                if self._waiting:  # all of them may have been cancelled meanwhile
-                    batch = self._batch()
-                    taken = set(map(id, batch))
-                    self._waiting = deque(job for job in self._waiting if id(job) not in taken)
-                    return batch
+            rows, longest = len(running), max(running, default=0)
+            taken: list[Job] = []
+            left: list[Job] = []
+            for job in self._waiting:
+                if rows == self._max_batch_size or (left and left[0].passed >= self._max_batch_size):
+                    break
+                longest_with_job = max(longest, job.request.num_positions)
+                if rows and longest_with_job * (rows + 1) > self._max_batch_tokens:
+                    left.append(job)
+                    continue
+                taken.append(job)
+                rows, longest = rows + 1, longest_with_job
+                for older in left:
+                    older.passed += 1
+            for job in taken:
+                self._waiting.remove(job)
+            return taken
 
     def close(self) -> list[Job]:
         """Accept nothing more; return the jobs that were still waiting, which will not run."""
@@ -137,19 +139,3 @@ class Scheduler:
             self._waiting.clear()
             self._changed.notify_all()
             return dropped
-
-    def _batch(self) -> list[Job]:
-        oldest = self._waiting[0]
-        batch: list[Job] = []
-        longest = 0
-        for job in self._waiting:
-            if job.request.batch_key != oldest.request.batch_key:
-                continue
-            longest_with_job = max(longest, job.request.num_positions)
-            if batch and longest_with_job * (len(batch) + 1) > self._max_batch_tokens:
-                continue
-            batch.append(job)
-            longest = longest_with_job
-            if len(batch) == self._max_batch_size:
-                break
-        return batch

@@ -115,10 +115,10 @@ class ServerSettings(DecodingDefaults):
     """Answers denoised together at most."""
 
     max_batch_tokens: int = Field(32768, ge=1)
-    """Rows times longest row of a batch at most, which bounds its memory; one row alone is always allowed."""
+    """Rows being denoised times the longest of them at most, which bounds memory; one row alone is always allowed."""
 
     batch_wait_ms: float = Field(10.0, ge=0, allow_inf_nan=False)
-    """How long an idle server waits for company before it starts a batch, in milliseconds."""
+    """Accepted for older files, and without effect: requests join the rows being denoised at any step."""
 
     max_body_bytes: int = Field(2 << 20, ge=1024)
     """Largest body of a request; beyond that it gets 413. A body is read into memory and parsed at once."""
@@ -130,7 +130,7 @@ class ServerSettings(DecodingDefaults):
     """Seconds from a request's arrival, queue included, after which it is cancelled with 504."""
 
     step_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
-    """Seconds that one forward pass of a batch may take before its requests get 500 and others go on without it."""
+    """Seconds that one step of all rows may take before their requests get 500 and others go on without them."""
 
     drain_timeout_s: int = Field(30, ge=0)
     """Seconds that running requests get to finish after SIGTERM or SIGINT."""

@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from CoDALanguageModel.answers import AnswerReader, num_committed
+from CoDALanguageModel.answers import AnswerReader
 
 MASK, EOS = 256, 257
 ALPHABET = "ab\n \u00e9\u4e2d\U0001f600"
@@ -23,9 +23,9 @@ def read(ids, stop=()):
     return reader(stop).read(ids)
 
 
-def test_what_is_committed_ends_at_the_first_mask():
-    assert num_committed([1, 2, MASK, 4], MASK) == 2
-    assert num_committed([1, 2], MASK) == 2
+def test_what_is_read_ends_at_the_first_mask():
+    assert read([97, 98, MASK, 99]).num_tokens == 2
+    assert read([97, 98]).num_tokens == 2
 
 
 def test_whitespace_is_untouched():

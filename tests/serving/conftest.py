@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from coda_serving.app import Service, build_app
-from coda_serving.engine import Engine, OnStep
+from coda_serving.engine import Engine, RowStep
 from coda_serving.metrics import Metrics
 from coda_serving.scheduler import CanvasRequest, Scheduler
 from coda_serving.settings import ServerSettings
@@ -59,34 +59,75 @@ class FakeSampler:
     context_length: int = 2000
     document_start_id: int | None = DOCUMENT_START
     batches: list[list[CanvasRequest]] = field(default_factory=list)
-    forwards: int = 0
+    """Requests that took their first step together."""
+    sizes: list[int] = field(default_factory=list)
+    """Rows of every step."""
     error: Exception | None = None
+
+    @property
+    def forwards(self) -> int:
+        return len(self.sizes)
 
     def check(self, request: CanvasRequest) -> None:
         if request.num_positions > self.context_length:
             raise ValueError(f"does not fit in the context of {self.context_length} tokens")
 
-    def run(self, requests: Sequence[CanvasRequest], on_step: OnStep) -> None:
-        self.batches.append(list(requests))
-        if self.gate is not None:
-            self.gate.wait(20)
-        if self.error is not None:
-            raise self.error
-        targets, canvases, orders = [], [], []
-        for request in requests:
-            target = list(self.script(request)[: request.max_tokens])
-            target += [EOS] * (request.max_tokens - len(target))
-            targets.append(target)
-            canvases.append([MASK] * len(target))
-            orders.append(random.Random(request.seed).sample(range(len(target)), len(target)))
-        for step in range(max(map(len, targets))):
-            time.sleep(self.step_s)
-            self.forwards += 1
-            for target, canvas, order in zip(targets, canvases, orders, strict=True):
-                if step < len(order):
-                    canvas[order[step]] = target[order[step]]
-            if not on_step([list(canvas) for canvas in canvases], step + 1):
-                return
+    def start(self) -> "FakeRows":
+        return FakeRows(self)
+
+
+@dataclass(eq=False)
+class FakeRow:
+    """What is left to write, and to show, of one answer."""
+
+    request: CanvasRequest
+    target: list[int]
+    canvas: list[int]
+    order: list[int]
+    forwards: int = 0
+    num_shown: int = 0
+
+
+class FakeRows:
+    """The rows of a ``FakeSampler``."""
+
+    def __init__(self, sampler: FakeSampler) -> None:
+        self.sampler = sampler
+        self.rows: list[FakeRow] = []
+
+    def admit(self, request: CanvasRequest) -> FakeRow:
+        target = list(self.sampler.script(request)[: request.max_tokens])
+        target += [EOS] * (request.max_tokens - len(target))
+        order = random.Random(request.seed).sample(range(len(target)), len(target))
+        row = FakeRow(request, target, [MASK] * len(target), order)
+        self.rows.append(row)
+        return row
+
+    def step(self) -> list[RowStep]:
+        sampler = self.sampler
+        if fresh := [row.request for row in self.rows if not row.forwards]:
+            sampler.batches.append(fresh)
+        if sampler.gate is not None:
+            sampler.gate.wait(20)
+        if sampler.error is not None:
+            raise sampler.error
+        time.sleep(sampler.step_s)
+        sampler.sizes.append(len(self.rows))
+        return [self.advance(row) for row in list(self.rows)]
+
+    def advance(self, row: FakeRow) -> RowStep:
+        place = row.order[row.forwards]
+        row.canvas[place] = row.target[place]
+        row.forwards += 1
+        settled = row.canvas.index(MASK) if MASK in row.canvas else len(row.canvas)
+        ids, row.num_shown = row.canvas[row.num_shown : settled], settled
+        if settled == len(row.canvas):
+            self.rows.remove(row)
+        return RowStep(row=row, ids=ids, is_full=settled == len(row.canvas), forwards=row.forwards, error=None)
+
+    def drop(self, row: FakeRow) -> None:
+        if row in self.rows:
+            self.rows.remove(row)
 
 
 def sampling_options(**changes) -> DecodingSettings:
@@ -94,7 +135,7 @@ def sampling_options(**changes) -> DecodingSettings:
 
 
 def make_settings(**changes) -> ServerSettings:
-    defaults = {"model_name": "test/tiny", "batch_wait_ms": 0, "max_tokens": 32, "_env_file": None}
+    defaults = {"model_name": "test/tiny", "max_tokens": 32, "_env_file": None}
     return ServerSettings(**(defaults | changes))
 
 
@@ -108,7 +149,6 @@ def make_engine(sampler: FakeSampler, settings: ServerSettings, metrics: Metrics
         sampler,
         bytes_to_text,
         scheduler,
-        batch_wait_s=settings.batch_wait_ms / 1000,
         step_timeout_s=settings.step_timeout_s,
         metrics=metrics or Metrics(),
     )

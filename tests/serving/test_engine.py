@@ -64,17 +64,19 @@ def test_deltas_add_up_to_the_answer(start, ask, serving_fakes):
     assert (answer.finish_reason, answer.num_tokens) == ("stop", 10)
 
 
-def test_rows_that_wait_together_run_together(start, ask, serving_fakes):
+def test_a_late_request_joins_at_the_next_step_whatever_its_settings(start, ask, serving_fakes):
     gate = threading.Event()
-    sampler = serving_fakes.FakeSampler(gate=gate, script=lambda r: bytes([65 + r.seed]))
+    sampler = serving_fakes.FakeSampler(gate=gate, script=lambda r: bytes([65 + r.seed]) * r.max_tokens)
     engine = start(sampler)
     _, first = submit(engine, ask())
     while not sampler.batches:
         pass
-    _, rest = submit(engine, *(ask(seed=i) for i in range(1, 5)))
+    late = [ask(seed=1, steps=4), ask(seed=2, max_tokens=3, temperature=0.5), ask(seed=3, suffix=(1,), alg="p2")]
+    _, rest = submit(engine, *late)
     gate.set()
-    assert [collect(q)[-1].text for q in first + rest] == list("ABCDE")
-    assert [len(batch) for batch in sampler.batches] == [1, 4]
+    assert [collect(q)[-1].text[0] for q in first + rest] == list("ABCD")
+    assert [len(batch) for batch in sampler.batches] == [1, 3]
+    assert sampler.sizes[:2] == [1, 4]  # one step alone, and in the next all of them
 
 
 def test_an_answer_is_told_before_the_rest_of_its_batch_is_done(start, ask, serving_fakes):
@@ -95,6 +97,47 @@ def test_a_stop_string_ends_the_computation(start, ask, serving_fakes, monkeypat
     assert (answer.text, answer.finish_reason, answer.forwards, sampler.forwards) == ("ab", "stop", 4, 4)
 
 
+def test_an_answer_that_has_ended_frees_its_place_at_once(start, ask, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 30, step_s=0.002)
+    engine = start(sampler, max_batch_size=2)
+    _, queues = submit(engine, ask(max_tokens=30), ask(max_tokens=5), ask(max_tokens=5), ask(max_tokens=5))
+    assert [collect(q)[-1].num_tokens for q in queues] == [30, 5, 5, 5]
+    assert sampler.sizes == [2] * 15 + [1] * 15
+
+
+def test_a_row_that_fails_alone_leaves_the_others(start, ask, serving_fakes, caplog):
+    class Faulty(serving_fakes.FakeRows):
+        def advance(self, row):
+            step = super().advance(row)
+            if row.request.seed != 1:
+                return step
+            self.drop(row)
+            return step._replace(error=RuntimeError("no numbers"))
+
+    sampler = serving_fakes.FakeSampler()
+    sampler.start = lambda: Faulty(sampler)
+    engine = start(sampler)
+    _, (good, bad) = submit(engine, ask(), ask(seed=1))
+    assert isinstance(collect(bad)[-1], Failure)
+    assert collect(good)[-1].text == "hello"
+    assert "no numbers" in caplog.text
+
+
+def test_a_request_that_cannot_be_begun_fails_alone(start, ask, serving_fakes, caplog):
+    def script(request):
+        if request.seed == 1:
+            raise RuntimeError("cannot be begun")
+        return b"hello"
+
+    engine = start(serving_fakes.FakeSampler(script=script))
+    for _ in range(2):
+        _, (bad,) = submit(engine, ask(seed=1))
+        assert isinstance(collect(bad)[-1], Failure)
+    _, (good,) = submit(engine, ask())
+    assert collect(good)[-1].text == "hello"
+    assert "cannot be begun" in caplog.text
+
+
 def test_cancelling_the_only_row_stops_the_batch(start, ask, serving_fakes):
     sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 500, step_s=0.005)
     engine = start(sampler)
@@ -111,7 +154,7 @@ def test_a_batch_that_finishes_no_step_is_given_up_and_others_go_on(start, ask, 
     engine, gate = start(sampler, step_timeout_s=0.2), sampler.gate
     _, (stuck,) = submit(engine, ask())
     assert collect(stuck) == [Failure("the model finished no step in 0.2 s")]
-    assert "a batch of 1 is given up" in caplog.text
+    assert "1 rows are given up" in caplog.text
     sampler.gate = None
     _, (events,) = submit(engine, ask())
     assert collect(events)[-1].text == "hello"
@@ -135,7 +178,7 @@ def test_an_engine_whose_next_thread_is_stuck_too_is_no_longer_alive(start, ask,
 
 def test_cancelling_one_row_leaves_the_others(start, ask, serving_fakes):
     sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 40, step_s=0.005)
-    engine = start(sampler, batch_wait_ms=50)
+    engine = start(sampler)
     jobs, (gone, stays) = submit(engine, ask(max_tokens=40), ask(max_tokens=40, seed=1))
     engine.cancel(jobs[:1])
     assert collect(stays)[-1].text == "x" * 40
@@ -179,17 +222,3 @@ def test_a_full_queue_is_told_with_a_time(start, ask, serving_fakes):
     assert (engine.num_waiting, engine.num_running) == (2, 1)
     assert engine.retry_after_s >= 1
     gate.set()
-
-
-def test_p2_shows_only_blocks_that_are_full(start, ask, serving_fakes):
-    """A token of an unfinished block may be masked again."""
-
-    class Remasking(serving_fakes.FakeSampler):
-        def run(self, requests, on_step):
-            m = self.mask_token_id
-            for n, canvas in enumerate(([*b"ab", m, m], [*b"a", m, m, m], [*b"xy", *b"zw"]), start=1):
-                on_step([[*canvas]], n)
-
-    engine = start(Remasking())
-    _, (events,) = submit(engine, ask(max_tokens=4, alg="p2", block_length=4))
-    assert collect(events) == [Delta("xyzw"), Answer(text="xyzw", num_tokens=4, forwards=3, finish_reason="length")]

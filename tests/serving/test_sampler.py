@@ -39,11 +39,18 @@ def ask(serving_fakes):
 
 
 def run(sampler, requests):
-    """The last canvas that each row had masks to fill in, and the number of steps."""
-    seen = []
-    sampler.run(requests, lambda answers, n: seen.append((answers, n)) or True)
-    assert [n for _, n in seen] == list(range(1, len(seen) + 1))
-    return seen[-1][0]
+    """The final ids of each answer, up to where its row ends."""
+    rows = sampler.start()
+    answers = {rows.admit(request): [] for request in requests}
+    unfinished = set(answers)
+    while unfinished:
+        for step in rows.step():
+            assert step.error is None
+            answers[step.row] += step.ids
+            if step.is_full:
+                unfinished.remove(step.row)
+    assert rows.step() == []
+    return list(answers.values())
 
 
 @pytest.mark.parametrize(
@@ -91,10 +98,44 @@ def test_gaps_of_different_length_share_a_batch(sampler, model, ask):
         assert answer == expected[0, 4 : 4 + request.max_tokens].tolist()
 
 
-def test_false_from_the_callback_stops_the_model(sampler, ask):
-    calls = []
-    sampler.run([ask(range(10, 14))], lambda answers, n: calls.append(n) or False)
-    assert calls == [1]
+def test_each_answer_of_a_mixed_batch_is_that_of_the_request_alone(sampler, ask):
+    """Lengths, gaps, orders, temperatures and regimes together, the last ones joining late, one leaving."""
+    requests = [
+        ask(range(10, 14)),
+        ask(range(10, 31), max_tokens=5, seed=1, alg="p2"),
+        ask(range(10, 13), max_tokens=9, seed=2, temperature=0.0, kv_cache="dual", threshold=0.5),
+        ask(range(10, 14), max_tokens=7, seed=3, suffix=(20, 21, 22), top_p=0.9),
+        ask(range(10, 12), max_tokens=20, seed=4, steps=20, speculate=2, logit_bias={"9": 3.0}),
+        ask(range(10, 16), max_tokens=16, seed=5, steps=16, remask="conf"),
+    ]
+    rows, answers = sampler.start(), {}
+    unfinished, left = set(), rows.admit(ask(range(10, 40), max_tokens=40, steps=40))
+    for step in range(200):
+        if step < len(requests):
+            row = rows.admit(requests[step])
+            answers[row] = []
+            unfinished.add(row)
+        if step == 3:
+            rows.drop(left)
+        for told in rows.step():
+            if told.row is not left:
+                answers[told.row] += told.ids
+                if told.is_full:
+                    unfinished.remove(told.row)
+    assert not unfinished
+    assert list(answers.values()) == [run(sampler, [request])[0] for request in requests]
+
+
+def test_what_of_a_block_may_be_taken_back_is_not_shown(sampler, ask):
+    rows = sampler.start()
+    row = rows.admit(ask(range(10, 14), max_tokens=12, steps=12, block_length=4, alg="p2", suppress_tokens=[]))
+    shown, done = [], False
+    while not done:
+        (step,) = rows.step()
+        shown.append(len(step.ids))
+        done = step.is_full
+        assert step.row is row
+    assert shown == [0, 0, 0, 4] * 3
 
 
 @pytest.mark.parametrize(
