@@ -199,7 +199,7 @@ def build_canvas(options: argparse.Namespace, codec: Codec, model: Any) -> tuple
     """The ids to decode from, and the pieces of a text with gaps; a prompt is a text without."""
     start = model.config.document_start_id
     if options.infill is not None:
-        pieces, lengths = read_gaps(options.infill.read_text(), options.gap_length)
+        pieces, lengths = read_gaps(options.infill.read_bytes().decode(), options.gap_length)
         return gaps(codec.encode_pieces(pieces), lengths, model.config.mask_token_id, start), pieces
     if options.raw or not codec.has_chat_template:
         return gaps([codec.encode_text(options.prompt)], [], model.config.mask_token_id, start), []
