@@ -16,6 +16,7 @@ from .configuration_coda import CoDAConfig
 from .errors import UserError
 from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from .modeling_coda import CoDALanguageModel
+from .prompts import CHATML_TEMPLATE
 from .weight_files import check_weights, refuse_not_finite
 
 logger = logging.getLogger(__name__)
@@ -24,10 +25,6 @@ AUTOREGRESSIVE_TYPES = ("qwen3", "qwen2", "llama")
 DEFAULT_MASK_TOKEN = "<|mask|>"
 # Tokens that the known families keep for padding, in the order in which they are taken.
 PAD_TOKENS = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<unk>")
-CHATML_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def coda_config_of(source: PreTrainedConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The forward pass draws no noise and knows no device. Not here: who may attend to
 process and the loss (`diffusion`), checkpoints (`loading_coda`), the decoding loop (`generation_coda`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from .cache import CanvasCache as CanvasCache  # isort: skip
 from .candidates import Candidates as Candidates  # isort: skip
 from .canvas import Canvas as Canvas  # isort: skip
 from .decoder import Decoding as Decoding  # isort: skip
+from .decoding_settings import Setting as Setting  # isort: skip
 from .errors import UserError as UserError  # isort: skip
 from .infilling import InfillOutput as InfillOutput  # isort: skip
 from .orders import Order as Order  # isort: skip
@@ -159,6 +161,8 @@ class CoDAPreTrainedModel(PreTrainedModel):
 class CoDAModel(CoDAPreTrainedModel):
     """The network without its head: token ids to hidden states."""
 
+    layer_loop = "loop"
+
     def __init__(self, config: CoDAConfig):
         super().__init__(config)
         # No padding_idx: the pad token of the Qwen family also ends documents, so its row must be trained.
@@ -194,7 +198,8 @@ class CoDAModel(CoDAPreTrainedModel):
         if position_ids is None:
             position_ids = default_position_ids(hidden, attention_mask, segment_ids)
         mask, kernel_arguments = layer_mask(self.config, hidden, attention_mask, segment_ids, visibility)
-        hidden, all_hidden = self.run_layers(
+        hidden, all_hidden = LAYER_LOOPS[self.layer_loop](
+            self,
             hidden,
             position_ids,
             past_key_values=past_key_values,
@@ -204,38 +209,43 @@ class CoDAModel(CoDAPreTrainedModel):
         )
         return self.norm(hidden), all_hidden
 
-    def run_layers(
-        self,
-        hidden: Tensor,
-        position_ids: Tensor,
-        *,
-        past_key_values: Cache | None = None,
-        output_hidden_states: bool = False,
-        **layer_arguments: Any,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Run the layers one after another.
 
-        A trainer may put a function of its own here, on one model, that gives the same numbers in another way.
+def loop_layers(
+    model: CoDAModel,
+    hidden: Tensor,
+    position_ids: Tensor,
+    *,
+    past_key_values: Cache | None = None,
+    output_hidden_states: bool = False,
+    **layer_arguments: Any,
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Run the layers one after another.
 
-        Args:
-            hidden: (B, T, hidden_size) embeddings.
-            position_ids: (B, T) or (1, T) int64.
-            past_key_values: see `CoDALanguageModel.forward`.
-            output_hidden_states: also give the hidden states before the first layer and after each.
-            **layer_arguments: mask and kernel arguments, as `layer_mask` gives them.
+    Args:
+        model: whose layers.
+        hidden: (B, T, hidden_size) embeddings.
+        position_ids: (B, T) or (1, T) int64.
+        past_key_values: see `CoDALanguageModel.forward`.
+        output_hidden_states: also give the hidden states before the first layer and after each.
+        **layer_arguments: mask and kernel arguments, as `layer_mask` gives them.
 
-        Returns:
-            The output of the last layer, before the norm, and all hidden states when asked for.
-        """
-        position_embeddings = self.rotary_emb(hidden, position_ids)
-        all_hidden = [hidden] if output_hidden_states else None
-        for layer in self.layers:
-            hidden = layer(
-                hidden, position_embeddings=position_embeddings, past_key_values=past_key_values, **layer_arguments
-            )
-            if all_hidden is not None:
-                all_hidden.append(hidden)
-        return hidden, tuple(all_hidden) if all_hidden is not None else None
+    Returns:
+        The output of the last layer, before the norm, and all hidden states when asked for.
+    """
+    position_embeddings = model.rotary_emb(hidden, position_ids)
+    all_hidden = [hidden] if output_hidden_states else None
+    for layer in model.layers:
+        hidden = layer(
+            hidden, position_embeddings=position_embeddings, past_key_values=past_key_values, **layer_arguments
+        )
+        if all_hidden is not None:
+            all_hidden.append(hidden)
+    return hidden, tuple(all_hidden) if all_hidden is not None else None
+
+
+LAYER_LOOPS: dict[str, Callable[..., tuple[Tensor, tuple[Tensor, ...] | None]]] = {"loop": loop_layers}
+"""Ways to run the layers, by the name that a `CoDAModel` holds in `layer_loop`. A trainer adds its own here, which give
+the same numbers."""
 
 
 def default_position_ids(hidden: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
@@ -273,6 +283,9 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
     """Masked-diffusion language model; `from_pretrained` loads, `diffusion_generate` decodes."""
 
     _tied_weights_keys = {HEAD_WEIGHT: EMBEDDING_WEIGHT}
+    loss_sum = "chunked"
+    z_loss = 0.0
+    """See `diffusion.chunked_cross_entropy`; a trainer sets it."""
 
     def __init__(self, config: CoDAConfig):
         super().__init__(config)
@@ -381,24 +394,32 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
             padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
             if padding is None and segment_ids is None:
                 segment_ids = torch.ones_like(labels)
-            by_neighbour = scored_by(padding, segment_ids)[:, 1:] == torch.arange(labels.shape[1] - 1).to(labels)
+            # Rows are moved by one place, as a view. What stands behind padding inside a row is therefore not scored.
+            by_neighbour = scored_by(padding, segment_ids)[:, 1:] == torch.arange(
+                labels.shape[1] - 1, device=labels.device
+            )
             hidden, labels = hidden[:, :-1], labels[:, 1:].masked_fill(~by_neighbour, IGNORE_INDEX)
             loss_weights = None if loss_weights is None else loss_weights[:, 1:]
         scored = labels != IGNORE_INDEX
         if loss_weights is None:
             loss_weights = scored / scored.sum().clamp(min=1)
         weights = torch.where(scored, loss_weights.float(), 0.0)
-        return self.weighted_cross_entropy(hidden, labels, weights)
+        return LOSSES[self.loss_sum](self, hidden, labels, weights)
 
-    def weighted_cross_entropy(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Apply the head and sum the cross-entropies; see `chunked_cross_entropy` for arguments and result.
 
-        A trainer may put a function of its own here, on one model.
-        """
-        head = self.lm_head
-        if isinstance(head, CoDAHead) or isinstance(getattr(head, "module", None), CoDAHead):  # the second is FSDP's
-            return head(hidden, labels, weights)
-        return chunked_cross_entropy(hidden, labels, weights, head, self.config.vocab_size)  # e.g. LoRA on the head
+def head_cross_entropy(model: CoDALanguageModel, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Apply the head and sum the cross-entropies; see `chunked_cross_entropy` for arguments and result."""
+    head = model.lm_head
+    if isinstance(head, CoDAHead) or isinstance(getattr(head, "module", None), CoDAHead):  # the second is FSDP's
+        return head(hidden, labels, weights, z_loss=model.z_loss)
+    return chunked_cross_entropy(  # e.g. LoRA on the head
+        hidden, labels, weights, head, model.config.vocab_size, z_loss=model.z_loss
+    )
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"chunked": head_cross_entropy}
+"""Ways to sum the cross-entropies, by the name that a `CoDALanguageModel` holds in `loss_sum`. A trainer adds its own
+here, which give the same number."""
 
 
 def _select_rows(hidden: Tensor, positions: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ def case_quickstart(repeats: int, run_dir: Path) -> dict[str, Any] | None:
         baseline = baseline or seconds
         rows[name] = {"median_s": seconds, "speedup": baseline / seconds, "result": answers}
         facts[f"pass@1 in %, {name}"] = 100 * output["results"]["quickstart_problems"]["pass@1,run"]
-        facts[f"tokens evaluated, {name}"] = sum(answer["batch_cost"]["tokens_evaluated"] for answer in answers)
+        facts[f"tokens evaluated, {name}"] = sum(answer["cost"]["tokens_evaluated"] for answer in answers)
     goal = ">= 10x fewer tokens evaluated, >= 5x, pass@1 within 1 point"
     return {"rows": rows, "facts": facts, "goal": goal}
 

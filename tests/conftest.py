@@ -7,21 +7,6 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|mask|>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-]
-
 LONGEST = (
     "test_resume",
     "test_xla_backend",
@@ -58,12 +43,14 @@ def train_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    from CoDALanguageModel.prompts import CHATML_TEMPLATE, CONTROL_TOKENS
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=list(CONTROL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -73,7 +60,7 @@ def train_tokenizer():
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         mask_token="<|mask|>",
-        chat_template=CHATML,
+        chat_template=CHATML_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 

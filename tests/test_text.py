@@ -1,6 +1,7 @@
 """One text, one list of ids, one answer: in the model room, in evaluation, in serving and in training."""
 
 import random
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from coda_serving.protocol import ChatRequest, CompletionRequest
 from coda_serving.settings import ServerSettings
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.answers import AnswerReader, end_ids
+from CoDALanguageModel.decoder import Decoding, Progress
 from CoDALanguageModel.prompts import Codec, gaps
 from CoDALanguageModel.sample import parse, run
 
@@ -34,6 +36,11 @@ HOSTILE = [
     "<|fim_prefix|>x<|fim_suffix|>y<|fim_middle|>",
     *("x" * 3000, " " * 3000, "\n" * 3000, "<|mask|>" * 300),
 ]
+
+
+def forms(text):
+    """How a tokenizer may give a text back: some compose characters."""
+    return text, unicodedata.normalize("NFC", text)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +91,7 @@ def served(codec, evaluated):
     start = evaluated.model.config.document_start_id
     limits = SimpleNamespace(context_length=10**6, document_start_id=start, check=lambda canvas: None)
     engine = SimpleNamespace(max_queue=9)
-    settings = ServerSettings(model_name="m", _env_file=None)
+    settings = ServerSettings(model_name="owner/name", _env_file=None)
     return SimpleNamespace(encoder=codec, limits=limits, engine=engine, settings=settings)
 
 
@@ -113,7 +120,7 @@ def test_a_message_has_the_same_ids_in_every_room(tokenizer, texts, codec, evalu
             assert source == ids
             clean = codec.encode_chat([{**message, "content": "y"} for message in chat])
             assert [token for token in ids if token in added] == [token for token in clean if token in added]
-            assert text.strip() in codec.decode(ids)
+            assert any(form in codec.decode(ids) for form in forms(text.strip()))
 
 
 def test_plain_text_has_the_same_ids_in_every_room_and_comes_back(tokenizer, texts, codec, evaluated, served, trained):
@@ -121,9 +128,7 @@ def test_plain_text_has_the_same_ids_in_every_room_and_comes_back(tokenizer, tex
     for text in texts:
         ids = codec.encode_text(text)
         assert not added & set(ids)
-        assert codec.decode(ids) == text.replace("e\u0301", "\u00e9").replace("\u1100\u1161\u11a8", "\uac01") or (
-            codec.decode(ids) == text
-        )
+        assert codec.decode(ids) in forms(text)
         assert evaluated.encode_prompt(text) == evaluated.tok_encode(text) == ids
         (canvas,), _ = app._completion_canvases(served, CompletionRequest(prompt=text, max_tokens=1))
         assert list(canvas.prompt_ids) == (ids or [served.limits.document_start_id])
@@ -178,6 +183,17 @@ def test_half_a_character_is_refused_in_every_room(codec, evaluated, served, tex
     assert Layout().conversation({"instruction": text, "output": "x"})["fate"].startswith(MALFORMED)
 
 
+class Written(Decoding):
+    """A decoding that writes the same answer into each row, in one step."""
+
+    answer: list[int]
+
+    def step(self):
+        (row,) = self.rows
+        row.ids[row.prompt_length :] = self.answer
+        return [Progress(row, row.width, [], "length", None)]
+
+
 def test_an_answer_reads_the_same_in_every_room(tokenizer, texts, codec, evaluated, monkeypatch, capsys):
     model, draw = evaluated.model, random.Random(0)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -185,16 +201,18 @@ def test_an_answer_reads_the_same_in_every_room(tokenizer, texts, codec, evaluat
     monkeypatch.setattr("CoDALanguageModel.sample.Codec", lambda tokenizer: codec)  # takes seconds to make
     for number, text in enumerate(text for text in texts if len(text) < 100):
         tail = [[end, *codec.encode_text("hidden"), end], [pad, pad], [], [end]][number % 4]
-        ids = [*codec.encode_text(text), *tail]
+        ids = [*codec.encode_text(text), *tail] or [end]
         asked, settings = parse(["--model", "m", "--prompt", "p", "--raw", f"--max_new_tokens={len(ids)}", "--quiet"])
         prompt = codec.encode_text("p")
 
-        def answered(inputs, *args, ids=ids, **settings):
-            filled = torch.cat([inputs, torch.tensor([ids] * len(inputs), dtype=torch.int64)], dim=1)
-            cost = SimpleNamespace(as_dict=dict)
-            return SimpleNamespace(sequences=filled, num_forwards=torch.ones(len(inputs)), cost=cost)
+        def answered(inputs, ids=ids, **settings):
+            filled = torch.cat([inputs, torch.tensor([ids], dtype=torch.int64)], dim=1)
+            return SimpleNamespace(sequences=filled, cost=SimpleNamespace(as_dict=dict))
 
         monkeypatch.setattr(model, "diffusion_generate", answered)
+        monkeypatch.setattr(Written, "answer", ids, raising=False)
+        monkeypatch.setattr("coda_eval.harness.Decoding", Written)
+        monkeypatch.setitem(evaluated.fixed_settings, "max_new_tokens", len(ids))
         request = SimpleNamespace(args=("p", {"until": []}), doc={"task_id": "p"}, task_name="t", doc_id=0, repeats=1)
         (evaluation,) = evaluated.generate_until([request], True)
         run(asked, settings, tokenizer, model)
@@ -208,6 +226,5 @@ def test_an_answer_reads_the_same_in_every_room(tokenizer, texts, codec, evaluat
             ids = ids[size:]
         expected = codec.decode(codec.encode_text(text), prompt)
         assert (str(evaluation), sampled) == (expected, expected + "\n")
-        if tail or text:
-            assert (reading.text, reading.num_tokens) == (expected, evaluation.new_tokens)
-            assert reading.finish_reason == ("stop" if tail else "length")
+        assert (reading.text, reading.num_tokens) == (expected, evaluation.new_tokens)
+        assert reading.finish_reason == ("stop" if tail or not text else "length")

@@ -11,8 +11,9 @@ import json
 import logging
 import os
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,14 +23,16 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from coda_eval import session
-from coda_eval.hosted import HostedLM, answer_record, on_device, place
+from coda_eval.hosted import HostedLM, answer_record, place
 from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.answers import AnswerReader, end_ids
+from CoDALanguageModel.decoder import Decoding, Progress
 from CoDALanguageModel.decoding_settings import SETTINGS, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.prompts import Codec, gaps
+from CoDALanguageModel.row import Request, Row
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,33 @@ class _Job:
     settings: dict[str, Any]
     until: list[str]
     seed: int
+
+
+@dataclasses.dataclass
+class _Running:
+    """An answer that is being made."""
+
+    job: _Job
+    row: Row
+    reader: AnswerReader
+    seconds: float = 0.0  # of each step its part among the rows
+
+    def __post_init__(self) -> None:
+        gap = self.job.gap
+        self.column, self.stop = (len(self.job.ids), self.row.width) if gap is None else (gap.start, gap.stop)
+
+    def read(self, progress: Progress) -> Answer | None:
+        """Read what a step made final; the answer, if nothing more is to be computed for it."""
+        settled = min(progress.settled, self.stop)
+        fresh = self.row.ids[self.column : settled]
+        self.column = max(self.column, settled)
+        reading = self.reader.feed(fresh, is_full=self.column == self.stop)
+        if progress.finished is None and (reading.end is None or not self.row.config.eos_early_stop):
+            return None
+        answer = Answer(reading.text)
+        answer.new_tokens, answer.generation_s = reading.num_tokens, round(self.seconds, 4)
+        answer.forwards, answer.cost = self.row.cost.forwards, self.row.cost.as_dict()
+        return answer
 
 
 @register_model("coda", "diffllm")
@@ -192,15 +222,12 @@ class CoDAEvalModel(HostedLM):
                 continue
             groups[json.dumps([job.gap is not None, job.settings], sort_keys=True)].append(job)
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Denoising")
-        for group in groups.values():
+        for group in groups.values():  # neighbours share forward passes and are of like length
             group.sort(key=lambda job: (-len(job.ids), job.index))
-            size = int(self.batch_size)
-            for start in range(0, len(group), size):
-                batch = group[start : start + size]
-                for job, answer in zip(batch, self._answer(batch), strict=True):
-                    answers[job.index] = answer
-                session.save_answers([answer_record(requests[j.index], j.repeat, answers[j.index]) for j in batch])
-                progress.update(len(batch))
+        for job, answer in self._answered(list(chain.from_iterable(groups.values()))):
+            answers[job.index] = answer
+            session.save_answers([answer_record(requests[job.index], job.repeat, answer)])
+            progress.update()
         progress.close()
         for index, original in copies:
             answers[index] = Answer(answers[original])
@@ -274,43 +301,39 @@ class CoDAEvalModel(HostedLM):
         )
         return text.ids, text.gaps[0]
 
-    def _answer(self, batch: list[_Job]) -> list[Answer]:
-        """Decode one batch, left-padded."""
-        inputs, attends = on_device([job.ids for job in batch], self.tokenizer.pad_token_id, self.device)
-        started = time.monotonic()
-        output = self.model.diffusion_generate(
-            inputs,
-            attention_mask=attends,
-            seed=[job.seed for job in batch],
-            return_dict_in_generate=True,
-            **batch[0].settings,
-        )
-        seconds = (time.monotonic() - started) / len(batch)
-        cost = {"answers": len(batch), **output.cost.as_dict()}
-        config = self.model.generation_config.merged(batch[0].settings)
-        ends = end_ids(self.model.config, config)
-        width, answers = inputs.shape[1], []
-        for job, row, num_forwards in zip(batch, output.sequences.tolist(), output.num_forwards.tolist(), strict=True):
-            start = width - len(job.ids)
-            where = slice(width, None) if job.gap is None else slice(start + job.gap.start, start + job.gap.stop)
-            answer = self._read(row[where], job.ids if job.gap is None else job.ids[: job.gap.start], job.until, ends)
-            answer.forwards, answer.generation_s, answer.batch_cost = num_forwards, round(seconds, 4), cost
-            answers.append(answer)
-        return answers
+    def _answered(self, jobs: list[_Job]) -> Iterator[tuple[_Job, Answer]]:
+        """Decode at most ``batch_size`` jobs at a time; where one ends the next joins at once."""
+        decoding = Decoding(self.model, decode=self.codec.decode)
+        waiting, running = deque(jobs), {}
+        while waiting or running:
+            while waiting and len(running) < int(self.batch_size):
+                job = waiting.popleft()
+                settings = self.model.generation_config.merged(job.settings)
+                row = decoding.admit(Request(ids=job.ids, settings=settings, seed=job.seed))
+                running[row] = _Running(job, row, self._reader(job, row.config))
+            started = time.monotonic()
+            progress = decoding.step()
+            share = (time.monotonic() - started) / len(progress)
+            for record in progress:
+                if record.error is not None:
+                    raise record.error
+                one = running[record.row]
+                one.seconds += share
+                answer = one.read(record)
+                if answer is not None:
+                    decoding.drop(record.row)
+                    del running[record.row]
+                    yield one.job, answer
 
-    def _read(self, ids: list[int], after: list[int], until: Sequence[str], ends: frozenset[int]) -> Answer:
-        """The text of an answer, up to its end."""
-        reader = AnswerReader(
+    def _reader(self, job: _Job, config: Any) -> AnswerReader:
+        """What reads the answer of a job that is decoded with the settings ``config``."""
+        return AnswerReader(
             decode=self.codec.decode,
-            mask_token_id=self.model.config.mask_token_id,
-            eos_token_ids=ends,
-            prompt_ids=after,
-            stop=[string for string in until if string],
+            mask_token_id=config.mask_token_id,
+            eos_token_ids=end_ids(self.model.config, config),
+            prompt_ids=job.ids if job.gap is None else job.ids[: job.gap.start],
+            stop=[string for string in (*job.until, *(config.stop_strings or ())) if string],
         )
-        reading = reader.read(ids)
-        answer = Answer(reading.text)
-        answer.new_tokens = reading.num_tokens
-        return answer
 
     # Likelihood
 

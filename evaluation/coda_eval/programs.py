@@ -41,10 +41,10 @@ class Answer(str):
     """Forward passes that the answer took part in."""
 
     generation_s: float | None = None
-    """Seconds of its batch divided by the answers in it."""
+    """Seconds of each step it took part in, divided by the answers in the step."""
 
-    batch_cost: dict[str, float] | None = None
-    """``DecodingCost`` of the batch that it was made in, and the number of ``answers`` in it."""
+    cost: dict[str, float] | None = None
+    """``DecodingCost`` of its row."""
 
     surplus: bool = False
     """True for the repeats that lm-eval adds to give every rank the same number of requests; never scored."""
@@ -52,7 +52,7 @@ class Answer(str):
     @staticmethod
     def cost_of(text: str) -> dict[str, Any]:
         """What is known of the cost of any text; None for the rest."""
-        return {name: getattr(text, name, None) for name in ("new_tokens", "forwards", "generation_s", "batch_cost")}
+        return {name: getattr(text, name, None) for name in ("new_tokens", "forwards", "generation_s", "cost")}
 
 
 def extract_code(answer: str, entry_point: str | None = None) -> str:

@@ -86,10 +86,7 @@ def _cards_of(path: Path) -> list[dict[str, Any]]:
 
 
 def _costs_beside(path: Path) -> dict[str, dict[str, float]]:
-    """What the answers of each task cost together, from the files of answers in the run's folder.
-
-    A batch's cost is shared out evenly among its answers: over a task it adds up.
-    """
+    """What the answers of each task cost together, from the files of answers in the run's folder."""
     costs: dict[str, Counter[str]] = {}
     for file in sorted(file for folder in path.parents[:2] for file in folder.glob("answers_rank*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -97,10 +94,10 @@ def _costs_beside(path: Path) -> dict[str, dict[str, float]]:
             cost = costs.setdefault(record["task"], Counter())
             cost["answers"] += 1
             cost.update({name: record.get(name) or 0 for name in ("new_tokens", "forwards", "generation_s")})
-            batch = dict(record.get("batch_cost") or {})
-            answers = batch.pop("answers", 1)
-            batch.pop("tokens_per_forward", None)  # a ratio
-            cost.update({f"batch_{name}": value / answers for name, value in batch.items()})
+            counted = dict(record.get("cost") or {})
+            for name in ("forwards", "tokens_per_forward"):  # said already, and a ratio
+                counted.pop(name, None)
+            cost.update(counted)
     return {task: {name: round(value, 3) for name, value in cost.items()} for task, cost in costs.items()}
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from CoDALanguageModel.diffusion import corrupt, named_rng
+from CoDALanguageModel.diffusion import IGNORE_INDEX, named_rng
+from CoDALanguageModel.noise import CleanRows, DrawnRows, noise_rows
 
 matplotlib.use("Agg")  # no display is needed or wanted
 
@@ -84,27 +85,22 @@ def masking_examples(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list
     length = ids.shape[1]
     texts = [tokenizer.decode([token]) for token in ids[0].tolist()]
     t = torch.tensor([0.5])
-    everything = torch.ones_like(ids, dtype=torch.bool)
-    everything[:, 0] = False  # the first token has nothing before it that could predict it
-    after_prefix, before_padding = everything.clone(), everything.clone()
     cut = length // 3
-    after_prefix[:, :cut] = False
-    before_padding[:, length - cut :] = False
     variants = (
-        ("plain: each token masked with probability t = 0.5", everything, 1, "kept", "kept"),
-        ("S1: a random prefix is never masked", after_prefix, 1, "prefix", "kept"),
-        ("S2: a random suffix becomes padding", before_padding, 1, "kept", "padding"),
-        ("S3: masked in runs of k = 4, still half of the tokens", everything, 4, "kept", "kept"),
+        ("plain: each token masked with probability t = 0.5", 0, length, 1),
+        ("S1: a random prefix is never masked", cut, length, 1),
+        ("S2: a random suffix becomes padding", 0, length - cut, 1),
+        ("S3: masked in runs of k = 4, still half of the tokens", 0, length, 4),
     )
     examples = []
-    for name, maskable, span, head, tail in variants:
+    for name, prefix, kept, span in variants:
         uniforms = torch.from_numpy(named_rng("picture", span).random((1, length + span - 1), dtype=np.float32))
-        masked = corrupt(ids, maskable, t, uniforms, mask_token_id=tokenizer.mask_token_id, span=span).masked[0]
-        states = ["masked" if is_masked else "kept" for is_masked in masked.tolist()]
-        if head == "prefix":
-            states[:cut] = ["prefix"] * cut
-        if tail == "padding":
-            states[length - cut :] = ["padding"] * cut
+        drawn = DrawnRows(*(torch.tensor([number]) for number in (prefix, kept, span)), uniforms)
+        rows = CleanRows(ids, torch.ones_like(ids))
+        labels = noise_rows(rows, t, drawn, mask_token_id=tokenizer.mask_token_id, pad_token_id=0).labels
+        states = ["masked" if is_masked else "kept" for is_masked in (labels[0] != IGNORE_INDEX).tolist()]
+        states[:prefix] = ["prefix"] * prefix
+        states[kept:] = ["padding"] * (length - kept)
         examples.append((name, texts, states))
     return examples
 

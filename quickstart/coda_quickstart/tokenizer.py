@@ -10,23 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.prompts import CHATML_TEMPLATE, CONTROL_TOKENS
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|mask|>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 # Words and single digits with one leading space, runs of punctuation, line breaks with the indentation that follows.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s*\n *|\s+(?!\S)|\s+"
 
@@ -43,8 +28,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, max_len
     Raises:
         UserError: ``vocab_size`` leaves no room for 256 bytes and the special tokens.
     """
-    if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise UserError(f"vocab_size must be at least {256 + len(SPECIAL_TOKENS)}, got {vocab_size}")
+    if vocab_size < 256 + len(CONTROL_TOKENS):
+        raise UserError(f"vocab_size must be at least {256 + len(CONTROL_TOKENS)}, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -55,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, max_len
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -65,10 +50,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, max_len
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         mask_token="<|mask|>",
-        additional_special_tokens=[t for t in SPECIAL_TOKENS if t not in ("<|im_end|>", "<|endoftext|>", "<|mask|>")],
+        additional_special_tokens=[t for t in CONTROL_TOKENS if t not in ("<|im_end|>", "<|endoftext|>", "<|mask|>")],
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=CHATML_TEMPLATE,
     )
     wrapped.save_pretrained(folder)
     return wrapped

@@ -13,6 +13,7 @@ from coda_eval.autoregressive import FILL_TOKENS, AutoregressiveModel
 from coda_eval.harness import CoDAEvalModel
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.prompts import Codec
+from CoDALanguageModel.row import complete
 
 GAP = {"task_id": "g/0", "infill_prefix": "def f(a):\n", "infill_suffix": "\n    return a", "infill_middle": "x"}
 
@@ -178,10 +179,12 @@ def test_pieces_join_where_the_tokenizer_adds_and_drops_spaces():
 def test_the_gap_of_a_diffusion_model_joins_where_the_tokenizer_adds_spaces(model_dir):
     coda = CoDAEvalModel(CoDALanguageModel.from_pretrained(model_dir), tokenizer=llama_tokenizer())
     gap = {"infill_prefix": "x =", "infill_middle": " y", "infill_suffix": "z", "infill_tokens": None}
-    ids, where = coda._gap(gap)
+    job = coda._job(0, request("p", doc=gap), 0)
+    ids, where = job.ids, job.gap
     filled = [*ids[: where.start], *coda.codec.encode_text(" y", joins=True), *ids[where.stop :]]
     assert coda.codec.decode(filled) == "x = yz"
-    assert coda._read(filled[where], ids[: where.start], (), frozenset()) == " y"
+    reader = coda._reader(job, complete(coda.model.generation_config, coda.model.config))
+    assert reader.read(filled[where]).text == " y"
 
 
 @pytest.mark.parametrize("special", [True, False])

@@ -16,8 +16,10 @@ from lm_eval.api.registry import get_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import coda_eval.autoregressive  # noqa: F401  registers the model coda_hf
-from coda_eval.harness import CoDAEvalModel, generation_settings
+from coda_eval.harness import CoDAEvalModel, _Job, generation_settings
+from CoDALanguageModel.decoder import Decoding
 from CoDALanguageModel.decoding_settings import SETTINGS, Setting
+from CoDALanguageModel.row import complete
 
 
 def load(model_dir, **settings):
@@ -78,22 +80,49 @@ def test_requests_that_only_even_out_ranks_are_marked(model_dir):
     assert answers[1] == answers[2]
 
 
-def test_answer_ends_at_its_first_end_token_and_its_own_stop_string(model_dir, monkeypatch):
-    model = load(model_dir, max_new_tokens=40)
+def reader(model, prompt_ids, until=()):
+    job = _Job(0, 0, prompt_ids, None, {}, list(until), 0)
+    return model._reader(job, complete(model.model.generation_config.merged({}), model.model.config))
+
+
+def test_answer_ends_at_its_first_end_token_and_its_own_stop_string(model_dir):
+    model = load(model_dir)
     encode, tokenizer = model.codec.encode_text, model.tokenizer
     for end in (tokenizer.eos_token_id, tokenizer.pad_token_id):
         ids = [*encode("one\ntwo three"), end, *encode("hidden")]
+        for until, text in (([], "one\ntwo three"), (["three", "\n"], "one"), (["", "zz"], "one\ntwo three")):
+            reading = reader(model, encode("x"), until).read(ids)
+            assert reading.text == text
+            assert reading.num_tokens == len(encode("one\n" if text == "one" else "one\ntwo three"))
 
-        def answered(inputs, ids=ids, end=end, **settings):
-            row = torch.tensor([[*ids, *[end] * (40 - len(ids))]] * len(inputs))
-            return SimpleNamespace(sequences=torch.cat([inputs, row], dim=1), num_forwards=torch.ones(len(inputs)))
 
-        monkeypatch.setattr(model.model, "diffusion_generate", answered)
-        asked = [request({"task_id": str(n)}, until=until) for n, until in enumerate(([], ["three", "\n"], ["", "zz"]))]
-        answers = model.generate_until(asked, True)
-        assert answers == ["one\ntwo three", "one", "one\ntwo three"]
-        assert answers[0].new_tokens == len(encode("one\ntwo three"))
-        assert answers[1].new_tokens == len(encode("one\n"))
+def test_a_row_that_ends_makes_room_at_once_and_answers_stay_in_order(model_dir, monkeypatch):
+    plain = load(model_dir, batch_size=1, max_new_tokens=24, steps=24)
+    asked = [request({"task_id": f"p/{n}"}, f"x = {n}\n", until=[]) for n in range(9)]
+    whole = plain.generate_until(asked, True)
+    letters = {}
+    for n, answer in enumerate(whole):  # a stop string of its own for every second request
+        if n % 2 and len(answer) > 3:
+            letters[n] = answer[2]
+    assert len(letters) > 2
+    ragged = [
+        request({"task_id": f"p/{n}"}, f"x = {n}\n", until=[letters[n]] if n in letters else []) for n in range(9)
+    ]
+    present = []
+    step = Decoding.step
+
+    def counted(decoding):
+        present.append(len(decoding.rows))
+        return step(decoding)
+
+    monkeypatch.setattr(Decoding, "step", counted)
+    answers = load(model_dir, batch_size=3, max_new_tokens=24, steps=24).generate_until(ragged, True)
+    for n, (answer, full) in enumerate(zip(answers, whole, strict=True)):
+        assert answer == (full[: full.index(letters[n])] if n in letters else full)
+        assert (answer.forwards < full.forwards) == (n in letters)
+    last_join = max(place for place, rows in enumerate(present) if rows == 3)
+    assert set(present[: last_join + 1]) == {3}
+    assert sum(present) == sum(answer.forwards for answer in answers)
 
 
 def test_gap_is_prefix_masks_suffix_tokenised_apart(model_dir):
@@ -202,10 +231,10 @@ def test_all_regimes_are_scored_and_their_cost_is_recorded(model_dir, settings):
     for index, (one, answer) in enumerate(zip(asked, answers, strict=True)):
         ids, seed = model.encode_prompt(one.args[0]), model._job(index, one, 0).seed
         new = model.model.diffusion_generate(torch.tensor([ids]), seed=seed, steps=8, max_new_tokens=8, **settings)
-        assert answer == model._text_answer(new[0, len(ids) :].tolist(), [], after=ids)
-    assert sorted(answer.batch_cost["answers"] for answer in answers) == [1, 2, 2]
-    assert all(answer.batch_cost["tokens_evaluated"] >= 8 for answer in answers)
-    assert (answers[0].batch_cost["cache_refreshes"] > 0) == ("kv_cache" in settings)
+        assert answer == reader(model, ids).read(new[0, len(ids) :].tolist()).text
+        assert answer.cost["forwards"] == answer.forwards
+        assert answer.cost["tokens_evaluated"] >= 8
+        assert (answer.cost["cache_refreshes"] > 0) == ("kv_cache" in settings)
 
 
 def test_none_turns_a_setting_off(model_dir):
@@ -314,8 +343,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from coda_eval.__main__ import TASKS
 from coda_eval import programs, session
-from coda_eval.harness import CoDAEvalModel, generation_settings
-from CoDALanguageModel.decoding_settings import SETTINGS, Setting
+from coda_eval.harness import CoDAEvalModel
 model = CoDAEvalModel(sys.argv[1], device="cpu", batch_size=2, steps=8, max_new_tokens=8, temperature=0.9, seed=5)
 tasks = TaskManager(include_path=[str(TASKS)], include_defaults=False)
 with session.opened(session.Session(folder=Path(sys.argv[2] + ".answers"))):
@@ -379,7 +407,7 @@ def test_two_ranks_give_the_scores_and_answers_of_one(model_dir, tmp_path):
     assert one["results"] == two["results"]
     # What failed on one rank failed on both, which went on together, and no answer of either was lost.
     assert len(two["failures"]) == 2
-    assert two["failures"][0].startswith("rank 1: ValueError: task quickstart_infill, document g/")
+    assert two["failures"][0].startswith("rank 1: UserError: task quickstart_infill, document g/")
     assert two["failures"][1] == "rank 1: RuntimeError: no more memory"
     kept = [file.read_text().splitlines() for file in sorted((tmp_path / "2.json.answers").iterdir())]
     problems = [json.loads(line)["task_id"] for lines in kept for line in lines if "quickstart_problems" in line]

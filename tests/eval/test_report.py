@@ -56,13 +56,13 @@ def test_card_holds_score_interval_settings_and_isolation(tmp_path):
 def test_card_holds_what_the_answers_cost(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "results_2026.json").write_text(json.dumps(RUN))
-    batch = {"answers": 2, "forwards": 6, "tokens_evaluated": 100, "tokens_per_forward": 1.5}
+    cost = {"forwards": 4, "tokens_evaluated": 50, "tokens_per_forward": 1.5}
     answer = {"task": "coda_humaneval", "new_tokens": 5, "forwards": 4, "generation_s": 0.5}
-    records = [answer | {"batch_cost": batch}] * 2 + [answer | {"batch_cost": None}, answer | {"task": "other"}]
+    records = [answer | {"cost": cost}] * 2 + [answer | {"cost": None}, answer | {"task": "other"}]
     (tmp_path / "answers_rank0.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (card,) = score_cards(tmp_path)
     plain = {"answers": 3, "new_tokens": 15, "forwards": 12, "generation_s": 1.5}
-    assert card["cost"] == plain | {"batch_forwards": 6, "batch_tokens_evaluated": 100}
+    assert card["cost"] == plain | {"tokens_evaluated": 100}
 
 
 def test_command_writes_json_and_markdown_and_names_what_is_wrong(tmp_path):

@@ -12,6 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from coda_eval import programs
 from coda_eval.__main__ import TASKS, main
+from CoDALanguageModel.errors import UserError
 
 ROW = {
     "task_id": "q/0",
@@ -120,7 +121,7 @@ def test_the_sandbox_is_tried_before_the_model_is_loaded(evaluation, stub, data_
     write_rows(data_dir, ROW)
 
     def missing(level):
-        raise ValueError(f"sandbox level {level!r} does not work on this machine: bwrap: No permissions")
+        raise UserError(f"sandbox level {level!r} does not work on this machine: bwrap: No permissions")
 
     with monkeypatch.context() as patch:
         patch.setattr(programs, "isolation_level", missing)

@@ -14,6 +14,7 @@ from coda_pretrain.devices.kernels import register_segment_attention
 from coda_pretrain.devices.layers import LayerScan, keep_inputs_on_host, keep_only_inputs
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.attention_coda import block_causal, causal, full, widening
+from CoDALanguageModel.modeling_coda import LAYER_LOOPS
 
 
 def layer(hidden, weight):
@@ -79,5 +80,6 @@ def test_the_segment_kernel_and_the_scan_evaluate_every_rule(monkeypatch):
         model.config._attn_implementation = register_segment_attention()
         assert (model(ids, **arguments).logits - want).abs().max() < 1e-5
         with monkeypatch.context() as scanned:
-            scanned.setattr(model.model, "run_layers", LayerScan(model.model, partition=None), raising=False)
+            scanned.setitem(LAYER_LOOPS, "scan", LayerScan(model.model, partition=None))
+            scanned.setattr(model.model, "layer_loop", "scan")
             assert (model(ids, **arguments).logits - want).abs().max() < 1e-5

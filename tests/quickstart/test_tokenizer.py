@@ -3,14 +3,15 @@
 import pytest
 from transformers import AutoTokenizer
 
-from coda_quickstart.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from coda_quickstart.tokenizer import train_tokenizer
+from CoDALanguageModel.prompts import CONTROL_TOKENS
 
 
 def test_special_tokens_have_their_roles_after_reloading(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert (loaded.mask_token, loaded.pad_token, loaded.eos_token) == ("<|mask|>", "<|endoftext|>", "<|im_end|>")
-    assert [loaded.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
+    assert [loaded.convert_tokens_to_ids(token) for token in CONTROL_TOKENS] == list(range(len(CONTROL_TOKENS)))
     assert loaded.chat_template == tokenizer.chat_template
     assert loaded("return x")["input_ids"] == tokenizer("return x")["input_ids"]
 

@@ -23,6 +23,14 @@ REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "serving/fast-api/start_server.sh"
 MESSAGES = [{"role": "user", "content": "def add(a, b):"}]
 EXTRA = {"steps": 6, "alg": "maskgit_plus", "alg_temp": 0.3, "block_length": 8, "top_k": 40}
+REGIMES = [
+    {},
+    {"kv_cache": "dual", "threshold": 0.9},
+    {"speculate": 2},
+    {"remask": "conf"},
+    {"entropy_bound": 0.5, "suffix_window": 8, "logit_bias": {"5": 1.5}},
+    {"alg": "p2", "repetition_penalty": 1.2},
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,7 @@ def run_script(cwd, **variables):
 
 def test_answers_equal_the_offline_sampler_under_concurrent_load(live_server, model_folder, chatml_tokenizer):
     model = CoDALanguageModel.from_pretrained(model_folder)
-    prompts = ["x" * (1 + 5 * i) for i in range(6)]
+    prompts = ["x" * (1 + 5 * i) for i in range(len(REGIMES))]
 
     async def ask_all():
         async with openai.AsyncOpenAI(base_url=live_server.url + "/v1", api_key="none", timeout=60) as client:
@@ -53,7 +61,7 @@ def test_answers_equal_the_offline_sampler_under_concurrent_load(live_server, mo
                     temperature=0.9,
                     top_p=0.8,
                     seed=seed,
-                    extra_body=EXTRA,
+                    extra_body=EXTRA | REGIMES[seed],
                 )
                 for seed, prompt in enumerate(prompts)
             ]
@@ -72,7 +80,7 @@ def test_answers_equal_the_offline_sampler_under_concurrent_load(live_server, mo
             top_p=0.8,
             seed=seed,
             return_dict_in_generate=True,
-            **EXTRA,
+            **EXTRA | REGIMES[seed],
         )
         new = out.sequences[0, ids.shape[1] :].tolist()
         new = new[: new.index(chatml_tokenizer.eos_token_id)] if chatml_tokenizer.eos_token_id in new else new

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from coda_serving.settings import ServerSettings, is_loopback, load_settings
+from coda_serving.settings import DECODING, ServerSettings, is_loopback, load_settings
 
 ENV_EXAMPLE = Path(__file__).resolve().parents[2] / "serving/fast-api/env.example"
-DEFAULTS = {
+DEFAULTS = {row.api: row.served_default for row in DECODING} | {
     "model_name": "org/model",
     "served_model_name": None,
     "host": "127.0.0.1",
@@ -24,23 +24,6 @@ DEFAULTS = {
     "top_p": None,
     "top_k": None,
     "block_length": 32,
-    "eps": 1e-3,
-    "logit_bias": None,
-    "repetition_penalty": None,
-    "suppress_tokens": None,
-    "kv_cache": "none",
-    "refresh_interval": None,
-    "refresh_window": None,
-    "cache_drift": None,
-    "drift_interval": 4,
-    "suffix_window": None,
-    "threshold": None,
-    "factor": None,
-    "entropy_bound": None,
-    "speculate": 0,
-    "near_tie": 1e-5,
-    "remask": None,
-    "eta": None,
     "seed": None,
     "allow_approximate": True,
     "max_queue": 64,

@@ -1,6 +1,6 @@
 """The layers of a model as one loop on the device: a layer is compiled once, and what it keeps is chosen here.
 
-``LayerScan`` takes the place of ``CoDAModel.run_layers``. A partition function splits a layer's traced forward and
+``LayerScan`` is a way to run the layers of a ``CoDAModel``. A partition function splits a layer's traced forward and
 backward graph: without rematerialisation it keeps what the backward pass reads, with it only the layer's input, which
 can wait in the host's memory.
 """
@@ -64,7 +64,7 @@ def partition_function(*, remat: bool, offload: bool) -> PartitionFunction:
 
 
 class LayerScan:
-    """``CoDAModel.run_layers`` on XLA: all layers by one compiled one, over their stacked weights."""
+    """What ``loop_layers`` is, on XLA: all layers by one compiled one, over their stacked weights."""
 
     def __init__(self, model: nn.Module, *, partition: PartitionFunction) -> None:
         """Take the layers of ``model``, a ``CoDAModel`` whose kernel takes a rule or segments.
@@ -86,6 +86,7 @@ class LayerScan:
 
     def __call__(
         self,
+        model: nn.Module,
         hidden: Tensor,
         position_ids: Tensor,
         *,
@@ -95,11 +96,12 @@ class LayerScan:
         visibility: Visibility | None = None,
         segment_ids: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """See ``CoDAModel.run_layers``.
+        """See ``loop_layers`` of ``CoDALanguageModel.modeling_coda``.
 
         Raises:
             UserError: hidden states of all layers, a cache or a mask are asked for.
         """
+        assert model.rotary_emb is self._rotary, "a process scans the layers of one model"
         if past_key_values is not None or output_hidden_states or attention_mask is not None:
             raise UserError("hardware.layers 'scan' runs whole packed rows: no cache, no mask, no hidden states")
         # The carry goes through every layer and must be of floats. The rule and positions are small; masks and angles

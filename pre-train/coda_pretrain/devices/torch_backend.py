@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,8 +69,7 @@ class TorchBackend(Backend):
 
     def prepare_model(self, model: nn.Module, *, z_loss: float = 0.0) -> nn.Module:
         """Move to the device; checkpoint and compile each layer if asked; shard if there are several processes."""
-        if z_loss:
-            model.weighted_cross_entropy = partial(model.lm_head, z_loss=z_loss)
+        model.z_loss = z_loss
         model.to(self.device)
         if self.config.remat:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -25,6 +25,7 @@ from torch_xla.experimental.distributed_checkpoint._helpers import _sharded_cpu_
 from torch_xla.utils.checkpoint import checkpoint
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.modeling_coda import LAYER_LOOPS, LOSSES
 
 from .backend import Backend, host_tensors
 from .config import HardwareConfig
@@ -137,21 +138,22 @@ class XlaBackend(Backend):
             model.config._attn_implementation = register_segment_attention()
         if self.config.layers == "scan":
             partition = partition_function(remat=self.config.remat, offload=self.config.offload)
-            model.model.run_layers = LayerScan(model.model, partition=partition)
+            LAYER_LOOPS["scan"] = LayerScan(model.model, partition=partition)
+            model.model.layer_loop = "scan"
         elif self.config.remat:
             model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=checkpoint)
-        model.weighted_cross_entropy = partial(self._cross_entropy, model, z_loss)
+        LOSSES["looped"] = self._cross_entropy
+        model.loss_sum, model.z_loss = "looped", z_loss
         torch_xla.sync()
         return model
 
-    def _cross_entropy(self, model: nn.Module, z_loss: float, *arrays: Tensor) -> Tensor:
-        hidden, labels, weights = arrays
+    def _cross_entropy(self, model: nn.Module, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         data, fsdp, tensor = self.mesh_shape
         rows = -(-len(hidden) // (data * fsdp))
         vocab_size = -(-model.config.vocab_size // tensor)
         chunk = chunk_positions(rows, vocab_size, hidden.shape[1], self.config.loss_chunk)
         return looped_cross_entropy(
-            hidden, labels, weights, model.lm_head.weight, chunk=chunk, z_loss=z_loss, mesh=self._mesh
+            hidden, labels, weights, model.lm_head.weight, chunk=chunk, z_loss=model.z_loss, mesh=self._mesh
         )
 
     def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:

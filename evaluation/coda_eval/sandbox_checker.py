@@ -1,0 +1,307 @@
+"""The checker's process: it runs the tests, and asks the candidate for what they call.
+
+It holds nothing of the candidate's code. Names that tests use and do not define are looked up in the candidate;
+arguments and results cross as plain data (``sandbox_values.py``), and comparisons happen here. Runs inside the sandbox:
+standard library only.
+"""
+
+import builtins
+import marshal
+import os
+
+from sandbox_line import Gone, describe, rebuild
+from sandbox_values import Codec, Uncarried
+
+
+class Client:
+    """The checker's side of the line."""
+
+    def __init__(self, line):
+        self.line = line
+        self.callbacks = []
+        self.handles = {}
+        self.broken = ""
+        """Why the candidate can no longer be asked; a program with such a line never passes."""
+        self.codec = Codec(self._number_of, self._object_of)
+
+    def _number_of(self, value):
+        if type(value) is Handle:
+            return b"h", number_of(value)
+        if callable(value):
+            self.callbacks.append(value)
+            return b"k", len(self.callbacks) - 1
+        raise Uncarried(f"a test passes a {type(value).__name__}, which is no plain data")
+
+    def _object_of(self, tag, number):
+        if tag == b"k":
+            return self.callbacks[number]
+        if number not in self.handles:
+            self.handles[number] = Handle(self, number)
+        return self.handles[number]
+
+    def answer(self):
+        """Parts of the answer to the last request; the candidate's exception is raised here."""
+        if self.broken:
+            raise Gone(self.broken)
+        try:
+            while True:
+                kind, parts = self.line.receive()
+                if kind == b"Q":
+                    self._called_back(parts)
+                elif kind == b"A" and len(parts) % 2:
+                    return [self.codec.decode(part) for part in parts]
+                elif kind == b"X":
+                    names, text, code = self.codec.decode(parts[0])
+                    if type(names) is not list or {*map(type, names), type(text)} != {str}:
+                        raise Gone("sent what is no answer")
+                    raise rebuild((names, text, code if type(code) in (int, str) else None))
+                else:
+                    raise Gone("sent what is no answer")
+        except (Uncarried, IndexError) as error:
+            self.broken = f"sent what is no answer ({error})"
+            raise Gone(self.broken) from None
+        except Gone as error:
+            self.broken = str(error)
+            raise
+
+    def _called_back(self, parts):
+        number, positional, named = self.codec.decode(parts[0])
+        if type(number) is not int or type(positional) is not tuple or type(named) is not dict:
+            raise Gone("sent what is no answer")
+        function = self.callbacks[number]
+        try:
+            result = (b"A", self.codec.encode(function(*positional, **named)))
+        except Exception as error:
+            result = (b"X", self.codec.encode(([kind.__name__ for kind in type(error).__mro__], str(error), None)))
+        self.line.send(*result)
+
+    def ask(self, kind, *parts):
+        """Send one request and return the parts of its answer."""
+        if self.broken:
+            raise Gone(self.broken)
+        try:
+            self.line.send(kind, *parts)
+        except BrokenPipeError:
+            self.broken = "ended without an answer"
+            raise Gone(self.broken) from None
+        return self.answer()
+
+    def do(self, operation, *operands):
+        """The result of one of ``OPERATIONS``."""
+        return self.ask(b"O", *(self.codec.encode(value) for value in (operation, *operands)))[0]
+
+    def call(self, function, positional, named):
+        """Call the candidate's function; arguments that it changed are changed here too."""
+        values = [*positional, *named.values()]
+        encoded = [self.codec.encode(value) for value in ("call", function, len(positional), list(named), *values)]
+        result, *changed = self.ask(b"O", *encoded)
+        for place, after in zip(changed[::2], changed[1::2], strict=True):
+            if type(place) is int and 0 <= place < len(values):
+                renew(values[place], after)
+        return result
+
+    def name(self, name):
+        """What the candidate's module has under ``name``. Raises KeyError."""
+        try:
+            return self.ask(b"N", self.codec.encode(name))[0]
+        except AttributeError:
+            raise KeyError(name) from None
+
+
+def renew(old, new):
+    """Give ``old`` the content of ``new`` in place, as far down as both are of the same mutable kind."""
+    if type(old) is not type(new):
+        return
+    if type(old) is list or type(old) is tuple:
+        if len(old) == len(new):
+            for place, (before, after) in enumerate(zip(old, new, strict=True)):
+                if type(before) is type(after) and type(before) in RENEWED:
+                    renew(before, after)
+                elif type(old) is list:
+                    old[place] = after
+        elif type(old) is list:
+            old[:] = new
+    elif isinstance(old, dict):
+        for key in [key for key in old if key not in new]:
+            del old[key]
+        same = list(old) == [key for key in new if key in old]
+        if not same:
+            kept = dict(old)
+            old.clear()
+            old.update((key, kept.get(key, new[key])) for key in new)
+        for key, after in new.items():
+            if key in old and type(old[key]) is type(after) and type(after) in RENEWED:
+                renew(old[key], after)
+            else:
+                old[key] = after
+    elif isinstance(old, (set, bytearray)) or type(old).__name__ == "deque":
+        old.clear()
+        (old.update if isinstance(old, set) else old.extend)(new)
+    elif type(old).__name__ == "ndarray" and old.shape == new.shape:
+        old[...] = new
+
+
+RENEWED = (list, tuple, dict, set, bytearray)
+
+
+class Handle:
+    """An object of the candidate that is no plain data: a function, a class, an instance, an iterator.
+
+    What is done with it happens in the candidate, and what comes back is data or another handle. It is never equal to
+    data, and orders with handles only: an object does not decide by itself that it is the right answer.
+    """
+
+    __slots__ = ("_client", "_number")
+
+    def __init__(self, client, number):
+        object.__setattr__(self, "_client", client)
+        object.__setattr__(self, "_number", number)
+
+    def __call__(self, *positional, **named):  # noqa: D102
+        return _client(self).call(self, positional, named)
+
+    def __getattr__(self, name):
+        if name.startswith("__") and name not in ("__name__", "__doc__", "__qualname__", "__module__"):
+            raise AttributeError(name)
+        return _client(self).do("getattr", self, name)
+
+    def __setattr__(self, name, value):
+        _client(self).do("setattr", self, name, value)
+
+    def __delattr__(self, name):
+        _client(self).do("delattr", self, name)
+
+    def __iter__(self):
+        return iter(found) if type(found := _client(self).do("iter", self)) is not Handle else found
+
+    def __next__(self):
+        return _client(self).do("next", self)
+
+    def __len__(self):
+        return _client(self).do("len", self)
+
+    def __bool__(self):
+        return _client(self).do("bool", self)
+
+    def __str__(self):
+        return _client(self).do("str", self)
+
+    def __repr__(self):
+        return _client(self).do("repr", self)
+
+    def __float__(self):
+        return _client(self).do("float", self)
+
+    def __index__(self):
+        return _client(self).do("index", self)
+
+    def __getitem__(self, key):
+        return _client(self).do("getitem", self, key)
+
+    def __setitem__(self, key, value):
+        _client(self).do("setitem", self, key, value)
+
+    def __instancecheck__(self, value):
+        return type(value) is Handle and _client(self).do("isinstance", value, self) is True
+
+    def __eq__(self, other):
+        return self is other or (type(other) is Handle and _client(self).do("eq", self, other) is True)
+
+    def __ne__(self, other):
+        return not self == other
+
+    def __hash__(self):
+        return id(self)
+
+    def __lt__(self, other):
+        return _client(self).do("lt", self, other) if type(other) is Handle else NotImplemented
+
+    def __le__(self, other):
+        return _client(self).do("le", self, other) if type(other) is Handle else NotImplemented
+
+    def __gt__(self, other):
+        return _client(self).do("gt", self, other) if type(other) is Handle else NotImplemented
+
+    def __ge__(self, other):
+        return _client(self).do("ge", self, other) if type(other) is Handle else NotImplemented
+
+
+def _client(handle):
+    return object.__getattribute__(handle, "_client")
+
+
+def number_of(handle):
+    """The number that a handle goes by."""
+    return object.__getattribute__(handle, "_number")
+
+
+class Names(dict):
+    """Globals of the tests. What tests call is the candidate's; other names are theirs, a builtin, or the candidate's.
+
+    So a candidate that defines ``check`` or ``zip`` for itself changes no test.
+    """
+
+    def __init__(self, client, called):
+        super().__init__(__name__="tests", __builtins__=builtins)
+        self.client = client
+        self.called = called
+
+    def __missing__(self, name):
+        if name in self.called:
+            try:
+                value = self.client.name(name)
+            except KeyError:
+                raise NameError(f"the program defines no {name}") from None  # also where a builtin has the name
+        else:
+            value = getattr(builtins, name) if hasattr(builtins, name) else self.client.name(name)
+        self[name] = value
+        return value
+
+
+def check(client, tests_fd):
+    """Run the tests: (status, error)."""
+    phase = "program"
+    try:
+        client.answer()
+        phase = "tests"
+        with os.fdopen(tests_fd, "rb") as file:
+            setup, tests, called = marshal.loads(file.read())
+        names = Names(client, called)
+        exec(compile(setup, "<setup>", "exec"), names)
+        for name in called:
+            names.pop(name, None)
+        exec(compile(tests, "<tests>", "exec"), names)
+    except SystemExit as error:
+        return "exited", f"the program left with code {error.code!r} before its tests were done"[:500]
+    except MemoryError:
+        return "memory", f"MemoryError in the {phase}"
+    except Gone as error:
+        status = "failed" if "no answer" in str(error) else "killed"
+        return status, f"{phase}: the program {error}{ending()}"
+    except BaseException as error:
+        if not client.broken:
+            return "failed", f"{phase}: {describe(error)}"
+    if client.broken:
+        return "failed" if "no answer" in client.broken else "killed", f"the program {client.broken}{ending()}"
+    return "passed", ""
+
+
+_ended = {}
+
+
+def collect(*_):
+    """Collect ended children: also those that a program left behind, which come to this process."""
+    try:
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            _ended[pid] = os.waitstatus_to_exitcode(status)
+    except ChildProcessError:
+        return
+
+
+def ending():
+    """How the candidate's process ended, as far as is known."""
+    collect()
+    return f" (exit status {next(iter(_ended.values()))})" if len(_ended) == 1 else ""
