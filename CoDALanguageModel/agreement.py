@@ -19,6 +19,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from .decoding_settings import SETTINGS, parse_settings
+from .errors import UserError
 from .modeling_coda import CoDALanguageModel
 from .prompts import Codec
 
@@ -101,7 +102,7 @@ def read_prompts(path: Path, tokenizer: Any, *, chat: bool) -> list[list[int]]:
     """Prompts from a file: JSON lines with `prompt`, or one text per line.
 
     Raises:
-        ValueError: the file holds no prompt, or a JSON line has none.
+        UserError: the file holds no prompt, or a JSON line has none.
     """
     prompts, codec = [], Codec(tokenizer)
     for line in filter(str.strip, path.read_text().splitlines()):
@@ -109,11 +110,11 @@ def read_prompts(path: Path, tokenizer: Any, *, chat: bool) -> list[list[int]]:
         if path.suffix == ".jsonl":
             row = json.loads(line)
             if "prompt" not in row:
-                raise ValueError(f"each line of {path} must have the key 'prompt', got {', '.join(row)}")
+                raise UserError(f"each line of {path} must have the key 'prompt', got {', '.join(row)}")
             text = row["prompt"]
         prompts.append(codec.encode_chat([{"role": "user", "content": text}]) if chat else codec.encode_text(text))
     if not prompts:
-        raise ValueError(f"{path} holds no prompt")
+        raise UserError(f"{path} holds no prompt")
     return prompts
 
 
