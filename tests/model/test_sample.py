@@ -10,7 +10,7 @@ from PIL import Image
 
 from CoDALanguageModel import CoDAConfig, DiffusionGenerationConfig
 from CoDALanguageModel.prompts import Codec
-from CoDALanguageModel.sample import Recording, parse, read_gaps, run, token_texts
+from CoDALanguageModel.tools.sample import Recording, parse, read_gaps, run, token_texts
 
 MASK = 9
 
