@@ -1,6 +1,6 @@
 """From an autoregressive Qwen3, Qwen2 or Llama model to a CoDA model: same weights, other attention mask.
 
-Not here: files and command lines (``save_hf_model.py`` writes folders, pre-training starts from them directly).
+Not here: files and command lines (`save_hf_model.py` writes folders, pre-training starts from them directly).
 """
 
 import logging

@@ -47,7 +47,7 @@ console = Console()
 
 
 def make_data(folder: Path) -> None:
-    """A tokenizer folder and shards of random tokens below ``folder``."""
+    """A tokenizer folder and shards of random tokens below `folder`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -76,7 +76,7 @@ def make_data(folder: Path) -> None:
 
 
 def contend(name: str, folder: Path) -> None:
-    """Train as contender ``name``: one step for each line on stdin, its seconds and loss on stdout."""
+    """Train as contender `name`: one step for each line on stdin, its seconds and loss on stdout."""
     from coda_pretrain.config import RunConfig
     from coda_pretrain.plain_data import from_dict
     from coda_pretrain.train.trainer import Trainer
@@ -103,7 +103,7 @@ def contend(name: str, folder: Path) -> None:
 
 
 def measure(rounds: int, warmup: int = 3) -> dict[str, dict[str, float]]:
-    """Seconds of each contender, in turns of one step; the first ``warmup`` rounds compile and are left out."""
+    """Seconds of each contender, in turns of one step; the first `warmup` rounds compile and are left out."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder)
@@ -205,7 +205,7 @@ def findings(results: dict[str, Any]) -> list[str]:
 
 
 def write_section(path: Path, lines: list[str]) -> None:
-    """Put the lines between this benchmark's markers in ``path``, after what is there if it has none."""
+    """Put the lines between this benchmark's markers in `path`, after what is there if it has none."""
     section = "\n".join([BEGIN, *lines, END])
     text = path.read_text() if path.exists() else "# Benchmark results\n"
     if BEGIN in text and END in text:

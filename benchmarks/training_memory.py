@@ -39,7 +39,7 @@ def measure_layers(quick: bool = False) -> dict[str, Any]:
         quick: small sizes.
 
     Returns:
-        ``sizes``, ``bytes`` of each case of ``LAYER_CASES``, and ``ratio_to_loop``.
+        `sizes`, `bytes` of each case of `LAYER_CASES`, and `ratio_to_loop`.
     """
     sizes = QUICK_LAYERS if quick else LAYERS
     found = {name: _measure({"kind": "layers", "settings": s, **sizes}) for name, s in LAYER_CASES.items()}
@@ -53,7 +53,7 @@ def measure_loss(quick: bool = False) -> dict[str, Any]:
         quick: small sizes.
 
     Returns:
-        ``sizes``, ``bytes`` of each case of ``LOSS_CASES``, and ``chunked_to_naive``.
+        `sizes`, `bytes` of each case of `LOSS_CASES`, and `chunked_to_naive`.
     """
     sizes = QUICK_LOSS if quick else LOSS
     found = {name: _measure({"kind": "loss", "chunk": chunk, **sizes}) for name, chunk in LOSS_CASES.items()}

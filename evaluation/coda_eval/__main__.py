@@ -1,4 +1,4 @@
-"""lm-eval's command line with our model and our tasks: ``python -m coda_eval [run|ls|validate] ...``."""
+"""lm-eval's command line with our model and our tasks: `python -m coda_eval [run|ls|validate] ...`."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ TASKS = Path(__file__).with_name("tasks")
 
 
 def add_our_tasks(args: argparse.Namespace) -> argparse.Namespace:
-    """Put our tasks folder before the user's ``--include_path``, which may redefine our names."""
+    """Put our tasks folder before the user's `--include_path`, which may redefine our names."""
     if not hasattr(args, "include_path"):
         return args
     given = args.include_path

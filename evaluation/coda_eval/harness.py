@@ -1,7 +1,7 @@
-"""CoDA as an lm-eval model, registered as ``coda`` and ``diffllm``.
+"""CoDA as an lm-eval model, registered as `coda` and `diffllm`.
 
-Loading, tokenizer, chat template and the accelerate plumbing are lm-eval's ``HFLM`` and ``hosted.py``; what differs
-for a masked-diffusion model is here: generation, infilling, and the likelihood (``likelihood.py``).
+Loading, tokenizer, chat template and the accelerate plumbing are lm-eval's `HFLM` and `hosted.py`; what differs
+for a masked-diffusion model is here: generation, infilling, and the likelihood (`likelihood.py`).
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from CoDALanguageModel.row import Request, Row
 logger = logging.getLogger(__name__)
 
 LOADER_SETTINGS = frozenset({"attn_implementation", "device_map", "load_in_4bit", "load_in_8bit"})
-"""Keyword arguments of ``from_pretrained`` that model_args may hold."""
+"""Keyword arguments of `from_pretrained` that model_args may hold."""
 
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -60,7 +60,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], place: str) -> No
 class ChatPrompt(str):
     """What lm-eval holds as the text of a prompt: a conversation as the template writes it, and the conversation.
 
-    lm-eval hands strings from ``apply_chat_template`` to the model, in which control tokens and what looks like them
+    lm-eval hands strings from `apply_chat_template` to the model, in which control tokens and what looks like them
     can no longer be told apart. The messages travel along, also through copies, files and other processes.
     """
 
@@ -125,11 +125,11 @@ class CoDAEvalModel(HostedLM):
     Args:
         pretrained: a CoDA folder or Hub name, or a loaded model.
         mc_num: masked inputs per likelihood; a continuation with at most that many mask patterns is exact.
-        seed: base of all draws; by default the torch seed of ``--seed``. Each answer's own seed is made from this
+        seed: base of all draws; by default the torch seed of `--seed`. Each answer's own seed is made from this
             one, the task, the document and the repeat, and from nothing else.
-        **kwargs: any setting of ``DiffusionGenerationConfig`` that is not withheld here, which then wins over
-            ``--gen_kwargs``, which wins over the task file, which wins over the checkpoint's
-            ``generation_config.json``; and ``HFLM``'s arguments.
+        **kwargs: any setting of `DiffusionGenerationConfig` that is not withheld here, which then wins over
+            `--gen_kwargs`, which wins over the task file, which wins over the checkpoint's
+            `generation_config.json`; and `HFLM`'s arguments.
 
     Raises:
         UserError: an unknown setting, with the nearest known one, a value that cannot hold, or a tokenizer that does
@@ -163,7 +163,7 @@ class CoDAEvalModel(HostedLM):
     # Prompts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as lm-eval shows and keeps it, with what ``encode_prompt`` needs.
+        """A conversation as lm-eval shows and keeps it, with what `encode_prompt` needs.
 
         Raises:
             UserError: the template refuses the messages, a system message for example.
@@ -302,7 +302,7 @@ class CoDAEvalModel(HostedLM):
         return text.ids, text.gaps[0]
 
     def _answered(self, jobs: list[_Job]) -> Iterator[tuple[_Job, Answer]]:
-        """Decode at most ``batch_size`` jobs at a time; where one ends the next joins at once."""
+        """Decode at most `batch_size` jobs at a time; where one ends the next joins at once."""
         decoding = Decoding(self.model, decode=self.codec.decode)
         waiting, running = deque(jobs), {}
         while waiting or running:
@@ -326,7 +326,7 @@ class CoDAEvalModel(HostedLM):
                     yield one.job, answer
 
     def _reader(self, job: _Job, config: Any) -> AnswerReader:
-        """What reads the answer of a job that is decoded with the settings ``config``."""
+        """What reads the answer of a job that is decoded with the settings `config`."""
         return AnswerReader(
             decode=self.codec.decode,
             mask_token_id=config.mask_token_id,

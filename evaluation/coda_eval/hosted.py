@@ -17,7 +17,7 @@ CACHE_LIES = (
     "lm-eval's cache of answers knows a prompt by its text alone: another checkpoint, seed or number of steps would "
     "get the old answers, and the samples of one problem would become one"
 )
-"""Why ``use_cache`` is refused."""
+"""Why `use_cache` is refused."""
 
 _HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
@@ -26,7 +26,7 @@ class HostedLM(HFLM):
     """lm-eval's Hugging Face model, which knows its rank also without GPUs and has no cache.
 
     Raises:
-        UserError: ``pretrained`` is not a path or a model, or the processes do not see each other.
+        UserError: `pretrained` is not a path or a model, or the processes do not see each other.
     """
 
     def __init__(self, pretrained: Any, **kwargs: Any) -> None:

@@ -46,14 +46,14 @@ def plan_masks(length: int, mc_num: int, rng: np.random.Generator) -> MaskPlan:
     Args:
         length: tokens of the continuation, L >= 1.
         mc_num: largest number of sets.
-        rng: source of the sampled sets; not touched when all sets fit in ``mc_num``.
+        rng: source of the sampled sets; not touched when all sets fit in `mc_num`.
 
     Returns:
-        All sets, or ``mc_num`` sampled ones: l = floor(((u + j / n) mod 1) * L) + 1 for j < n, which gives every l
+        All sets, or `mc_num` sampled ones: l = floor(((u + j / n) mod 1) * L) + 1 for j < n, which gives every l
         the same chance (rounding a linspace does not), and for each l a uniform set. Weight L / (l * n).
 
     Raises:
-        UserError: ``length`` or ``mc_num`` is not positive.
+        UserError: `length` or `mc_num` is not positive.
     """
     if length < 1 or mc_num < 1:
         raise UserError(f"length and mc_num must be positive, got {length} and {mc_num}")
@@ -90,7 +90,7 @@ def bound_log_likelihoods(
     the same sets. Inputs of several pairs are batched together.
 
     Raises:
-        UserError: an empty context or continuation, or a pair longer than ``max_length``.
+        UserError: an empty context or continuation, or a pair longer than `max_length`.
     """
     for context, continuation in pairs:
         if not context or not continuation:

@@ -1,7 +1,7 @@
 """From an answer to a scored program: what lm-eval's filters and metrics of our tasks call.
 
 Programs run in the filter stage, which sees all answers of a task at once, so they run in parallel, and each answer's
-log entry holds its status, error and seconds. Not here: the sandbox (``sandbox.py``), the problems (``data.py``).
+log entry holds its status, error and seconds. Not here: the sandbox (`sandbox.py`), the problems (`data.py`).
 """
 
 import ast
@@ -44,7 +44,7 @@ class Answer(str):
     """Seconds of each step it took part in, divided by the answers in the step."""
 
     cost: dict[str, float] | None = None
-    """``DecodingCost`` of its row."""
+    """`DecodingCost` of its row."""
 
     surplus: bool = False
     """True for the repeats that lm-eval adds to give every rank the same number of requests; never scored."""
@@ -56,7 +56,7 @@ class Answer(str):
 
 
 def extract_code(answer: str, entry_point: str | None = None) -> str:
-    """The code of a chat answer: the first fenced block that defines ``entry_point``, else the first, else all."""
+    """The code of a chat answer: the first fenced block that defines `entry_point`, else the first, else all."""
     answer = answer.removeprefix("\ufeff")
     blocks = _FENCE.findall(answer)
     defines = re.compile(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(entry_point)}\b", re.M) if entry_point else None
@@ -64,7 +64,7 @@ def extract_code(answer: str, entry_point: str | None = None) -> str:
 
 
 def _parse(code: str) -> ast.Module | None:
-    """The syntax tree of ``code``, if it is a program of its own."""
+    """The syntax tree of `code`, if it is a program of its own."""
     try:
         return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -72,7 +72,7 @@ def _parse(code: str) -> ast.Module | None:
 
 
 def _defined(code: str) -> tuple[str, ...]:
-    """Names of the functions and classes that ``code`` defines at top level."""
+    """Names of the functions and classes that `code` defines at top level."""
     tree = _parse(code)
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     return tuple(node.name for node in tree.body if isinstance(node, kinds)) if tree else ()
@@ -82,7 +82,7 @@ def _join(prompt: str, code: str, entry_point: str) -> str:
     """The program of a prompt and an answer that continues it, or that is a program of its own.
 
     The prompt's imports and auxiliary functions stand above either way, but below what must come first in a program:
-    its ``from __future__`` lines.
+    its `from __future__` lines.
     """
     if entry_point not in _defined(code):
         return prompt + code
@@ -193,7 +193,7 @@ def sandbox_settings() -> tuple[str, int | None]:
 
 
 def documents(data: str, **kwargs: Any) -> dict[str, Any]:
-    """The documents of a benchmark whose answers will be run; see ``coda_eval.data.documents``.
+    """The documents of a benchmark whose answers will be run; see `coda_eval.data.documents`.
 
     The sandbox is tried first: lm-eval loads a task's documents before it generates anything, so that answers that
     nothing could judge are never made.
@@ -239,12 +239,12 @@ def compare_middle(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]
 
 
 def pass_at_k(num_answers: int, num_passed: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of ``k`` answers passes: 1 - C(n - c, k) / C(n, k).
+    """Unbiased estimate of the chance that one of `k` answers passes: 1 - C(n - c, k) / C(n, k).
 
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1, in its product form.
 
     Raises:
-        UserError: ``k`` is not in [1, num_answers].
+        UserError: `k` is not in [1, num_answers].
     """
     if not 1 <= k <= num_answers:
         raise UserError(f"k must be in [1, {num_answers}] (the number of answers), got {k}")

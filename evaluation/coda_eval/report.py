@@ -1,6 +1,6 @@
-"""Score cards: ``python -m coda_eval.report RESULTS_DIR --output scores.json`` (or ``scores.md``).
+"""Score cards: `python -m coda_eval.report RESULTS_DIR --output scores.json` (or `scores.md`).
 
-One entry per task and metric of every ``results_*.json`` in the folder: score, number of documents, standard error,
+One entry per task and metric of every `results_*.json` in the folder: score, number of documents, standard error,
 Wilson interval, the settings that made it and what its answers cost, the versions, and the isolation level.
 """
 
@@ -29,7 +29,7 @@ def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> t
         z: quantile of the normal distribution.
 
     Raises:
-        UserError: ``share`` or ``count`` is out of range.
+        UserError: `share` or `count` is out of range.
     """
     if not 0.0 <= share <= 1.0 or count < 1:
         raise UserError(f"share must be in [0, 1] and count positive, got {share} and {count}")
@@ -40,7 +40,7 @@ def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> t
 
 
 def score_cards(folder: str | Path) -> list[dict[str, Any]]:
-    """Every score below ``folder``, oldest run first.
+    """Every score below `folder`, oldest run first.
 
     Raises:
         UserError: there is no results file, or one is not lm-eval's.

@@ -1,4 +1,4 @@
-"""The command ``run``: everything that can be known is checked before a model loads, then one task after the other.
+"""The command `run`: everything that can be known is checked before a model loads, then one task after the other.
 
 The arguments are lm-eval's, and lm-eval runs each task and writes its results. Here is what stands around that: the
 refusals, the folder that no two runs share, one model for all tasks, and the account of those that failed.
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """Check the command, load the model, then run the tasks one by one.
 
     Args:
-        args: lm-eval's parsed arguments of ``run``.
+        args: lm-eval's parsed arguments of `run`.
 
     Raises:
         UserError: something is wrong that can be known before a model is loaded, or the model refuses its settings.
@@ -105,14 +105,14 @@ def refuse_caches(config: EvaluatorConfig) -> None:
 
 
 def results_in(output: Path) -> list[Path]:
-    """The results files of finished runs at an ``--output_path``."""
+    """The results files of finished runs at an `--output_path`."""
     if output.suffix == ".json":
         return sorted(output.parent.glob(f"{glob.escape(output.stem)}_*.json"))
     return sorted(output.rglob("results_*.json"))
 
 
 def claim_folder(output_path: str | None) -> Path | None:
-    """The ``--output_path``: its folder is made, and holds no results yet.
+    """The `--output_path`: its folder is made, and holds no results yet.
 
     Raises:
         UserError: it holds results or answers of an earlier run, or nothing can be written there.

@@ -1,22 +1,22 @@
 """Run untrusted Python programs and judge them from outside: walls, limits, a checker apart, many at once.
 
-Three levels isolate, best first. ``bubblewrap`` (the ``bwrap`` program) and ``unshare`` (namespaces that the child
+Three levels isolate, best first. `bubblewrap` (the `bwrap` program) and `unshare` (namespaces that the child
 makes itself) show a program the standard library, numpy where installed, a small scratch folder, and nothing else: no
-network, no other process, no file of the machine. ``landlock``, for containers without namespaces, refuses the same to
+network, no other process, no file of the machine. `landlock`, for containers without namespaces, refuses the same to
 a program that lives among the machine's processes and on its file system: it can learn that a path or a process exists
-and a file's size and times, no more. ``rlimits`` limits what a program uses and refuses it sockets and signals to
+and a file's size and times, no more. `rlimits` limits what a program uses and refuses it sockets and signals to
 others, but it reads, and as an ordinary user writes, the machine's files: it is never chosen unasked. At all levels a
-filter refuses the system calls that no program needs (``sandbox_walls.py``). The level that ran is part of every
+filter refuses the system calls that no program needs (`sandbox_walls.py`). The level that ran is part of every
 verdict.
 
-A candidate and its tests run in two processes (``sandbox_child.py``). The candidate's has no word of the tests, no file
+A candidate and its tests run in two processes (`sandbox_child.py`). The candidate's has no word of the tests, no file
 or pipe but its line to the checker, and what crosses is plain data. What remains possible: to recognise the tests'
 inputs and answer from a table; to answer differently from call to call; to be an object, where a test only asks for
 the truth, the length, the items or the order of the candidate's own objects; to pass tests that compare a candidate
 with itself; and whatever a fault of the kernel allows. Memory is looked at some twenty times a second, so a program
 may exceed its limit for that long; files in the scratch folder come on top.
 
-Not here: what a program consists of (``programs.py``).
+Not here: what a program consists of (`programs.py`).
 """
 
 import contextlib
@@ -55,7 +55,7 @@ SHARED = ("landlock", "rlimits")
 """Levels where a program lives among the machine's processes and on its file system."""
 
 ISOLATED = ("bubblewrap", "unshare", "landlock")
-"""Levels that ``auto`` may choose: a program there reaches nothing of the machine."""
+"""Levels that `auto` may choose: a program there reaches nothing of the machine."""
 
 PACKAGES = ("numpy", "tzdata")
 """Packages outside the standard library that programs may import: the MBPP+ tests need numpy, zoneinfo the zones."""
@@ -66,7 +66,7 @@ no account owns it. Each program has its own, which makes the limit on processes
 kernel still takes a fork bomb down."""
 
 _CHILD = [f"sandbox_{name}" for name in ("values", "line", "walls", "candidate", "checker", "child")]
-"""Modules of the process inside the sandbox, each after those that it imports; the last one has ``main``."""
+"""Modules of the process inside the sandbox, each after those that it imports; the last one has `main`."""
 
 WALL_FACTOR, WALL_S = 8, 30
 """A program that waits for a processor gets this many times its limit, and these seconds more, by the clock; then it
@@ -88,7 +88,7 @@ class Program:
     """Source that stands before the tests on their side: helpers that they need and no candidate may replace."""
 
     called: tuple[str, ...] = ()
-    """Names that are the candidate's although ``setup`` or the builtins have them."""
+    """Names that are the candidate's although `setup` or the builtins have them."""
 
     timeout_s: float = 20.0
     """Limit in seconds of processor time of all its processes, plus the time in which it does nothing but wait."""
@@ -126,7 +126,7 @@ class Verdict:
     """By the clock."""
 
     isolation: str
-    """What ``isolation_label`` says of the level that ran."""
+    """What `isolation_label` says of the level that ran."""
 
     cpu_seconds: float = 0.0
     """Processor time of all processes, as last seen: zero for what ends at once."""
@@ -148,13 +148,13 @@ def isolation_label(level: str) -> str:
 
 
 def isolation_level(requested: str = "auto") -> str:
-    """The level to use: the best of ``ISOLATED`` that works here, or the requested one.
+    """The level to use: the best of `ISOLATED` that works here, or the requested one.
 
     Args:
-        requested: ``auto`` or one of ``LEVELS``.
+        requested: `auto` or one of `LEVELS`.
 
     Raises:
-        UserError: the name is unknown, or that level (for ``auto``: every level that isolates) does not work here.
+        UserError: the name is unknown, or that level (for `auto`: every level that isolates) does not work here.
     """
     if requested not in ("auto", *LEVELS):
         raise UserError(f"the sandbox level must be auto, {', '.join(LEVELS)}; got {requested!r}")
@@ -177,11 +177,11 @@ def run_programs(
     """Run every program in its own sandbox and interpreter, several at once, and judge each.
 
     Nothing that a program does raises here. A sandbox that cannot be built although the level works (the machine is
-    out of processes, say) is tried again; what then still cannot be judged has the status ``unjudged``.
+    out of processes, say) is tried again; what then still cannot be judged has the status `unjudged`.
 
     Args:
         programs: what to run; order is kept.
-        level: ``auto`` or one of ``LEVELS``.
+        level: `auto` or one of `LEVELS`.
         workers: programs at once; by default one per core.
         limits: resource limits of each program.
 
@@ -217,7 +217,7 @@ class _Gate:
         self.workers, self.running, self.lock = workers, 0, threading.Lock()
 
     def run(self, function: Callable[..., Verdict], *arguments: Any) -> Verdict:
-        """Call ``function`` once there is room."""
+        """Call `function` once there is room."""
         while not self._enter():
             time.sleep(0.2)
         try:
@@ -237,7 +237,7 @@ class _Gate:
 
 
 def _run_surely(program: Program, level: str, limits: Limits) -> Verdict:
-    """``_run``, three times if the sandbox could not be built."""
+    """`_run`, three times if the sandbox could not be built."""
     for wait in (0.5, 2.0, None):
         try:
             return _run(program, level, limits)
@@ -250,7 +250,7 @@ def _run_surely(program: Program, level: str, limits: Limits) -> Verdict:
 
 
 def _probe(level: str) -> bool:
-    """Whether ``level`` works here, found by running a program once per process."""
+    """Whether `level` works here, found by running a program once per process."""
     if level not in _probe.reasons:
         try:
             verdict = _run(Program(candidate="", tests=""), level, Limits())
@@ -409,7 +409,7 @@ def _run(program: Program, level: str, limits: Limits) -> Verdict:
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO]:
-    """Both ends of a pipe, closed with ``stack``."""
+    """Both ends of a pipe, closed with `stack`."""
     reader, writer = os.pipe()
     return stack.enter_context(os.fdopen(reader, "rb", 0)), stack.enter_context(os.fdopen(writer, "wb", 0))
 
@@ -621,7 +621,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def _tree(pid: int) -> dict[int, list[str]]:
-    """The process ``pid`` and all below it, each with the states of its threads."""
+    """The process `pid` and all below it, each with the states of its threads."""
     found, to_see = {}, [pid]
     while to_see:
         parent = to_see.pop()

@@ -122,7 +122,7 @@ FIXED = {int, float, complex, bool, str, bytes, type(None), frozenset, range}
 
 
 def stage(source, folder):
-    """A module for the candidate in which a script finds what it expects: ``__main__``, ``__file__``, ``exit``."""
+    """A module for the candidate in which a script finds what it expects: `__main__`, `__file__`, `exit`."""
     import _sitebuiltins
 
     for name in ("exit", "quit"):

@@ -1,7 +1,7 @@
 """The checker's process: it runs the tests, and asks the candidate for what they call.
 
 It holds nothing of the candidate's code. Names that tests use and do not define are looked up in the candidate;
-arguments and results cross as plain data (``sandbox_values.py``), and comparisons happen here. Runs inside the sandbox:
+arguments and results cross as plain data (`sandbox_values.py`), and comparisons happen here. Runs inside the sandbox:
 standard library only.
 """
 
@@ -87,7 +87,7 @@ class Client:
         return self.answer()
 
     def do(self, operation, *operands):
-        """The result of one of ``OPERATIONS``."""
+        """The result of one of `OPERATIONS`."""
         return self.ask(b"O", *(self.codec.encode(value) for value in (operation, *operands)))[0]
 
     def call(self, function, positional, named):
@@ -101,7 +101,7 @@ class Client:
         return result
 
     def name(self, name):
-        """What the candidate's module has under ``name``. Raises KeyError."""
+        """What the candidate's module has under `name`. Raises KeyError."""
         try:
             return self.ask(b"N", self.codec.encode(name))[0]
         except AttributeError:
@@ -109,7 +109,7 @@ class Client:
 
 
 def renew(old, new):
-    """Give ``old`` the content of ``new`` in place, as far down as both are of the same mutable kind."""
+    """Give `old` the content of `new` in place, as far down as both are of the same mutable kind."""
     if type(old) is not type(new):
         return
     if type(old) is list or type(old) is tuple:
@@ -238,7 +238,7 @@ def number_of(handle):
 class Names(dict):
     """Globals of the tests. What tests call is the candidate's; other names are theirs, a builtin, or the candidate's.
 
-    So a candidate that defines ``check`` or ``zip`` for itself changes no test.
+    So a candidate that defines `check` or `zip` for itself changes no test.
     """
 
     def __init__(self, client, called):

@@ -1,12 +1,12 @@
 """The processes inside the sandbox: walls first, then a candidate and, apart from it, the checker that runs the tests.
 
-It runs as ``python -I -S -B -c`` with its code and a job on standard input and must import nothing but the standard
+It runs as `python -I -S -B -c` with its code and a job on standard input and must import nothing but the standard
 library and the other files of the sandbox, which come with it. What is deliberately not here: starting, timing and
-judging (``sandbox.py``).
+judging (`sandbox.py`).
 
-One process builds the walls (``sandbox_walls``) and forks. The child becomes the candidate (``sandbox_candidate``), the
-parent the checker (``sandbox_checker``), which has tests and report pipe; both hold an end of the line between them
-(``sandbox_line``).
+One process builds the walls (`sandbox_walls`) and forks. The child becomes the candidate (`sandbox_candidate`), the
+parent the checker (`sandbox_checker`), which has tests and report pipe; both hold an end of the line between them
+(`sandbox_line`).
 """
 
 import os

@@ -1,6 +1,6 @@
 """The line between a candidate and its checker: messages over two pipes, and failures as data.
 
-Runs inside the sandbox: standard library only. What a message carries is ``sandbox_values.py``'s.
+Runs inside the sandbox: standard library only. What a message carries is `sandbox_values.py`'s.
 """
 
 import os
@@ -15,7 +15,7 @@ def describe(error):
 
 
 class Gone(BaseException):
-    """The candidate's process ended, or answers what is no answer. Tests do not catch it by ``except Exception``."""
+    """The candidate's process ended, or answers what is no answer. Tests do not catch it by `except Exception`."""
 
 
 class Line:
@@ -37,7 +37,7 @@ class Line:
                 piece = piece[os.write(self.writer, piece) :]
 
     def receive(self):
-        """(kind, parts) of the next message. Raises ``Gone`` at the end of the stream and for what is no message."""
+        """(kind, parts) of the next message. Raises `Gone` at the end of the stream and for what is no message."""
         size, kind = struct.unpack("<Qc", self._exactly(9))
         if size > MAX_BYTES:
             raise Gone("sent what is no answer")

@@ -1,8 +1,8 @@
 """Values that cross between a candidate and its tests: a bounded, closed encoding of plain data.
 
-Nothing here runs code of the other side: ``decode`` builds exact builtin and standard types (and numpy arrays) from
+Nothing here runs code of the other side: `decode` builds exact builtin and standard types (and numpy arrays) from
 bytes and refuses everything else. An instance of a subclass is sent as what it is underneath (a named tuple as a
-tuple); what is no data at all (functions, classes, instances, iterators) goes by number, see ``Codec``. Copies lose
+tuple); what is no data at all (functions, classes, instances, iterators) goes by number, see `Codec`. Copies lose
 shared references. Runs inside the sandbox: standard library only.
 """
 
@@ -34,7 +34,7 @@ class Uncarried(TypeError):
 
 
 def exception_class(name):
-    """The builtin exception ``name``, or None."""
+    """The builtin exception `name`, or None."""
     found = getattr(builtins, name, None)
     return found if isinstance(found, type) and issubclass(found, BaseException) else None
 
@@ -43,7 +43,7 @@ class Codec:
     """Encodes and decodes values.
 
     Args:
-        number_of: gives the pair (tag byte, number) of an object that is no data, or raises ``Uncarried``.
+        number_of: gives the pair (tag byte, number) of an object that is no data, or raises `Uncarried`.
         object_of: gives the object for a pair (tag byte, number) that came from the other side.
     """
 
@@ -52,13 +52,13 @@ class Codec:
         self.object_of = object_of
 
     def encode(self, value):
-        """The bytes of ``value``. Raises ``Uncarried``."""
+        """The bytes of `value`. Raises `Uncarried`."""
         parts = []
         self._put(value, parts.append, 0)
         return b"".join(parts)
 
     def decode(self, data):
-        """The value of ``data``. Raises ``Uncarried`` for whatever is wrong with it."""
+        """The value of `data`. Raises `Uncarried` for whatever is wrong with it."""
         try:
             value, end = self._get(memoryview(data), 0, 0)
         except MemoryError:
@@ -201,7 +201,7 @@ class Codec:
         return True
 
     def _get(self, data, at, depth):
-        """(value, end) of the value that starts at ``at``."""
+        """(value, end) of the value that starts at `at`."""
         if depth > MAX_DEPTH + 8:
             raise ValueError("nested too deep")
         tag, size = _HEAD.unpack_from(data, at)
@@ -301,7 +301,7 @@ class Codec:
 
 
 def _of(kind, value):
-    """``value`` if it is exactly of ``kind``."""
+    """`value` if it is exactly of `kind`."""
     if type(value) is not kind:
         raise ValueError(f"{kind.__name__} expected")
     return value

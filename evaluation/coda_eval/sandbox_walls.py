@@ -1,6 +1,6 @@
 """The walls around a program: namespaces, files, system calls, limits, privileges; built by the process that goes in.
 
-Runs inside the sandbox: standard library only. Which walls a level has is decided outside (``sandbox.py``).
+Runs inside the sandbox: standard library only. Which walls a level has is decided outside (`sandbox.py`).
 """
 
 import ctypes
@@ -34,8 +34,8 @@ socket 41 198, swapoff 168 225, swapon 167 224, sysfs 139 -, syslog 103 116, umo
 uselib 134 -, userfaultfd 323 282, ustat 136 -, vhangup 153 58
 """
 """System calls that no program needs, with their numbers on x86_64 and aarch64: they reach the kernel's young or
-privileged parts, other processes, or memory that outlives a process. ``socket`` is among them: the socket families are
-not all covered by a network namespace (vsock). Connected pairs come from ``socketpair``; a pair of datagram sockets
+privileged parts, other processes, or memory that outlives a process. `socket` is among them: the socket families are
+not all covered by a network namespace (vsock). Connected pairs come from `socketpair`; a pair of datagram sockets
 could send to any socket of the machine that has a path."""
 
 SHARED = """
@@ -71,7 +71,7 @@ def mount(source, target, kind=None, flags=0, data=None):
 
 
 def build_root(root, binds, scratch_bytes):
-    """Make ``root`` the file system: read-only binds, /dev with four harmless nodes, and a small scratch /tmp.
+    """Make `root` the file system: read-only binds, /dev with four harmless nodes, and a small scratch /tmp.
 
     Needs its own mount namespace. Flags: MS_RDONLY 1, MS_NOSUID 2, MS_NODEV 4, MS_REMOUNT 32, MS_BIND 4096,
     MS_REC 16384, MS_PRIVATE 1 << 18.
@@ -106,7 +106,7 @@ def build_root(root, binds, scratch_bytes):
 
 
 def enter_namespaces(user):
-    """Leave the machine's namespaces: CLONE_NEWNS, NEWUTS, NEWIPC, NEWPID, NEWNET and, for ``user``, NEWUSER.
+    """Leave the machine's namespaces: CLONE_NEWNS, NEWUTS, NEWIPC, NEWPID, NEWNET and, for `user`, NEWUSER.
 
     The caller's id becomes an ordinary one inside: to map the root id takes CAP_SETFCAP, which a container may lack.
     The next fork is the first process of the PID namespace.
@@ -123,7 +123,7 @@ def enter_namespaces(user):
 
 
 def keep_imports(folders):
-    """Read ``folders`` through open descriptors from now on, so that modules load after the root id is gone.
+    """Read `folders` through open descriptors from now on, so that modules load after the root id is gone.
 
     Where an interpreter lies below a folder that only root may enter, its own files are open to all: a descriptor
     passes by the closed folder and opens nothing else in it. Returns the descriptors.
@@ -183,7 +183,7 @@ def close_files(readable, listed, writable):
 
 
 def drop_privileges(uid):
-    """Become ``uid`` where one is given, give up every capability, and forbid to gain any."""
+    """Become `uid` where one is given, give up every capability, and forbid to gain any."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     if uid is not None:

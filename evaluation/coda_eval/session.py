@@ -41,7 +41,7 @@ _current: list[Session] = []
 
 @contextlib.contextmanager
 def opened(session: Session) -> Iterator[Session]:
-    """Make ``session`` the one of this process while the block runs."""
+    """Make `session` the one of this process while the block runs."""
     _current.append(session)
     try:
         yield session
@@ -66,12 +66,12 @@ def save_answers(records: Sequence[dict[str, Any]]) -> None:
 
 
 def agree(work: Callable[[], Result]) -> Result:
-    """What ``work`` gives; where ranks run together, its error on any of them is raised on all.
+    """What `work` gives; where ranks run together, its error on any of them is raised on all.
 
     Ranks that part ways would wait for each other in lm-eval's next exchange forever.
 
     Raises:
-        TaskFailed: ``work`` failed on some rank.
+        TaskFailed: `work` failed on some rank.
     """
     if not _current or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return work()

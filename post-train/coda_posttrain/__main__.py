@@ -1,6 +1,6 @@
-"""Command line: ``python -m coda_posttrain train|export|get|identity``.
+"""Command line: `python -m coda_posttrain train|export|get|identity`.
 
-    train CONFIG.yaml [key=value ...]       fine-tune; ``diffusion.`` keys are ours, the others LLaMA-Factory's
+    train CONFIG.yaml [key=value ...]       fine-tune; `diffusion.` keys are ours, the others LLaMA-Factory's
     export CONFIG.yaml [key=value ...]      merge a LoRA adapter into a folder that loads by itself
     get KEY CONFIG.yaml [key=value ...]     print one setting, for scripts
     identity CONFIG.yaml [key=value ...]    print a hash of settings, model and data: what a run is made of

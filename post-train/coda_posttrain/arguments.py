@@ -1,6 +1,6 @@
-"""The settings of a run: one YAML file, its ``key=value`` overrides, and our ``diffusion:`` section in it.
+"""The settings of a run: one YAML file, its `key=value` overrides, and our `diffusion:` section in it.
 
-Everything outside ``diffusion:`` is LLaMA-Factory's and is checked by LLaMA-Factory. This module only refuses what
+Everything outside `diffusion:` is LLaMA-Factory's and is checked by LLaMA-Factory. This module only refuses what
 would silently change the objective. It imports neither torch nor transformers, so a misspelt key fails at once.
 """
 
@@ -33,7 +33,7 @@ SWITCHES = ("accept_changes", "other_template")
 DEFAULT_DATASET_DIR = Path(__file__).resolve().parents[1] / "LLaMA-Factory" / "data"
 MODEL_TYPE = "CoDA"
 CUTOFF_LEN = 2048
-"""LLaMA-Factory's default for ``cutoff_len``, in tokens."""
+"""LLaMA-Factory's default for `cutoff_len`, in tokens."""
 
 DEFAULTS: dict[str, Any] = {
     "dataset_dir": str(DEFAULT_DATASET_DIR),
@@ -98,13 +98,13 @@ INCOMPATIBLE: dict[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionArguments:
-    """The ``diffusion:`` section: how rows are noised and how the loss is normalised."""
+    """The `diffusion:` section: how rows are noised and how the loss is normalised."""
 
     t_min: tuple[float, ...] = (0.001,)
     """Smallest noise level drawn, one value or one per epoch (the list is repeated when there are more epochs)."""
 
     span_probability: tuple[float, ...] = (0.0,)
-    """Share of rows masked in runs of ``span_lengths`` tokens, one value or one per epoch."""
+    """Share of rows masked in runs of `span_lengths` tokens, one value or one per epoch."""
 
     span_lengths: tuple[int, ...] = (4, 8, 16, 32)
     """Run lengths k, in tokens; each span-masked row draws one of them uniformly."""
@@ -113,25 +113,25 @@ class DiffusionArguments:
     """Epochs during which the conditioned (never masked) part of the prompt grows linearly from none to all; 0: off."""
 
     tail: str = "eos"
-    """What is learned behind the answer: ``eos`` end tokens, ``pad`` padding up to cutoff_len (published), ``none``."""
+    """What is learned behind the answer: `eos` end tokens, `pad` padding up to cutoff_len (published), `none`."""
 
     tail_tokens: int = 128
     """Longest tail of end tokens; each optimizer step draws a length in [0, tail_tokens] for its rows."""
 
     normalize: str = "maskable"
-    """What the summed loss is divided by: ``maskable`` tokens, ``row`` means, ``padded`` batch size (published)."""
+    """What the summed loss is divided by: `maskable` tokens, `row` means, `padded` batch size (published)."""
 
     overlong: str = "cut"
-    """Rows longer than cutoff_len: ``cut`` oldest turns and the answer's end, or ``drop`` them (published)."""
+    """Rows longer than cutoff_len: `cut` oldest turns and the answer's end, or `drop` them (published)."""
 
     eval_seed: int = 0
-    """Seed of the fixed noise of the evaluation loss; independent of ``seed``, so that runs can be compared."""
+    """Seed of the fixed noise of the evaluation loss; independent of `seed`, so that runs can be compared."""
 
     other_template: bool = False
-    """Train with ``template`` although evaluation and serving ask by the checkpoint's own chat template."""
+    """Train with `template` although evaluation and serving ask by the checkpoint's own chat template."""
 
     save_dtype: str = "source"
-    """Precision of the trained model's weights: that of the ``source``, ``float32`` or ``bfloat16``."""
+    """Precision of the trained model's weights: that of the `source`, `float32` or `bfloat16`."""
 
     accept_changes: bool = False
     """Continue from a checkpoint of other data, another model or other settings of the objective."""
@@ -165,7 +165,7 @@ def _check_numbers(name: str, values: Sequence[Any], allowed: str, holds: Any, w
 
 
 def parse_diffusion(section: Mapping[str, Any] | None) -> DiffusionArguments:
-    """Build the arguments of the ``diffusion:`` section.
+    """Build the arguments of the `diffusion:` section.
 
     Raises:
         UserError: the section is not a mapping, has a key that is not known (the nearest known one is named), or a
@@ -190,7 +190,7 @@ def _literal(overrides: Sequence[str]) -> dict[str, str | None]:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML file and put ``key=value`` overrides over it (``diffusion.t_min=0.01`` reaches into a section).
+    """Read a YAML file and put `key=value` overrides over it (`diffusion.t_min=0.01` reaches into a section).
 
     Raises:
         UserError: the file is missing, is not a YAML mapping, or an override is not of the form key=value.
@@ -241,11 +241,11 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionAr
     """Separate LLaMA-Factory's settings from ours, refuse what contradicts the objective, fill in what we rely on.
 
     Returns:
-        The dict for LLaMA-Factory (``stage`` is ``sft``, its supervised data pipeline) and our arguments.
+        The dict for LLaMA-Factory (`stage` is `sft`, its supervised data pipeline) and our arguments.
 
     Raises:
-        UserError: an unknown or bad ``diffusion`` key, a diffusion key outside its section, a setting listed in
-            ``INCOMPATIBLE``, another stage, or an environment that switches checks off.
+        UserError: an unknown or bad `diffusion` key, a diffusion key outside its section, a setting listed in
+            `INCOMPATIBLE`, another stage, or an environment that switches checks off.
     """
     host = dict(config)
     diffusion = parse_diffusion(host.pop("diffusion", None))
@@ -286,11 +286,11 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionAr
 
 
 def check_model_folder(host: Mapping[str, Any], reads_rows: bool = True) -> None:
-    """Fail early when ``model_name_or_path`` looks like a folder but is not a usable one.
+    """Fail early when `model_name_or_path` looks like a folder but is not a usable one.
 
     Args:
         host: LLaMA-Factory's settings.
-        reads_rows: whether rows of ``cutoff_len`` tokens are read, which must fit into the model's context.
+        reads_rows: whether rows of `cutoff_len` tokens are read, which must fit into the model's context.
 
     Raises:
         UserError: the setting is missing, or names a local folder that does not exist or has no config.json.
@@ -335,7 +335,7 @@ def check_length(cutoff_len: Any, context: int | None) -> None:
     """Refuse rows that are longer than the model can read.
 
     Raises:
-        UserError: ``cutoff_len`` is no positive whole number or above the model's context, in tokens.
+        UserError: `cutoff_len` is no positive whole number or above the model's context, in tokens.
     """
     if isinstance(cutoff_len, bool) or not isinstance(cutoff_len, int) or cutoff_len < 1:
         raise UserError(f"cutoff_len must be a whole number >= 1, got {cutoff_len!r}")

@@ -1,6 +1,6 @@
 """Rows and their order: samples that know their index, the order of an epoch, and the collator.
 
-Not here: reading and tokenising (``rows``), noise (``curriculum``).
+Not here: reading and tokenising (`rows`), noise (`curriculum`).
 """
 
 import logging
@@ -26,10 +26,10 @@ GROUPED_BATCHES = 50
 
 
 class NumberedRows(Dataset):
-    """The rows that are trained on, with their index as ``sample_id`` and whether they are complete (``ended``).
+    """The rows that are trained on, with their index as `sample_id` and whether they are complete (`ended`).
 
     Args:
-        rows: what ``RowProcessor`` made: ``input_ids``, ``attention_mask``, ``labels``, ``fate``, ``place``.
+        rows: what `RowProcessor` made: `input_ids`, `attention_mask`, `labels`, `fate`, `place`.
         name: how errors call it, e.g. the setting that named it.
         cutoff_len: longest row, in tokens.
 
@@ -104,14 +104,14 @@ class RowCollator:
     """LLaMA-Factory's collator, and the two facts of a row that it does not know.
 
     Args:
-        collate: the collator that pads ``input_ids``, ``attention_mask`` and ``labels``.
+        collate: the collator that pads `input_ids`, `attention_mask` and `labels`.
     """
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]):
         self.collate = collate
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Pad rows into tensors; adds ``sample_id`` (B,) int64 and ``ended`` (B,) bool."""
+        """Pad rows into tensors; adds `sample_id` (B,) int64 and `ended` (B,) bool."""
         features = [dict(feature) for feature in features]
         sample_ids = torch.tensor([feature.pop("sample_id") for feature in features])
         ended = torch.tensor([feature.pop("ended") for feature in features])

@@ -1,8 +1,8 @@
 """Checkpoints and what a run is: which folder is whole, which one a run continues from, and with what.
 
-A checkpoint is written aside (``.saving/checkpoint-N``), gets ``complete.json`` with the size of each of its files,
+A checkpoint is written aside (`.saving/checkpoint-N`), gets `complete.json` with the size of each of its files,
 and is then renamed, so a folder of that name is whole. Folders without the marker, of older runs, are looked at file
-by file. ``run.json`` in the output folder says what the run is made of and whether it has finished. Imports neither
+by file. `run.json` in the output folder says what the run is made of and whether it has finished. Imports neither
 torch nor LLaMA-Factory: a run that cannot continue is refused at once.
 """
 
@@ -35,7 +35,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
 
 
 def write_marker(folder: Path) -> None:
-    """Flush every file of ``folder`` to the disk and list their sizes in ``complete.json``, written last."""
+    """Flush every file of `folder` to the disk and list their sizes in `complete.json`, written last."""
     sizes = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         with file.open("rb") as content:
@@ -81,7 +81,7 @@ def put_in_place(staged: Path, target: Path) -> None:
 
 
 def keep_newest(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints until ``limit`` are left; the newest and the ``best`` one always stay.
+    """Remove the oldest checkpoints until `limit` are left; the newest and the `best` one always stay.
 
     One that is removed loses its name first: a half of it would be newer than whole ones, and kept in place of them.
     """
@@ -101,8 +101,8 @@ def problem_of(folder: Path, weights_only: bool = False) -> str:
     """What is wrong with a checkpoint, or an empty string.
 
     Args:
-        folder: a ``checkpoint-N`` folder of the Trainer: plain, LoRA, DeepSpeed or FSDP.
-        weights_only: whether the run saves no optimizer (``save_only_model``).
+        folder: a `checkpoint-N` folder of the Trainer: plain, LoRA, DeepSpeed or FSDP.
+        weights_only: whether the run saves no optimizer (`save_only_model`).
     """
     try:
         if (folder / MARKER).is_file():
@@ -202,7 +202,7 @@ def resolve_start(host: dict[str, Any]) -> dict[str, Any]:
         host: LLaMA-Factory's settings.
 
     Raises:
-        UserError: the checkpoint that was asked for is not whole, or ``output_dir`` holds another model.
+        UserError: the checkpoint that was asked for is not whole, or `output_dir` holds another model.
     """
     output_dir, weights_only = Path(host["output_dir"]), bool(host.get("save_only_model"))
     asked = host.get("resume_from_checkpoint")
@@ -233,20 +233,20 @@ def resolve_start(host: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_run(output_dir: Path) -> dict[str, Any]:
-    """``run.json`` of an output folder or a checkpoint; empty if there is none."""
+    """`run.json` of an output folder or a checkpoint; empty if there is none."""
     file = output_dir / RUN_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def write_run(output_dir: Path, state: str, parts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Write ``run.json``: whether the run has finished, what it is made of, and all its settings."""
+    """Write `run.json`: whether the run has finished, what it is made of, and all its settings."""
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"state": state, "parts": parts, "settings": settings}, indent=1)
     write_whole(output_dir / RUN_FILE, text)
 
 
 def is_finished(output_dir: Path, parts: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether exactly this run has finished in ``output_dir``."""
+    """Whether exactly this run has finished in `output_dir`."""
     run = read_run(output_dir)
     same = run.get("settings") == json.loads(json.dumps(settings)) and not differences(run.get("parts", {}), parts)
     return run.get("state") == FINISHED and same and not weights_problem(output_dir)
@@ -268,7 +268,7 @@ def refuse_other_run(
     """Compare what a checkpoint was made from with what the run would go on with; other settings are named in the log.
 
     Raises:
-        UserError: something differs and ``accept_changes`` is off.
+        UserError: something differs and `accept_changes` is off.
     """
     run = read_run(checkpoint)
     changed = differences(run["parts"], parts) if run else []
@@ -287,7 +287,7 @@ def _shown(value: Any) -> str:
 
 
 def file_identity(file: Path, whole: bool) -> str:
-    """A hash of a file's content; of its size and of samples of it where it is large and ``whole`` is not asked."""
+    """A hash of a file's content; of its size and of samples of it where it is large and `whole` is not asked."""
     digest, size = hashlib.blake2b(digest_size=16), file.stat().st_size
     with file.open("rb") as content:
         if whole or size <= _SAMPLES * _SAMPLE_BYTES:

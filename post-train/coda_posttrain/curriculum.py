@@ -1,7 +1,7 @@
 """What is noised, when, and how strongly: pure functions of the step and of named seeds.
 
 Inside: per-epoch lists, conditioned-span annealing, tails behind the answer. Not here: how rows are noised
-(``CoDALanguageModel.noise``), LLaMA-Factory (``trainer``).
+(`CoDALanguageModel.noise`), LLaMA-Factory (`trainer`).
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def epoch_value(values: Sequence[float], epoch: int) -> float:
 
 
 def conditioned_share(epochs_done: float, annealing_epochs: float) -> float:
-    """Share of each prompt that is never masked: 0 at the start, 1 from ``annealing_epochs`` on (report, section 4.3).
+    """Share of each prompt that is never masked: 0 at the start, 1 from `annealing_epochs` on (report, section 4.3).
 
     Args:
         epochs_done: epochs trained so far, a fraction within an epoch.
@@ -33,7 +33,7 @@ def conditioned_share(epochs_done: float, annealing_epochs: float) -> float:
 
 
 def conditioned_positions(prompt_mask: Tensor, share: float) -> Tensor:
-    """The first ``floor(share * n)`` of the n prompt positions of each row, counted over all turns. (B, T) bool."""
+    """The first `floor(share * n)` of the n prompt positions of each row, counted over all turns. (B, T) bool."""
     rank = prompt_mask.cumsum(dim=1)  # 1 at the first prompt position
     # The small term keeps 0.29 * 100 from being 28.999...
     kept = torch.floor(share * prompt_mask.sum(dim=1, keepdim=True).double() + 1e-9)
@@ -69,7 +69,7 @@ def add_tail(
     max_length: int,
     multiple_of: int = 8,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put ``num_tokens`` tail tokens behind each complete row, never beyond ``max_length``.
+    """Put `num_tokens` tail tokens behind each complete row, never beyond `max_length`.
 
     Args:
         input_ids: (B, T) int64, padded on the right.
@@ -123,7 +123,7 @@ def noise(
         sample_ids: number of each row in the run; each epoch has numbers of its own.
         span_probability: share of the rows that are masked in runs.
         span_lengths: of the runs, in tokens.
-        **token_facts: see ``CoDALanguageModel.noise.noise_rows``.
+        **token_facts: see `CoDALanguageModel.noise.noise_rows`.
     """
     lengths = rows.present.sum(dim=1)
     drawn = draw_rows(

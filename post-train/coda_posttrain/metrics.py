@@ -1,7 +1,7 @@
-"""The log of a run: ``metrics.jsonl`` in its output folder, one JSON object a line, exact across a resume.
+"""The log of a run: `metrics.jsonl` in its output folder, one JSON object a line, exact across a resume.
 
-Keys: ``step, epoch, loss, learning_rate, grad_norm, tokens, tokens_per_s, time_s`` and the curriculum's values on
-training lines; ``step, epoch, eval_loss, time_s`` on evaluation lines. Not here: W&B or TensorBoard (``report_to``).
+Keys: `step, epoch, loss, learning_rate, grad_norm, tokens, tokens_per_s, time_s` and the curriculum's values on
+training lines; `step, epoch, eval_loss, time_s` on evaluation lines. Not here: W&B or TensorBoard (`report_to`).
 """
 
 import json
@@ -25,7 +25,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class MetricsLog(TrainerCallback):
-    """Writes ``metrics.jsonl`` on the main process."""
+    """Writes `metrics.jsonl` on the main process."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()

@@ -1,6 +1,6 @@
 """Records of data files and the conversations in them: what is read, what is refused, what is left out.
 
-A record that is not what ``dataset_info.json`` says (broken JSON, a missing key, a number where text belongs) is
+A record that is not what `dataset_info.json` says (broken JSON, a missing key, a number where text belongs) is
 malformed and stops the run, named by file and line. One that is well-formed but teaches nothing (an empty answer,
 turns that do not alternate) is left out and counted. Imports neither torch nor LLaMA-Factory.
 """
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 FILE_TYPES = {
     "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow", "txt": "text",
 }  # fmt: skip
-"""Suffix of a data file and the loader of ``datasets`` that reads it; each may be followed by ``.gz``."""
+"""Suffix of a data file and the loader of `datasets` that reads it; each may be followed by `.gz`."""
 
 WHOLE = "whole"
 MALFORMED = "malformed: "
@@ -48,7 +48,7 @@ class DataError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where a record keeps its conversation: an entry of ``dataset_info.json`` with LLaMA-Factory's defaults."""
+    """Where a record keeps its conversation: an entry of `dataset_info.json` with LLaMA-Factory's defaults."""
 
     formatting: str = "alpaca"
     prompt: str | None = "instruction"
@@ -68,7 +68,7 @@ class Layout:
 
     @classmethod
     def of(cls, name: str, entry: Mapping[str, Any]) -> "Layout":
-        """The layout of data set ``name``.
+        """The layout of data set `name`.
 
         Raises:
             UserError: a formatting, column or tag that is not known or not for supervised text.
@@ -105,8 +105,8 @@ class Layout:
         """The conversation of one record.
 
         Returns:
-            ``messages`` (roles ``user``, ``assistant``, ``observation``, ``function``), ``system``, ``tools`` and
-            ``fate``: ``WHOLE``, the reason why the record is left out, or ``MALFORMED`` and what is wrong.
+            `messages` (roles `user`, `assistant`, `observation`, `function`), `system`, `tools` and
+            `fate`: `WHOLE`, the reason why the record is left out, or `MALFORMED` and what is wrong.
         """
         try:
             if not isinstance(record, Mapping):
@@ -267,10 +267,10 @@ def data_files(path: Path, name: str) -> tuple[str, list[Path]]:
 
 
 def read_records(file: Path) -> Iterator[tuple[str, str, str]]:
-    """The records of a JSON or JSON Lines file, plain or ``.gz``, with or without a byte order mark.
+    """The records of a JSON or JSON Lines file, plain or `.gz`, with or without a byte order mark.
 
     Yields:
-        place (``file:line``, or ``file[index]`` in an array), the record as JSON text, and what is wrong with it.
+        place (`file:line`, or `file[index]` in an array), the record as JSON text, and what is wrong with it.
     """
     opener = gzip.open if file.suffix.lower() == ".gz" else open
     number = 0
@@ -313,7 +313,7 @@ def _read_array(file: Path, content: bytes) -> Iterator[tuple[str, str, str]]:
 
 
 def parse_record(layout: Layout, text: str, problem: str) -> dict[str, Any]:
-    """The conversation of what ``read_records`` gave."""
+    """The conversation of what `read_records` gave."""
     if problem:
         return {"messages": [], "system": "", "tools": "", "fate": f"{MALFORMED}{problem}"}
     return layout.conversation(json.loads(text))
@@ -338,7 +338,7 @@ def refuse_malformed(name: str, total: int, problems: Sequence[tuple[str, str]])
 
 
 def fates(dataset: Any) -> Iterator[tuple[str, str]]:
-    """Fate and place of each row of a ``datasets.Dataset`` that has these columns."""
+    """Fate and place of each row of a `datasets.Dataset` that has these columns."""
     columns = dataset.select_columns(["fate", "place"])
     for start in range(0, len(columns), _SCAN_BATCH):
         part = columns[start : start + _SCAN_BATCH]

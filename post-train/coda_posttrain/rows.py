@@ -2,7 +2,7 @@
 
 Plugged into LLaMA-Factory's data pipeline in place of its own conversion and tokenisation. Nothing is cut before the
 length of the whole row is known. Rows that are left out stay in the dataset as placeholders with the reason
-(``fate``), so that they are counted also when the tokenised data comes from a cache or from several processes.
+(`fate`), so that they are counted also when the tokenised data comes from a cache or from several processes.
 """
 
 import functools
@@ -52,7 +52,7 @@ _load_from_hub = loader._load_single_dataset
 
 
 def load_conversations(attr: Any, model_args: Any, data_args: Any, training_args: Any) -> Dataset:
-    """A data set as conversations; takes the place of LLaMA-Factory's ``_load_single_dataset``.
+    """A data set as conversations; takes the place of LLaMA-Factory's `_load_single_dataset`.
 
     Args:
         attr: LLaMA-Factory's description of the data set.
@@ -61,7 +61,7 @@ def load_conversations(attr: Any, model_args: Any, data_args: Any, training_args
         training_args: its training arguments.
 
     Returns:
-        A dataset with the columns of ``CONVERSATION``.
+        A dataset with the columns of `CONVERSATION`.
 
     Raises:
         DataError: records are malformed, or there are none.
@@ -106,7 +106,7 @@ def _records(files: list[list[str]], stamps: list[Any], version: int) -> Iterato
 
 
 def align(dataset: Dataset, attr: Any, data_args: Any, training_args: Any) -> Dataset:
-    """Conversations of loaded records; takes the place of LLaMA-Factory's ``align_dataset``.
+    """Conversations of loaded records; takes the place of LLaMA-Factory's `align_dataset`.
 
     Raises:
         DataError: records are malformed; the first ones are named.
@@ -139,7 +139,7 @@ class RowProcessor(SupervisedDatasetProcessor):
     """Encodes conversations into rows; takes the place of LLaMA-Factory's class of that name.
 
     Args:
-        overlong: ``cut`` or ``drop``, what happens to rows longer than ``cutoff_len``.
+        overlong: `cut` or `drop`, what happens to rows longer than `cutoff_len`.
         encoder: conversations to token ids.
         **kwargs: what LLaMA-Factory passes to its own class.
     """
@@ -151,10 +151,10 @@ class RowProcessor(SupervisedDatasetProcessor):
         self.version = VERSION
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Rows for a batch of aligned conversations (columns ``messages, system, tools, fate, place``).
+        """Rows for a batch of aligned conversations (columns `messages, system, tools, fate, place`).
 
         Returns:
-            Columns ``input_ids``, ``attention_mask``, ``labels`` (``IGNORE_INDEX`` at prompts), ``fate`` and ``place``.
+            Columns `input_ids`, `attention_mask`, `labels` (`IGNORE_INDEX` at prompts), `fate` and `place`.
         """
         columns: dict[str, list[Any]] = {key: [] for key in ("input_ids", "attention_mask", "labels", "fate", "place")}
         for messages, system, tools, fate, place in zip(
@@ -180,7 +180,7 @@ class RowProcessor(SupervisedDatasetProcessor):
         return columns
 
     def _fitted(self, messages: Sequence[dict[str, str]], system: str, tools: str) -> tuple[Pairs, str]:
-        """The turns that fit into ``cutoff_len``, and what became of the row.
+        """The turns that fit into `cutoff_len`, and what became of the row.
 
         Too long a row loses its oldest turns, whole, and if the last turn alone is still too long the end of its
         answer. Nothing else is ever taken away, so what is left reads as it would in a shorter conversation.
@@ -209,7 +209,7 @@ class RowProcessor(SupervisedDatasetProcessor):
 
 
 def processors(overlong: str, other_template: bool) -> Callable[..., RowProcessor]:
-    """What makes a ``RowProcessor`` of LLaMA-Factory's arguments; all of a run share one encoder.
+    """What makes a `RowProcessor` of LLaMA-Factory's arguments; all of a run share one encoder.
 
     Raises (the function that is returned):
         DataError: the template does not fit the checkpoint.

@@ -166,7 +166,7 @@ class TurnEncoder:
     Args:
         tokenizer: the checkpoint's; it is not changed.
         data_args: LLaMA-Factory's data arguments.
-        other_template: whether ``template`` may give other ids than the checkpoint's chat template.
+        other_template: whether `template` may give other ids than the checkpoint's chat template.
 
     Raises:
         UserError: a template that does not fit, with the remedy.

@@ -1,7 +1,7 @@
 """LLaMA-Factory's supervised trainer with the masked-diffusion objective in place of the causal one.
 
 One class and the function that runs it. Everything else of a run (arguments, templates, tokenised data, model
-loading, LoRA, optimizer, checkpoints) is LLaMA-Factory's. Not here: what is noised and when (``curriculum``).
+loading, LoRA, optimizer, checkpoints) is LLaMA-Factory's. Not here: what is noised and when (`curriculum`).
 """
 
 import contextlib
@@ -120,7 +120,7 @@ def run_training(
 
 
 def dataset_with_rows(get_dataset: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """What LLaMA-Factory's ``get_dataset`` gives; data of which nothing is left is refused before a model is loaded.
+    """What LLaMA-Factory's `get_dataset` gives; data of which nothing is left is refused before a model is loaded.
 
     Raises:
         DataError: a data set has no row that can be trained on.
@@ -161,7 +161,7 @@ def restore_generation_config(source: str, folder: Path) -> None:
 class DiffusionTrainer(CustomSeq2SeqTrainer):
     """Noises the rows of each optimizer step and lets the model compute the loss.
 
-    Noise is drawn when all micro-batches of an optimizer step are there (``get_batch_samples``), so noise levels are
+    Noise is drawn when all micro-batches of an optimizer step are there (`get_batch_samples`), so noise levels are
     stratified over the global batch and the loss is divided by the count of the global batch: the same rows give the
     same loss and gradient however they are split into micro-batches and processes.
 
@@ -497,7 +497,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
 
 
 def source_dtype(source: str) -> str:
-    """Precision of the weights that training starts from, as ``config.json`` has it; float32 if it does not say."""
+    """Precision of the weights that training starts from, as `config.json` has it; float32 if it does not say."""
     return str(CoDAConfig.from_pretrained(source).dtype or torch.float32).removeprefix("torch.")
 
 

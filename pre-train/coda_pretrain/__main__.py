@@ -1,6 +1,6 @@
-"""``python -m coda_pretrain VERB``: prepare data, plan a run, train, export what it made, and plot it.
+"""`python -m coda_pretrain VERB`: prepare data, plan a run, train, export what it made, and plot it.
 
-Each verb has its own ``--help``. Without a verb, as in ``python -m coda_pretrain --config FILE``, it is ``train``.
+Each verb has its own `--help`. Without a verb, as in `python -m coda_pretrain --config FILE`, it is `train`.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(words: Sequence[str]) -> int:
-    """``train``; see ``main`` for what is returned."""
+    """`train`; see `main` for what is returned."""
     arguments = build_parser().parse_intermixed_args(words)
     from .config import load_config
     from .plain_data import to_yaml

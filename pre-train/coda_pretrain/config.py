@@ -1,10 +1,10 @@
-"""The run configuration: frozen dataclasses, YAML files merged in order, ``key=value`` overrides.
+"""The run configuration: frozen dataclasses, YAML files merged in order, `key=value` overrides.
 
 A value can be wrong only loudly: an unknown key names the nearest known one, a wrong type or choice names what is
-allowed. ``data.mixture``, ``noise.strategies`` and ``devices.config`` declare the data, masking and hardware sections.
-Not here: architecture (``CoDAConfig``, whose fields ``model.config`` only carries) and anything that touches a device.
+allowed. `data.mixture`, `noise.strategies` and `devices.config` declare the data, masking and hardware sections.
+Not here: architecture (`CoDAConfig`, whose fields `model.config` only carries) and anything that touches a device.
 
-No ``from __future__ import annotations`` in this file: field types must stay types.
+No `from __future__ import annotations` in this file: field types must stay types.
 """
 
 import dataclasses
@@ -24,25 +24,25 @@ from .plain_data import from_dict, merge, require_range
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Where the network comes from: a folder with weights, or fields of ``CoDAConfig`` and random weights."""
+    """Where the network comes from: a folder with weights, or fields of `CoDAConfig` and random weights."""
 
     init_from: str | None = None
     """A folder whose weights start the run: a CoDA one (an export of this package or a Hugging Face folder), or an
     autoregressive Qwen3, Qwen2 (Qwen2.5) or Llama one, which attends in both directions from the first step on."""
 
     config: dict[str, Any] | None = None
-    """Fields of ``CoDAConfig`` for a model that starts from random weights. Give this or ``init_from``."""
+    """Fields of `CoDAConfig` for a model that starts from random weights. Give this or `init_from`."""
 
     tokenizer: str
     """The tokenizer folder; names the mask and pad ids and is copied into exports."""
 
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention", "splash"] = "sdpa"
     """The attention kernel, by its name in transformers. Packed rows without a (seq_len, seq_len) mask in memory:
-    ``flex_attention`` and ``flash_attention_2`` (cuda; the latter needs the package flash-attn), ``splash`` (TPU)."""
+    `flex_attention` and `flash_attention_2` (cuda; the latter needs the package flash-attn), `splash` (TPU)."""
 
     attention_annealing_steps: int | None = None
-    """Steps in which attention widens from causal to full (``train.annealing``); null is full from the first step on.
-    Not with the kernels ``flash_attention_2`` and ``splash``, which know segments alone. Evaluation is always full."""
+    """Steps in which attention widens from causal to full (`train.annealing`); null is full from the first step on.
+    Not with the kernels `flash_attention_2` and `splash`, which know segments alone. Evaluation is always full."""
 
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.config is None):
@@ -72,15 +72,15 @@ class OptimizerConfig:
     """Adafactor only: upper bound on the root mean square of one tensor's update."""
 
     decay_rate: float = -0.8
-    """Adafactor only: exponent of the running average's decay, ``1 - step ** decay_rate``."""
+    """Adafactor only: exponent of the running average's decay, `1 - step ** decay_rate`."""
 
     z_loss: float = 0.0
-    """c adds ``c * log(Z) ** 2`` to each cross-entropy (1e-4 in PaLM), Z being the sum of the exponentiated logits;
+    """c adds `c * log(Z) ** 2` to each cross-entropy (1e-4 in PaLM), Z being the sum of the exponentiated logits;
     the reported loss holds it. 0 leaves it out."""
 
     ema_decay: float | None = None
     """Share that an average of the weights keeps at each update, e.g. 0.999. The average is saved in checkpoints and
-    exported with ``--weights ema``. Null keeps none."""
+    exported with `--weights ema`. Null keeps none."""
 
     def __post_init__(self) -> None:
         require_range("optimizer.learning_rate", self.learning_rate, above=0.0)
@@ -123,12 +123,12 @@ class CheckpointConfig:
     """Newest checkpoints kept; null keeps all."""
 
     resume: str | int = "auto"
-    """``auto`` continues from the newest checkpoint of the folder if there is one, ``latest`` insists that there is
-    one, ``never`` refuses a folder that already holds one, a number is the step to continue from, and a path or URL
+    """`auto` continues from the newest checkpoint of the folder if there is one, `latest` insists that there is
+    one, `never` refuses a folder that already holds one, a number is the step to continue from, and a path or URL
     the checkpoint."""
 
     folder: str | None = None
-    """Where checkpoints go: a local folder or any fsspec URL (gs://, s3://, ...); null is ``output_dir``/checkpoints.
+    """Where checkpoints go: a local folder or any fsspec URL (gs://, s3://, ...); null is `output_dir`/checkpoints.
     Several machines need one that all of them see."""
 
     asynchronous: bool = True
@@ -149,7 +149,7 @@ class EvaluationConfig:
 
     batches: int = 8
     """Global batches per evaluation, fewer if the held-out data is smaller. Batch i of n holds the rows whose noise
-    level lies in the i-th of n equal parts of [``masking.t_min``, 1]; the loss of each part is reported too."""
+    level lies in the i-th of n equal parts of [`masking.t_min`, 1]; the loss of each part is reported too."""
 
     data: DataConfig | None = None
     """The held-out shards."""
@@ -173,7 +173,7 @@ class WandbConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """What is reported. ``metrics.jsonl`` in ``output_dir`` is always written."""
+    """What is reported. `metrics.jsonl` in `output_dir` is always written."""
 
     every: int = 10
     """Steps between rows."""
@@ -181,11 +181,11 @@ class MetricsConfig:
     wandb: WandbConfig | None = None
 
     tensorboard: bool = False
-    """Also write TensorBoard events, into ``tensorboard`` of ``output_dir``."""
+    """Also write TensorBoard events, into `tensorboard` of `output_dir`."""
 
     profile_steps: tuple[int, int] | None = None
-    """Record a profile of these steps, the first and the last (the run's first step is 1), into ``profile`` of
-    ``output_dir``."""
+    """Record a profile of these steps, the first and the last (the run's first step is 1), into `profile` of
+    `output_dir`."""
 
     def __post_init__(self) -> None:
         require_range("metrics.every", self.every, at_least=1)
@@ -212,7 +212,7 @@ class RunConfig:
 
     seed: int = 0
     max_steps: int | None = None
-    """Optimizer steps of the whole run. Give this or ``num_epochs``."""
+    """Optimizer steps of the whole run. Give this or `num_epochs`."""
 
     num_epochs: float | None = None
     """Passes over the mixture; turned into whole steps, rounded down."""
@@ -292,21 +292,21 @@ class RunConfig:
 
 
 def load_config(files: list[str], overrides: list[str]) -> RunConfig:
-    """Read and merge YAML files in order, apply ``dotted.key=value`` overrides (values are YAML), and check.
+    """Read and merge YAML files in order, apply `dotted.key=value` overrides (values are YAML), and check.
 
     Raises:
-        UserError: a file is missing or no mapping, an override has no ``=``, or the result does not fit ``RunConfig``.
+        UserError: a file is missing or no mapping, an override has no `=`, or the result does not fit `RunConfig`.
     """
     return from_dict(RunConfig, read_settings(files, overrides))
 
 
 def read_settings(files: list[str], overrides: list[str]) -> dict[str, Any]:
-    """The merged files and overrides as plain data, not yet checked against ``RunConfig``.
+    """The merged files and overrides as plain data, not yet checked against `RunConfig`.
 
     Mappings are merged key by key; any other value replaces the earlier one.
 
     Raises:
-        UserError: a file is missing or no mapping, or an override has no ``=``.
+        UserError: a file is missing or no mapping, or an override has no `=`.
     """
     merged: dict[str, Any] = {}
     for name in files:
@@ -331,7 +331,7 @@ def read_settings(files: list[str], overrides: list[str]) -> dict[str, Any]:
 
 
 def _value_of(key: str, text: str) -> Any:
-    """What an override's text means: itself where the setting is a text (names hold `` #`` or ``: ``), else YAML."""
+    """What an override's text means: itself where the setting is a text (names hold ` #` or `: `), else YAML."""
     kind: Any = RunConfig
     for part in key.split("."):
         kind = get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None

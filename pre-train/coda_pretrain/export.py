@@ -1,4 +1,4 @@
-"""The old name of ``python -m coda_pretrain export``."""
+"""The old name of `python -m coda_pretrain export`."""
 
 import sys
 

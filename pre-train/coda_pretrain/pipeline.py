@@ -1,4 +1,4 @@
-"""The old name of ``python -m coda_pretrain cluster``."""
+"""The old name of `python -m coda_pretrain cluster`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Places: a local folder as a ``pathlib.Path``, anything else (gs://, s3://, memory://, ...) as a ``UPath``.
+"""Places: a local folder as a `pathlib.Path`, anything else (gs://, s3://, memory://, ...) as a `UPath`.
 
 Both kinds answer the same few questions, so that what writes and reads checkpoints and shards does not ask which one it
 has. A package that serves one kind of URL (gcsfs for gs://) is imported only when such a URL is opened. Not here: what
@@ -26,7 +26,7 @@ def is_url(text: str) -> bool:
 
 
 def place_of(text: str | Place) -> Place:
-    """The place that a setting names: a ``UPath`` for a URL, else a ``Path``.
+    """The place that a setting names: a `UPath` for a URL, else a `Path`.
 
     Raises:
         UserError: nothing serves the URL's protocol, or its package is not installed.
@@ -48,7 +48,7 @@ def place_of(text: str | Place) -> Place:
 
 
 def files_below(folder: Place) -> dict[str, Place]:
-    """Every file below ``folder`` by its path relative to it, sorted."""
+    """Every file below `folder` by its path relative to it, sorted."""
     if isinstance(folder, Path):
         return {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
     start = len(folder.path.rstrip("/")) + 1
@@ -57,7 +57,7 @@ def files_below(folder: Place) -> dict[str, Place]:
 
 
 def sizes_below(folder: Place) -> dict[str, int]:
-    """Bytes of every file below ``folder`` by its path relative to it; one request where it lies in a store."""
+    """Bytes of every file below `folder` by its path relative to it; one request where it lies in a store."""
     if isinstance(folder, Path):
         return {name: size_of(file) for name, file in files_below(folder).items()}
     start = len(folder.path.rstrip("/")) + 1
@@ -81,7 +81,7 @@ def sha256_of(file: Place) -> str:
 
 
 def write_durably(file: Place, text: str) -> None:
-    """Write ``text`` and have it on the device, or accepted by the store, before returning."""
+    """Write `text` and have it on the device, or accepted by the store, before returning."""
     if isinstance(file, UPath):
         file.fs.pipe_file(file.path, text.encode("utf-8"))
         return
@@ -105,7 +105,7 @@ def remove_tree(folder: Place) -> None:
 
 
 def move_tree(folder: Place, target: Place, *, last: str) -> None:
-    """Move a folder. Where that takes more than one operation, the file ``last`` leaves first and arrives last.
+    """Move a folder. Where that takes more than one operation, the file `last` leaves first and arrives last.
 
     Raises:
         OSError: something could not be moved.
@@ -121,7 +121,7 @@ def move_tree(folder: Place, target: Place, *, last: str) -> None:
 
 
 def copy_to_local(file: Place, target: Path) -> str:
-    """Copy a file to ``target``, which appears only when it is whole; give its SHA-256.
+    """Copy a file to `target`, which appears only when it is whole; give its SHA-256.
 
     Raises:
         OSError: it could not be read or written.

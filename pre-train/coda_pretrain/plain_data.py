@@ -38,7 +38,7 @@ def require_range(
 
 
 def from_dict(cls: type, data: Any, path: str = "") -> Any:
-    """Build the dataclass ``cls`` from nested plain data, refusing what it does not declare.
+    """Build the dataclass `cls` from nested plain data, refusing what it does not declare.
 
     Args:
         cls: a dataclass with real (not textual) field types.
@@ -66,7 +66,7 @@ def from_dict(cls: type, data: Any, path: str = "") -> Any:
 
 
 def convert(kind: Any, value: Any, name: str) -> Any:
-    """Turn a plain YAML value into the declared type ``kind``; ``name`` is for messages.
+    """Turn a plain YAML value into the declared type `kind`; `name` is for messages.
 
     Raises:
         UserError: the value does not fit.
@@ -132,7 +132,7 @@ def _convert_scalar(kind: type, value: Any, name: str) -> Any:
 
 
 def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``extra`` laid over it, mappings key by key. Neither argument is changed."""
+    """`base` with `extra` laid over it, mappings key by key. Neither argument is changed."""
     result = dict(base)
     for key, value in extra.items():
         old = result.get(key)
@@ -146,7 +146,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """A dataclass as YAML that ``from_dict`` reads back to an equal one."""
+    """A dataclass as YAML that `from_dict` reads back to an equal one."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=False)
 
 

@@ -1,4 +1,4 @@
-"""``python -m coda_quickstart``: the whole loop, or one of the steps that the loop runs as separate processes."""
+"""`python -m coda_quickstart`: the whole loop, or one of the steps that the loop runs as separate processes."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: ``run`` is the loop, the others are its steps."""
+    """The command line: `run` is the loop, the others are its steps."""
     parser = argparse.ArgumentParser(prog="python -m coda_quickstart", description="The small CoDA loop on two cores.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="all stages; those that are done and valid are skipped")

@@ -41,7 +41,7 @@ class SourceFile:
 
 
 def standard_library(folder: Path | None = None) -> list[SourceFile]:
-    """The source files below ``folder``, sorted by path; undecodable, empty and repeated ones are left out.
+    """The source files below `folder`, sorted by path; undecodable, empty and repeated ones are left out.
 
     Args:
         folder: where to look; the running Python's own standard library when None.
@@ -111,7 +111,7 @@ def _documented_function(node: ast.FunctionDef, lines: list[str]) -> tuple[str, 
 
 
 def one_line_gaps(files: list[SourceFile], num_gaps: int, seed: int, *, context_lines: int = 6) -> list[dict[str, str]]:
-    """Single code lines cut out of ``files``, with a few lines around them.
+    """Single code lines cut out of `files`, with a few lines around them.
 
     Args:
         files: held-out files.

@@ -16,9 +16,9 @@ class Source:
     element: str
     """Type of the elements: "number" or "word"."""
     code: str
-    """Python expression of the iterable; ``{p}`` is the parameter."""
+    """Python expression of the iterable; `{p}` is the parameter."""
     noun: str
-    """Plural noun phrase of the elements; ``{p}`` is the parameter."""
+    """Plural noun phrase of the elements; `{p}` is the parameter."""
     parameter: str
     """Name of the function's parameter."""
 
@@ -30,7 +30,7 @@ class Filter:
     name: str
     element: str
     code: str
-    """Boolean Python expression; ``{x}`` is the element."""
+    """Boolean Python expression; `{x}` is the element."""
     before: tuple[str, ...] = ()
     """Adjectives that stand before the noun."""
     after: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Aggregate:
     accepts: str
     """Type of the mapped elements: "number", "text" or "any"."""
     code: str
-    """Python expression; ``{g}`` is the generator expression without brackets."""
+    """Python expression; `{g}` is the generator expression without brackets."""
     nouns: tuple[str, ...]
     """Noun phrases that end before the mapped elements: "the sum of"."""
 

@@ -167,7 +167,7 @@ def denoising_html(steps: Sequence[Sequence[str | None]]) -> str:
 
 
 def denoising_text(steps: Sequence[Sequence[str | None]]) -> str:
-    """The canvas at some steps, one line each; ``_`` is a token still masked."""
+    """The canvas at some steps, one line each; `_` is a token still masked."""
     return "\n".join(
         f"{number + 1:3d}  " + "".join("_" if text is None else text.replace("\n", "\\n") for text in steps[number])
         for number in shown_steps(len(steps))

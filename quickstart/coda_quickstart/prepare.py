@@ -85,7 +85,7 @@ def load_settings(path: Path) -> DataSettings:
 
 
 def prepare(settings: DataSettings, output_dir: Path, corpus_dir: Path | None = None) -> dict[str, Any]:
-    """Write data/, tokenizer/ and benchmarks/ below ``output_dir``.
+    """Write data/, tokenizer/ and benchmarks/ below `output_dir`.
 
     Args:
         settings: what to make.

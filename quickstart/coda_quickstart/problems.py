@@ -100,7 +100,7 @@ def training_programs(num_programs: int, seed: int) -> list[Program]:
         seed: names the draw; the same seed gives the same list.
 
     Raises:
-        UserError: ``num_programs`` is negative.
+        UserError: `num_programs` is negative.
     """
     if num_programs < 0:
         raise UserError(f"num_programs must be at least 0, got {num_programs}")
@@ -142,7 +142,7 @@ def problem_row(program: Program, index: int, seed: int) -> dict[str, str]:
     """The program as a problem in HumanEval's format, with eight asserts.
 
     Returns:
-        task_id, prompt, entry_point, test (defines ``check(candidate)``) and canonical_solution.
+        task_id, prompt, entry_point, test (defines `check(candidate)`) and canonical_solution.
     """
     rng = random.Random(f"arguments {seed} {index}")
     function = _compile(program)
@@ -166,8 +166,8 @@ def infill_row(
 
     Args:
         program: the function to cut.
-        index: names the gap together with ``seed``.
-        seed: see ``index``.
+        index: names the gap together with `seed`.
+        seed: see `index`.
         splits_cleanly: whether prefix, middle and suffix tokenized apart give the tokens of the whole.
 
     Returns:
@@ -204,7 +204,7 @@ def _compile(program: Program) -> Any:
 
 
 def _literal(value: Any) -> str:
-    """Python text of ``value``; sets are written in sorted order so that the same value gives the same text."""
+    """Python text of `value`; sets are written in sorted order so that the same value gives the same text."""
     if isinstance(value, set):
         return "{" + ", ".join(map(repr, sorted(value))) + "}" if value else "set()"
     return repr(value)

@@ -36,7 +36,7 @@ def wilson_interval(num_passed: int, count: int, z: float = 1.96) -> tuple[float
     """95 % interval of a binomial share (Wilson 1927), each end in [0, 1].
 
     Raises:
-        UserError: ``count`` is below 1 or ``num_passed`` not in [0, count].
+        UserError: `count` is below 1 or `num_passed` not in [0, count].
     """
     if count < 1 or not 0 <= num_passed <= count:
         raise UserError(f"num_passed must be in [0, count] with count >= 1, got {num_passed} of {count}")

@@ -17,7 +17,7 @@ SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s*\n
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, max_length: int) -> PreTrainedTokenizerFast:
-    """Train on ``texts`` and save to ``folder``.
+    """Train on `texts` and save to `folder`.
 
     Args:
         texts: training documents.
@@ -26,7 +26,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, max_len
         max_length: longest input of the model that uses it, in tokens.
 
     Raises:
-        UserError: ``vocab_size`` leaves no room for 256 bytes and the special tokens.
+        UserError: `vocab_size` leaves no room for 256 bytes and the special tokens.
     """
     if vocab_size < 256 + len(CONTROL_TOKENS):
         raise UserError(f"vocab_size must be at least {256 + len(CONTROL_TOKENS)}, got {vocab_size}")

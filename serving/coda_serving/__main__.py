@@ -1,4 +1,4 @@
-"""``python -m coda_serving``: settings from the environment, a bound port, the model, then the server."""
+"""`python -m coda_serving`: settings from the environment, a bound port, the model, then the server."""
 
 import argparse
 import gc
@@ -42,7 +42,7 @@ def check_defaults(settings: ServerSettings, sampler: "ModelSampler") -> ServerS
     """The settings with the model's own decoding defaults, once a request that names nothing can be answered.
 
     Raises:
-        UserError: it could not: ``MAX_TOKENS`` does not fit in the context, or ``STEPS`` in the blocks.
+        UserError: it could not: `MAX_TOKENS` does not fit in the context, or `STEPS` in the blocks.
     """
     from .scheduler import CanvasRequest
 

@@ -1,6 +1,6 @@
 """The HTTP application: a function of its settings, its engine and its tokenizer, so that tests can hand it fakes.
 
-Not here: sockets, signals and loading a model (``__main__``).
+Not here: sockets, signals and loading a model (`__main__`).
 """
 
 import asyncio
@@ -39,7 +39,7 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class Encoder(Protocol):
-    """What the app needs of a tokenizer; ``CoDALanguageModel.prompts.Codec`` is one."""
+    """What the app needs of a tokenizer; `CoDALanguageModel.prompts.Codec` is one."""
 
     def encode_chat(self, messages: list[dict[str, str]], *, max_tokens: int | None) -> list[int]:
         """Ids of a conversation, up to where the answer begins. UserError when it surely has more than max_tokens."""
@@ -49,7 +49,7 @@ class Encoder(Protocol):
 
 
 class ModelLimits(Protocol):
-    """What the app needs to know of a model; ``sampler.ModelSampler`` is one."""
+    """What the app needs to know of a model; `sampler.ModelSampler` is one."""
 
     context_length: int
     document_start_id: int | None
@@ -219,7 +219,7 @@ def _canvases(
     max_tokens: int | None,
     param: str,
 ) -> list[CanvasRequest]:
-    """One canvas per prompt and answer; ``param`` is the field that the prompts came from."""
+    """One canvas per prompt and answer; `param` is the field that the prompts came from."""
     settings = service.settings
     try:
         options = settings.options(body.decoding)
@@ -284,7 +284,7 @@ def _usage_of(prompt_tokens: int):
 
 
 async def _as_json(make: Callable[..., BaseModel], *arguments: Any) -> Response:
-    """What ``make`` gives, written in a thread: long answers would keep the event loop."""
+    """What `make` gives, written in a thread: long answers would keep the event loop."""
     content = await run_in_threadpool(lambda: make(*arguments).model_dump_json())
     return Response(content, media_type="application/json")
 

@@ -1,6 +1,6 @@
 """From the bytes of a body to a checked request, in a thread: nothing that grows with a request runs on the event loop.
 
-Not here: the size of a body (``gate``), or what its fields mean (``protocol``).
+Not here: the size of a body (`gate`), or what its fields mean (`protocol`).
 """
 
 import json
@@ -18,7 +18,7 @@ REFERENCE = "#/components/schemas/{model}"
 
 
 async def read_body(request: Request, model: type[Model]) -> Model:
-    """The request's body as ``model``.
+    """The request's body as `model`.
 
     Raises:
         ApiError: 415 for another type or encoding than plain UTF-8 JSON, 400 for what is not JSON or does not fit.
@@ -28,14 +28,14 @@ async def read_body(request: Request, model: type[Model]) -> Model:
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """What the OpenAPI document says of a body that the route reads itself; its parts are ``body_parts``."""
+    """What the OpenAPI document says of a body that the route reads itself; its parts are `body_parts`."""
     schema = model.model_json_schema(ref_template=REFERENCE)
     schema.pop("$defs", None)
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def body_parts(model: type[BaseModel]) -> dict[str, Any]:
-    """Schemas that ``body_schema`` refers to, by their names."""
+    """Schemas that `body_schema` refers to, by their names."""
     return model.model_json_schema(ref_template=REFERENCE).get("$defs", {})
 
 

@@ -1,6 +1,6 @@
 """The one thread that owns the model: lets jobs in from the scheduler, denoises them step by step, tells each listener.
 
-Not here: HTTP and event loops (``app``), tensors (``sampler``).
+Not here: HTTP and event loops (`app`), tensors (`sampler`).
 """
 
 import logging
@@ -52,14 +52,14 @@ SHUTTING_DOWN = Failure("the server is shutting down", status=503, code="server_
 
 Event = Delta | Answer | Failure
 Listener = Callable[[Event], None]
-"""Called in the engine's thread with any number of ``Delta`` and then one ``Answer`` or ``Failure``."""
+"""Called in the engine's thread with any number of `Delta` and then one `Answer` or `Failure`."""
 
 
 class RowStep(NamedTuple):
     """What a step made of a row."""
 
     row: Hashable
-    """The handle that ``admit`` gave."""
+    """The handle that `admit` gave."""
     ids: Sequence[int]
     """The tokens of the answer that have become final, next to those of the steps before."""
     is_full: bool
@@ -110,8 +110,8 @@ class Engine:
     """A queue in front of a sampler and the thread that runs it.
 
     Args:
-        sampler: the model. Only the engine's thread calls ``run``.
-        decode: token ids to text, as ``answers.Decode``.
+        sampler: the model. Only the engine's thread calls `run`.
+        decode: token ids to text, as `answers.Decode`.
         scheduler: the queue.
         step_timeout_s: how long a step may take. A thread cannot be ended from outside: the jobs of a step that takes
             longer are failed, and its thread left behind, once; the thread ends itself after the step. If the next
@@ -184,7 +184,7 @@ class Engine:
             logger.warning("the model is still busy after %s s", timeout_s)
 
     def submit(self, requests: Sequence[CanvasRequest], listeners: Sequence[Listener]) -> list[Job]:
-        """Queue all ``requests`` or none.
+        """Queue all `requests` or none.
 
         Raises:
             QueueFull: there is no room for all of them.
@@ -198,7 +198,7 @@ class Engine:
         return jobs
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Stop work on ``jobs``: those in the queue never run, others are dropped before the next step."""
+        """Stop work on `jobs`: those in the queue never run, others are dropped before the next step."""
         for job in jobs:
             if not job.done:
                 self._metrics.cancelled.inc()
@@ -263,7 +263,7 @@ class Engine:
             self._finish(job, failure)
 
     def _watch(self) -> None:
-        """Give up rows that finish no step within ``step_timeout_s``, and go on with a new thread."""
+        """Give up rows that finish no step within `step_timeout_s`, and go on with a new thread."""
         while not self._stopped.wait(min(1.0, self._step_timeout_s / 4)):
             run = self._run
             waited_s = time.monotonic() - run.progress_s

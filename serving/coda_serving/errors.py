@@ -1,4 +1,4 @@
-"""Errors of the API, in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors of the API, in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
 import json
 from typing import Any
@@ -71,7 +71,7 @@ def from_validation(errors: list[dict[str, Any]]) -> ApiError:
     kind that was meant, and a wrong type alone says least.
 
     Args:
-        errors: ``ValidationError.errors()``.
+        errors: `ValidationError.errors()`.
     """
     paths = [[part for part in fault["loc"] if isinstance(part, int) or part in FIELDS_OF_BODIES] for fault in errors]
 

@@ -1,7 +1,7 @@
 """What a request must pass before anything of it is parsed: the key, then the size of its body.
 
 Pure ASGI, so that a body without a key, or beyond the limit, is never read into memory. Not here: what a body says
-(``protocol``).
+(`protocol`).
 """
 
 import asyncio
@@ -30,7 +30,7 @@ class Gate:
 
     Args:
         app: what it guards.
-        settings: ``api_key`` and ``max_body_bytes``.
+        settings: `api_key` and `max_body_bytes`.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
@@ -103,10 +103,10 @@ class Gate:
 
 
 async def _respond(send: Send, error: ApiError, unread: Receive | None = None) -> None:
-    """Send ``error``; then throw ``unread`` away for a while.
+    """Send `error`; then throw `unread` away for a while.
 
     A connection that is closed on bytes nobody has read is reset, and a client that is still sending may then never see
-    the answer. The whole answer is sent first, its end after the rest of the body or ``LINGER_S``.
+    the answer. The whole answer is sent first, its end after the rest of the body or `LINGER_S`.
     """
     body = json.dumps(error.body()).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}

@@ -65,7 +65,7 @@ class Generation:
         """All answers, in the order of the requests.
 
         Raises:
-            ApiError: as ``events``.
+            ApiError: as `events`.
         """
         answers: dict[int, Answer] = {}
         async for index, event in self.events():

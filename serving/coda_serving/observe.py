@@ -10,7 +10,7 @@ from .metrics import Metrics
 
 
 class ObserveMiddleware:
-    """ASGI middleware that fills ``Metrics.responses`` and ``Metrics.latency_s``.
+    """ASGI middleware that fills `Metrics.responses` and `Metrics.latency_s`.
 
     Args:
         app: what it wraps.

@@ -1,6 +1,6 @@
 """Requests of the API: OpenAI's schema, of which every field is honoured, refused by name, or ignored by name.
 
-Not here: what comes back (``responses``).
+Not here: what comes back (`responses`).
 """
 
 import logging
@@ -57,7 +57,7 @@ class StrictModel(BaseModel):
 
 
 class StreamOptions(StrictModel):
-    """``stream_options``."""
+    """`stream_options`."""
 
     include_usage: bool = False
     """Send a last event with the usage."""
@@ -90,7 +90,7 @@ DecodingFields = create_model(
     __base__=StrictModel,
     **{row.api: (_field(row), None) for row in DECODING},  # type: ignore[call-overload]
 )
-"""A field for each of ``DECODING``; null means the server's default."""
+"""A field for each of `DECODING`; null means the server's default."""
 
 
 class SamplingRequest(DecodingFields):
@@ -141,7 +141,7 @@ class SamplingRequest(DecodingFields):
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """The settings of ``DECODING`` that the request gives, by their names here."""
+        """The settings of `DECODING` that the request gives, by their names here."""
         given = {row.api: row.read(value) for row in DECODING if (value := getattr(self, row.api)) is not None}
         if given.get("top_k") in (-1, 0):
             given["top_k"] = None
@@ -149,7 +149,7 @@ class SamplingRequest(DecodingFields):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """``stop`` as a tuple."""
+        """`stop` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
@@ -169,7 +169,7 @@ class Message(StrictModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    """``developer`` is another word for ``system``."""
+    """`developer` is another word for `system`."""
     content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @model_validator(mode="before")
@@ -195,7 +195,7 @@ class Message(StrictModel):
 
 
 class ChatRequest(SamplingRequest):
-    """Body of ``/v1/chat/completions``."""
+    """Body of `/v1/chat/completions`."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
         "audio": (),
@@ -216,7 +216,7 @@ class ChatRequest(SamplingRequest):
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
-    """Newer name of ``max_tokens``."""
+    """Newer name of `max_tokens`."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "ChatRequest":
@@ -230,7 +230,7 @@ class ChatRequest(SamplingRequest):
 
 
 class CompletionRequest(SamplingRequest):
-    """Body of ``/v1/completions``; with ``suffix`` the gap between prompt and suffix is filled."""
+    """Body of `/v1/completions`; with `suffix` the gap between prompt and suffix is filled."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
         "best_of": (1,),

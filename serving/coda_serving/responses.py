@@ -1,4 +1,4 @@
-"""What the API sends back: OpenAI's schema, with the cost in forward passes added to ``usage``."""
+"""What the API sends back: OpenAI's schema, with the cost in forward passes added to `usage`."""
 
 import time
 import uuid
@@ -23,11 +23,11 @@ class Usage(BaseModel):
     forwards: int
     """Forward passes, each row counted. Extension."""
     tokens_per_forward: float
-    """``completion_tokens / forwards``. Extension."""
+    """`completion_tokens / forwards`. Extension."""
 
     @classmethod
     def of(cls, prompt_tokens: int, answers: Sequence[Answer]) -> "Usage":
-        """Sum over ``answers``."""
+        """Sum over `answers`."""
         tokens = sum(answer.num_tokens for answer in answers)
         forwards = sum(answer.forwards for answer in answers)
         return cls(
@@ -57,7 +57,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """Response of ``/v1/chat/completions``."""
+    """Response of `/v1/chat/completions`."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -104,7 +104,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """Response of ``/v1/completions``, and event of its stream."""
+    """Response of `/v1/completions`, and event of its stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -128,7 +128,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Response of ``/v1/models``."""
+    """Response of `/v1/models`."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
@@ -168,7 +168,7 @@ def completion(head: Head, answers: Sequence[Answer], usage: Usage) -> Completio
 def chat_chunk(
     head: Head, index: int, text: str | None, finish_reason: FinishReason | None = None, *, is_first: bool = False
 ) -> ChatChunk:
-    """An event that adds ``text`` to answer ``index``, begins it, or ends it."""
+    """An event that adds `text` to answer `index`, begins it, or ends it."""
     delta = ChatDelta(role="assistant" if is_first else None, content=text)
     return ChatChunk(
         **head.model_dump(), choices=[ChatChunkChoice(index=index, delta=delta, finish_reason=finish_reason)]
@@ -176,6 +176,6 @@ def chat_chunk(
 
 
 def completion_chunk(head: Head, index: int, text: str, finish_reason: FinishReason | None = None) -> Completion:
-    """An event that adds ``text`` to answer ``index``, or ends it."""
+    """An event that adds `text` to answer `index`, or ends it."""
     choice = CompletionChoice(index=index, text=text, finish_reason=finish_reason)
     return Completion(**head.model_dump(), choices=[choice])

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_device(device: str) -> str:
-    """Resolve ``auto``, and refuse a device that is not there.
+    """Resolve `auto`, and refuse a device that is not there.
 
     Raises:
         UserError: the machine has no such device.
@@ -36,7 +36,7 @@ def choose_device(device: str) -> str:
 
 
 def choose_dtype(dtype: str, device: str) -> torch.dtype:
-    """Resolve ``auto``: float32 on the CPU, bfloat16 elsewhere."""
+    """Resolve `auto`: float32 on the CPU, bfloat16 elsewhere."""
     if dtype == "auto":
         return torch.float32 if device == "cpu" else torch.bfloat16
     return getattr(torch, dtype)
@@ -64,7 +64,7 @@ class ModelSampler:
 
     @classmethod
     def load(cls, model_name: str, *, device: str, dtype: str) -> "ModelSampler":
-        """Load the model that ``MODEL_NAME`` names.
+        """Load the model that `MODEL_NAME` names.
 
         Raises:
             UserError: there is no such model, its weights do not fit or are not finite, or there is no such device.
@@ -82,7 +82,7 @@ class ModelSampler:
 
     @property
     def defaults(self) -> dict[str, object]:
-        """What the model folder's ``generation_config.json`` decides, by the server's names.
+        """What the model folder's `generation_config.json` decides, by the server's names.
 
         A saved file holds every setting: what it only repeats of the model room's own defaults decides nothing.
         """

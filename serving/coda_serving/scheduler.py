@@ -1,7 +1,7 @@
 """Which answers are denoised together: a bounded queue, oldest first.
 
 A job is one row, and may join any others, each with its own settings, length and stop strings, as long as there is
-room. Not here: running them (``engine``), or what a token is.
+room. Not here: running them (`engine`), or what a token is.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class CanvasRequest:
 
 @dataclass(eq=False)
 class Job:
-    """A request in the queue or being denoised. ``cancelled`` may be set by any thread."""
+    """A request in the queue or being denoised. `cancelled` may be set by any thread."""
 
     request: CanvasRequest
     listener: Callable[[object], None]
@@ -86,7 +86,7 @@ class Scheduler:
         return len(self._waiting)
 
     def submit(self, jobs: list[Job]) -> None:
-        """Queue all of ``jobs`` or none of them.
+        """Queue all of `jobs` or none of them.
 
         Raises:
             QueueFull: there is no room for all, or the scheduler is closed.
@@ -98,7 +98,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
-        """Take ``job`` out of the queue, or mark it so that it is dropped before the next step."""
+        """Take `job` out of the queue, or mark it so that it is dropped before the next step."""
         with self._changed:
             job.cancelled = True
             if job in self._waiting:

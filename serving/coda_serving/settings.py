@@ -1,6 +1,6 @@
 """The server's configuration: one environment variable per field, checked before anything is loaded.
 
-Not here: what a request may ask for (``protocol``).
+Not here: what a request may ask for (`protocol`).
 """
 
 import ipaddress
@@ -20,11 +20,11 @@ from CoDALanguageModel.errors import UserError, did_you_mean
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 MAX_SEED = 2**63 - 1
-"""Largest seed a request or ``SEED`` may name."""
+"""Largest seed a request or `SEED` may name."""
 
 
 DECODING = tuple(row for row in offered("server") if row.name != "seed")
-"""Settings of a request and of the environment; the seed of a server is another matter, see ``SEED``."""
+"""Settings of a request and of the environment; the seed of a server is another matter, see `SEED`."""
 
 
 def typed(row: Setting, **bounds: Any) -> Any:
@@ -42,7 +42,7 @@ def typed(row: Setting, **bounds: Any) -> Any:
 
 
 def _variable(row: Setting) -> Any:
-    """The type of a setting in the environment: also ``none``, and JSON for what is no number or word."""
+    """The type of a setting in the environment: also `none`, and JSON for what is no number or word."""
 
     def read(value: Any) -> Any:
         value = row.read(value)
@@ -62,41 +62,41 @@ DecodingDefaults = create_model(
     __base__=BaseSettings,
     **{row.api: (_variable(row), row.served_default) for row in DECODING},  # type: ignore[call-overload]
 )
-"""A field for each of ``DECODING``."""
+"""A field for each of `DECODING`."""
 
 
 class ServerSettings(DecodingDefaults):
     """Everything that the operator decides. Each field is the environment variable of the same name in capitals.
 
-    An empty variable counts as unset. Those of ``DECODING`` are defaults that a request may override; where the
-    environment sets none, the ``generation_config.json`` of the model's folder does (``with_defaults``).
+    An empty variable counts as unset. Those of `DECODING` are defaults that a request may override; where the
+    environment sets none, the `generation_config.json` of the model's folder does (`with_defaults`).
     """
 
     model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="forbid", protected_namespaces=())
 
     model_name: str
-    """Folder that ``save_hf_model.py`` or the post-training wrote, or a Hub id. There is no default."""
+    """Folder that `save_hf_model.py` or the post-training wrote, or a Hub id. There is no default."""
 
     served_model_name: str | None = None
-    """Name that clients use as ``model``; the last part of ``MODEL_NAME`` when unset."""
+    """Name that clients use as `model`; the last part of `MODEL_NAME` when unset."""
 
     host: str = "127.0.0.1"
-    """Address to bind. Any other than loopback needs ``API_KEY``."""
+    """Address to bind. Any other than loopback needs `API_KEY`."""
 
     port: int = Field(8000, ge=1, le=65535)
     """TCP port to bind."""
 
     api_key: SecretStr | None = None
-    """Bearer token that ``/v1`` and ``/metrics`` require; none is required when unset."""
+    """Bearer token that `/v1` and `/metrics` require; none is required when unset."""
 
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     """Browser origins that may call the server, separated by commas; none when unset."""
 
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    """``auto`` (cuda where there is one, else cpu), ``cpu``, ``mps``, ``cuda`` or ``cuda:N``."""
+    """`auto` (cuda where there is one, else cpu), `cpu`, `mps`, `cuda` or `cuda:N`."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights; ``auto`` is float32 on the CPU and bfloat16 elsewhere."""
+    """Type of the weights; `auto` is float32 on the CPU and bfloat16 elsewhere."""
 
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     """Seed of requests that name none. Unset: 0 at temperature 0, else a fresh one per request."""
@@ -187,7 +187,7 @@ class ServerSettings(DecodingDefaults):
         return DecodingSettings(**{row.name: values[row.api] for row in DECODING if row.api != "max_tokens"})
 
     def refuse_approximate(self, options: DecodingSettings) -> None:
-        """Hold requests to ``ALLOW_APPROXIMATE``.
+        """Hold requests to `ALLOW_APPROXIMATE`.
 
         Raises:
             UserError: the options make answers approximate, and the operator forbids it.
@@ -205,16 +205,16 @@ class ServerSettings(DecodingDefaults):
         return self.served_model_name or Path(self.model_name).resolve().name
 
     def with_defaults(self, defaults: dict[str, object]) -> "ServerSettings":
-        """The same settings, where those that the operator left open have the model's ``defaults``."""
+        """The same settings, where those that the operator left open have the model's `defaults`."""
         return self.model_copy(update={k: v for k, v in defaults.items() if k not in self.model_fields_set})
 
     def is_served(self, name: str) -> bool:
-        """Whether clients may ask for ``name``: the public name, or ``MODEL_NAME`` itself where no other is set."""
+        """Whether clients may ask for `name`: the public name, or `MODEL_NAME` itself where no other is set."""
         return name == self.public_name or (self.served_model_name is None and name == self.model_name)
 
 
 def is_loopback(host: str) -> bool:
-    """True when only this machine can reach ``host``."""
+    """True when only this machine can reach `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -222,10 +222,10 @@ def is_loopback(host: str) -> bool:
 
 
 def load_settings(env_file: str | None = None) -> ServerSettings:
-    """Settings from the environment and, below it, from ``env_file``.
+    """Settings from the environment and, below it, from `env_file`.
 
     Args:
-        env_file: a file of ``NAME=value`` lines; a variable of the process wins over it.
+        env_file: a file of `NAME=value` lines; a variable of the process wins over it.
 
     Raises:
         UserError: the file is missing or names an unknown variable, or a value is not allowed. The message has one

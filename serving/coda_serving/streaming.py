@@ -1,6 +1,6 @@
 """Server-sent events: committed text as it becomes final.
 
-Not here: which text is final (``answers``).
+Not here: which text is final (`answers`).
 """
 
 import asyncio
@@ -55,7 +55,7 @@ class EventStream(StreamingResponse):
 
 
 async def with_heartbeat(events: AsyncIterator[str], every_s: float) -> AsyncIterator[str]:
-    """``events``, with a comment frame, which clients skip, whenever none came for ``every_s`` seconds."""
+    """`events`, with a comment frame, which clients skip, whenever none came for `every_s` seconds."""
     following = asyncio.ensure_future(anext(events, None))
     try:
         while True:
@@ -76,7 +76,7 @@ async def chat_events(generation: Generation, head: Head, n: int, make_usage: Ma
     """Frames of a streamed conversation.
 
     Args:
-        generation: ``n`` rows.
+        generation: `n` rows.
         head: id, time and model of all events.
         n: number of answers.
         make_usage: gives the usage of the last event; None sends no such event.
@@ -101,7 +101,7 @@ async def chat_events(generation: Generation, head: Head, n: int, make_usage: Ma
 
 
 async def completion_events(generation: Generation, head: Head, make_usage: MakeUsage | None) -> AsyncIterator[str]:
-    """Frames of streamed plain prompts; arguments as in ``chat_events``."""
+    """Frames of streamed plain prompts; arguments as in `chat_events`."""
     answers: list[Answer] = []
     try:
         async for index, event in generation.events():

@@ -48,7 +48,7 @@ class Conversation:
         return [{"role": "system", "content": self.system}, *self.turns] if self.system else list(self.turns)
 
     def ask(self, text: str) -> Iterator[tuple[str, object | None]]:
-        """Send ``text``; yield pieces of the answer and, in the last pair, the usage. A failed turn is forgotten."""
+        """Send `text`; yield pieces of the answer and, in the last pair, the usage. A failed turn is forgotten."""
         self.turns.append({"role": "user", "content": text})
         pieces: list[str] = []
         try:
@@ -115,7 +115,7 @@ def read_messages(is_terminal: bool) -> Iterator[str]:
 
 
 def utf8_text(text: str) -> str:
-    """``text``, unless it holds bytes that are no UTF-8, which the terminal and the shell pass on in disguise.
+    """`text`, unless it holds bytes that are no UTF-8, which the terminal and the shell pass on in disguise.
 
     Raises:
         argparse.ArgumentTypeError: it does; says which and where.

@@ -80,7 +80,7 @@ def tasks() -> TaskManager:
 
 
 class Oracle(LM):
-    """Answers every document with its own solution, passed through ``change``."""
+    """Answers every document with its own solution, passed through `change`."""
 
     def __init__(self, change=lambda answer: answer) -> None:
         super().__init__()

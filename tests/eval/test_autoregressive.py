@@ -31,7 +31,7 @@ def build_tokenizer(*control, special=True):
 
 
 def bigram_model(tokenizer, follows):
-    """A model that says after each token the one in ``follows``, and the end token after all others."""
+    """A model that says after each token the one in `follows`, and the end token after all others."""
     size = len(tokenizer)
     shape = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
     config = Qwen3Config(

@@ -251,7 +251,7 @@ def test_checkpoint_loads_elsewhere_with_remote_code(runs, environment, tmp_path
 
 @pytest.fixture(scope="module")
 def pairs(runs, model_dir, data_dir, environment) -> Path:
-    """The runs of ``odd_settings`` again, in two processes, and one with sharded weights."""
+    """The runs of `odd_settings` again, in two processes, and one with sharded weights."""
     few = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 5}
     few |= {"save_strategy": "steps", "save_steps": 2}
     commands = [

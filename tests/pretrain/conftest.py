@@ -70,7 +70,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
-    """Token shards of 120 short functions, with a held-out part in ``validation/``."""
+    """Token shards of 120 short functions, with a held-out part in `validation/`."""
     from coda_pretrain.data.__main__ import main
 
     folder = tmp_path_factory.mktemp("shards")
@@ -125,7 +125,7 @@ def dirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_config(tmp_path: Path, tokenizer_dir: Path, shards_dir: Path) -> dict[str, Any]:
-    """The plain configuration of a run of six steps in ``tmp_path / "run"``, to be changed by a test."""
+    """The plain configuration of a run of six steps in `tmp_path / "run"`, to be changed by a test."""
     return copy.deepcopy(
         {
             "output_dir": str(tmp_path / "run"),
@@ -160,7 +160,7 @@ def run_config(tmp_path: Path, tokenizer_dir: Path, shards_dir: Path) -> dict[st
 def train_in_process(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """A function that trains a configuration through the command line in a fresh process and gives its metrics rows.
 
-    ``num_processes`` starts it under torchrun; ``environment`` is added to this process's one.
+    `num_processes` starts it under torchrun; `environment` is added to this process's one.
     """
 
     def train(

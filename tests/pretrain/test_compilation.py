@@ -1,4 +1,4 @@
-"""``plan --compile-only``."""
+"""`plan --compile-only`."""
 
 import json
 

@@ -21,7 +21,7 @@ class TracedOnCpu(TorchBackend):
 
     traces_steps = True
 
-    def numbers(self, values):
+    def host_scalars(self, values):
         return [torch.tensor(value) for value in values]
 
 

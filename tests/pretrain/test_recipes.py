@@ -57,7 +57,7 @@ def run_script(script, *arguments, path=None, **environment):
 
 @pytest.fixture
 def pod(tmp_path):
-    """A folder with a ``gcloud`` that only writes down its arguments, and the settings that reach it."""
+    """A folder with a `gcloud` that only writes down its arguments, and the settings that reach it."""
     gcloud = tmp_path / "bin" / "gcloud"
     gcloud.parent.mkdir()
     gcloud.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" '' >>{tmp_path}/arguments\n")

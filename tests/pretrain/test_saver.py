@@ -183,7 +183,7 @@ def test_urls_that_cannot_be_served_are_refused_with_the_reason(run_config, monk
 
 
 def other_process(monkeypatch, backend, *, token="other", fault=None):
-    """Make ``backend`` one of two processes, of which the other answers with ``token`` and then with ``fault``."""
+    """Make `backend` one of two processes, of which the other answers with `token` and then with `fault`."""
     answers = iter([token, fault, fault])
 
     def gather(found, own, group):

@@ -15,12 +15,12 @@ from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 
 
 class TracedOnCpu(TorchBackend):
-    """Steps as the xla backend makes them, on the CPU. ``graphs`` is what it says it has compiled."""
+    """Steps as the xla backend makes them, on the CPU. `graphs` is what it says it has compiled."""
 
     traces_steps = True
     graphs = 0
 
-    def numbers(self, values):
+    def host_scalars(self, values):
         return [torch.tensor(value) for value in values]
 
     def clear_gradient(self, parameter):

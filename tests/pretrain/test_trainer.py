@@ -107,7 +107,7 @@ def test_sigterm_saves_the_step_and_ends_cleanly(tmp_path, run_config):
 
 
 def signal_at_part(trainer, number):
-    """Send SIGTERM while part ``number`` of all parts that go through the model, from 1, is computed."""
+    """Send SIGTERM while part `number` of all parts that go through the model, from 1, is computed."""
     original, count = trainer.functions._accumulate, iter(range(1, 1000))
 
     def accumulate(part):

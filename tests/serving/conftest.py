@@ -49,7 +49,7 @@ class ByteEncoder:
 
 @dataclass
 class FakeSampler:
-    """Writes the answer that ``script`` gives, one token per step in an order that the seed decides."""
+    """Writes the answer that `script` gives, one token per step in an order that the seed decides."""
 
     script: Callable[[CanvasRequest], bytes] = lambda request: b"hello"
     step_s: float = 0.0
@@ -89,7 +89,7 @@ class FakeRow:
 
 
 class FakeRows:
-    """The rows of a ``FakeSampler``."""
+    """The rows of a `FakeSampler`."""
 
     def __init__(self, sampler: FakeSampler) -> None:
         self.sampler = sampler
@@ -163,7 +163,7 @@ def make_app(sampler: FakeSampler, **settings_changes):
 
 @contextlib.asynccontextmanager
 async def open_client(app, **options):
-    """An HTTP client of ``app``, which is started and stopped around it."""
+    """An HTTP client of `app`, which is started and stopped around it."""
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30, **options) as client:
@@ -246,7 +246,7 @@ class LiveServer:
 
 @contextlib.contextmanager
 def start_server(folder: Path, cwd: Path, **variables: str) -> Iterator[LiveServer]:
-    """Run start_server.sh from ``cwd``; the process is ended at the end."""
+    """Run start_server.sh from `cwd`; the process is ended at the end."""
     port = free_port()
     log = cwd / f"server-{port}.log"
     environment = {k: v for k, v in os.environ.items() if k.lower() not in ServerSettings.model_fields}

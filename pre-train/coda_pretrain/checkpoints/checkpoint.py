@@ -1,12 +1,12 @@
 """Checkpoints: written whole or not at all, verified before use, readable by every backend, local or behind a URL.
 
-``FOLDER/step-XXXXXXXX/`` holds ``tensors/`` (torch.distributed.checkpoint, one flat mapping of names:
-``model.WEIGHT`` and ``optim.WEIGHT.KEY``), ``state.json`` (step, data position and other numbers), ``rng.json``,
-``config.yaml`` (the run), ``model_config.json`` (``CoDAConfig``), ``data.json`` (the token shards it has read) and,
-written last, ``COMMITTED.json`` with the size and hash of every other file. A folder without it is an unfinished save
+`FOLDER/step-XXXXXXXX/` holds `tensors/` (torch.distributed.checkpoint, one flat mapping of names:
+`model.WEIGHT` and `optim.WEIGHT.KEY`), `state.json` (step, data position and other numbers), `rng.json`,
+`config.yaml` (the run), `model_config.json` (`CoDAConfig`), `data.json` (the token shards it has read) and,
+written last, `COMMITTED.json` with the size and hash of every other file. A folder without it is an unfinished save
 and is never read. A run that continues compares all sizes and the hashes of the small files first; the hash of a file
 of tensors is compared by the processes that read from it, when they do. Not here: what is in the tensors, writing them
-(``saver``), and the export to safetensors (``export``).
+(`saver`), and the export to safetensors (`export`).
 """
 
 import base64
@@ -54,7 +54,7 @@ class TrainState:
     """Everything about a run's position that is not a tensor."""
 
     step: int = 0
-    """Finished steps; also the data position, since step s reads samples ``[s * B, (s + 1) * B)``."""
+    """Finished steps; also the data position, since step s reads samples `[s * B, (s + 1) * B)`."""
 
     optimizer_steps: int = 0
     """Updates made: finished steps less the skipped ones."""
@@ -91,7 +91,7 @@ class TrainState:
 
 
 def step_folder(folder: Place, step: int) -> Place:
-    """Where the checkpoint of ``step`` lies in ``folder``."""
+    """Where the checkpoint of `step` lies in `folder`."""
     return folder / f"step-{step:08d}"
 
 
@@ -102,7 +102,7 @@ def step_of(path: Place) -> int | None:
 
 
 def committed_checkpoints(folder: Place) -> list[Place]:
-    """The finished checkpoints of ``folder``, oldest first."""
+    """The finished checkpoints of `folder`, oldest first."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if step_of(path) is not None and (path / MARKER).is_file()]
@@ -135,12 +135,12 @@ def fault_of(path: Place, *, tensors: bool = True) -> str | None:
 
 
 def committed_files(path: Place) -> dict[str, dict[str, Any]]:
-    """``size`` and ``sha256`` of each file of a checkpoint at its commit."""
+    """`size` and `sha256` of each file of a checkpoint at its commit."""
     return json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
 
 
 def intact_checkpoint(path: Place, *, tensors: bool = True) -> Place:
-    """``path``, after verifying it; ``tensors`` as for ``fault_of``.
+    """`path`, after verifying it; `tensors` as for `fault_of`.
 
     Raises:
         UserError: it is incomplete or corrupt; the newest intact one beside it is offered.
@@ -152,7 +152,7 @@ def intact_checkpoint(path: Place, *, tensors: bool = True) -> Place:
 
 
 def _corrupt(path: Place, fault: str) -> UserError:
-    """The error that names a fault and offers the newest intact checkpoint beside ``path``."""
+    """The error that names a fault and offers the newest intact checkpoint beside `path`."""
     others = [other for other in reversed(committed_checkpoints(path.parent)) if other != path]
     good = next((other for other in others if fault_of(other) is None), None)
     offer = (
@@ -164,16 +164,16 @@ def _corrupt(path: Place, fault: str) -> UserError:
 
 
 def checkpoint_to_resume(setting: str | int, folder: Place) -> Place | None:
-    """The checkpoint that ``checkpoint.resume`` asks for; None to start from the beginning.
+    """The checkpoint that `checkpoint.resume` asks for; None to start from the beginning.
 
-    Sizes and small files are verified here, tensors by ``load_checkpoint``.
+    Sizes and small files are verified here, tensors by `load_checkpoint`.
 
     Args:
-        setting: ``auto``, ``latest``, ``never``, a step, or the path or URL of a checkpoint.
+        setting: `auto`, `latest`, `never`, a step, or the path or URL of a checkpoint.
         folder: the checkpoints folder of the run.
 
     Raises:
-        UserError: ``never`` in a folder that has checkpoints, ``latest`` in one that has none, no checkpoint of the
+        UserError: `never` in a folder that has checkpoints, `latest` in one that has none, no checkpoint of the
             step or at the path, or a corrupt one.
     """
     committed = committed_checkpoints(folder)
@@ -208,7 +208,7 @@ def checkpoint_to_resume(setting: str | int, folder: Place) -> Place | None:
 
 
 def load_checkpoint(path: Place, tensors: Mapping[str, Tensor], *, backend: Planners) -> TrainState:
-    """Fill ``tensors`` in place, restore this process's random state and give back the numbers.
+    """Fill `tensors` in place, restore this process's random state and give back the numbers.
 
     Each process hashes the files that it reads from, and no other.
 
@@ -236,7 +236,7 @@ def load_checkpoint(path: Place, tensors: Mapping[str, Tensor], *, backend: Plan
 
 
 def tensor_reader(path: Place, *, verify: bool = False) -> dcp.FileSystemReader:
-    """What reads the tensors of a checkpoint; ``verify`` compares the hash of each file before it is read from."""
+    """What reads the tensors of a checkpoint; `verify` compares the hash of each file before it is read from."""
     tensors = path / "tensors"
     kind: type[dcp.FileSystemReader] = dcp.FileSystemReader
     if not isinstance(tensors, Path):
@@ -256,14 +256,14 @@ def tensor_reader(path: Place, *, verify: bool = False) -> dcp.FileSystemReader:
 
 
 def _errors_in(error: BaseException) -> list[BaseException]:
-    """The errors of all processes in a ``CheckpointException``, or the error itself."""
+    """The errors of all processes in a `CheckpointException`, or the error itself."""
     if isinstance(error, CheckpointException):
         return [failure[0] for failure in error.failures.values()]
     return [error]
 
 
 def remove_old_checkpoints(folder: Place, keep: int | None) -> None:
-    """Keep the newest ``keep`` checkpoints (None: all), and no unfinished one that is older than the newest."""
+    """Keep the newest `keep` checkpoints (None: all), and no unfinished one that is older than the newest."""
     committed = committed_checkpoints(folder)
     if not committed:
         return
@@ -276,7 +276,7 @@ def remove_old_checkpoints(folder: Place, keep: int | None) -> None:
 
 
 def set_aside_later_checkpoints(folder: Place, step: int) -> None:
-    """Rename the checkpoints after ``step`` to ``....abandoned``: the run continues from an earlier one."""
+    """Rename the checkpoints after `step` to `....abandoned`: the run continues from an earlier one."""
     for path in committed_checkpoints(folder):
         if (step_of(path) or 0) > step:
             target = path.with_name(f"{path.name}.abandoned")

@@ -1,7 +1,7 @@
-"""``python -m coda_pretrain export``: a checkpoint to safetensors, on any machine: no torch_xla, no training devices.
+"""`python -m coda_pretrain export`: a checkpoint to safetensors, on any machine: no torch_xla, no training devices.
 
-Writes ``model.safetensors`` (published weight names), ``config.json`` and the tokenizer's files. The result starts
-another run (``model.init_from``) and is what ``save_hf_model.py`` turns into a folder that loads by itself.
+Writes `model.safetensors` (published weight names), `config.json` and the tokenizer's files. The result starts
+another run (`model.init_from`) and is what `save_hf_model.py` turns into a folder that loads by itself.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def find_checkpoint(folder: Place, step: int | None) -> Place:
     """The verified checkpoint to export.
 
     Args:
-        folder: a run folder, its ``checkpoints`` folder, or one checkpoint; local or behind a URL.
+        folder: a run folder, its `checkpoints` folder, or one checkpoint; local or behind a URL.
         step: which step of the run; None for the newest.
 
     Raises:
@@ -68,7 +68,7 @@ def read_weights(checkpoint: Place, kind: str = "model") -> dict[str, Tensor]:
 
     Args:
         checkpoint: its folder.
-        kind: ``model``, or ``ema`` for the averages that ``optimizer.ema_decay`` keeps.
+        kind: `model`, or `ema` for the averages that `optimizer.ema_decay` keeps.
 
     Raises:
         UserError: the checkpoint has no averages.
@@ -120,7 +120,7 @@ def export(
         output_dir: must not exist, or be empty.
         dtype: of the written weights.
         tokenizer: the tokenizer folder; the one that the run's configuration names when None.
-        weights_kind: ``model`` or ``ema``; see ``read_weights``.
+        weights_kind: `model` or `ema`; see `read_weights`.
 
     Raises:
         UserError: the output exists, the tokenizer is missing, or the weights do not fit or are not finite.

@@ -56,16 +56,16 @@ def record_of_data(
     """Compare what a run reads with what it read up to the checkpoint that it continues from.
 
     Args:
-        sources: what it reads now: ``Mixture.identities`` by section of the configuration.
+        sources: what it reads now: `Mixture.identities` by section of the configuration.
         checkpoint: None at the beginning. One of before this was recorded is taken with a warning.
         accept_changed: go on with other data.
 
     Returns:
-        What its checkpoints hold as ``DATA_NAME``: ``sources``, and ``accepted_changes`` with the ``step`` after
-        which, the ``source``, ``before`` and ``after``.
+        What its checkpoints hold as `DATA_NAME`: `sources`, and `accepted_changes` with the `step` after
+        which, the `source`, `before` and `after`.
 
     Raises:
-        UserError: a source has other content than before and ``accept_changed`` is not set.
+        UserError: a source has other content than before and `accept_changed` is not set.
     """
     if checkpoint is None:
         return {"sources": sources, "accepted_changes": []}

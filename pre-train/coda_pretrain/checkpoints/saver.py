@@ -2,7 +2,7 @@
 
 A save that fails leaves nothing that looks valid and is reported, at the latest at the end of the run: every process
 learns of it, none goes on in the belief that the state is safe. Not here: what a checkpoint holds and how one is
-verified (``checkpoint``).
+verified (`checkpoint`).
 """
 
 import json
@@ -73,8 +73,8 @@ def snapshot(
         tensors: flat names to tensors of the backend.
         state: numbers.
         run_config: the resolved run configuration, as YAML.
-        model_config: ``CoDAConfig.to_dict()``.
-        data: what ``resume_check.DATA_NAME`` holds.
+        model_config: `CoDAConfig.to_dict()`.
+        data: what `resume_check.DATA_NAME` holds.
         backend: where the tensors are.
     """
     texts = {
@@ -89,7 +89,7 @@ def snapshot(
 
 
 def write_checkpoint(folder: Place, content: Snapshot, *, backend: Planners, keep: int | None = None) -> Place:
-    """Write a snapshot into ``folder``, commit it, and remove surplus checkpoints. All processes call this together.
+    """Write a snapshot into `folder`, commit it, and remove surplus checkpoints. All processes call this together.
 
     Args:
         folder: the checkpoints folder of the run.
@@ -137,7 +137,7 @@ class Saver:
     """Writes snapshots of a run in a thread, one after the other."""
 
     def __init__(self, folder: Place, *, backend: Planners, keep: int | None, asynchronous: bool) -> None:
-        """Args are those of ``write_checkpoint``; ``asynchronous`` lets training go on during a save."""
+        """Args are those of `write_checkpoint`; `asynchronous` lets training go on during a save."""
         self._folder, self._backend, self._keep, self._asynchronous = folder, backend, keep, asynchronous
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._running: Future[Place] | None = None
@@ -148,7 +148,7 @@ class Saver:
         return self._running is not None and self._running.done() and self._running.exception() is not None
 
     def save(self, take: Callable[[], Snapshot]) -> None:
-        """Save the snapshot that ``take()`` gives. Waits for the save before, and for this one if not asynchronous.
+        """Save the snapshot that `take()` gives. Waits for the save before, and for this one if not asynchronous.
 
         Raises:
             CheckpointError: the save before, or this one if it was waited for, could not be written.
@@ -241,7 +241,7 @@ def _wait_for(files: list[Place]) -> list[Place]:
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """What the client of a store raises, which is of its own kinds, as an ``OSError`` with the same words."""
+    """What the client of a store raises, which is of its own kinds, as an `OSError` with the same words."""
     try:
         yield
     except OSError:

@@ -1,7 +1,7 @@
-"""``python -m coda_pretrain data``: text to token shards; ``download``: data sets of the Hub to text.
+"""`python -m coda_pretrain data`: text to token shards; `download`: data sets of the Hub to text.
 
-The work is in ``download`` (fetching text), ``documents`` (reading it), ``prepare`` (tokenizing it into shards),
-``shards`` (the format) and ``mixture`` (the order of a run).
+The work is in `download` (fetching text), `documents` (reading it), `prepare` (tokenizing it into shards),
+`shards` (the format) and `mixture` (the order of a run).
 """
 
 import argparse
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_parser(*, tokenizes: bool = True) -> argparse.ArgumentParser:
-    """The command line; its options are the fields of ``PrepareConfig``, of which a download needs only the output."""
+    """The command line; its options are the fields of `PrepareConfig`, of which a download needs only the output."""
     parser = argparse.ArgumentParser(prog="python -m coda_pretrain data", description="Turn text into token shards.")
     source = parser.add_argument_group("input")
     source.add_argument(
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 on success, also with skipped documents and files up to ``--max_bad_share``; 2 for bad input, which more of
+        0 on success, also with skipped documents and files up to `--max_bad_share`; 2 for bad input, which more of
         them are; 1 when the work could not be done (a full disk, a worker that died). The message is the last on
         stderr, and what is finished is kept for the next call.
     """
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def download_main(argv: Sequence[str] | None = None) -> int:
-    """Run ``download``, which is ``data --download`` with a command line of its own; see ``main``."""
+    """Run `download`, which is `data --download` with a command line of its own; see `main`."""
     parser = argparse.ArgumentParser(prog="python -m coda_pretrain download", description="Hub data sets to text.")
     parser.add_argument("descriptions", nargs="+", help="files of configs/data")
     parser.add_argument("--output", required=True, help="a folder of each goes into this one")
@@ -117,7 +117,7 @@ def download_main(argv: Sequence[str] | None = None) -> int:
 
 
 def download_all(descriptions: Sequence[str], output: Path, num_workers: int) -> int:
-    """Fetch the described data sets; see ``main`` for what is returned."""
+    """Fetch the described data sets; see `main` for what is returned."""
     try:
         for corpus in [load_corpus(path) for path in descriptions]:
             print(describe(corpus, download(corpus, output, num_workers=num_workers)), flush=True)

@@ -1,10 +1,10 @@
-"""``python -m coda_pretrain cluster``: text to token shards on many machines, through datatrove.
+"""`python -m coda_pretrain cluster`: text to token shards on many machines, through datatrove.
 
 datatrove spreads tasks over processes, a Slurm cluster or Ray, and can filter the text; the steps below read documents
-as ``python -m coda_pretrain data`` does and turn those of a task into shards of this package's own format, in a folder
+as `python -m coda_pretrain data` does and turn those of a task into shards of this package's own format, in a folder
 or behind an fsspec URL that all machines see. A task that was stopped is done again, one that is finished is skipped;
-the manifest is written when all are. On one machine ``python -m coda_pretrain data`` needs less. Needs the extra
-``datatrove``.
+the manifest is written when all are. On one machine `python -m coda_pretrain data` needs less. Needs the extra
+`datatrove`.
 """
 
 import argparse
@@ -60,14 +60,14 @@ class ReadDocuments(PipelineStep):
 
         Args:
             files: paths or fsspec URLs; task r of n reads files r, r + n, ...
-            reader: ``jsonl`` or ``parquet``.
+            reader: `jsonl` or `parquet`.
             text_key: field or column that holds the text.
         """
         super().__init__()
         self.files, self.reader, self.text_key = list(files), reader, text_key
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Read the files of task ``rank``."""
+        """Read the files of task `rank`."""
         if data:
             yield from data
         read = parquet_documents if self.reader == "parquet" else jsonl_documents
@@ -105,7 +105,7 @@ class WriteTokenShards(PipelineStep):
         self.shard_tokens, self.validation_fraction = shard_tokens, validation_fraction
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        """Write the shards of task ``rank`` and record them."""
+        """Write the shards of task `rank` and record them."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
         encoder, end = encoder_of(self.facts), self.facts.document_end_id
         tally = Tally()
@@ -183,7 +183,7 @@ class WriteManifests(PipelineStep):
         """Settings of the step.
 
         Args:
-            facts: that of ``WriteTokenShards``, as ``output`` and ``validation_fraction`` are.
+            facts: that of `WriteTokenShards`, as `output` and `validation_fraction` are.
             output: see above.
             tasks: how many tasks wrote shards.
             validation_fraction: see above.
@@ -246,8 +246,8 @@ def executors(
     """The executor of the last task, which starts the others first.
 
     Args:
-        kind: ``local``, ``slurm`` or ``ray``.
-        shards: the steps of the tasks that write shards: a reader, filters, ``WriteTokenShards``.
+        kind: `local`, `slurm` or `ray`.
+        shards: the steps of the tasks that write shards: a reader, filters, `WriteTokenShards`.
         manifest: the step that follows them.
         arguments: the command line.
     """
@@ -309,7 +309,7 @@ def list_input(folder: str, pattern: str | None, *, reader: str, text_key: str, 
 
 
 def check_same_preparation(output: Place, identity: dict[str, Any]) -> None:
-    """Compare with the preparation that ``output`` holds, and record this one if it holds none.
+    """Compare with the preparation that `output` holds, and record this one if it holds none.
 
     Raises:
         UserError: it is another one, so finished tasks would be mixed with tasks of other text.

@@ -3,7 +3,7 @@
 A piece is a function of the input alone (never of the number of workers), so each makes the same shard in every run.
 Lines of JSONL, rows of parquet and of a Hugging Face data set are documents; a text or source file is one document.
 What cannot be read is a document without text and with a reason; it ends nothing. Not here: which files there are
-(``inputs``), tokens and shards (``prepare``).
+(`inputs`), tokens and shards (`prepare`).
 """
 
 import codecs
@@ -58,7 +58,7 @@ class Document:
     path: str
     text: str | None
     problem: Literal["undecodable", "empty", "unreadable"] | None = None
-    """``undecodable``: this record holds no text that can be read. ``unreadable``: nor does the rest of the file."""
+    """`undecodable`: this record holds no text that can be read. `unreadable`: nor does the rest of the file."""
 
     reason: str = ""
     where: str = ""
@@ -66,10 +66,10 @@ class Document:
 
 
 def parts_of_file(path: str, text_suffixes: tuple[str, ...], piece_bytes: int, text_key: str) -> Iterator[Part]:
-    """Cut one file into parts of about ``piece_bytes``. Compressed and text files are not cut.
+    """Cut one file into parts of about `piece_bytes`. Compressed and text files are not cut.
 
     Raises:
-        UnreadableFileError: it cannot be opened, is not what its name says, or has no text in ``text_key``.
+        UnreadableFileError: it cannot be opened, is not what its name says, or has no text in `text_key`.
     """
     kind = kind_of(path, text_suffixes) or "text"
     size = check_openable(path, kind).st_size
@@ -95,7 +95,7 @@ def parquet_metadata(stream: IO[bytes], text_key: str) -> pq.FileMetaData:
     """The metadata of a parquet file.
 
     Raises:
-        UnreadableFileError: it is no parquet file, or its ``text_key`` is missing or holds no text.
+        UnreadableFileError: it is no parquet file, or its `text_key` is missing or holds no text.
     """
     try:
         with pq.ParquetFile(stream) as file:
@@ -114,7 +114,7 @@ def parquet_metadata(stream: IO[bytes], text_key: str) -> pq.FileMetaData:
 
 
 def parts_of_dataset(name: str, num_rows: int, num_bytes: int, piece_bytes: int) -> Iterator[Part]:
-    """Cut a data set of ``num_rows`` rows and about ``num_bytes`` bytes into parts of about ``piece_bytes``."""
+    """Cut a data set of `num_rows` rows and about `num_bytes` bytes into parts of about `piece_bytes`."""
     rows = max(1, int(num_rows * piece_bytes / max(num_bytes, 1)))
     for start in range(0, num_rows, rows):
         stop = min(start + rows, num_rows)
@@ -122,7 +122,7 @@ def parts_of_dataset(name: str, num_rows: int, num_bytes: int, piece_bytes: int)
 
 
 def group_parts(parts: Iterator[Part], piece_bytes: int) -> list[tuple[Part, ...]]:
-    """Join consecutive parts until each group has at least ``piece_bytes`` (the last may have fewer)."""
+    """Join consecutive parts until each group has at least `piece_bytes` (the last may have fewer)."""
     pieces: list[tuple[Part, ...]] = []
     held: list[Part] = []
     size = 0
@@ -141,7 +141,7 @@ def read_documents(part: Part, text_key: str, dataset: Any = None) -> Iterator[D
     Args:
         part: what to read.
         text_key: field of a JSONL object, column of a parquet file or data set, that holds the text.
-        dataset: the loaded data set, for a part of kind ``dataset``.
+        dataset: the loaded data set, for a part of kind `dataset`.
 
     Raises:
         OSError: the system could not read the file, which may be otherwise the next time.
@@ -161,7 +161,7 @@ def read_documents(part: Part, text_key: str, dataset: Any = None) -> Iterator[D
 
 
 def checked_text(text: str) -> str | None:
-    r"""``text``, or None if it holds lone surrogates (a JSON ``\ud800``), which no encoding can write."""
+    r"""`text`, or None if it holds lone surrogates (a JSON `\ud800`), which no encoding can write."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -210,7 +210,7 @@ def _read_text_file(path: str) -> Document:
 
 
 def _read_jsonl_range(part: Part, text_key: str) -> Iterator[Document]:
-    """Records of the lines that start in ``[start, stop)``."""
+    """Records of the lines that start in `[start, stop)`."""
     with open(part.path, "rb") as file:
         position = part.start
         if position:
@@ -301,7 +301,7 @@ def _is_nested_beyond(value: Any, limit: int) -> bool:
 def parquet_documents(
     path: str, stream: IO[bytes], text_key: str, start: int = 0, stop: int | None = None
 ) -> Iterator[Document]:
-    """The rows of the row groups ``[start, stop)``. Content that cannot be decoded ends them."""
+    """The rows of the row groups `[start, stop)`. Content that cannot be decoded ends them."""
     row = 0
     try:
         with pq.ParquetFile(stream) as file:
@@ -328,10 +328,10 @@ def _read_dataset(part: Part, text_key: str, dataset: Any) -> Iterator[Document]
 
 
 def load_dataset(name: str, config: str | None, split: str, text_key: str) -> Any:
-    """A Hugging Face data set by name or from a local folder (also one written by ``save_to_disk``).
+    """A Hugging Face data set by name or from a local folder (also one written by `save_to_disk`).
 
     Raises:
-        UserError: it cannot be loaded, or has no column ``text_key``.
+        UserError: it cannot be loaded, or has no column `text_key`.
     """
     import datasets  # seconds to import, and only this input needs it
 

@@ -1,7 +1,7 @@
-"""Data sets named on the Hugging Face Hub: described in ``configs/data/*.yaml``, fetched into a folder of text.
+"""Data sets named on the Hugging Face Hub: described in `configs/data/*.yaml`, fetched into a folder of text.
 
-Every step can be stopped and given again: files that are whole are kept. The result is what ``--input`` of
-``python -m coda_pretrain data`` reads. Not here: tokens (``prepare``).
+Every step can be stopped and given again: files that are whole are kept. The result is what `--input` of
+`python -m coda_pretrain data` reads. Not here: tokens (`prepare`).
 """
 
 import gzip
@@ -41,7 +41,7 @@ class ContentsConfig:
     """Where the texts are, for a data set that only holds identifiers."""
 
     url: str
-    """fsspec URL of one text, with the columns of a row in braces, e.g. ``https://.../{blob_id}``."""
+    """fsspec URL of one text, with the columns of a row in braces, e.g. `https://.../{blob_id}`."""
 
     rows_in: str | None = None
     """Column that holds a list of rows, where a row of the data set is a whole repository."""
@@ -56,10 +56,10 @@ class ContentsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """One data set: a file of ``configs/data``."""
+    """One data set: a file of `configs/data`."""
 
     name: str
-    """Folder below ``--output``; the recipes' ``data.sources`` use the same names."""
+    """Folder below `--output`; the recipes' `data.sources` use the same names."""
 
     repo: str
     """Name on the Hub."""
@@ -78,12 +78,12 @@ class CorpusConfig:
     """Unpack tar archives among the files."""
 
     load_configs: tuple[str, ...] = ()
-    """Configurations to read with ``datasets`` and write as parquet, for file formats that ``--input`` cannot read."""
+    """Configurations to read with `datasets` and write as parquet, for file formats that `--input` cannot read."""
 
     load_split: str = "train"
     contents: ContentsConfig | None = None
     text_key: str = "text"
-    """Field that holds the text, for ``--text_key``."""
+    """Field that holds the text, for `--text_key`."""
 
     report_tokens: float | None = None
     """Tokens that the CoDA report took from it."""
@@ -106,7 +106,7 @@ def load_corpus(path: str) -> CorpusConfig:
     """Read one description.
 
     Raises:
-        UserError: it is missing, no YAML, or does not fit ``CorpusConfig``.
+        UserError: it is missing, no YAML, or does not fit `CorpusConfig`.
     """
     if not Path(path).is_file():
         raise UserError(f"--download {path}: no such file; pre-train/configs/data has the known ones")
@@ -117,7 +117,7 @@ def load_corpus(path: str) -> CorpusConfig:
 
 
 def download(corpus: CorpusConfig, output: Path, *, num_workers: int) -> Path:
-    """Fetch a data set into ``output / corpus.name`` and give the folder that holds its text.
+    """Fetch a data set into `output / corpus.name` and give the folder that holds its text.
 
     Raises:
         OSError: the Hub or another server cannot be reached or refuses; what has arrived is kept.
@@ -232,10 +232,10 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def to_parquet(folder: Path, config: str, split: str, output: Path) -> None:
-    """Read one configuration of a downloaded data set with ``datasets`` and write it as parquet, unless it is there.
+    """Read one configuration of a downloaded data set with `datasets` and write it as parquet, unless it is there.
 
     Raises:
-        UserError: ``datasets`` cannot read it.
+        UserError: `datasets` cannot read it.
     """
     target = output / f"{config}-{split}.parquet"
     if target.is_file():

@@ -2,7 +2,7 @@
 
 Nothing is left out without a word: a file is an input, or it is unusable and the reason is kept, or it is passed over
 (its suffix is not read, or its folder is read under another name) and named as such. Not here: the documents in a file
-(``documents``) and how much may be unusable (``skipped``).
+(`documents`) and how much may be unusable (`skipped`).
 """
 
 import errno
@@ -43,14 +43,14 @@ class Listing:
     """Files and folders that cannot be read, and why."""
 
     passed_over: dict[str, str] = field(default_factory=dict)
-    """Files and folders that are not inputs, and why: a suffix, or ``SAME_FOLDER``."""
+    """Files and folders that are not inputs, and why: a suffix, or `SAME_FOLDER`."""
 
     excluded: int = 0
-    """Files that ``--exclude`` left out."""
+    """Files that `--exclude` left out."""
 
 
 def printable(path: str) -> str:
-    r"""A path as text that can be written anywhere: bytes that are not UTF-8 as ``\xe9``."""
+    r"""A path as text that can be written anywhere: bytes that are not UTF-8 as `\xe9`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -79,7 +79,7 @@ def find_files(inputs: list[str], exclude: list[str], text_suffixes: tuple[str, 
 
     Args:
         inputs: files, folders (searched recursively) and glob patterns.
-        exclude: patterns in the manner of ``fnmatch``; a file whose path matches one is left out.
+        exclude: patterns in the manner of `fnmatch`; a file whose path matches one is left out.
         text_suffixes: lower-case suffixes of files that are one document each.
         output: folder that the shards go to; where a link or pattern leads to it, it is passed over.
 
@@ -127,7 +127,7 @@ def find_files(inputs: list[str], exclude: list[str], text_suffixes: tuple[str, 
 
 
 def matches_of(pattern: str, listing: Listing, output: str) -> Iterator[str]:
-    """What a pattern matches. ``glob`` follows links within ``**`` without end, so that is walked as folders are."""
+    """What a pattern matches. `glob` follows links within `**` without end, so that is walked as folders are."""
     whole = pattern.rstrip("/").removesuffix("/**")
     if whole != pattern.rstrip("/") and "**" not in whole:
         yield from glob.glob(whole)  # all below these folders
@@ -145,7 +145,7 @@ def matches_of(pattern: str, listing: Listing, output: str) -> Iterator[str]:
 
 
 def _is_match(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether names of folders and a file fit a pattern in the manner of ``glob``, which finds nothing hidden."""
+    """Whether names of folders and a file fit a pattern in the manner of `glob`, which finds nothing hidden."""
     if not pattern or not names:
         return not names and all(part == "**" for part in pattern)
     visible = not names[0].startswith(".")

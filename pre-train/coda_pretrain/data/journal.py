@@ -1,6 +1,6 @@
 """What a preparation has finished: taking up a killed run, refusing to mix two, removing what one left.
 
-Not here: the work itself (``prepare``).
+Not here: the work itself (`prepare`).
 """
 
 import fcntl
@@ -23,7 +23,7 @@ PROGRESS_NAME = "progress.jsonl"
 
 @contextmanager
 def exclusive(output: Path) -> Iterator[None]:
-    """Hold ``output`` against a second preparation.
+    """Hold `output` against a second preparation.
 
     Raises:
         UserError: another process holds it.
@@ -37,7 +37,7 @@ def exclusive(output: Path) -> Iterator[None]:
 
 
 class Progress:
-    """``progress.jsonl``: a header that identifies the preparation, then one line for each finished piece."""
+    """`progress.jsonl`: a header that identifies the preparation, then one line for each finished piece."""
 
     def __init__(self, output: Path, header: dict[str, Any]) -> None:
         self.output, self.path, self.header = output, output / PROGRESS_NAME, header
@@ -94,7 +94,7 @@ class Progress:
 
 
 def remove_preparation(output: Path) -> None:
-    """Remove the files that a preparation writes to ``output``, and nothing else."""
+    """Remove the files that a preparation writes to `output`, and nothing else."""
     for folder, split in ((output, "train"), (output / "validation", "validation")):
         for pattern in (f"{split}-*.bin", f"{split}-*.ends", f".{split}-*.tmp", MANIFEST_NAME, PROGRESS_NAME):
             for path in folder.glob(pattern):

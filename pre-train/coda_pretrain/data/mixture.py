@@ -1,7 +1,7 @@
 """Order: which row of which source is sample number i of a run, as a pure function of (seed, i).
 
 Nothing is stored and nothing is consumed, so any number of readers, on any number of hosts, resumes at any sample
-exactly, and prefetching cannot disturb a position. Not here: bytes on disk (``shards``), noise (``masking``).
+exactly, and prefetching cannot disturb a position. Not here: bytes on disk (`shards`), noise (`masking`).
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class SourceConfig:
     """One folder of token shards and how much of the mixture it is."""
 
     path: str
-    """Folder written by ``python -m coda_pretrain data``, relative to ``data.root``, or an fsspec URL of one."""
+    """Folder written by `python -m coda_pretrain data`, relative to `data.root`, or an fsspec URL of one."""
 
     weight: float | None = None
     """Share of the samples, relative to the other sources' weights (token counts, percentages, ...). Give it for all
@@ -105,7 +105,7 @@ class SourceShare(NamedTuple):
 
 
 def permuted_index(index: int, size: int, key: int) -> int:
-    """Place of ``index`` in a pseudo-random permutation of ``range(size)`` chosen by ``key``, in constant memory.
+    """Place of `index` in a pseudo-random permutation of `range(size)` chosen by `key`, in constant memory.
 
     A balanced Feistel network over the next even number of bits, walked along its cycle until it lands inside
     (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains"). The round function is the finaliser of
@@ -126,7 +126,7 @@ def permuted_index(index: int, size: int, key: int) -> int:
 
 
 def split_by_weight(total: int, weights: list[float]) -> list[int]:
-    """Whole numbers that add up to ``total`` in proportion to ``weights``, each within 1 of its share.
+    """Whole numbers that add up to `total` in proportion to `weights`, each within 1 of its share.
 
     The method of largest remainders; equal remainders favour the earlier weight.
     """
@@ -139,7 +139,7 @@ def split_by_weight(total: int, weights: list[float]) -> list[int]:
 
 
 def source_place(root: str | None, path: str) -> Place:
-    """Where a source lies: a URL and an absolute path stand for themselves, others are below ``root``."""
+    """Where a source lies: a URL and an absolute path stand for themselves, others are below `root`."""
     if is_url(path) or not root:
         return place_of(path)
     return place_of(root) / path if is_url(root) else Path(root) / path
@@ -148,7 +148,7 @@ def source_place(root: str | None, path: str) -> Place:
 class Mixture:
     """All sources of a run in one endless order.
 
-    Epoch e holds samples ``[e * num_samples, (e + 1) * num_samples)``: a fresh pseudo-random interleaving in which
+    Epoch e holds samples `[e * num_samples, (e + 1) * num_samples)`: a fresh pseudo-random interleaving in which
     each source has exactly its number of samples. A source is read in passes, each a fresh permutation of its rows, and
     a pass continues in the next epoch: at the end of any epoch, how often two rows of a source were read differs by at
     most 1.
@@ -168,7 +168,7 @@ class Mixture:
             seed: names the order.
 
         Raises:
-            UserError: ``seq_len`` is below 2, a source cannot be read, the sources' tokenizers differ, or an epoch is
+            UserError: `seq_len` is below 2, a source cannot be read, the sources' tokenizers differ, or an epoch is
                 too short to give each source a sample.
         """
         if seq_len < 2:
@@ -206,7 +206,7 @@ class Mixture:
         self._first_slots = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     def identities(self) -> dict[str, dict[str, Any]]:
-        """``TokenShards.identity`` of each source, by its path as the configuration names it."""
+        """`TokenShards.identity` of each source, by its path as the configuration names it."""
         return {share.path: source.identity() for share, source in zip(self.shares, self._sources, strict=True)}
 
     def _check_tokenizers(self) -> None:
@@ -219,10 +219,10 @@ class Mixture:
                 )
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Source number and row number of sample ``index`` (any non-negative integer).
+        """Source number and row number of sample `index` (any non-negative integer).
 
         Raises:
-            UserError: ``index`` is negative.
+            UserError: `index` is negative.
         """
         if index < 0:
             raise UserError(f"index must be at least 0, got {index}")
@@ -240,10 +240,10 @@ class Mixture:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
     def sample(self, index: int) -> Sample:
-        """Sample number ``index`` of the run: a pure function of (seed, index) and of the shards.
+        """Sample number `index` of the run: a pure function of (seed, index) and of the shards.
 
         Raises:
-            UserError: ``index`` is negative.
+            UserError: `index` is negative.
         """
         source, row = self.locate(index)
         return Sample(*self._sources[source].read(row * self.seq_len, self.seq_len))

@@ -1,9 +1,9 @@
 """Text to token shards: parallel over pieces of the input, restartable, and the same whatever the number of workers.
 
 Each piece of the input becomes at most one shard per split. A worker writes a shard under temporary names and renames
-it; the parent then appends one line to ``progress.jsonl``, which is the commit. A run that was killed keeps what its
-progress file lists and what still has the recorded hash, and does the rest again; ``manifest.json`` appears last.
-Not here: the format of a shard (``shards``), files and records (``documents``), the command line (``__main__``).
+it; the parent then appends one line to `progress.jsonl`, which is the commit. A run that was killed keeps what its
+progress file lists and what still has the recorded hash, and does the rest again; `manifest.json` appears last.
+Not here: the format of a shard (`shards`), files and records (`documents`), the command line (`__main__`).
 """
 
 import dataclasses
@@ -49,10 +49,10 @@ class PrepareConfig:
     """What to prepare, from what, and how."""
 
     inputs: tuple[str, ...] = ()
-    """Files, folders and glob patterns; or give ``hf_dataset``."""
+    """Files, folders and glob patterns; or give `hf_dataset`."""
 
     exclude: tuple[str, ...] = ()
-    """Patterns of paths below ``inputs`` to leave out."""
+    """Patterns of paths below `inputs` to leave out."""
 
     text_suffixes: tuple[str, ...] = (".txt", ".py", ".md")
     """Suffixes of files that are one document each."""
@@ -72,7 +72,7 @@ class PrepareConfig:
     """Token that is put after each document."""
 
     output: str
-    """Folder for the shards; held-out ones go to its subfolder ``validation``."""
+    """Folder for the shards; held-out ones go to its subfolder `validation`."""
 
     num_workers: int = 1
     shard_tokens: int = 50_000_000
@@ -85,13 +85,13 @@ class PrepareConfig:
     """Largest share of the documents, and of the files, that may be unreadable. They are skipped, named and counted."""
 
     overwrite: bool = False
-    """Remove what another preparation left in ``output`` first."""
+    """Remove what another preparation left in `output` first."""
 
     def __post_init__(self) -> None:
         """Check the fields.
 
         Raises:
-            UserError: a number is out of range, or not exactly one of ``inputs`` and ``hf_dataset`` is given.
+            UserError: a number is out of range, or not exactly one of `inputs` and `hf_dataset` is given.
         """
         if bool(self.inputs) == (self.hf_dataset is not None):
             raise UserError(f"give exactly one of --input and --hf_dataset, got {self.inputs} and {self.hf_dataset}")
@@ -193,7 +193,7 @@ def start_worker(config: PrepareConfig, facts: TokenizerFacts, dataset: Any) -> 
 
 
 def run_piece(index: int, piece: tuple[Part, ...]) -> dict[str, Any]:
-    """``PieceWorker.run`` of this process."""
+    """`PieceWorker.run` of this process."""
     assert _worker is not None, "start_worker has not run in this process"
     return _worker.run(index, piece)
 
@@ -213,7 +213,7 @@ def plan_pieces(config: PrepareConfig, dataset: Any) -> Plan:
     """Find the input, look at each file, and cut what can be read into pieces.
 
     Raises:
-        UserError: an input cannot be found, more than ``max_bad_share`` of the files cannot be read, or the output
+        UserError: an input cannot be found, more than `max_bad_share` of the files cannot be read, or the output
             lies inside an input and would be read as text the next time.
     """
     piece_bytes = config.shard_tokens * BYTES_PER_TOKEN
@@ -241,16 +241,16 @@ def plan_pieces(config: PrepareConfig, dataset: Any) -> Plan:
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Make the token shards of ``config`` and give the counts of all splits together.
+    """Make the token shards of `config` and give the counts of all splits together.
 
     Returns:
-        ``documents``, ``tokens``, ``empty``, ``undecodable`` (totals over both splits), ``new_tokens`` (made by this
-        call, the rest was there), ``tally`` (what was read and skipped), ``manifests`` (path of each split's
+        `documents`, `tokens`, `empty`, `undecodable` (totals over both splits), `new_tokens` (made by this
+        call, the rest was there), `tally` (what was read and skipped), `manifests` (path of each split's
         manifest).
 
     Raises:
-        UserError: bad input, or more of it than ``max_bad_share`` that cannot be read; no document left; or
-            ``output`` holds another preparation.
+        UserError: bad input, or more of it than `max_bad_share` that cannot be read; no document left; or
+            `output` holds another preparation.
     """
     facts = load_tokenizer(config.tokenizer, config.document_end)
     dataset = None
@@ -285,10 +285,10 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
 
 def tokenize_pieces(config: PrepareConfig, facts: TokenizerFacts, dataset: Any, plan: Plan, progress: Progress) -> None:
-    """Run the unfinished pieces, in this process for one worker, else in ``num_workers`` processes.
+    """Run the unfinished pieces, in this process for one worker, else in `num_workers` processes.
 
     Raises:
-        TooMuchUnreadableError: so much cannot be read that the whole will be over ``max_bad_share``.
+        TooMuchUnreadableError: so much cannot be read that the whole will be over `max_bad_share`.
         WorkerDied: a worker process died.
     """
     pieces = plan.pieces
@@ -331,7 +331,7 @@ def tokenize_pieces(config: PrepareConfig, facts: TokenizerFacts, dataset: Any, 
 
 
 class ShareWatch:
-    """Stops a run long before its end when far too much of it cannot be read, as under a wrong ``--text_key``.
+    """Stops a run long before its end when far too much of it cannot be read, as under a wrong `--text_key`.
 
     It looks at the finished pieces from the first one on without a gap, so what it finds depends on the input alone.
     """
@@ -346,7 +346,7 @@ class ShareWatch:
         """Take up the pieces that have been finished.
 
         Raises:
-            TooMuchUnreadableError: the whole would have to hold ``EARLY_FACTOR`` times the documents that its size
+            TooMuchUnreadableError: the whole would have to hold `EARLY_FACTOR` times the documents that its size
                 lets expect for the share to be allowed.
         """
         while self._next in self._progress.finished and self._next < len(self._sizes) - 1:

@@ -1,13 +1,13 @@
 """Token shards on disk: the format, the writer of one shard and the reader of a folder.
 
-A folder holds ``manifest.json`` and, for each shard, two flat little-endian files: ``NAME.bin`` (the tokens of all its
-documents one after the other, uint16 when every id of the tokenizer fits, else uint32) and ``NAME.ends`` (uint64, the
+A folder holds `manifest.json` and, for each shard, two flat little-endian files: `NAME.bin` (the tokens of all its
+documents one after the other, uint16 when every id of the tokenizer fits, else uint32) and `NAME.ends` (uint64, the
 position just after each document). A document ends with the tokenizer's document-end token and never crosses shards.
 
 Rows are cut at read time: the shards of a folder form one stream, and row i of length T is the stream's i-th block of
-T tokens. The same shards then serve every ``seq_len``, a long document continues in the next row, and not a token is
+T tokens. The same shards then serve every `seq_len`, a long document continues in the next row, and not a token is
 lost or repeated; the document ends say where attention stops. Not here: which text becomes which shard
-(``prepare``), and in which order rows are read (``mixture``).
+(`prepare`), and in which order rows are read (`mixture`).
 """
 
 import hashlib
@@ -51,12 +51,12 @@ class ShardRecord:
 
 
 def token_dtype(largest_id: int) -> str:
-    """Name of the smallest dtype of the format that holds ``largest_id``: ``uint16`` or ``uint32``."""
+    """Name of the smallest dtype of the format that holds `largest_id`: `uint16` or `uint32`."""
     return "uint16" if largest_id < 2**16 else "uint32"
 
 
 def replace_with_json(path: Path, data: Any) -> None:
-    """Write ``data`` so that ``path`` holds either its old content or all of the new one, whenever the process dies."""
+    """Write `data` so that `path` holds either its old content or all of the new one, whenever the process dies."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(data, file, indent=1, ensure_ascii=False)
@@ -67,7 +67,7 @@ def replace_with_json(path: Path, data: Any) -> None:
 
 
 class ShardWriter:
-    """Writes one shard, ``folder/name``, under temporary names and renames it only when it is whole.
+    """Writes one shard, `folder/name`, under temporary names and renames it only when it is whole.
 
     Used as a context manager; leaving it with an exception removes the temporary files. The file of document ends is
     renamed after the tokens, and the caller records the shard after both, so a shard on record is always complete.
@@ -93,7 +93,7 @@ class ShardWriter:
         self._files[suffix].write(data)
 
     def add(self, token_ids: Iterable[int]) -> None:
-        """Append one document. ``token_ids`` includes the document-end token."""
+        """Append one document. `token_ids` includes the document-end token."""
         tokens = np.asarray(token_ids)
         limit = np.iinfo(self.dtype).max
         assert tokens.size > 0, "a document has at least its document-end token"
@@ -141,7 +141,7 @@ def shard_is_intact(folder: Place, record: ShardRecord) -> bool:
 
 
 def build_manifest(*, split: str, dtype: str, shards: list[ShardRecord], **facts: Any) -> dict[str, Any]:
-    """The content of ``manifest.json``: format, split, dtype, totals, shards, and any further ``facts``."""
+    """The content of `manifest.json`: format, split, dtype, totals, shards, and any further `facts`."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -163,11 +163,11 @@ class TokenShards:
     Attributes:
         num_tokens: length of the stream.
         is_remote: whether reading a row is a request to a store, so that several are worth making at once.
-        tokenizer: the manifest's facts about the tokenizer (``fingerprint``, ``vocab_size``, ``document_end_id``).
+        tokenizer: the manifest's facts about the tokenizer (`fingerprint`, `vocab_size`, `document_end_id`).
     """
 
     def __init__(self, folder: str | Place, cache: str | Path | None = None) -> None:
-        """Read the manifest of ``folder`` and check that every shard file has the recorded size.
+        """Read the manifest of `folder` and check that every shard file has the recorded size.
 
         Args:
             folder: a local folder or an fsspec URL.
@@ -175,7 +175,7 @@ class TokenShards:
 
         Raises:
             UserError: there is no finished manifest, it is of another format, or a shard is missing or of another
-                size. Hashes are not read here (``verify`` does), so that opening stays fast at any size.
+                size. Hashes are not read here (`verify` does), so that opening stays fast at any size.
         """
         self.folder = place_of(folder)
         self.cache = Path(cache) if cache is not None and not isinstance(self.folder, Path) else None
@@ -262,11 +262,11 @@ class TokenShards:
                 raise UserError(f"shard {shard.name} in {self.folder} does not have the hash its manifest recorded")
 
     def num_rows(self, seq_len: int) -> int:
-        """Rows of ``seq_len`` tokens the stream is cut into; the last one may be partly padding."""
+        """Rows of `seq_len` tokens the stream is cut into; the last one may be partly padding."""
         return -(-self.num_tokens // seq_len)
 
     def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens ``[start, start + length)`` of the stream.
+        """Tokens `[start, start + length)` of the stream.
 
         Returns:
             input_ids: (length,) int32. After the end of the stream: the document-end token.

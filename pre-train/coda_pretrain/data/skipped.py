@@ -2,7 +2,7 @@
 
 Two shares are looked at, of documents and of files, since a broken file may hold any number of documents. Documents
 that hold nothing but white space are counted and are not bad. Not here: what makes a file or record unreadable
-(``inputs``, ``documents``).
+(`inputs`, `documents`).
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ EARLY_FACTOR = 2  # a run is stopped before its end when it is this far beyond t
 
 
 class TooMuchUnreadableError(UserError):
-    """More of the input than ``--max_bad_share`` cannot be read."""
+    """More of the input than `--max_bad_share` cannot be read."""
 
 
 @dataclass
@@ -31,10 +31,10 @@ class Tally:
     """What was read from some of the input."""
 
     files: dict[str, Counter[str]] = field(default_factory=dict)
-    """``COUNTS`` of each file, by its printable name."""
+    """`COUNTS` of each file, by its printable name."""
 
     items: list[dict[str, str]] = field(default_factory=list)
-    """What was skipped: ``path``, ``where`` in it, ``reason``; the first of them if there are very many."""
+    """What was skipped: `path`, `where` in it, `reason`; the first of them if there are very many."""
 
     broken: set[str] = field(default_factory=set)
     """Files that cannot be read, or not to their end."""
@@ -80,14 +80,14 @@ class Tally:
         self.items = [{"path": path, "where": "", "reason": reason} for path, reason in unusable.items()] + self.items
 
     def totals(self) -> dict[str, int]:
-        """The sum of each of ``COUNTS``."""
+        """The sum of each of `COUNTS`."""
         return {name: sum(counts[name] for counts in self.files.values()) for name in COUNTS}
 
     def check_share(self, allowed: float, *, expected: float = 1.0) -> None:
         """Compare what is bad with what may be.
 
         Args:
-            allowed: ``max_bad_share``.
+            allowed: `max_bad_share`.
             expected: at least how many times as many documents as here the whole input has.
 
         Raises:

@@ -31,7 +31,7 @@ class TokenizerFacts:
     """A tokenizer as the workers need it."""
 
     definition: str
-    """The text of a ``tokenizer.json`` in which control tokens in a document are split like any other text."""
+    """The text of a `tokenizer.json` in which control tokens in a document are split like any other text."""
 
     fingerprint: str
     """SHA-256 of the definition."""
@@ -51,11 +51,11 @@ class TokenizerFacts:
 def load_tokenizer(folder: str, document_end: str) -> TokenizerFacts:
     """Load a tokenizer and make the text of its control tokens ordinary text.
 
-    Added tokens that are marked special or are written ``<...>`` (some tokenizers leave FIM and tool tokens unmarked)
+    Added tokens that are marked special or are written `<...>` (some tokenizers leave FIM and tool tokens unmarked)
     would let a document forge the end of a document or a mask; other added tokens, such as runs of spaces, stay.
 
     Raises:
-        UserError: the folder holds no tokenizer, not a fast one, or one without ``document_end``.
+        UserError: the folder holds no tokenizer, not a fast one, or one without `document_end`.
     """
     if not Path(folder).is_dir():
         raise UserError(f"--tokenizer {folder}: no such folder")
@@ -111,7 +111,7 @@ def _encode_long(encoder: Tokenizer, text: str) -> np.ndarray | None:
 
 
 def _border(encoder: Tokenizer, text: str, start: int) -> int | None:
-    """Where the piece that begins at ``start`` may end; None if it would have more than ``MAX_WINDOW`` characters."""
+    """Where the piece that begins at `start` may end; None if it would have more than `MAX_WINDOW` characters."""
     low, high = start + WINDOW // 2, start + WINDOW
     while high < len(text):
         if high > start + MAX_WINDOW:
@@ -129,9 +129,9 @@ def _border(encoder: Tokenizer, text: str, start: int) -> int | None:
 
 
 def _is_border(encoder: Tokenizer, text: str, place: int) -> bool:
-    """Whether a word of the tokenizer ends at ``place`` of ``text``, and both sides apart give the ids of the whole.
+    """Whether a word of the tokenizer ends at `place` of `text`, and both sides apart give the ids of the whole.
 
-    Ids alone are not enough: within a word that is longer than ``text`` they may agree by chance.
+    Ids alone are not enough: within a word that is longer than `text` they may agree by chance.
     """
     whole = encoder.encode(text, add_special_tokens=False)  # the fast way does not say which words there are
     left, right = _ids(encoder, text[:place]), _ids(encoder, text[place:])

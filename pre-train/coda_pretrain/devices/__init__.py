@@ -1,4 +1,4 @@
-"""What differs between plain torch devices and torch_xla, behind one seam (``backend.Backend``)."""
+"""What differs between plain torch devices and torch_xla, behind one seam (`backend.Backend`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def create_backend(config: HardwareConfig) -> Backend:
-    """The backend that ``hardware.backend`` names. Only the chosen one is imported, so plain torch needs no torch_xla.
+    """The backend that `hardware.backend` names. Only the chosen one is imported, so plain torch needs no torch_xla.
 
     Raises:
         UserError: its devices are absent or do not fit the mesh, or torch_xla is not installed.

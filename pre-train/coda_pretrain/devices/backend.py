@@ -1,7 +1,7 @@
 """The seam between the trainer and the machine. A backend places tensors; it knows no loss, schedule or file name.
 
-Its parts are small protocols, each handed to those who need it: update rules see a ``Placement``, checkpoints
-``Planners``. The training step alone sees all of a ``Backend``.
+Its parts are small protocols, each handed to those who need it: update rules see a `Placement`, checkpoints
+`Planners`. The training step alone sees all of a `Backend`.
 """
 
 import os
@@ -28,12 +28,12 @@ class Placement(Protocol):
     """A step is traced and runs as a device graph: it reads no value of the device, and skips itself if not finite."""
 
     def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
-        """Float32 zeros of the shape ``[parameter.shape[d] for d in dims]``, placed like those dimensions of it."""
+        """Float32 zeros of the shape `[parameter.shape[d] for d in dims]`, placed like those dimensions of it."""
 
     def copy(self, parameter: nn.Parameter) -> Tensor:
         """A copy of the weight, placed like it, that is no weight."""
 
-    def numbers(self, values: list[float]) -> list[float] | list[Tensor]:
+    def host_scalars(self, values: list[float]) -> list[float] | list[Tensor]:
         """Host scalars as a step can use them without becoming another step."""
 
 
@@ -82,11 +82,11 @@ class Backend(Placement, Planners, ABC):
 
     @property
     def is_main(self) -> bool:
-        """See ``Planners``."""
+        """See `Planners`."""
         return self.rank == 0
 
     def check_rows(self, name: str, rows: int) -> None:
-        """Check that ``rows`` rows can be split over the mesh; ``name`` is the setting they come from.
+        """Check that `rows` rows can be split over the mesh; `name` is the setting they come from.
 
         Raises:
             UserError: they cannot.
@@ -104,20 +104,20 @@ class Backend(Placement, Planners, ABC):
         Args:
             num_rows: rows of the global batch.
             num_parts: the batch goes through the model in so many equal runs of rows. This process's share of each
-                run comes after its share of the run before, so ``split_rows`` gives the parts.
+                run comes after its share of the run before, so `split_rows` gives the parts.
         """
         size = num_rows // num_parts
         return [part * size + row for part in range(num_parts) for row in self.rows_of_part(size)]
 
     @abstractmethod
     def rows_of_part(self, num_rows: int) -> list[int]:
-        """Which of ``num_rows`` rows that go through the model at once this process supplies, in ascending order."""
+        """Which of `num_rows` rows that go through the model at once this process supplies, in ascending order."""
 
     def prepare_kernel(self, name: str) -> None:  # noqa: B027 (most backends take those of transformers)
         """Make the attention kernel of that name known before a model is built.
 
         Args:
-            name: ``model.attn_implementation``.
+            name: `model.attn_implementation`.
 
         Raises:
             UserError: the devices cannot run it.
@@ -128,24 +128,24 @@ class Backend(Placement, Planners, ABC):
         """Move, shard, wrap or compile a model built on the CPU in float32. Weight names do not change.
 
         Args:
-            model: a ``CoDALanguageModel``.
-            z_loss: see ``OptimizerConfig``.
+            model: a `CoDALanguageModel`.
+            z_loss: see `OptimizerConfig`.
         """
 
     @abstractmethod
     def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
-        """See ``Placement``."""
+        """See `Placement`."""
 
     def copy(self, parameter: nn.Parameter) -> Tensor:
-        """See ``Placement``."""
+        """See `Placement`."""
         return parameter.detach().clone()
 
     def clear_gradient(self, parameter: nn.Parameter) -> None:
         """Forget the gradient."""
         parameter.grad = None
 
-    def numbers(self, values: list[float]) -> list[float] | list[Tensor]:
-        """See ``Placement``."""
+    def host_scalars(self, values: list[float]) -> list[float] | list[Tensor]:
+        """See `Placement`."""
         return values
 
     @abstractmethod
@@ -153,7 +153,7 @@ class Backend(Placement, Planners, ABC):
         """A function of device tensors made ready to be called at every step. Its results may be lazy."""
 
     @abstractmethod
-    def put(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    def to_device(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
         """Move this process's rows to the device(s). Dimension 0 of every array is the row."""
 
     @abstractmethod
@@ -161,32 +161,32 @@ class Backend(Placement, Planners, ABC):
         """The precision of the forward pass."""
 
     @abstractmethod
-    def sum_over_processes(self, values: list[float]) -> list[float]:
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
         """Element-wise sums over all processes, the same on each of them."""
 
     @abstractmethod
     def barrier(self) -> None:
         """Wait for all processes."""
 
-    def any_over_processes(self, flags: list[bool]) -> list[bool]:
+    def all_reduce_any(self, flags: list[bool]) -> list[bool]:
         """Per flag, whether some process raised it; the same on each of them."""
-        return [total > 0 for total in self.sum_over_processes([float(flag) for flag in flags])]
+        return [total > 0 for total in self.all_reduce_sum([float(flag) for flag in flags])]
 
     @abstractmethod
     def host_copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """See ``Planners``."""
+        """See `Planners`."""
 
     @abstractmethod
     def saving_group(self) -> ProcessGroup | None:
-        """See ``Planners``."""
+        """See `Planners`."""
 
     @abstractmethod
     def save_planner(self) -> SavePlanner:
-        """See ``Planners``."""
+        """See `Planners`."""
 
     @abstractmethod
     def load_planner(self) -> LoadPlanner:
-        """See ``Planners``."""
+        """See `Planners`."""
 
     def compile_count(self) -> int | None:
         """Device graphs compiled so far; None where nothing is compiled by the device."""
@@ -197,7 +197,7 @@ class Backend(Placement, Planners, ABC):
 
 
 def process_environment() -> tuple[int, int, int]:
-    """(rank, local rank, number of processes) as ``torchrun`` sets them; (0, 0, 1) without it."""
+    """(rank, local rank, number of processes) as `torchrun` sets them; (0, 0, 1) without it."""
     rank, local, world = (int(os.environ.get(name, default)) for name, default in PROCESS_VARIABLES)
     return rank, local, world
 

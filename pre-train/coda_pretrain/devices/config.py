@@ -1,6 +1,6 @@
 """The machine of a run: backend, mesh, precision and what the xla backend alone can do.
 
-No ``from __future__ import annotations`` in this file: field types must stay types.
+No `from __future__ import annotations` in this file: field types must stay types.
 """
 
 from dataclasses import dataclass, field
@@ -31,10 +31,10 @@ class MeshConfig:
             raise UserError(f"hardware.mesh needs sizes >= 1 with at most one -1, got (data, fsdp, tensor) = {sizes}")
 
     def shape(self, num_devices: int) -> tuple[int, int, int]:
-        """The (data, fsdp, tensor) sizes on ``num_devices`` devices.
+        """The (data, fsdp, tensor) sizes on `num_devices` devices.
 
         Raises:
-            UserError: the product is not ``num_devices``.
+            UserError: the product is not `num_devices`.
         """
         sizes = [self.data, self.fsdp, self.tensor]
         if -1 in sizes:
@@ -53,7 +53,7 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DcnMeshConfig:
-    """How slices, joined by the data centre's network, are used. Within a slice ``MeshConfig`` holds."""
+    """How slices, joined by the data centre's network, are used. Within a slice `MeshConfig` holds."""
 
     data: int = 1
     """Number of slices. Each holds a copy of the model and sees its own rows."""
@@ -84,13 +84,13 @@ class HardwareConfig:
     backend: Literal["cpu", "cuda", "xla"] = "cpu"
     mesh: MeshConfig = field(default_factory=MeshConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16`` runs the forward pass under autocast; weights, gradients' sums and optimizer state stay float32."""
+    """`bf16` runs the forward pass under autocast; weights, gradients' sums and optimizer state stay float32."""
 
     remat: bool = False
     """Recompute each layer's activations in the backward pass."""
 
     compile: bool = False
-    """``torch.compile`` the layers (cpu, cuda). The xla backend always compiles."""
+    """`torch.compile` the layers (cpu, cuda). The xla backend always compiles."""
 
     sharding_rules: dict[str, list[str | None]] | None = None
     """xla: fnmatch pattern of a weight's name -> mesh axis of each of its dimensions; the built-in table when null."""
@@ -99,14 +99,14 @@ class HardwareConfig:
     """cpu: threads of one matrix product; null leaves torch's choice."""
 
     dcn_mesh: DcnMeshConfig = field(default_factory=DcnMeshConfig)
-    """xla: several slices. ``mesh`` is then the mesh of one slice."""
+    """xla: several slices. `mesh` is then the mesh of one slice."""
 
     layers: Literal["loop", "scan"] = "loop"
-    """``scan`` (xla) compiles one layer and runs it in a loop on the device: a compilation does not grow with depth,
-    and ``remat`` frees what a compiler may otherwise keep. ``loop`` is one graph of all layers."""
+    """`scan` (xla) compiles one layer and runs it in a loop on the device: a compilation does not grow with depth,
+    and `remat` frees what a compiler may otherwise keep. `loop` is one graph of all layers."""
 
     offload: bool = False
-    """xla on TPU, with ``layers: scan`` and ``remat``: each layer's input waits in the host's memory for the backward
+    """xla on TPU, with `layers: scan` and `remat`: each layer's input waits in the host's memory for the backward
     pass."""
 
     loss_chunk: int | None = None
@@ -117,14 +117,14 @@ class HardwareConfig:
     nothing and leaves it to the compiler."""
 
     interpret_kernels: bool = False
-    """xla on virtual CPU devices: run TPU kernels (``splash``) in their interpreter. Exact and very slow: for tests."""
+    """xla on virtual CPU devices: run TPU kernels (`splash`) in their interpreter. Exact and very slow: for tests."""
 
     splash_block: int | None = None
-    """xla: most positions of queries and of keys that ``splash`` holds at a time, a multiple of 128; null takes the
-    default of ``chip``."""
+    """xla: most positions of queries and of keys that `splash` holds at a time, a multiple of 128; null takes the
+    default of `chip`."""
 
     libtpu_args: list[str] | None = None
-    """xla on TPUs: flags for libtpu; null takes those of ``chip``. A flag that the environment's LIBTPU_INIT_ARGS
+    """xla on TPUs: flags for libtpu; null takes those of `chip`. A flag that the environment's LIBTPU_INIT_ARGS
     already sets is left as it is."""
 
     compilation_cache: str | None = None
@@ -132,10 +132,10 @@ class HardwareConfig:
     has a subfolder of its own."""
 
     chip: ChipName | None = None
-    """The accelerator, for MFU and ``plan``; a GPU is recognised by its name when null."""
+    """The accelerator, for MFU and `plan`; a GPU is recognised by its name when null."""
 
     peak_tflops: float | None = None
-    """Dense bf16 peak of one device, in 1e12 operations a second, for a device that ``chip`` cannot name."""
+    """Dense bf16 peak of one device, in 1e12 operations a second, for a device that `chip` cannot name."""
 
     def global_mesh_shape(self, num_devices: int) -> tuple[int, int, int]:
         """The (data, fsdp, tensor) sizes over all slices.
@@ -150,11 +150,11 @@ class HardwareConfig:
         return slices * data, fsdp, tensor
 
     def longest_splash_block(self) -> int:
-        """``splash_block``, or the default of the chip."""
+        """`splash_block`, or the default of the chip."""
         return self.splash_block or (CHIPS[self.chip].splash_block if self.chip else Chip.splash_block)
 
     def libtpu_init_args(self, present: str) -> str:
-        """LIBTPU_INIT_ARGS of a run whose environment has the value ``present``."""
+        """LIBTPU_INIT_ARGS of a run whose environment has the value `present`."""
         flags = self.libtpu_args if self.libtpu_args is not None else CHIPS[self.chip].libtpu_args if self.chip else ()
         given = {word.partition("=")[0] for word in present.split()}
         return " ".join([*present.split(), *(flag for flag in flags if flag.partition("=")[0] not in given)])

@@ -1,7 +1,7 @@
 """Attention kernels that take rule or segments themselves, registered with transformers for the xla backend.
 
-``segments`` is torch's scaled dot-product attention with the mask made inside the layer, where a scan does not keep
-it; it evaluates every rule of who may attend to whom. ``splash`` is the TPU's kernel: no mask and no attention weights
+`segments` is torch's scaled dot-product attention with the mask made inside the layer, where a scan does not keep
+it; it evaluates every rule of who may attend to whom. `splash` is the TPU's kernel: no mask and no attention weights
 in memory, and key heads are not repeated. It knows segments alone.
 """
 
@@ -60,7 +60,7 @@ def segment_attention(
 
 
 def register_segment_attention() -> str:
-    """Make ``segments`` known to transformers; its name."""
+    """Make `segments` known to transformers; its name."""
     ALL_ATTENTION_FUNCTIONS.register(SEGMENT_KERNEL, segment_attention)
     RULE_KERNELS.add(SEGMENT_KERNEL)
     return SEGMENT_KERNEL
@@ -71,10 +71,10 @@ LONGEST_PRODUCT = 512  # keys of one matrix product of splash: its scores take m
 
 
 def block_length(seq_len: int, head_dim: int, longest: int) -> int:
-    """The longest block of positions, at most ``longest``, that splash can cut rows into.
+    """The longest block of positions, at most `longest`, that splash can cut rows into.
 
     Raises:
-        UserError: ``seq_len`` or ``head_dim`` is not a multiple of the 128 lanes of a TPU's vector unit.
+        UserError: `seq_len` or `head_dim` is not a multiple of the 128 lanes of a TPU's vector unit.
     """
     for name, value in (("seq_len", seq_len), ("the model's head_dim", head_dim)):
         if value % LANES:
@@ -84,12 +84,12 @@ def block_length(seq_len: int, head_dim: int, longest: int) -> int:
 
 
 def register_splash(mesh: Any, *, on_tpu: bool, interpret: bool, longest_block: int) -> None:
-    """Make ``splash`` known to transformers, for one mesh.
+    """Make `splash` known to transformers, for one mesh.
 
     Args:
-        mesh: a ``torch_xla`` mesh over (data, fsdp, tensor); heads are split over ``tensor``.
+        mesh: a `torch_xla` mesh over (data, fsdp, tensor); heads are split over `tensor`.
         on_tpu: whether its devices are TPUs.
-        interpret: ``hardware.interpret_kernels``.
+        interpret: `hardware.interpret_kernels`.
         longest_block: most positions of a block.
 
     Raises:

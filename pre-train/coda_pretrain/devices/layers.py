@@ -1,6 +1,6 @@
 """The layers of a model as one loop on the device: a layer is compiled once, and what it keeps is chosen here.
 
-``LayerScan`` is a way to run the layers of a ``CoDAModel``. A partition function splits a layer's traced forward and
+`LayerScan` is a way to run the layers of a `CoDAModel`. A partition function splits a layer's traced forward and
 backward graph: without rematerialisation it keeps what the backward pass reads, with it only the layer's input, which
 can wait in the host's memory.
 """
@@ -35,7 +35,7 @@ def keep_only_inputs(joint: fx.GraphModule, inputs: Any, **options: Any) -> tupl
 
 
 def keep_inputs_on_host(joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """As ``keep_only_inputs``, with the hidden states (the first input) in the host's memory until they are needed."""
+    """As `keep_only_inputs`, with the hidden states (the first input) in the host's memory until they are needed."""
     forward, backward = keep_only_inputs(joint, inputs, **options)
     name = next(node.name for node in joint.graph.nodes if node.op == "placeholder")
     output = forward.graph.output_node()
@@ -57,17 +57,17 @@ def keep_inputs_on_host(joint: fx.GraphModule, inputs: Any, **options: Any) -> t
 
 
 def partition_function(*, remat: bool, offload: bool) -> PartitionFunction:
-    """How a layer's graph is split, as ``hardware.remat`` and ``hardware.offload`` ask."""
+    """How a layer's graph is split, as `hardware.remat` and `hardware.offload` ask."""
     if offload:
         return keep_inputs_on_host
     return keep_only_inputs if remat else default_partition
 
 
 class LayerScan:
-    """What ``loop_layers`` is, on XLA: all layers by one compiled one, over their stacked weights."""
+    """What `loop_layers` is, on XLA: all layers by one compiled one, over their stacked weights."""
 
     def __init__(self, model: nn.Module, *, partition: PartitionFunction) -> None:
-        """Take the layers of ``model``, a ``CoDAModel`` whose kernel takes a rule or segments.
+        """Take the layers of `model`, a `CoDAModel` whose kernel takes a rule or segments.
 
         Raises:
             UserError: the layers drop out attention weights, so that no two of their runs are the same graph.
@@ -96,7 +96,7 @@ class LayerScan:
         visibility: Visibility | None = None,
         segment_ids: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """See ``loop_layers`` of ``CoDALanguageModel.modeling_coda``.
+        """See `loop_layers` of `CoDALanguageModel.modeling_coda`.
 
         Raises:
             UserError: hidden states of all layers, a cache or a mask are asked for.

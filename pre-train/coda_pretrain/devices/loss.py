@@ -19,7 +19,7 @@ def chunk_positions(rows_of_device: int, vocab_size: int, seq_len: int, chosen: 
         rows_of_device: rows of one device.
         vocab_size: V, as one device holds it.
         seq_len: positions of a row.
-        chosen: ``hardware.loss_chunk``; None for what makes ``LOSS_CHUNK_ELEMENTS`` logits on a device.
+        chosen: `hardware.loss_chunk`; None for what makes `LOSS_CHUNK_ELEMENTS` logits on a device.
     """
     wanted = max(1, LOSS_CHUNK_ELEMENTS // (vocab_size * rows_of_device)) if chosen is None else chosen
     return min(wanted, seq_len)
@@ -35,17 +35,17 @@ def looped_cross_entropy(
     z_loss: float = 0.0,
     mesh: xs.Mesh | None = None,
 ) -> Tensor:
-    """What ``chunked_cross_entropy`` gives, with the logits of ``chunk`` positions of each row in memory at a time.
+    """What `chunked_cross_entropy` gives, with the logits of `chunk` positions of each row in memory at a time.
 
-    The gradients of ``hidden`` and ``head`` are made in the same loop as the loss.
+    The gradients of `hidden` and `head` are made in the same loop as the loss.
 
     Args:
-        hidden: (B, T, hidden_size), row i being the one that scores ``labels[:, i]``.
-        labels: (B, T) int64, ``IGNORE_INDEX`` where nothing is scored.
+        hidden: (B, T, hidden_size), row i being the one that scores `labels[:, i]`.
+        labels: (B, T) int64, `IGNORE_INDEX` where nothing is scored.
         weights: (B, T) float32.
         head: (V, hidden_size), the head's weight.
         chunk: positions of each row.
-        z_loss: see ``chunked_cross_entropy``.
+        z_loss: see `chunked_cross_entropy`.
         mesh: over (data, fsdp, tensor), B being split over the first two; None for one device.
 
     Returns:
@@ -118,7 +118,7 @@ class _LoopedCrossEntropy(torch.autograd.Function):
 
 
 def _pinned(x: Tensor, mesh: xs.Mesh | None, spec: tuple[str | tuple[str, ...] | None, ...]) -> Tensor:
-    """``x``, a result and no weight, split over the mesh as ``spec`` says."""
+    """`x`, a result and no weight, split over the mesh as `spec` says."""
     if mesh is not None:
         xs.mark_sharding(x, mesh, spec)
     return x

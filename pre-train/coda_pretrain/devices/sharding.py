@@ -28,7 +28,7 @@ DEFAULT_RULES: dict[str, Spec] = {
     "model.layers.*.mlp.down_proj.bias": (None,),
     "*norm.weight": (None,),
 }
-"""Megatron's split of matrix products over ``tensor``, everything else over ``fsdp``; small vectors are copied.
+"""Megatron's split of matrix products over `tensor`, everything else over `fsdp`; small vectors are copied.
 
 Every weight needs a rule: one without an explicit spec comes back from the first step with whatever sharding the
 compiler propagated, which changes the graph and the checkpoint.
@@ -42,7 +42,7 @@ def partition_specs(
 
     Args:
         shapes: (name, number of dimensions) of every weight.
-        rules: fnmatch pattern -> mesh axis (or None) of each dimension; ``DEFAULT_RULES`` when None.
+        rules: fnmatch pattern -> mesh axis (or None) of each dimension; `DEFAULT_RULES` when None.
 
     Raises:
         UserError: an unknown axis, a weight that no pattern covers, or a rule of another number of dimensions.

@@ -1,4 +1,4 @@
-"""Plain torch devices: one CPU or GPU, or several processes under ``torchrun`` with FSDP2 (gloo or NCCL)."""
+"""Plain torch devices: one CPU or GPU, or several processes under `torchrun` with FSDP2 (gloo or NCCL)."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -24,10 +24,10 @@ from .config import HardwareConfig
 
 
 class TorchBackend(Backend):
-    """CPU and CUDA. With several processes, weights are sharded over ``fsdp`` and copied over ``data``."""
+    """CPU and CUDA. With several processes, weights are sharded over `fsdp` and copied over `data`."""
 
     def __init__(self, config: HardwareConfig) -> None:
-        """See ``Backend``.
+        """See `Backend`.
 
         Raises:
             UserError: no CUDA device, or the number of processes does not fit the mesh.
@@ -60,7 +60,7 @@ class TorchBackend(Backend):
         return list(range(self.rank * share, (self.rank + 1) * share))
 
     def prepare_kernel(self, name: str) -> None:
-        """See ``Backend``."""
+        """See `Backend`."""
         if name == "flash_attention_2" and not is_flash_attn_2_available():
             raise UserError(
                 "model.attn_implementation 'flash_attention_2' needs the package flash-attn, which is not installed; "
@@ -84,7 +84,7 @@ class TorchBackend(Backend):
         return model
 
     def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
-        """See ``Backend``."""
+        """See `Backend`."""
         shape = [parameter.shape[d] for d in dims]
         if not isinstance(parameter, DTensor):
             return torch.zeros(shape, dtype=torch.float32, device=parameter.device)
@@ -95,22 +95,22 @@ class TorchBackend(Backend):
         return distributed_zeros(shape, dtype=torch.float32, device_mesh=parameter.device_mesh, placements=placements)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function itself: layers are compiled one by one, in ``prepare_model``."""
+        """The function itself: layers are compiled one by one, in `prepare_model`."""
         return function
 
-    def put(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
-        """See ``Backend``."""
+    def to_device(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        """See `Backend`."""
         tensors = host_tensors(batch)
         if self.device.type == "cuda":
             return {name: t.pin_memory().to(self.device, non_blocking=True) for name, t in tensors.items()}
         return tensors
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """See ``Backend``."""
+        """See `Backend`."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def sum_over_processes(self, values: list[float]) -> list[float]:
-        """See ``Backend``."""
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
+        """See `Backend`."""
         if self.num_processes == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -118,12 +118,12 @@ class TorchBackend(Backend):
         return total.tolist()
 
     def barrier(self) -> None:
-        """See ``Backend``."""
+        """See `Backend`."""
         if self.num_processes > 1:
             dist.barrier()
 
     def compile_count(self) -> int | None:
-        """Graphs that ``torch.compile`` has made of the layers; None without ``hardware.compile``."""
+        """Graphs that `torch.compile` has made of the layers; None without `hardware.compile`."""
         if not self.config.compile:
             return None
         from torch._dynamo.utils import counters  # takes a second, and only compiled runs have it loaded anyway
@@ -131,25 +131,25 @@ class TorchBackend(Backend):
         return counters["stats"]["unique_graphs"]
 
     def host_copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """See ``Backend``."""
+        """See `Backend`."""
         plain = StagingOptions(
             use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
         )
         return DefaultStager(plain).stage({name: tensor.detach() for name, tensor in tensors.items()})
 
     def saving_group(self) -> dist.ProcessGroup | None:
-        """See ``Backend``."""
+        """See `Backend`."""
         return self._saving_group
 
     def save_planner(self) -> SavePlanner:
-        """See ``Backend``."""
+        """See `Backend`."""
         return DefaultSavePlanner()
 
     def load_planner(self) -> LoadPlanner:
-        """See ``Backend``."""
+        """See `Backend`."""
         return DefaultLoadPlanner()
 
     def close(self) -> None:
-        """See ``Backend``."""
+        """See `Backend`."""
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""torch_xla SPMD: one program over a mesh of devices, TPU or virtual CPU ones (``CPU_NUM_DEVICES``)."""
+"""torch_xla SPMD: one program over a mesh of devices, TPU or virtual CPU ones (`CPU_NUM_DEVICES`)."""
 
 import os
 import socket
@@ -51,7 +51,7 @@ class EachShardOnceSavePlanner(SPMDSavePlanner):
 
 
 def _pin_output(mesh: xs.Mesh, spec: ActivationSpec, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """A module's output, and later its gradient, split over the mesh as ``spec`` says."""
+    """A module's output, and later its gradient, split over the mesh as `spec` says."""
     return xs.mark_sharding_with_gradients(output, mesh, spec)
 
 
@@ -61,7 +61,7 @@ class XlaBackend(Backend):
     traces_steps = True
 
     def __init__(self, config: HardwareConfig) -> None:
-        """See ``Backend``. Must run before anything starts torch's autograd engine in this process.
+        """See `Backend`. Must run before anything starts torch's autograd engine in this process.
 
         Raises:
             UserError: the number of devices does not fit the mesh.
@@ -96,7 +96,7 @@ class XlaBackend(Backend):
             self._saving_group = dist.new_group(backend="gloo")
 
     def _build_mesh(self, num_devices: int) -> xs.Mesh:
-        """Devices in the order of their ids within a slice; slices along ``data``, for TPUs by what they report."""
+        """Devices in the order of their ids within a slice; slices along `data`, for TPUs by what they report."""
         slices = self.config.dcn_mesh.data
         if slices == 1 or not self._on_tpu:  # virtual devices: equal runs of ids are the slices
             return xs.Mesh(np.arange(num_devices), self.mesh_shape, AXES)
@@ -108,7 +108,7 @@ class XlaBackend(Backend):
         return rows_of_devices(num_rows, self._device_mesh, self._local_devices)
 
     def prepare_kernel(self, name: str) -> None:
-        """See ``Backend``."""
+        """See `Backend`."""
         if name == SPLASH_KERNEL:
             register_splash(
                 self._mesh,
@@ -157,7 +157,7 @@ class XlaBackend(Backend):
         )
 
     def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
-        """See ``Backend``."""
+        """See `Backend`."""
         # From the host: zeros made on the device are constants of the first graph and give the second step another one.
         zeros = torch.zeros([parameter.shape[d] for d in dims], dtype=torch.float32).to(self.device)
         spec = self._specs[id(parameter)]
@@ -165,7 +165,7 @@ class XlaBackend(Backend):
         return zeros
 
     def copy(self, parameter: nn.Parameter) -> Tensor:
-        """See ``Backend``."""
+        """See `Backend`."""
         copied = super().copy(parameter)
         xs.mark_sharding(copied, self._mesh, self._specs[id(parameter)])
         return copied
@@ -177,7 +177,7 @@ class XlaBackend(Backend):
         xs.clear_sharding(parameter.grad)
         xs.mark_sharding(parameter.grad, self._mesh, self._specs[id(parameter)])
 
-    def numbers(self, values: list[float]) -> list[Tensor]:
+    def host_scalars(self, values: list[float]) -> list[Tensor]:
         """0-d tensors: Python numbers would be constants of the graph wherever they happen to be 0 or 1."""
         return xm.send_cpu_data_to_device([torch.tensor(value) for value in values], self.device)
 
@@ -187,8 +187,8 @@ class XlaBackend(Backend):
         self._graphs_of_setup = self._graphs()
         return torch_xla.compile(function, full_graph=True)
 
-    def put(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
-        """See ``Backend``."""
+    def to_device(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        """See `Backend`."""
         return {name: self._put_rows(tensor) for name, tensor in host_tensors(batch).items()}
 
     def _put_rows(self, rows: Tensor) -> Tensor:
@@ -204,15 +204,15 @@ class XlaBackend(Backend):
         return xm.send_cpu_data_to_device([rows], self.device, xs.ShardingSpec(self._mesh, layout))[0]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """See ``Backend``."""
+        """See `Backend`."""
         return torch.autocast("xla", dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def sum_over_processes(self, values: list[float]) -> list[float]:
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
         """The values: a number read from a sharded program is already global."""
         return values
 
-    def any_over_processes(self, flags: list[bool]) -> list[bool]:
-        """See ``Backend``. The flags are of the hosts, not of the devices."""
+    def all_reduce_any(self, flags: list[bool]) -> list[bool]:
+        """See `Backend`. The flags are of the hosts, not of the devices."""
         if self.num_processes == 1:
             return flags
         raised = torch.tensor(flags, dtype=torch.int32)
@@ -220,28 +220,28 @@ class XlaBackend(Backend):
         return [bool(flag) for flag in raised.tolist()]
 
     def barrier(self) -> None:
-        """See ``Backend``."""
+        """See `Backend`."""
         if self.num_processes > 1:
             xm.rendezvous("coda_pretrain")
 
     def host_copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """See ``Backend``."""
+        """See `Backend`."""
         return _sharded_cpu_state_dict({name: tensor.detach() for name, tensor in tensors.items()})
 
     def saving_group(self) -> dist.ProcessGroup | None:
-        """See ``Backend``."""
+        """See `Backend`."""
         return self._saving_group
 
     def save_planner(self) -> SavePlanner:
-        """See ``Backend``."""
+        """See `Backend`."""
         return EachShardOnceSavePlanner()
 
     def load_planner(self) -> LoadPlanner:
-        """See ``Backend``."""
+        """See `Backend`."""
         return SPMDLoadPlanner()
 
     def compile_count(self) -> int:
-        """See ``Backend``. Graphs made while the run was set up (copies of weights, say) are not among them."""
+        """See `Backend`. Graphs made while the run was set up (copies of weights, say) are not among them."""
         return self._graphs() - self._graphs_of_setup
 
     def _graphs(self) -> int:

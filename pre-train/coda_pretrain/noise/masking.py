@@ -1,6 +1,6 @@
-"""Packed samples of the shards, noised: what training, validation and pictures ask ``CoDALanguageModel.noise`` for.
+"""Packed samples of the shards, noised: what training, validation and pictures ask `CoDALanguageModel.noise` for.
 
-Not here: how often each strategy is applied at which point of a run (``strategies``).
+Not here: how often each strategy is applied at which point of a run (`strategies`).
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class TokenFacts(NamedTuple):
 
     mask_token_id: int  # replaces a masked token
     pad_token_id: int  # at padding, that of S2 included
-    logits_shift: bool = True  # see ``CoDAConfig``
+    logits_shift: bool = True  # see `CoDAConfig`
 
 
 def noise_samples(

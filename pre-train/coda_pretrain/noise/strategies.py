@@ -1,7 +1,7 @@
 """How often each masking strategy is applied, and how that moves over a run.
 
 Free of torch, so that a configuration is checked in a moment. Not here: drawing the noise
-(``CoDALanguageModel.noise``).
+(`CoDALanguageModel.noise`).
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ class MaskingConfig:
     """
 
     schedule: Literal["constant", "linear", "per_epoch"] = "constant"
-    """``constant``: the three probabilities below. ``linear``: from them at the start of the run to ``linear_end`` at
-    its end. ``per_epoch``: the rows of ``per_epoch``, one an epoch, the last one for all later epochs."""
+    """`constant`: the three probabilities below. `linear`: from them at the start of the run to `linear_end` at
+    its end. `per_epoch`: the rows of `per_epoch`, one an epoch, the last one for all later epochs."""
 
     prefix_probability: float = 0.0
     """S1: share of rows with a random prefix that is never masked."""
@@ -40,10 +40,10 @@ class MaskingConfig:
     """S3: share of rows masked in runs."""
 
     linear_end: tuple[float, float, float] | None = None
-    """(S1, S2, S3) at the end of the run; only with ``schedule: linear``."""
+    """(S1, S2, S3) at the end of the run; only with `schedule: linear`."""
 
     per_epoch: tuple[tuple[float, float, float], ...] = ()
-    """(S1, S2, S3) of each epoch; only with ``schedule: per_epoch``, which leaves the probabilities above at 0."""
+    """(S1, S2, S3) of each epoch; only with `schedule: per_epoch`, which leaves the probabilities above at 0."""
 
     span_lengths: tuple[int, ...] = (2, 4, 8)
     """S3: run lengths k in tokens, each equally likely."""

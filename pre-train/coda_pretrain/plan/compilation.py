@@ -1,4 +1,4 @@
-"""``plan --compile-only``: the graphs of a training step compiled by XLA for the mesh, and what it reserves for them.
+"""`plan --compile-only`: the graphs of a training step compiled by XLA for the mesh, and what it reserves for them.
 
 The compiler is XLA for CPUs with as many virtual devices as the mesh has; it partitions the step as for TPUs but fuses
 and schedules in its own way, so its temporary memory is an estimate of a TPU's. No step runs.
@@ -36,13 +36,13 @@ def compile_step(config: RunConfig, shape: dict[str, Any], num_devices: int) -> 
 
     Args:
         config: the run; what it says of data, tokenizer and folders is not used.
-        shape: fields of its ``CoDAConfig``.
+        shape: fields of its `CoDAConfig`.
         num_devices: of the mesh, all in one process.
 
     Returns:
-        Per graph: ``name``, ``compile_s``, and bytes of one device: ``arguments`` (weights, state, batch and
-        constants), ``temporary``, ``results`` (in a run they take the place of arguments), ``total`` of all three;
-        ``largest``, a list of the largest allocations, each with ``bytes`` and ``what``.
+        Per graph: `name`, `compile_s`, and bytes of one device: `arguments` (weights, state, batch and
+        constants), `temporary`, `results` (in a run they take the place of arguments), `total` of all three;
+        `largest`, a list of the largest allocations, each with `bytes` and `what`.
 
     Raises:
         UserError: the backend has no graphs, the host has too little memory for the weights, or the step cannot be
@@ -82,7 +82,7 @@ def compile_step(config: RunConfig, shape: dict[str, Any], num_devices: int) -> 
 
 
 def read_report(text: str) -> dict[str, Any]:
-    """The sizes in one of XLA's memory usage reports; see ``compile_step``."""
+    """The sizes in one of XLA's memory usage reports; see `compile_step`."""
     kinds = {"arguments": 0, "temporary": 0, "results": 0}
     largest = []
     for number, unit, rest in ALLOCATION.findall(text):
@@ -98,7 +98,7 @@ def read_report(text: str) -> dict[str, Any]:
 
 
 def print_compilation(graphs: list[dict[str, Any]], console: Console) -> None:
-    """Show what ``compile_step`` returned."""
+    """Show what `compile_step` returned."""
     columns = ("arguments", "temporary", "results", "total")
     table = Table(title="Memory of one device that XLA reserves (CPU compiler, virtual devices), GiB")
     table.add_column("graph")

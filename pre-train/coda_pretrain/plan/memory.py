@@ -54,7 +54,7 @@ class Memory(NamedTuple):
 
 
 def memory_per_chip(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, int], *, masked_share: float) -> Memory:
-    """What a step of ``config`` needs.
+    """What a step of `config` needs.
 
     Args:
         config: the run.
@@ -111,20 +111,20 @@ def memory_per_chip(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, 
 
 
 class ShapesOnly:
-    """The ``Placement`` of tensors without data."""
+    """The `Placement` of tensors without data."""
 
     traces_steps = True  # these rules keep no count on the device
 
     def zeros(self, parameter: nn.Parameter, dims: tuple[int, ...]) -> Tensor:
-        """See ``Placement``."""
+        """See `Placement`."""
         return torch.zeros([parameter.shape[d] for d in dims], device="meta")
 
     def copy(self, parameter: nn.Parameter) -> Tensor:
-        """See ``Placement``."""
+        """See `Placement`."""
         return torch.empty_like(parameter)
 
-    def numbers(self, values: list[float]) -> list[float]:
-        """See ``Placement``."""
+    def host_scalars(self, values: list[float]) -> list[float]:
+        """See `Placement`."""
         return values
 
 
@@ -149,7 +149,7 @@ def weight_shards(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, in
 
 
 def _slice_of_shape(shape: CoDAConfig, tensor: int) -> CoDAConfig:
-    """The part of each layer and of the vocabulary that one of ``tensor`` devices computes."""
+    """The part of each layer and of the vocabulary that one of `tensor` devices computes."""
     if tensor == 1:
         return shape
     fields = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -252,10 +252,10 @@ def bytes_of_passes(
     bf16: bool,
     cast_cache: bool = True,
 ) -> Passes:
-    """Count forward and backward pass of a model of ``shape`` on fake tensors.
+    """Count forward and backward pass of a model of `shape` on fake tensors.
 
-    The loss runs as in ``CoDALanguageModel.diffusion``: on ``scored`` positions, ``chunk_rows`` at a time, each chunk
-    again in the backward pass. ``cast_cache``: weights in bf16 live until autocast ends, as eager torch has it.
+    The loss runs as in `CoDALanguageModel.diffusion`: on `scored` positions, `chunk_rows` at a time, each chunk
+    again in the backward pass. `cast_cache`: weights in bf16 live until autocast ends, as eager torch has it.
     """
 
     def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""``python -m coda_pretrain plan --config FILE --device v5p-64``: memory, speed and days of a run before it is rented.
+"""`python -m coda_pretrain plan --config FILE --device v5p-64`: memory, speed and days of a run before it is rented.
 
-Everything is computed from the configuration and tables; nothing is measured. The speed is what ``--mfu`` assumes.
+Everything is computed from the configuration and tables; nothing is measured. The speed is what `--mfu` assumes.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Device(NamedTuple):
 
 
 def parse_device(name: str) -> Device:
-    """Read ``v5p-64`` (a TPU slice as its vendor names it) or ``8xH100``.
+    """Read `v5p-64` (a TPU slice as its vendor names it) or `8xH100`.
 
     Raises:
         UserError: another form, an unknown chip, or a slice of less than a chip.
@@ -68,7 +68,7 @@ def parse_device(name: str) -> Device:
 
 
 def device_of_config(hardware: HardwareConfig) -> Device:
-    """The machine that ``hardware`` describes.
+    """The machine that `hardware` describes.
 
     Raises:
         UserError: it names no chip, or leaves the number of devices open.
@@ -91,7 +91,7 @@ class RowWork(NamedTuple):
 
 
 def expected_row(config: RunConfig, document_tokens: int | None) -> RowWork:
-    """The work of an average row: from ``document_tokens``, else from rows of the data, else one document a row."""
+    """The work of an average row: from `document_tokens`, else from rows of the data, else one document a row."""
     length = config.seq_len
     pairs, source = float(length**2), "one document per row (the data cannot be read)"
     if document_tokens is not None:
@@ -142,7 +142,7 @@ def number_of_tokens(config: RunConfig) -> int:
 
 
 def model_shape(config: RunConfig) -> tuple[Any, str]:
-    """The ``CoDAConfig`` of the run and where it comes from; folders that are not here fall back to the published one.
+    """The `CoDAConfig` of the run and where it comes from; folders that are not here fall back to the published one.
 
     Raises:
         UserError: the fields or the folder do not describe a model.

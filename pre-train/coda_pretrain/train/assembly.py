@@ -26,7 +26,7 @@ def assemble(config: RunConfig, model: nn.Module, backend: Backend) -> Assembly:
 
     Args:
         config: the run.
-        model: a ``CoDALanguageModel``, built on the CPU in float32 after ``backend.prepare_kernel``.
+        model: a `CoDALanguageModel`, built on the CPU in float32 after `backend.prepare_kernel`.
         backend: the machine.
     """
     model = backend.prepare_model(model, z_loss=config.optimizer.z_loss)

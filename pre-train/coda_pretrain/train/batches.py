@@ -22,7 +22,7 @@ Batch = dict[str, np.ndarray]
 
 
 def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
-    """(B, T) int64: place of each token in its segment, from 0; 0 in padding. ``segment_ids`` is (B, T) int."""
+    """(B, T) int64: place of each token in its segment, from 0; 0 in padding. `segment_ids` is (B, T) int."""
     places = np.arange(segment_ids.shape[1])[None, :]
     is_start = np.ones(segment_ids.shape, dtype=bool)
     is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
@@ -34,9 +34,9 @@ def batch_of(rows: NoisedRows, t: Tensor, *, global_batch_size: int) -> Batch:
     """What a step is given of some rows of its global batch.
 
     Returns:
-        ``noised_ids`` (B, T) int64; ``labels`` (B, T) int64, the clean id where masked and -100 elsewhere;
-        ``loss_weights`` (B,) float32, ``1 / (t * global_batch_size * T)``; ``position_ids`` (B, T) int64, from 0 in
-        each segment; ``segment_ids`` (B, T) int64, 0 at padding; ``t`` (B,) float32.
+        `noised_ids` (B, T) int64; `labels` (B, T) int64, the clean id where masked and -100 elsewhere;
+        `loss_weights` (B,) float32, `1 / (t * global_batch_size * T)`; `position_ids` (B, T) int64, from 0 in
+        each segment; `segment_ids` (B, T) int64, 0 at padding; `t` (B,) float32.
 
         The sum of weighted cross-entropies over all processes and micro-batches is the loss of the report (equation 6,
         weight 1/t over B * T of the global batch): its denominator is a constant, so parts add up without
@@ -56,7 +56,7 @@ def batch_of(rows: NoisedRows, t: Tensor, *, global_batch_size: int) -> Batch:
 
 
 class Batches:
-    """The rows that this process feeds into the steps of a run. Step s reads samples ``[s * B, (s + 1) * B)``."""
+    """The rows that this process feeds into the steps of a run. Step s reads samples `[s * B, (s + 1) * B)`."""
 
     def __init__(
         self,
@@ -73,22 +73,22 @@ class Batches:
         self._ahead: tuple[int, Future[Batch]] | None = None
 
     def epoch(self, step: int) -> int:
-        """The epoch, from 0, that the first sample of ``step`` belongs to."""
+        """The epoch, from 0, that the first sample of `step` belongs to."""
         return step * self._config.global_batch_size // self._mixture.num_samples
 
     def progress(self, step: int) -> float:
-        """The finished share of the run before ``step``, in [0, 1)."""
+        """The finished share of the run before `step`, in [0, 1)."""
         return step / self._num_steps
 
     def visible_ahead(self, step: int) -> int | None:
-        """How many later tokens a token sees; None when all of them. See ``annealing``."""
+        """How many later tokens a token sees; None when all of them. See `annealing`."""
         num_steps = self._config.model.attention_annealing_steps
         return visible_ahead(step, num_steps=num_steps, seq_len=self._config.seq_len)
 
     def make(self, step: int) -> Batch:
-        """Read and noise this process's rows of one step; see ``batch_of`` for the arrays.
+        """Read and noise this process's rows of one step; see `batch_of` for the arrays.
 
-        While attention widens there are three more, which make ``segment_ids`` a rule of ``attention_coda``.
+        While attention widens there are three more, which make `segment_ids` a rule of `attention_coda`.
         """
         size, seed, masking = self._config.global_batch_size, self._config.seed, self._config.masking
         ids = [step * size + row for row in self._rows]
@@ -110,7 +110,7 @@ class Batches:
         return batch
 
     def get(self, step: int) -> Batch:
-        """The batch of ``step``; starts preparing the next one."""
+        """The batch of `step`; starts preparing the next one."""
         ahead = self._ahead
         batch = ahead[1].result() if ahead is not None and ahead[0] == step else self.make(step)
         if step + 1 < self._num_steps:
@@ -123,7 +123,7 @@ class Batches:
 
 
 def split_rows(batch: Batch, num_parts: int) -> list[Batch]:
-    """The batch in ``num_parts`` equal runs of rows."""
+    """The batch in `num_parts` equal runs of rows."""
     num_rows = len(batch["noised_ids"])
     assert num_rows % num_parts == 0, f"{num_rows} rows do not split into {num_parts} parts"
     size = num_rows // num_parts

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step. Masking probabilities have their own schedules (``noise``)."""
+"""The learning rate as a pure function of the step. Masking probabilities have their own schedules (`noise`)."""
 
 import math
 
@@ -8,10 +8,10 @@ from ..config import OptimizerConfig, ScheduleConfig
 
 
 def learning_rate(step: int, *, num_steps: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
-    """The rate of optimizer step ``step`` (the first is 0); always positive.
+    """The rate of optimizer step `step` (the first is 0); always positive.
 
     Warm-up step i of w uses (i + 1) / w of the peak. The decay, linear or half a cosine, covers the remaining d steps
-    and would reach ``min_ratio`` one step after the last, so that even with ``min_ratio`` 0 no step is without effect.
+    and would reach `min_ratio` one step after the last, so that even with `min_ratio` 0 no step is without effect.
 
     Args:
         step: in [0, num_steps).

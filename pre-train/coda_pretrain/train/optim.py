@@ -25,7 +25,7 @@ class Adafactor(Optimizer):
     """Shazeer and Stern 2018 (https://arxiv.org/abs/1804.04235, algorithms 4 and 5), with a given rate.
 
     No first moment and no relative step sizes. A matrix keeps the row and column means of its squared gradients, a
-    vector all of them. The numbers of a step, ``lr`` and ``decay``, are in the parameter groups.
+    vector all of them. The numbers of a step, `lr` and `decay`, are in the parameter groups.
     """
 
     @torch.no_grad()
@@ -60,8 +60,8 @@ class Adafactor(Optimizer):
 class TracedAdamW(Optimizer):
     """Loshchilov and Hutter 2019 (https://arxiv.org/abs/1711.05101, algorithm 2), for steps that are traced.
 
-    torch's own rule keeps a count for each weight on the device. Here the numbers of a step, ``lr`` and the bias
-    corrections ``first_total`` and ``second_total``, are in the parameter groups.
+    torch's own rule keeps a count for each weight on the device. Here the numbers of a step, `lr` and the bias
+    corrections `first_total` and `second_total`, are in the parameter groups.
     """
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class TracedAdamW(Optimizer):
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], placement: Placement) -> Optimizer:
-    """The optimizer that ``config`` names, with all of its state in place.
+    """The optimizer that `config` names, with all of its state in place.
 
     Weights of two or more dimensions decay; biases and norm weights do not.
     """
@@ -125,10 +125,10 @@ def _initial_state(name: str, parameter: nn.Parameter, placement: Placement) -> 
 
 
 def state_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The running averages, as ``NAME_OF_WEIGHT.KEY`` -> tensor; filling these tensors in place restores them.
+    """The running averages, as `NAME_OF_WEIGHT.KEY` -> tensor; filling these tensors in place restores them.
 
-    The averages of the squared gradients (and of the gradients) are there for every weight; ``KEY`` ``ema`` is the
-    average of the weight itself, when ``optimizer.ema_decay`` is set.
+    The averages of the squared gradients (and of the gradients) are there for every weight; `KEY` `ema` is the
+    average of the weight itself, when `optimizer.ema_decay` is set.
     """
     return {
         f"{name}.{key}": value
@@ -142,7 +142,7 @@ def set_update_numbers(optimizer: Optimizer, learning_rate: float, *, count: int
     """Give the rule what changes with each update.
 
     Args:
-        optimizer: of ``build_optimizer``.
+        optimizer: of `build_optimizer`.
         learning_rate: of the next update.
         count: number of the next update, from 1; skipped steps do not count.
         placement: places the numbers.
@@ -154,11 +154,11 @@ def set_update_numbers(optimizer: Optimizer, learning_rate: float, *, count: int
         elif isinstance(optimizer, TracedAdamW):
             first, second = group["betas"]
             numbers |= {"first_total": 1.0 - first**count, "second_total": 1.0 - second**count}
-        group.update(zip(numbers, placement.numbers(list(numbers.values())), strict=True))
+        group.update(zip(numbers, placement.host_scalars(list(numbers.values())), strict=True))
 
 
 def set_step_count(optimizer: Optimizer, steps: int) -> None:
-    """Tell a rule that counts by itself, torch's AdamW, that ``steps`` updates have been made."""
+    """Tell a rule that counts by itself, torch's AdamW, that `steps` updates have been made."""
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(steps)
@@ -166,7 +166,7 @@ def set_step_count(optimizer: Optimizer, steps: int) -> None:
 
 @torch.no_grad()
 def move_averages(optimizer: Optimizer, decay: float) -> None:
-    """Move the average of each weight towards the weight by ``1 - decay``."""
+    """Move the average of each weight towards the weight by `1 - decay`."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter]["ema"].lerp_(parameter, 1.0 - decay)

@@ -34,7 +34,7 @@ def load_tokenizer_folder(folder: str, *, complete: bool = False) -> PreTrainedT
     """Load the run's tokenizer.
 
     Args:
-        folder: ``model.tokenizer``.
+        folder: `model.tokenizer`.
         complete: add the mask and pad tokens that an autoregressive model's tokenizer lacks.
 
     Raises:
@@ -128,7 +128,7 @@ def _from_autoregressive(config: ModelConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def coda_config(fields: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> CoDAConfig:
-    """``CoDAConfig`` of the given fields; token ids and vocabulary size come from the tokenizer unless given."""
+    """`CoDAConfig` of the given fields; token ids and vocabulary size come from the tokenizer unless given."""
     known = set(CoDAConfig().to_dict()) | {"rope_theta"}
     unknown = sorted(set(fields) - known)
     if unknown:
@@ -162,9 +162,9 @@ def check_shards(shards: dict[str, Any], config: CoDAConfig, tokenizer_dir: str)
     """Compare what token shards say about their tokenizer with the run's model and tokenizer.
 
     Args:
-        shards: the tokenizer facts of the shards' manifests (``Mixture.tokenizer``).
+        shards: the tokenizer facts of the shards' manifests (`Mixture.tokenizer`).
         config: the model's.
-        tokenizer_dir: ``model.tokenizer``.
+        tokenizer_dir: `model.tokenizer`.
 
     Raises:
         UserError: the shards may hold ids that the model has no row for.

@@ -129,13 +129,13 @@ class StepFunctions:
         for parameter in self._parameters:
             parameter.grad = None
         self._allocate_gradients()
-        norm = self._update_if_finite(self._backend.numbers([0.0] * len(parts)))
+        norm = self._update_if_finite(self._backend.host_scalars([0.0] * len(parts)))
         yield "update", [norm, *self._tensors_of_the_update(), *self._gradients()]
 
     def loss(self, parts: list[Batch]) -> float:
         """The loss of the global batch, without a gradient."""
         loss = sum(float(self._evaluate(self._put(part, "evaluation"))) for part in parts)
-        return self._backend.sum_over_processes([loss])[0]
+        return self._backend.all_reduce_sum([loss])[0]
 
     def _step_under_control_of_the_host(self, parts: list[Batch], interrupted: Callable[[], bool]) -> StepResult | None:
         loss = 0.0
@@ -145,7 +145,7 @@ class StepFunctions:
                 return None
             loss += float(self._accumulate(self._put(part, "train")))
         norm = self._gradient_norm()
-        (loss,) = self._backend.sum_over_processes([loss])
+        (loss,) = self._backend.all_reduce_sum([loss])
         result = StepResult(loss, float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
         if result.is_finite:
             self._change_weights(norm)
@@ -156,7 +156,7 @@ class StepFunctions:
         arrays = {name: part[name] for name in (*DEVICE_ARRAYS, *RULE_ARRAYS) if name in part}
         # With the dimensions of the others: a vector cannot be split over two axes of a mesh.
         arrays["loss_weights"] = np.broadcast_to(part["loss_weights"][:, None], part["labels"].shape)
-        batch = self._backend.put(arrays)
+        batch = self._backend.to_device(arrays)
         if self._backend.traces_steps:
             shapes = {name: f"{list(tensor.shape)} {tensor.dtype}" for name, tensor in batch.items()}
             before = self._compiled_shapes.setdefault((graph, *shapes), shapes)  # a rule of attention is another graph

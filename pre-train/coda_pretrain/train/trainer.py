@@ -117,7 +117,7 @@ class Trainer:
 
         Raises:
             CheckpointError: a checkpoint could not be saved.
-            TrainingDiverged: ``max_skipped_steps`` steps in a row were not finite.
+            TrainingDiverged: `max_skipped_steps` steps in a row were not finite.
         """
         config, state = self.config, self.state
         if state.step >= self.num_steps:
@@ -198,7 +198,7 @@ class Trainer:
         if result is None:
             logger.warning("SIGTERM: step %d is given up between two of its %d parts", state.step + 1, len(parts))
             return True
-        stop, save_failed = self.backend.any_over_processes([self._stop_requested, self._saver.failed])
+        stop, save_failed = self.backend.all_reduce_any([self._stop_requested, self._saver.failed])
         if save_failed:
             self._saver.wait()  # raises: a failed save fails on every process
         if state.step == 0 and config.model.init_from is not None:
@@ -272,7 +272,7 @@ class Trainer:
 
     def _asked_to_stop(self) -> bool:
         """Whether some process was asked to stop; the same answer on each of them."""
-        return self.backend.any_over_processes([self._stop_requested])[0]
+        return self.backend.all_reduce_any([self._stop_requested])[0]
 
     def _evaluate(self, reporter: Reporter | None, evaluation: Evaluation) -> bool:
         """Report the validation loss; whether some process was asked to stop, which gives it up."""
@@ -311,7 +311,7 @@ def run_folders(config: RunConfig) -> tuple[Path, Place]:
     """The local folder of a run and the place of its checkpoints.
 
     Raises:
-        UserError: ``output_dir`` is a URL, or the one of the checkpoints cannot be served.
+        UserError: `output_dir` is a URL, or the one of the checkpoints cannot be served.
     """
     if is_url(config.output_dir):
         raise UserError(
@@ -326,7 +326,7 @@ def number_of_steps(config: RunConfig, samples_per_epoch: int) -> int:
     """Optimizer steps of the whole run.
 
     Raises:
-        UserError: ``num_epochs`` is less than one step.
+        UserError: `num_epochs` is less than one step.
     """
     if config.max_steps is not None:
         return config.max_steps

@@ -22,7 +22,7 @@ MAX_BINS = 8
 
 
 def held_out_identities(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """``Mixture.identities`` of the held-out shards, as ``evaluation.data``; empty for a run without evaluation.
+    """`Mixture.identities` of the held-out shards, as `evaluation.data`; empty for a run without evaluation.
 
     Raises:
         ValueError: they cannot be read.
@@ -56,7 +56,7 @@ class Evaluation:
         self._samples_by_level = torch.argsort(self._levels).tolist()
 
     def batch(self, index: int) -> Batch:
-        """Batch ``index`` of ``num_batches``: the same arrays whenever it is asked for."""
+        """Batch `index` of `num_batches`: the same arrays whenever it is asked for."""
         size, plain = self._config.global_batch_size, MaskingConfig()
         samples = [self._samples_by_level[index * size + row] for row in self._rows]
         t = self._levels[samples]
@@ -72,7 +72,7 @@ class Evaluation:
         return batch_of(rows, t, global_batch_size=size)
 
     def losses(self, batch_losses: list[float]) -> dict[str, float]:
-        """``eval_loss`` and the loss of each part of the noise levels, such as ``eval_loss_t0.00-0.25``.
+        """`eval_loss` and the loss of each part of the noise levels, such as `eval_loss_t0.00-0.25`.
 
         Args:
             batch_losses: over all processes, of each batch in order.

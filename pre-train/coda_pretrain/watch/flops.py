@@ -1,4 +1,4 @@
-"""The arithmetic that training needs: one side of MFU; the other is ``devices.chips``. Free of torch and of devices.
+"""The arithmetic that training needs: one side of MFU; the other is `devices.chips`. Free of torch and of devices.
 
 Counted are the multiply-adds of the matrix products that the objective asks for, two operations each: attention over
 the pairs of one document in both directions (nothing is halved, unlike with a causal mask), the head on masked
@@ -14,7 +14,7 @@ TRAINING_PASSES = 3  # forward, gradient by the activations, gradient by the wei
 
 
 class ModelShape(Protocol):
-    """The fields of ``CoDAConfig`` that the count needs."""
+    """The fields of `CoDAConfig` that the count needs."""
 
     vocab_size: int
     hidden_size: int
@@ -33,7 +33,7 @@ class Work(NamedTuple):
     scored: float  # masked positions, whose logits the loss needs
 
     def scaled(self, factor: float) -> "Work":
-        """``factor`` times as much work."""
+        """`factor` times as much work."""
         return Work(*(factor * value for value in self))
 
 
@@ -49,7 +49,7 @@ def work_of_batch(segment_ids: np.ndarray, labels: np.ndarray) -> Work:
 
 
 def forward_flops(shape: ModelShape, work: Work) -> dict[str, float]:
-    """Operations of one forward pass by part: ``layers`` (projections and MLP), ``attention``, ``head``."""
+    """Operations of one forward pass by part: `layers` (projections and MLP), `attention`, `head`."""
     heads, key_values = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     per_token = shape.hidden_size * (2 * heads + 2 * key_values + 3 * shape.intermediate_size)  # q, o; k, v; MLP
     return {

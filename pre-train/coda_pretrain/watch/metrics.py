@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` and what a person sees while the run goes on. Only the main process makes these."""
+"""`metrics.jsonl` and what a person sees while the run goes on. Only the main process makes these."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ class MetricsFile:
     """One JSON object a line, in order of steps; a resumed run replaces the rows that it makes again."""
 
     def __init__(self, path: Path, *, finished_steps: int) -> None:
-        """Open ``path`` for appending, without rows after ``finished_steps`` and without a torn last line."""
+        """Open `path` for appending, without rows after `finished_steps` and without a torn last line."""
         self.path = path
         if path.exists():
             kept = [json.dumps(row) for row in read_rows(path) if row["step"] <= finished_steps]
@@ -136,12 +136,12 @@ class Reporter:
         self._num_steps = num_steps
 
     def step(self, step: int) -> None:
-        """Note that ``step`` steps are finished."""
+        """Note that `step` steps are finished."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
     def row(self, row: dict[str, Any]) -> None:
-        """Report a row of numbers; it has a ``step``."""
+        """Report a row of numbers; it has a `step`."""
         self._file.write(row)
         for tracker in self._trackers:
             tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])

@@ -1,4 +1,4 @@
-"""``python -m coda_pretrain plot RUN``: the curves of a run, and its masking strategies on rows of its own data."""
+"""`python -m coda_pretrain plot RUN`: the curves of a run, and its masking strategies on rows of its own data."""
 
 import argparse
 import re
@@ -45,7 +45,7 @@ Rows = list[dict[str, Any]]
 
 
 def series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have a number under ``key``."""
+    """Steps and values of the rows that have a number under `key`."""
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return np.array(steps), np.array(values, dtype=float)

@@ -9,7 +9,7 @@ PROFILE_FOLDER = "profile"
 
 
 class StepProfiler:
-    """Records steps ``first`` to ``last`` of a run, of this process, into ``folder``; without steps it does nothing.
+    """Records steps `first` to `last` of a run, of this process, into `folder`; without steps it does nothing.
 
     A run that ends or resumes inside the range records the part that it makes.
     """
@@ -17,14 +17,14 @@ class StepProfiler:
     def __init__(
         self, steps: tuple[int, int] | None, folder: Path, *, hardware: HardwareConfig, rank: int, finished_steps: int
     ) -> None:
-        """Prepare to record; ``finished_steps`` were made before this process."""
+        """Prepare to record; `finished_steps` were made before this process."""
         self._folder, self._hardware, self._rank = folder, hardware, rank
         self._last = steps[1] if steps is not None else 0
         self._first = max(steps[0], finished_steps + 1) if steps is not None and steps[1] > finished_steps else None
         self._profile: Any = None
 
     def before(self, step: int) -> None:
-        """Note that step number ``step``, from 1, begins."""
+        """Note that step number `step`, from 1, begins."""
         if step != self._first:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ class StepProfiler:
         self._profile.start()
 
     def after(self, step: int) -> None:
-        """Note that step number ``step`` is finished."""
+        """Note that step number `step` is finished."""
         if self._profile is not None and step >= self._last:
             self.close()
 

@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard: optional places for metrics rows, imported only when ``metrics`` asks for them."""
+"""Weights & Biases and TensorBoard: optional places for metrics rows, imported only when `metrics` asks for them."""
 
 import hashlib
 import importlib.util
@@ -25,7 +25,7 @@ def check_trackers(config: RunConfig) -> None:
 
 
 def start_trackers(config: RunConfig, *, finished_steps: int) -> list[Tracker]:
-    """The trackers that ``metrics`` names, for a run of which ``finished_steps`` are done."""
+    """The trackers that `metrics` names, for a run of which `finished_steps` are done."""
     trackers: list[Tracker] = []
     if config.metrics.wandb is not None:
         trackers.append(_wandb_run(config.metrics.wandb, config.output_dir, to_plain(config)))
@@ -51,7 +51,7 @@ def _wandb_run(config: WandbConfig, output_dir: str, run_config: dict[str, Any])
 
 
 class TensorBoardTracker:
-    """Event files in ``tensorboard`` of the run folder; a resumed run replaces the rows that it makes again."""
+    """Event files in `tensorboard` of the run folder; a resumed run replaces the rows that it makes again."""
 
     def __init__(self, output_dir: Path, *, finished_steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
