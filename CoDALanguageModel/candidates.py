@@ -5,16 +5,13 @@ Not here: which positions are committed (`orders`).
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .diffusion import named_rng
-
-if TYPE_CHECKING:
-    from .orders import Order
 
 FIRST_SELECTION = 256
 """Tokens that the search for a top-p nucleus looks at first."""
@@ -104,7 +101,14 @@ class Distribution:
         return self.probabilities.topk(2, dim=-1).values
 
 
-Extra = Callable[[Distribution, "Order", Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
+class Judge(Protocol):
+    """What `propose` needs of an order."""
+
+    def confidence(self, distribution: Distribution, tokens: Tensor) -> Tensor:
+        """(N,) float32 for tokens (N,), higher is committed earlier."""
+
+
+Extra = Callable[[Distribution, Judge, Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
 """What else is asked of each position: of the distribution, the order, the tokens (N,), their columns (N, 1) and the
 uniforms (N,); gives tensors (N,)."""
 
@@ -139,7 +143,7 @@ def row_uniforms(name: str, seeds: list[int], steps: list[int], length: int) -> 
 
 def propose(
     logits: Tensor,
-    order: "Order",
+    order: Judge,
     *,
     temperature: float = 0.0,
     top_p: float | None = None,

@@ -1,7 +1,7 @@
 """The decoding settings, one row each.
 
 The configuration class and its checks, the server's environment variables and request fields, `coda_eval`'s names, the
-shell's flags and the tables in the READMEs (`setting_tables`) are made from the rows. Free of torch, so that a wrong
+shell's flags and the tables in the READMEs (`tools.tables`) are made from the rows. Free of torch, so that a wrong
 setting is told before anything is loaded. Not here: what a setting does (`generation_coda` and below).
 """
 

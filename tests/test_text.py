@@ -20,7 +20,7 @@ from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.answers import AnswerReader, end_ids
 from CoDALanguageModel.decoder import Decoding, Progress
 from CoDALanguageModel.prompts import Codec, gaps
-from CoDALanguageModel.sample import parse, run
+from CoDALanguageModel.tools.sample import parse, run
 
 HOSTILE = [
     *("", " ", "\n", "\r\n", "a\r\n\r\nb", "  leading", "trailing  \n\n", "\n\n both \n\n", "\0a\0", "\u2028x\ufeff"),
@@ -198,7 +198,7 @@ def test_an_answer_reads_the_same_in_every_room(tokenizer, texts, codec, evaluat
     model, draw = evaluated.model, random.Random(0)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     ends = end_ids(model.config, model.generation_config)
-    monkeypatch.setattr("CoDALanguageModel.sample.Codec", lambda tokenizer: codec)  # takes seconds to make
+    monkeypatch.setattr("CoDALanguageModel.tools.sample.Codec", lambda tokenizer: codec)  # takes seconds to make
     for number, text in enumerate(text for text in texts if len(text) < 100):
         tail = [[end, *codec.encode_text("hidden"), end], [pad, pad], [], [end]][number % 4]
         ids = [*codec.encode_text(text), *tail] or [end]

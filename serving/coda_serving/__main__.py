@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from CoDALanguageModel.errors import UserError
+
 from .settings import ServerSettings, load_settings
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A bound socket, so that a taken port is known before a model is loaded.
 
     Raises:
-        ValueError: the address cannot be bound.
+        UserError: the address cannot be bound.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -32,7 +34,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise ValueError(f"HOST={host} PORT={port} cannot be bound: {error.strerror or error}") from error
+        raise UserError(f"HOST={host} PORT={port} cannot be bound: {error.strerror or error}") from error
     return listener
 
 
@@ -40,13 +42,13 @@ def check_defaults(settings: ServerSettings, sampler: "ModelSampler") -> ServerS
     """The settings with the model's own decoding defaults, once a request that names nothing can be answered.
 
     Raises:
-        ValueError: it could not: ``MAX_TOKENS`` does not fit in the context, or ``STEPS`` in the blocks.
+        UserError: it could not: ``MAX_TOKENS`` does not fit in the context, or ``STEPS`` in the blocks.
     """
     from .scheduler import CanvasRequest
 
     most = sampler.context_length - 1
     if "max_tokens" in settings.model_fields_set and settings.max_tokens > most:
-        raise ValueError(
+        raise UserError(
             f"MAX_TOKENS must be at most {most}: the model's context has {sampler.context_length} tokens and a prompt "
             f"takes at least one; got {settings.max_tokens}"
         )
@@ -58,9 +60,9 @@ def check_defaults(settings: ServerSettings, sampler: "ModelSampler") -> ServerS
         settings.refuse_approximate(options)
         prompt = (0 if start is None else start,)
         sampler.check(CanvasRequest(prompt_ids=prompt, max_tokens=settings.max_tokens, options=options, seed=0))
-    except ValueError as error:
+    except UserError as error:
         values = ", ".join(f"{name.upper()}={value}" for name, value in settings.decoding.items())
-        raise ValueError(f"no request that names nothing could be answered: {error} ({values})") from error
+        raise UserError(f"no request that names nothing could be answered: {error} ({values})") from error
     return settings
 
 
@@ -68,7 +70,7 @@ def serve(settings: ServerSettings) -> None:
     """Load the model and serve it until SIGTERM or SIGINT.
 
     Raises:
-        ValueError: the port is taken, or the model cannot be loaded.
+        UserError: the port is taken, or the model cannot be loaded.
     """
     listener = bind(settings.host, settings.port)
     # Imported here because they bring torch: a wrong setting should be told at once.
@@ -82,8 +84,8 @@ def serve(settings: ServerSettings) -> None:
 
     try:
         codec = Codec.load(settings.model_name)
-    except ValueError as error:
-        raise ValueError(f"MODEL_NAME={error}") from error
+    except UserError as error:
+        raise UserError(f"MODEL_NAME={error}") from error
     sampler = ModelSampler.load(settings.model_name, device=settings.device, dtype=settings.dtype)
     settings = check_defaults(settings, sampler)
     logger.info("decoding defaults: %s", settings.decoding)
@@ -128,7 +130,7 @@ def main() -> int:
         if "batch_wait_ms" in settings.model_fields_set:
             logger.warning("BATCH_WAIT_MS has no effect any more: requests join the rows being denoised at any step")
         serve(settings)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

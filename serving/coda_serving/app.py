@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import TextTooLong
 
 from .bodies import body_parts, body_schema, read_body
@@ -41,10 +42,10 @@ class Encoder(Protocol):
     """What the app needs of a tokenizer; ``CoDALanguageModel.prompts.Codec`` is one."""
 
     def encode_chat(self, messages: list[dict[str, str]], *, max_tokens: int | None) -> list[int]:
-        """Ids of a conversation, up to where the answer begins. ValueError when it surely has more than max_tokens."""
+        """Ids of a conversation, up to where the answer begins. UserError when it surely has more than max_tokens."""
 
     def encode_text(self, text: str, *, joins: bool = False, max_tokens: int | None) -> list[int]:
-        """Ids of a text, which may join to a text before it. ValueError when it surely has more than max_tokens."""
+        """Ids of a text, which may join to a text before it. UserError when it surely has more than max_tokens."""
 
 
 class ModelLimits(Protocol):
@@ -54,7 +55,7 @@ class ModelLimits(Protocol):
     document_start_id: int | None
 
     def check(self, request: CanvasRequest) -> None:
-        """Raise ValueError for a canvas that cannot be denoised."""
+        """Raise UserError for a canvas that cannot be denoised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,7 @@ def _chat_canvases(service: Service, body: ChatRequest) -> tuple[list[CanvasRequ
         prompt_ids = service.encoder.encode_chat(messages, max_tokens=service.limits.context_length)
     except TextTooLong as error:
         raise _context_exceeded(error.max_tokens, f"at least {error.least_tokens}", max_tokens, "messages") from error
-    except ValueError as error:
+    except UserError as error:
         raise invalid(str(error), param="messages") from error
     return _canvases(service, body, [prompt_ids], None, max_tokens, "messages"), len(prompt_ids)
 
@@ -206,7 +207,7 @@ def _encode_text(service: Service, body: CompletionRequest, text: str, param: st
     except TextTooLong as error:
         least = f"at least {error.least_tokens}"
         raise _context_exceeded(error.max_tokens, least, body.max_tokens, param) from error
-    except ValueError as error:
+    except UserError as error:
         raise invalid(str(error), param=param) from error
 
 
@@ -223,7 +224,7 @@ def _canvases(
     try:
         options = settings.options(body.decoding)
         settings.refuse_approximate(options)
-    except ValueError as error:
+    except UserError as error:
         raise _refused(body, error) from error
     seed = settings.seed if body.seed is None else body.seed
     if seed is None:
@@ -244,7 +245,7 @@ def _canvases(
         )
         try:
             service.limits.check(canvas)
-        except ValueError as error:
+        except UserError as error:
             raise _refused(body, error) from error
         canvases += [canvas.with_seed(seed + choice) for choice in range(body.n or 1)]
     return canvases
@@ -272,7 +273,7 @@ def _context_exceeded(context: int, prompt_tokens: str, max_tokens: int | None, 
     )
 
 
-def _refused(body: SamplingRequest, error: ValueError) -> ApiError:
+def _refused(body: SamplingRequest, error: UserError) -> ApiError:
     """400 for a message that begins with the name of the setting at fault, or is about several."""
     name = str(error).partition(" ")[0]
     return invalid(str(error), param=name if name in type(body).model_fields else None)

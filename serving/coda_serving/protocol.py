@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, create_model, model_validator
 
 from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, Setting
-from CoDALanguageModel.errors import did_you_mean
+from CoDALanguageModel.errors import UserError, did_you_mean
 
 from .errors import invalid
 from .settings import DECODING, MAX_SEED, typed
@@ -29,7 +29,7 @@ def _check_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from error
+        raise UserError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from error
     return text
 
 

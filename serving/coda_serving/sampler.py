@@ -7,6 +7,7 @@ import torch
 
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.decoder import Decoding
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.row import Request, Row
 from CoDALanguageModel.weight_files import refuse_not_finite
 
@@ -21,16 +22,16 @@ def choose_device(device: str) -> str:
     """Resolve ``auto``, and refuse a device that is not there.
 
     Raises:
-        ValueError: the machine has no such device.
+        UserError: the machine has no such device.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
         index = int(device.partition(":")[2] or 0)
         if index >= torch.cuda.device_count():
-            raise ValueError(f"DEVICE={device}: this machine has {torch.cuda.device_count()} CUDA devices")
+            raise UserError(f"DEVICE={device}: this machine has {torch.cuda.device_count()} CUDA devices")
     if device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("DEVICE=mps: this machine has no such device")
+        raise UserError("DEVICE=mps: this machine has no such device")
     return device
 
 
@@ -66,7 +67,7 @@ class ModelSampler:
         """Load the model that ``MODEL_NAME`` names.
 
         Raises:
-            ValueError: there is no such model, its weights do not fit or are not finite, or there is no such device.
+            UserError: there is no such model, its weights do not fit or are not finite, or there is no such device.
         """
         device = choose_device(device)
         torch_dtype = choose_dtype(dtype, device)
@@ -75,7 +76,7 @@ class ModelSampler:
             refuse_not_finite(model.named_parameters(), f"in {torch_dtype}")
         except (OSError, ValueError) as error:
             fault = "" if Path(model_name).is_dir() else "no such folder here, and the Hub does not give it: "
-            raise ValueError(f"MODEL_NAME={model_name}: {fault}{error}") from error
+            raise UserError(f"MODEL_NAME={model_name}: {fault}{error}") from error
         logger.info("%s on %s in %s", model_name, device, torch_dtype)
         return cls(model.to(device).eval())
 
@@ -93,17 +94,17 @@ class ModelSampler:
         """Refuse a canvas that could not be denoised.
 
         Raises:
-            ValueError: naming the setting, what is allowed, and what was got.
+            UserError: naming the setting, what is allowed, and what was got.
         """
         prompt = len(request.prompt_ids) + len(request.suffix_ids or ())
         if request.num_positions > self.context_length:
-            raise ValueError(
+            raise UserError(
                 f"the prompt of {prompt} tokens and max_tokens={request.max_tokens} do not fit in the context of "
                 f"{self.context_length} tokens"
             )
         ids = (*request.prompt_ids, *(request.suffix_ids or ()))
         if self.mask_token_id in ids or not all(0 <= i < self.num_token_ids for i in ids):
-            raise ValueError(
+            raise UserError(
                 f"prompt ids must be in [0, {self.num_token_ids}) and not the mask token {self.mask_token_id}"
             )
         Row(self.canvas(request), 0, self._model.config, None)
@@ -140,7 +141,7 @@ class Rows:
         """Take a canvas in from the next step on.
 
         Raises:
-            ValueError: it cannot be denoised.
+            UserError: it cannot be denoised.
         """
         row = self._decoding.admit(self._sampler.canvas(request))
         start = len(request.prompt_ids)

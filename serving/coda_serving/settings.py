@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError, create_
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, DecodingSettings, Setting, offered
-from CoDALanguageModel.errors import did_you_mean
+from CoDALanguageModel.errors import UserError, did_you_mean
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -51,7 +51,7 @@ def _variable(row: Setting) -> Any:
         try:
             return json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError("must be JSON") from error
+            raise UserError("must be JSON") from error
 
     kind = typed(row) | None if row.optional else typed(row)
     return Annotated[kind, NoDecode, BeforeValidator(read), Field(description=row.says)]
@@ -144,10 +144,10 @@ class ServerSettings(DecodingDefaults):
         path = Path(value).expanduser()
         if path.is_dir():
             if not (path / "config.json").is_file():
-                raise ValueError("the folder holds no config.json; save_hf_model.py makes one that loads")
+                raise UserError("the folder holds no config.json; save_hf_model.py makes one that loads")
             return str(path)
         if not HUB_ID.fullmatch(value):
-            raise ValueError("there is no such folder")
+            raise UserError("there is no such folder")
         return value
 
     @field_validator("cors_origins", mode="before")
@@ -163,7 +163,7 @@ class ServerSettings(DecodingDefaults):
     @model_validator(mode="after")
     def _wide_bind_needs_key(self) -> "ServerSettings":
         if self.api_key is None and not is_loopback(self.host):
-            raise ValueError(
+            raise UserError(
                 f"HOST={self.host} opens the server to other machines, which needs API_KEY; "
                 "set API_KEY, or HOST=127.0.0.1"
             )
@@ -181,7 +181,7 @@ class ServerSettings(DecodingDefaults):
             given: what a request says, by its names.
 
         Raises:
-            ValueError: a value or a combination is not allowed.
+            UserError: a value or a combination is not allowed.
         """
         values = self.decoding | (given or {})
         return DecodingSettings(**{row.name: values[row.api] for row in DECODING if row.api != "max_tokens"})
@@ -190,11 +190,11 @@ class ServerSettings(DecodingDefaults):
         """Hold requests to ``ALLOW_APPROXIMATE``.
 
         Raises:
-            ValueError: the options make answers approximate, and the operator forbids it.
+            UserError: the options make answers approximate, and the operator forbids it.
         """
         if not self.allow_approximate and options.approximate:
             name = options.approximate[0]
-            raise ValueError(
+            raise UserError(
                 f"{name} makes answers approximate, which this server does not allow (ALLOW_APPROXIMATE=false); got "
                 f"{getattr(options, name)!r}"
             )
@@ -228,7 +228,7 @@ def load_settings(env_file: str | None = None) -> ServerSettings:
         env_file: a file of ``NAME=value`` lines; a variable of the process wins over it.
 
     Raises:
-        ValueError: the file is missing or names an unknown variable, or a value is not allowed. The message has one
+        UserError: the file is missing or names an unknown variable, or a value is not allowed. The message has one
             line per fault with the variable, what is allowed, and what was got.
     """
     if env_file is not None:
@@ -236,17 +236,17 @@ def load_settings(env_file: str | None = None) -> ServerSettings:
     try:
         return ServerSettings(_env_file=env_file)
     except ValidationError as error:
-        raise ValueError("\n".join(_describe(fault) for fault in error.errors())) from error
+        raise UserError("\n".join(_describe(fault) for fault in error.errors())) from error
 
 
 def _check_env_file(env_file: str) -> None:
     if not os.path.isfile(env_file):
-        raise ValueError(f"ENV_FILE={env_file} is not a file")
+        raise UserError(f"ENV_FILE={env_file} is not a file")
     known = [name.upper() for name in ServerSettings.model_fields]
     for name in dotenv_values(env_file):
         if name.upper() not in known:
             hint = did_you_mean(name.upper(), known, str)
-            raise ValueError(f"{env_file}: unknown variable {name}{hint} (known: {', '.join(known)})")
+            raise UserError(f"{env_file}: unknown variable {name}{hint} (known: {', '.join(known)})")
 
 
 def _describe(fault: dict) -> str:

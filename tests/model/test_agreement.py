@@ -2,7 +2,7 @@
 
 import pytest
 
-from CoDALanguageModel.agreement import compare, edit_distance, parse_settings, summarise, token_agreement
+from CoDALanguageModel.tools.agreement import compare, edit_distance, parse_settings, summarise, token_agreement
 
 
 def test_the_exact_regime_agrees_with_itself(model, tokens):

@@ -1,11 +1,12 @@
 """Text is shown only when nothing can change it any more."""
 
 import random
+from types import SimpleNamespace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from CoDALanguageModel.answers import AnswerReader
+from CoDALanguageModel.answers import AnswerReader, end_ids
 
 MASK, EOS = 256, 257
 ALPHABET = "ab\n \u00e9\u4e2d\U0001f600"
@@ -97,6 +98,39 @@ def test_texts_only_grow_and_end_as_the_whole_canvas_reads(text, broken, end, st
         final.num_tokens,
         final.finish_reason,
     )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    text=st.text(ALPHABET, max_size=12),
+    end=st.booleans(),
+    stop=st.lists(st.text(ALPHABET, min_size=1, max_size=3), max_size=3),
+    cuts=st.lists(st.integers(1, 4), min_size=40, max_size=40),
+)
+def test_an_answer_fed_in_pieces_ends_where_the_whole_one_does(text, end, stop, cuts):
+    answer = [*text.encode(), *([EOS] if end else []), *b"tail"]
+    whole, steps, fed = read(answer, stop), reader(stop), 0
+    for size in cuts:
+        reading = steps.feed(answer[fed : fed + size], is_full=fed + size >= len(answer))
+        fed += size
+        assert whole.text.startswith(reading.text)
+        if reading.end is not None:
+            break
+    assert reading == whole
+    assert steps.feed(b"more") == whole  # nothing is read behind the end
+    assert reading.end <= min(fed, len(answer))
+    if whole.finish_reason == "stop" and decode(answer[: whole.num_tokens]) == whole.text:
+        assert answer[reading.end - 1] == EOS
+
+
+def test_the_end_counts_the_end_token_and_the_stop_string():
+    assert (read([*b"ab", EOS, MASK]).end, read(list(b"one\n\ntwo"), ("\n\n",)).end, read(list(b"ab")).end) == (3, 5, 2)
+    assert read([*b"ab", MASK]).end is None
+
+
+def test_end_and_pad_tokens_end_an_answer_whoever_names_them():
+    named = [SimpleNamespace(eos_token_id=eos, pad_token_id=pad) for eos, pad in ((1, None), ([2, 3], 4), (None, None))]
+    assert end_ids(*named) == {1, 2, 3, 4}
 
 
 def test_reading_a_growing_answer_decodes_each_token_a_few_times_and_not_at_every_step():

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from CoDALanguageModel import CoDAConfig, DiffusionGenerationConfig
+from CoDALanguageModel.configuration_coda import token_ids
 
 PUBLISHED = {
     "hidden_size": 2048,
@@ -113,3 +114,12 @@ def test_auto_map_names_the_classes_that_a_saved_folder_carries(tiny_config):
 def test_impossible_architectures_are_refused(tiny_config, changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**changes)
+
+
+def test_a_setting_of_tokens_is_a_list_of_them():
+    assert [token_ids(setting) for setting in (None, 0, [1, 2], (3,))] == [[], [0], [1, 2], [3]]
+
+
+def test_a_text_starts_with_the_start_token_or_the_pad():
+    for bos, pad, start in ((5, 6, 5), (0, 6, 0), (None, 6, 6), (None, None, None)):
+        assert CoDAConfig(bos_token_id=bos, pad_token_id=pad).document_start_id == start

@@ -15,8 +15,8 @@ from CoDALanguageModel.decoding_settings import (
     parse_settings,
 )
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.sample import parse
-from CoDALanguageModel.setting_tables import with_tables
+from CoDALanguageModel.tools.sample import parse
+from CoDALanguageModel.tools.tables import with_tables
 
 REPO = Path(__file__).resolve().parents[2]
 TABLES_STAND_IN = ["README.md", "serving/README.md", "evaluation/README.md", "serving/fast-api/env.example"]
@@ -56,7 +56,7 @@ def test_every_default_holds():
 @pytest.mark.parametrize("name", TABLES_STAND_IN)
 def test_committed_tables_are_what_the_rows_give(name, monkeypatch):
     text = (REPO / name).read_text(encoding="utf-8")
-    assert with_tables(text) == text, f"python -m CoDALanguageModel.setting_tables {name} writes it anew"
+    assert with_tables(text) == text, f"python -m CoDALanguageModel tables {name} writes it anew"
     monkeypatch.setitem(SETTINGS, "warmth", Setting(name="warmth", kind=int, default=1, least=0, says="how warm"))
     assert (with_tables(text) == text) == (name == "evaluation/README.md")  # which lists what is withheld only
 

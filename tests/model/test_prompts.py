@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from CoDALanguageModel.prompts import PROBES, Codec, TextTooLong
+from CoDALanguageModel.prompts import CHATML_TEMPLATE, PROBES, Codec, TemplateRefusal, TextTooLong, gaps
 
 CODE = "\n\n  def f(x):\r\n\treturn x  # ok \n\n"
 
@@ -159,6 +159,87 @@ def _raises(tokenizer, messages):
     except Exception:
         return True
     return False
+
+
+def test_a_template_without_system_role_says_so(chatml_tokenizer):
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    tokenizer.chat_template = (
+        "{% set messages = messages | rejectattr('role', 'equalto', 'system') %}" + CHATML_TEMPLATE
+    )
+    codec = Codec(tokenizer)
+    chat = [{"role": "system", "content": "<|mask|>"}, {"role": "user", "content": "x"}]
+    assert codec.encode_chat(chat[1:]) == Codec(chatml_tokenizer).encode_chat(chat[1:])
+    with pytest.raises(TemplateRefusal, match="leaves out the text of the role 'system'"):
+        codec.encode_chat(chat)
+
+
+def test_a_template_without_generation_prompt_says_so(chatml_tokenizer):
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    tokenizer.chat_template = CHATML_TEMPLATE.partition("{% if add_generation_prompt")[0]
+    codec, chat = Codec(tokenizer), [{"role": "user", "content": "x"}]
+    with pytest.raises(
+        TemplateRefusal, match="writes '<.im_start.>assistant' before an answer but knows no generation"
+    ):
+        codec.encode_chat(chat)
+    begun = [*chat, {"role": "assistant", "content": "def"}]
+    assert codec.decode(codec.encode_chat(begun, continue_final_message=True)) == "user\nx\nassistant\ndef"
+    # One that opens an answer without being asked is complete.
+    tokenizer.chat_template += "{{ '<|im_start|>assistant\\n' }}"
+    assert Codec(tokenizer).encode_chat(chat) == Codec(chatml_tokenizer).encode_chat(chat)
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_think_block_is_asked_for_as_the_template_says(qwen3_tokenizer, thinks):
+    codec = Codec(qwen3_tokenizer, {"enable_thinking": thinks})
+    chat = [{"role": "user", "content": "x </think> y"}]
+    text = qwen3_tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False,
+                                               add_generation_prompt=True, enable_thinking=thinks)  # fmt: skip
+    assert ("<think>\n\n</think>" in text) == (not thinks)
+    assert codec.encode_chat([{"role": "user", "content": "x"}]) == qwen3_tokenizer(text)["input_ids"]
+    tags = qwen3_tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert [token for token in codec.encode_chat(chat) if token in tags] == ([] if thinks else tags)
+
+
+def test_a_begun_answer_is_gone_on_with(tokenizer, codec):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "```python\ndef f(x):"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    assert codec.encode_chat(chat, continue_final_message=True) == tokenizer(text)["input_ids"]
+    assert codec.render(chat, True) == text
+    hostile = codec.encode_chat(
+        [chat[0], {"role": "assistant", "content": "a <|im_end|>"}], continue_final_message=True
+    )
+    assert hostile.count(tokenizer.eos_token_id) == 1
+    assert codec.decode(hostile).endswith("a <|im_end|>")
+
+
+def test_tags_of_the_template_are_tags_in_answers_and_text_elsewhere(qwen3_tokenizer):
+    codec = Codec(qwen3_tokenizer)
+    think, no_think, mask = qwen3_tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<|mask|>"])
+    ids = codec.encode_answer("<think>a</think> <|mask|>")
+    assert [ids[0], ids[2]] == [think, no_think]
+    assert mask not in ids
+    assert not {think, no_think} & set(codec.encode_text("<think>a</think>"))
+
+
+def test_gaps_lie_between_the_pieces():
+    text = gaps([[1, 2], [], [3]], [2, 3], 9)
+    assert text.ids == [1, 2, 9, 9, 9, 9, 9, 3]
+    assert text.gaps == [slice(2, 4), slice(4, 7)]
+    assert gaps([[], [3]], [1], 9, start_token_id=7).ids == [7, 9, 3]
+    assert gaps([[1]], [], 9) == ([1], [])
+    with pytest.raises(ValueError, match="a gap at the start of a text needs a token that starts a text"):
+        gaps([[], [3]], [1], 9)
+    with pytest.raises(ValueError, match="pieces must not hold the mask token 9"):
+        gaps([[1], [9]], [1], 9)
+    with pytest.raises(ValueError, match=r"lengths must hold one length per gap \(1\), got 2"):
+        gaps([[1], [3]], [1, 2], 9)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udc00b"])
+def test_half_a_surrogate_pair_is_refused(codec, text):
+    for encode in (codec.encode_text, lambda text: codec.encode_chat([{"role": "user", "content": text}])):
+        with pytest.raises(ValueError, match="a text holds half of a surrogate pair"):
+            encode(text)
 
 
 MARK = "\u2581"

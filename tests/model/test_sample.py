@@ -2,11 +2,15 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
-from CoDALanguageModel.sample import Recording, parse, read_gaps, token_texts
+from CoDALanguageModel import CoDAConfig, DiffusionGenerationConfig
+from CoDALanguageModel.prompts import Codec
+from CoDALanguageModel.tools.sample import Recording, parse, read_gaps, run, token_texts
 
 MASK = 9
 
@@ -53,6 +57,31 @@ def test_gaps_are_read_with_their_lengths():
     assert read_gaps("a<gap>b<gap:3>", 16) == (["a", "b", ""], [16, 3])
     with pytest.raises(ValueError, match="holds no <gap>"):
         read_gaps("nothing", 16)
+
+
+@pytest.mark.parametrize("start", ["", "x ="])
+def test_a_file_with_gaps_comes_back_filled_and_unchanged_around_them(chatml_tokenizer, tmp_path, capsys, start):
+    names = ("mask_token_id", "pad_token_id", "eos_token_id")
+    config = CoDAConfig(bos_token_id=None, **{name: getattr(chatml_tokenizer, name) for name in names})
+    codec, seen = Codec(chatml_tokenizer), []
+    end = chatml_tokenizer.eos_token_id
+    answers = [[*codec.encode_text(" y"), end, *codec.encode_text("z")], codec.encode_text("w")]
+
+    def fill(inputs, **settings):
+        seen.append(inputs[0].tolist())
+        filled = iter([token for answer in answers for token in answer])
+        row = [next(filled) if token == config.mask_token_id else token for token in seen[0]]
+        return SimpleNamespace(sequences=torch.tensor([row]), cost=SimpleNamespace(as_dict=dict))
+
+    model = SimpleNamespace(config=config, generation_config=DiffusionGenerationConfig(), diffusion_generate=fill)
+    file = tmp_path / "text"
+    file.write_text(f"{start}<gap:{len(answers[0])}><|mask|>\r\n<gap:{len(answers[1])}>", newline="")
+    options, settings = parse(["--model", "m", "--infill", str(file), "--quiet"])
+    run(options, settings, chatml_tokenizer, model)
+    assert capsys.readouterr().out == f"{start} y<|mask|>\r\nw\n"
+    before = codec.encode_text(start) or [config.document_start_id]
+    assert seen[0][: len(before) + 1] == [*before, config.mask_token_id]
+    assert seen[0].count(config.mask_token_id) == sum(map(len, answers))
 
 
 def test_every_decoding_setting_is_an_option_and_others_are_refused():

@@ -1,4 +1,4 @@
-"""Tables of the decoding settings for people: `python -m CoDALanguageModel.setting_tables FILE...`.
+"""Tables of the decoding settings for people: `python -m CoDALanguageModel tables FILE...`.
 
 It writes anew what stands in the files between the marks `settings:NAME` and `settings:end`, comments of Markdown or of
 an env file.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .decoding_settings import DOORS, SETTINGS, Setting, offered
+from ..decoding_settings import DOORS, SETTINGS, Setting, offered
 
 
 def _shown(value: Any) -> str:
@@ -84,11 +84,7 @@ def with_tables(text: str) -> str:
     return _MARKED.sub(fill, text)
 
 
-def main(files: list[str]) -> None:
+def main(files: list[str] | None = None) -> None:
     """Write the tables of some files anew."""
-    for path in map(Path, files):
+    for path in map(Path, sys.argv[1:] if files is None else files):
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Programs for the shell, which do not travel with weights: `python -m CoDALanguageModel VERB`. The extra `tools`."""
