@@ -148,7 +148,7 @@ def test_sharded_folder_with_large_logits_converts_from_the_command_line_and_loa
     assert "rounded to bfloat16: max difference" in done.stdout
     assert "loaded alone, same logits: max difference" in done.stdout
     made = tmp_path / "made"
-    assert {"configuration_coda.py", "modeling_coda.py", "diffusion.py", "sampling.py", "generation_coda.py"} <= {
+    assert {"configuration_coda.py", "modeling_coda.py", "diffusion.py", "orders.py", "generation_coda.py"} <= {
         file.name for file in made.iterdir()
     }
     weights = load_file(made / "model.safetensors")
@@ -333,7 +333,7 @@ def test_a_folder_that_does_not_load_alone_is_refused(tmp_path, monkeypatch):
 
     def without_a_sibling(self, folder, **kwargs):
         save(self, folder, **kwargs)
-        (folder / "sampling.py").unlink()
+        (folder / "orders.py").unlink()
 
     monkeypatch.setattr(CoDALanguageModel, "save_pretrained", without_a_sibling)
     with pytest.raises(ValueError, match="does not load on its own"):
