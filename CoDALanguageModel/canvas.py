@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .row import Row
-from .sampling import Commit
+from .schedule import Commit
 
 EMPTY = {"ids": 0, "attention_mask": 0, "position_ids": 0, "source": 0, "ordinal": -1, "block": -1}
 """The (R, T) int64 tensors of a canvas, with what stands in them behind the end of a row."""
@@ -112,7 +112,7 @@ class Canvas:
         self.log_probability = refit(self.log_probability, source, width, 0.0)
         self.is_unpadded = all(row.num_real == width for row in self.rows)
         self.mask_ids = self.ids.new_tensor([row.config.mask_token_id for row in self.rows])[:, None]  # (R, 1)
-        keeps = [row.config.alg == "p2" for row in self.rows]
+        keeps = [row.sampling.order.keeps_deciding for row in self.rows]
         self.keeps_deciding = torch.tensor(keeps, device=self.device)[:, None] if any(keeps) else None
         self._whole = list(range(len(self.rows)))
         return source

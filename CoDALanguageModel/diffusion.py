@@ -1,6 +1,6 @@
 """The mathematics of masked diffusion: forward process, which row scores which token, and loss, as pure functions.
 
-Not here: the rows of a step (`noise`), and sampling (`sampling`).
+Not here: the rows of a step (`noise`), and decoding (`decoder`).
 """
 
 import hashlib

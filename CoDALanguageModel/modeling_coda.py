@@ -31,13 +31,15 @@ from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT, StrictLoading
 
 # transformers copies the files that this one imports into a saved folder, so every file of the model is named here.
 from .cache import CanvasCache as CanvasCache  # isort: skip
+from .candidates import Candidates as Candidates  # isort: skip
 from .canvas import Canvas as Canvas  # isort: skip
 from .decoder import Decoding as Decoding  # isort: skip
 from .decoding_settings import Setting as Setting  # isort: skip
 from .errors import UserError as UserError  # isort: skip
 from .infilling import InfillOutput as InfillOutput  # isort: skip
+from .orders import Order as Order  # isort: skip
 from .row import Row as Row  # isort: skip
-from .sampling import Candidates as Candidates  # isort: skip
+from .schedule import Commit as Commit  # isort: skip
 from .scoring import Scorer as Scorer  # isort: skip
 from .speculation import Speculation as Speculation  # isort: skip
 from .stepwise import Stepwise as Stepwise  # isort: skip

@@ -19,7 +19,8 @@ from .configuration_coda import CoDAConfig, token_ids
 from .diffusion import scored_by
 from .errors import UserError
 from .generation_config_coda import DiffusionGenerationConfig
-from .sampling import Commit, plan_commits
+from .orders import ORDERS, REMASKS, RULES, Order, Rule
+from .schedule import Commit, plan_commits
 
 Decode = Callable[[list[int]], str]
 FinishReason = Literal["end", "stop", "length"]
@@ -150,16 +151,15 @@ class Vocabulary:
 class Sampling(NamedTuple):
     """What a decision depends on besides the scores of a row, its step and its seed."""
 
-    alg: str
+    order: Order
     alg_temp: float | None
     temperature: float
     top_p: float | None
     top_k: int | None
-    rule: str | None
+    rule: Rule | None
     bound: float | None
-    remask: str | None
+    remask: Callable[[Tensor, Tensor], Tensor] | None
     eta: float | None
-    is_guarded: bool
     keeps_scores: bool
 
     @classmethod
@@ -167,16 +167,15 @@ class Sampling(NamedTuple):
         """What the settings say."""
         rule = config.parallel_rule
         return cls(
-            alg=config.alg,
+            order=ORDERS[config.alg],
             alg_temp=config.alg_temp,
             temperature=0.0 if config.do_sample is False else float(config.temperature),
             top_p=config.top_p,
             top_k=config.top_k,
-            rule=rule,
+            rule=None if rule is None else RULES[rule],
             bound=None if rule is None else float(getattr(config, rule)),
-            remask=config.remask,
+            remask=None if config.remask is None else REMASKS[config.remask],
             eta=config.eta,
-            is_guarded=config.speculate > 0,
             keeps_scores=config.output_scores or config.remask is not None,
         )
 
@@ -218,12 +217,16 @@ class Row:
         self._check(model)
         self.vocabulary = Vocabulary(config, model.vocab_size, request.processors)
         self.block_length = min(config.block_length or self.width, self.width)
+        self.sampling = Sampling.of(config)
         self.plan = plan_commits(
-            len(self.gaps), steps=config.steps, block_length=config.block_length, eps=config.eps, alg=config.alg
+            len(self.gaps),
+            steps=config.steps,
+            block_length=config.block_length,
+            eps=config.eps,
+            keeps_deciding=self.sampling.order.keeps_deciding,
         )
         self.totals = list(accumulate(commit.count for commit in self.plan))
         self.eos_ids = frozenset(token_ids(config.eos_token_id))
-        self.sampling = Sampling.of(config)
         self.key: Hashable = (self.vocabulary.key, self.width if self.vocabulary.processors else None, self.sampling)
         """Equal for rows that are treated alike."""
         self.cost = DecodingCost()

@@ -1,12 +1,19 @@
-"""Several steps at once: drafted from old scores, verified in one pass; the tokens are those of `stepwise`."""
+"""Several steps at once: drafted from old scores, verified in one pass; the tokens are those of `stepwise`.
+
+One pass of many rows rounds otherwise than one of a row alone. A choice that so small an error could change is made
+again from the row alone; how large the error must be is reckoned here, in nats of the logits.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .canvas import Decision, Step
-from .row import Row
-from .sampling import ScoresNotFinite
-from .scoring import Scores
+from .candidates import Candidates, Distribution, ScoresNotFinite
+from .canvas import Canvas, Decision, Step
+from .orders import Order, nats
+from .row import Row, Sampling
+from .scoring import Scorer, Scores
 from .stepwise import Stepwise
 
 
@@ -17,6 +24,10 @@ class Speculation(Stepwise):
     the drafted one, variant k + 1 is the true canvas of the step after it; so by induction every committed step is
     the stepwise one. The drafts only decide how many steps one pass verifies.
     """
+
+    def __init__(self, canvas: Canvas, scorer: Scorer):
+        super().__init__(canvas, scorer)
+        self.extra = doubts
 
     def advance(self) -> None:
         """Verify the drafts of all rows in one pass, and draft anew."""
@@ -57,6 +68,24 @@ class Speculation(Stepwise):
         # 4 draft anew
         for place, row in enumerate(canvas.rows):
             row.drafts = [] if _is_over(row) else self._draft(place, last[place])
+
+    def margin(
+        self,
+        how: Sampling,
+        candidates: Candidates,
+        ranking: Tensor,
+        counts: Tensor,
+        chosen: Tensor,
+        spread: Callable[[Tensor, float], Tensor],
+    ) -> Tensor:
+        """(R,) the least error of the logits, in nats, that could change tokens, positions or what a rule accepts."""
+        of_token, sensitivity = candidates.extra
+        margin = _ranking_margin(ranking, spread(sensitivity / (how.alg_temp or 1.0), 0.0), counts)
+        if how.rule is not None:
+            certainty = spread(candidates.probability, -torch.inf), spread(candidates.entropy, torch.inf)
+            margin = torch.minimum(margin, how.rule.doubt(how.bound, *certainty))
+            chosen = chosen | how.rule.accept(how.bound, *certainty)
+        return torch.minimum(margin, spread(of_token, torch.inf).masked_fill(~chosen, torch.inf).amin(1))
 
     def _guarded(self, step: Step, ids: Tensor, scores: Scores) -> Decision:
         """Decide; where a choice is a near tie, decide again from the row alone, as the stepwise sampler sees it."""
@@ -102,3 +131,30 @@ def _is_drafted(row: Row, k: int, decision: Decision, i: int) -> bool:
 
 def _is_over(row: Row) -> bool:
     return row.is_finished or row.error is not None
+
+
+def doubts(
+    distribution: Distribution, order: Order, tokens: Tensor, place: Tensor, uniforms: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(N,) float32 each: the error of the logits that could give another token, and the order's sensitivity to it."""
+    temperature, cdf = distribution.temperature, distribution.cdf
+    sensitivity = order.sensitivity(distribution, tokens)
+    if cdf is None:
+        return -distribution.scores.topk(2, dim=-1).values.diff(dim=-1).squeeze(1) / 2, sensitivity
+    threshold = uniforms.to(cdf)[:, None] * cdf[:, -1:]
+    to_previous = torch.where(place > 0, threshold - cdf.gather(1, (place - 1).clamp(min=0)), torch.inf)
+    # A nat of error moves a cumulative probability F by at most 2 F (1 - F), which is at most 1 / 2.
+    margin = 2 * torch.minimum(to_previous, cdf.gather(1, place) - threshold) / cdf[:, -1:]
+    # A nat of the logits is 1 / temperature nats of the scores.
+    return margin.squeeze(1).float() * temperature, sensitivity / temperature
+
+
+def _ranking_margin(ranking: Tensor, sensitivity: Tensor, counts: Tensor) -> Tensor:
+    """(R,) the error of the logits, in nats, that could swap the last position chosen and the first one that is not."""
+    ordered, order = ranking.sort(dim=1, descending=True, stable=True)
+    moved = sensitivity.gather(1, order)
+    last, following = (counts - 1).clamp(min=0)[:, None], counts.clamp(max=ranking.shape[1] - 1)[:, None]
+    gap = ordered.gather(1, last) - ordered.gather(1, following)
+    margin = nats(gap.float(), moved.gather(1, last) + moved.gather(1, following))
+    nothing_left = (counts[:, None] >= ranking.shape[1]) | ordered.gather(1, following).isinf()
+    return margin.masked_fill(nothing_left, torch.inf).squeeze(1)

@@ -1,19 +1,26 @@
 """One step of the rows of a canvas: score, choose, commit.
 
-Not here: the forward pass (`scoring`), the rules of the choice (`sampling`), several steps at once (`speculation`).
+Not here: the forward pass (`scoring`), tokens (`candidates`), the rules of the choice (`orders`), several steps at once
+(`speculation`).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .candidates import Candidates, Extra, ScoresNotFinite, propose, row_uniforms
 from .canvas import Canvas, Decision, Step
+from .orders import choose
 from .row import Row, Sampling
-from .sampling import ScoresNotFinite, accept, choose, nats, order_scores, propose, row_uniforms
 from .scoring import Scorer, Scores
 
 
 class Stepwise:
     """Takes one denoising step of every row of a canvas per round."""
+
+    extra: Extra | None = None
+    """What else `margin` needs to know of each candidate."""
 
     def __init__(self, canvas: Canvas, scorer: Scorer):
         self.canvas, self.scorer = canvas, scorer
@@ -74,16 +81,19 @@ class Stepwise:
         how: Sampling = first.sampling
         mask = first.config.mask_token_id
         present = ids[row, column]
+        draws = None
+        if how.temperature > 0:
+            draws = self._uniforms("token", step, ids.shape[1], row, column)
         candidates = propose(
             logits,
-            alg=how.alg,
+            how.order,
             temperature=how.temperature,
             top_p=how.top_p,
             top_k=how.top_k,
-            uniforms=self._uniforms("token", step, ids.shape[1], row, column) if how.temperature > 0 else None,
-            present=present.masked_fill(present == mask, -1) if how.alg == "p2" else None,
+            uniforms=draws,
+            present=present.masked_fill(present == mask, -1) if how.order.keeps_deciding else None,
             with_certainty=how.rule is not None,
-            with_margin=how.is_guarded,
+            extra=self.extra,
         )
 
         def spread(values: Tensor, fill: float | Tensor) -> Tensor:
@@ -91,30 +101,36 @@ class Stepwise:
             grid[row, column] = values
             return grid
 
-        shuffled = how.alg == "origin" or how.alg_temp
-        uniforms = self._uniforms("order", step, ids.shape[1], row, column) if shuffled else None
-        ranking = spread(order_scores(candidates.confidence, how.alg, how.alg_temp, uniforms), -torch.inf)
+        shuffle = None
+        if how.order.is_shuffled(how.alg_temp):
+            shuffle = self._uniforms("order", step, ids.shape[1], row, column)
+        ranking = spread(how.order.rank(candidates.confidence, how.alg_temp, shuffle), -torch.inf)
         counts = step.index.new_tensor([commit.count for commit in step.commits])
         remasked = self._remask(step, ids) if how.remask else None
         if remasked is not None:
             counts = counts + remasked.sum(dim=1)
         chosen = choose(ranking, counts)
-        margin = None
-        if how.is_guarded:
-            scale = how.alg_temp or 1.0
-            margin = _ranking_margin(ranking, spread(candidates.sensitivity / scale, 0.0), counts)
-            margin = torch.minimum(margin, spread(candidates.margin, torch.inf).masked_fill(~chosen, torch.inf).amin(1))
+        margin = self.margin(how, candidates, ranking, counts, chosen, spread)
         if how.rule is not None:
-            probability = spread(candidates.probability, -torch.inf)
-            entropy = spread(candidates.entropy, torch.inf)
-            accepted, distance = accept(how.rule, how.bound, probability, entropy)
-            chosen |= accepted
-            margin = torch.minimum(margin, distance) if how.is_guarded else None
+            certainty = spread(candidates.probability, -torch.inf), spread(candidates.entropy, torch.inf)
+            chosen = chosen | how.rule.accept(how.bound, *certainty)
         log_probability = None
         if how.keeps_scores:
             chosen_logits = logits.gather(1, candidates.tokens[:, None]).squeeze(1).float()
             log_probability = spread(chosen_logits - logits.float().logsumexp(dim=1), 0.0)
         return Decision(chosen, spread(candidates.tokens, ids), remasked, log_probability, margin)
+
+    def margin(
+        self,
+        how: Sampling,
+        candidates: Candidates,
+        ranking: Tensor,
+        counts: Tensor,
+        chosen: Tensor,
+        spread: Callable[[Tensor, float], Tensor],
+    ) -> Tensor | None:
+        """(R,) how near to another choice each row is, for who wants to know; see `speculation`."""
+        return None
 
     def _uniforms(self, name: str, step: Step, length: int, row: Tensor, column: Tensor) -> Tensor:
         """One draw per scored position, named by the row's seed, the step and the position in the text."""
@@ -123,9 +139,9 @@ class Stepwise:
         return draws[row, self.canvas.position_ids[step.index[row], column]]
 
     def _remask(self, step: Step, ids: Tensor) -> Tensor:
-        """(R, T) bool: committed tokens of the block to mask again (ReMDM-conf, https://arxiv.org/abs/2503.00307).
+        """(R, T) bool: committed tokens of the block to mask again (ReMDM, https://arxiv.org/abs/2503.00307).
 
-        A token is masked again with probability `eta * sigma_max * softmax(-confidence)`, where
+        A token is masked again with probability `eta * sigma_max * share`, the share being that of the rule, where
         `sigma_max = min(1, s / (1 - t))` between the times t and s of the step; never at the last step of a block.
         """
         canvas, rows = self.canvas, [self.canvas.rows[place] for place in step.places]
@@ -138,9 +154,9 @@ class Stepwise:
             sigmas.append(0.0 if t >= 1 else min(1.0, s / (1 - t)))
         decoded = (canvas.take(canvas.block, step) == step.block) & (ids != rows[0].config.mask_token_id)
         confidence = canvas.take(canvas.log_probability, step).exp()
-        share = (-confidence).masked_fill(~decoded, -torch.inf).softmax(dim=1).nan_to_num()
-        strength = 1.0 if rows[0].config.eta is None else rows[0].config.eta
-        probability = share * strength * torch.tensor(sigmas, device=ids.device)[:, None]
+        how = rows[0].sampling
+        probability = how.remask(confidence, decoded) * (1.0 if how.eta is None else how.eta)
+        probability = probability * torch.tensor(sigmas, device=ids.device)[:, None]
         row, column = decoded.nonzero(as_tuple=True)
         remasked = torch.zeros_like(decoded)
         remasked[row, column] = self._uniforms("remask", step, ids.shape[1], row, column) < probability[row, column]
@@ -163,14 +179,3 @@ def _joined(column: tuple[Tensor | None, ...], decisions: list[Decision]) -> Ten
             for x, d in zip(column, decisions, strict=True)
         ]
     )
-
-
-def _ranking_margin(ranking: Tensor, sensitivity: Tensor, counts: Tensor) -> Tensor:
-    """(R,) the error of the logits, in nats, that could swap the last position chosen and the first one that is not."""
-    ordered, order = ranking.sort(dim=1, descending=True, stable=True)
-    moved = sensitivity.gather(1, order)
-    last, following = (counts - 1).clamp(min=0)[:, None], counts.clamp(max=ranking.shape[1] - 1)[:, None]
-    gap = ordered.gather(1, last) - ordered.gather(1, following)
-    margin = nats(gap.float(), moved.gather(1, last) + moved.gather(1, following))
-    nothing_left = (counts[:, None] >= ranking.shape[1]) | ordered.gather(1, following).isinf()
-    return margin.masked_fill(nothing_left, torch.inf).squeeze(1)

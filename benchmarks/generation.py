@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
-from CoDALanguageModel.sampling import commit_counts
+from CoDALanguageModel.schedule import commit_counts
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- generation:begin -->", "<!-- generation:end -->"

@@ -489,7 +489,8 @@ class _Watch:
 
     Time counts as processor time of all processes plus the time in which none of them could run (a program that
     sleeps), so that a busy machine takes nothing from a program. Memory is the sum of proportional set sizes, shared
-    memory included; memory that belongs to no process (memory files, segments) is refused to programs.
+    memory included, and what the program's sockets can hold; other memory that belongs to no process (memory files,
+    segments) is refused to programs.
     """
 
     def __init__(self, pid: int, program: Program, limits: Limits, folder: str | None) -> None:
@@ -502,12 +503,14 @@ class _Watch:
         """(status, error) once the program has used too much."""
         before = time.monotonic()
         ticks = memory = threads = 0
+        sockets: set[str] = set()
         could_run = False
         for pid, states in _tree(self.pid).items():
             try:
                 fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
                 ticks += sum(map(int, fields.split()[11:15]))  # utime, stime, and those of children waited for
                 memory += _memory_of(pid)
+                sockets |= _sockets_of(pid)
             except OSError:
                 continue  # gone meanwhile
             threads += len(states)
@@ -518,7 +521,7 @@ class _Watch:
         self.cpu_s, self.seen = max(self.cpu_s, cpu_s), before
         self.pause_s = min(0.05, 10 * (time.monotonic() - before) + 0.02)
         limit = self.program.timeout_s
-        if memory > self.limits.memory_bytes:
+        if memory + len(sockets) * _socket_bytes() > self.limits.memory_bytes:
             return "memory", f"more than {self.limits.memory_bytes >> 20} MB in all processes"
         if threads > self.limits.processes + 8:
             return "killed", f"more than {self.limits.processes} processes"
@@ -558,6 +561,23 @@ def _small(folder: str, pids: Iterable[int]) -> bool:
                 if stat.S_ISREG(found.st_mode) and found.st_nlink == 0:
                     sizes[found.st_ino] = found.st_blocks
     return sum(sizes.values()) * 512 <= _SCRATCH_BYTES
+
+
+def _sockets_of(pid: int) -> set[str]:
+    """Names of the sockets that a process holds."""
+    found = set()
+    with contextlib.suppress(PermissionError):  # the checker hides itself, and has none
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                name = os.readlink(entry.path)
+                found |= {name} if name.startswith("socket:") else set()
+    return found
+
+
+@functools.cache
+def _socket_bytes() -> int:
+    """What a socket can hold for its other end, in bytes of kernel memory; programs may not change it."""
+    return int(Path("/proc/sys/net/core/wmem_default").read_text(encoding="ascii"))
 
 
 def _few_files(pid: int) -> bool:

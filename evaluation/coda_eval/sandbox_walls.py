@@ -49,7 +49,7 @@ tkill 200 130, utime 132 -, utimensat 280 88, utimes 235 -
 changes files by name."""
 
 ARGUMENTS = {"clone": (56, 220), "clone3": (435, 435), "prlimit64": (302, 261), "kill": (62, 129), "tgkill": (234, 131)}
-ARGUMENTS |= {"fcntl": (72, 25), "ioctl": (16, 29), "socketpair": (53, 199)}
+ARGUMENTS |= {"fcntl": (72, 25), "ioctl": (16, 29), "setsockopt": (54, 208), "socketpair": (53, 199)}
 """System calls that are refused by their arguments."""
 
 
@@ -225,6 +225,7 @@ def refuse_system_calls(pid):
     look("clone", 0, [(some_bit, 0x7E020000, refuse)], allow)  # CLONE_NEW*
     streams = [1 | flags for flags in (0, 0x800, 0x80000, 0x80800)]  # SOCK_STREAM; with SOCK_NONBLOCK, SOCK_CLOEXEC
     look("socketpair", 1, [(equal, value, allow) for value in streams], refuse)
+    look("setsockopt", 2, [(equal, 7, refuse), (equal, 32, refuse)], allow)  # SO_SNDBUF, SO_SNDBUFFORCE
     look("prlimit64", 0, [(equal, 0, allow)], refuse)
     if pid:
         for name in ("kill", "tgkill"):

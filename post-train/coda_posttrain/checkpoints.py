@@ -80,6 +80,23 @@ def put_in_place(staged: Path, target: Path) -> None:
         os.close(descriptor)
 
 
+def keep_newest(output_dir: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints until ``limit`` are left; the newest and the ``best`` one always stay.
+
+    One that is removed loses its name first: a half of it would be newer than whole ones, and kept in place of them.
+    """
+    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    found.sort(key=lambda path: (path.stat().st_mtime, int(path.name.partition("-")[2])))
+    kept = {*found[-1:], *([Path(best)] if best else [])}
+    surplus = [path for path in found if path not in kept] if limit and limit > 0 else []
+    for folder in surplus[: max(0, len(found) - max(limit or 0, len(kept)))]:
+        aside = output_dir / STAGING / f"old-{folder.name}"
+        aside.parent.mkdir(exist_ok=True)
+        remove(aside)
+        os.replace(folder, aside)
+        remove(aside)
+
+
 def problem_of(folder: Path, weights_only: bool = False) -> str:
     """What is wrong with a checkpoint, or an empty string.
 

@@ -25,10 +25,11 @@ from llamafactory.train.sft import workflow
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import cached_file
 
-from CoDALanguageModel import CoDAConfig  # also registers the model: its code here wins over a checkpoint's copy
+import CoDALanguageModel.modeling_coda  # noqa: F401 (registers the model: the code here wins over a checkpoint's copy)
+from CoDALanguageModel import CoDAConfig
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.noise import deal_levels
@@ -41,6 +42,7 @@ from .checkpoints import (
     RUNNING,
     STAGING,
     TRAINER_STATE,
+    keep_newest,
     put_in_place,
     remove,
     write_marker,
@@ -463,12 +465,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
                 put_in_place(staging / name, output_dir / name)
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(output_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            keep_newest(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)

@@ -437,6 +437,8 @@ CALLS = {
     "memory file": "import os\nos.memfd_create('x')",
     "datagrams": "import socket\nsocket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
     "socket": "import socket\nsocket.socket()",
+    "buffer of a socket": "import socket\na, b = socket.socketpair()\n"
+    "a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)",
     "shared segment": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
     "if libc.shmget(0, 4096, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'shmget')",
     "trace": "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
@@ -463,6 +465,10 @@ MEMORY = {
     "forks": "import os, time\nfor i in range(12):\n    if os.fork() == 0:\n"
     "        x = bytearray(b'x') * (120 << 20)\n"
     "        time.sleep(60)\ntime.sleep(60)",
+    "held in sockets": "import os, socket, time\nfor i in range(24):\n    if os.fork() == 0: break\n"
+    "pairs = [socket.socketpair() for i in range(50)]\nfor s in (s for pair in pairs for s in pair):\n"
+    "    s.setblocking(False)\n    try:\n        while True: s.send(bytes(65536))\n    except OSError: pass\n"
+    "time.sleep(60)",
     "shared by forks": "import mmap, os, time\nfor i in range(6):\n    if os.fork() == 0:\n"
     "        m = mmap.mmap(-1, 100 << 20)\n"
     "        m.write(bytes(100 << 20))\n        time.sleep(60)\ntime.sleep(60)",
@@ -473,7 +479,7 @@ MEMORY = {
 def test_memory_of_all_processes_counts(level):
     programs = [Program(candidate=code, tests="") for code in MEMORY.values()]
     verdicts = run_programs(programs, level=level, limits=Limits(memory_bytes=256 << 20))
-    assert [(v.status, v.error) for v in verdicts] == [("memory", "more than 256 MB in all processes")] * 2
+    assert [(v.status, v.error) for v in verdicts] == [("memory", "more than 256 MB in all processes")] * len(MEMORY)
 
 
 def test_time_is_processor_time_of_all_processes():

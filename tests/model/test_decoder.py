@@ -199,14 +199,6 @@ def test_temperature_and_filters_make_no_token_certain(model, tokens, filters, r
     assert parallel.cost.forwards == plain.cost.forwards
 
 
-def test_factor_accepts_the_longest_prefix_that_passes():
-    from CoDALanguageModel.sampling import accept
-
-    probability = torch.tensor([[0.9, 0.2, 0.8, -torch.inf], [0.4, 0.3, 0.2, 0.1]])
-    accepted, _ = accept("factor", 1.0, probability, None)  # thresholds 1/2, 2/3, 3/4 for n = 1, 2, 3
-    assert accepted.tolist() == [[True, False, True, False], [False, False, False, False]]
-
-
 def test_masks_outside_of_the_suffix_window_are_not_computed(model, tokens):
     rows = [tokens(5).tolist()]
     full = decode(model, rows, [0], block_length=4, steps=NEW)

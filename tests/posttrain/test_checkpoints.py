@@ -1,6 +1,7 @@
 """A stop at any point of a save leaves a run that continues, and a run continues only as what it was."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from coda_posttrain import checkpoints
 from coda_posttrain.__main__ import main
-from coda_posttrain.checkpoints import MARKER, STAGING, newest_whole, problem_of, read_run, resolve_start
+from coda_posttrain.checkpoints import MARKER, STAGING, keep_newest, newest_whole, problem_of, read_run, resolve_start
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "post-train/LLaMA-Factory/examples/train_full/quickstart.yaml"
@@ -164,6 +166,32 @@ def test_without_a_whole_checkpoint_the_run_starts_again_but_never_over_a_model(
     shutil.copy(runs / "whole/model.safetensors", tmp_path)
     with pytest.raises(ValueError, match="already holds a model; choose another folder"):
         resolve_start(host)
+
+
+def test_a_stop_while_an_old_checkpoint_is_removed_costs_no_whole_one(tmp_path, monkeypatch):
+    for moment, number in enumerate((20, 3, 10, 4)):  # in the order in which they were written
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("weights")
+        os.utime(folder, (moment, moment))
+
+    def half(folder):
+        if folder.exists():
+            next(folder.iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "remove", half)
+        with pytest.raises(KeyboardInterrupt):
+            keep_newest(tmp_path, 2, str(tmp_path / "checkpoint-3"))
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-10", "checkpoint-4"}
+    assert all(list(path.iterdir()) for path in tmp_path.glob("checkpoint-*"))
+    keep_newest(tmp_path, 0, None)
+    keep_newest(tmp_path, 3, None)
+    keep_newest(tmp_path, 1, str(tmp_path / "checkpoint-3"))
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+    # Half a checkpoint waits where the next save removes it.
+    assert [path.name for path in (tmp_path / STAGING).iterdir()] == ["old-checkpoint-20"]
 
 
 @pytest.mark.parametrize(
