@@ -150,6 +150,11 @@ class Codec:
         if not self._template_is_checked:  # it refused every probe, so the first conversation that it takes is one
             self._compare_with_tokenizer(messages)
             self._template_is_checked = True
+        if not continue_final_message and self._missing_header:
+            raise TemplateRefusal(
+                f"the chat template writes {self._missing_header!r} before an answer but knows no generation prompt "
+                "(add_generation_prompt), so that the model would not be asked to answer"
+            )
         return self._encode_chat(messages, continue_final_message, max_tokens)
 
     def _encode_chat(
@@ -170,11 +175,6 @@ class Codec:
         for message in chat:  # earlier turns of the assistant may be shortened, e.g. by their thoughts
             if message["role"] != "assistant" and message["content"].strip() not in rendered:
                 raise TemplateRefusal(f"the chat template leaves out the text of the role {message['role']!r}")
-        if not continue_final_message and self._missing_header:
-            raise TemplateRefusal(
-                f"the chat template writes {self._missing_header!r} before an answer but knows no generation prompt "
-                "(add_generation_prompt), so that the model would not be asked to answer"
-            )
         return marks.encode(rendered)
 
     def encode_answer(self, text: str) -> list[int]:

@@ -1,31 +1,44 @@
 """Evaluation with its batch kept full against fixed batches: `python benchmarks/evaluation.py [--problems N]`.
 
 Both contenders run interleaved in one process on the same weights, the quickstart's held-out problems as prompts. The
-model has the quickstart's shape and random weights; a bias on the end token makes answers of ragged lengths. Prints
-medians, their ratio, and whether the answers are the same.
+model has the quickstart's shape and random weights; a bias on the end token and a stop string make answers of ragged
+lengths. Prints medians, their ratio, and whether the answers are the same.
 """
 
 import argparse
 import logging
 import statistics
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 from generation import measure, random_model
 from lm_eval.api.instance import Instance
 
 from coda_eval.harness import CoDAEvalModel
+from coda_eval.hosted import on_device
+from coda_eval.programs import Answer
 from coda_quickstart.problems import held_out_programs
 from coda_quickstart.tokenizer import train_tokenizer
+from CoDALanguageModel.row import complete
 
 
 class FixedBatches(CoDAEvalModel):
-    """Nobody joins before the whole batch has ended."""
+    """Batches that are given to the model and taken back whole, and read then: nobody joins, and no text ends a row."""
 
     def _answered(self, jobs):
         size = int(self.batch_size)
         for start in range(0, len(jobs), size):
-            yield from super()._answered(jobs[start : start + size])
+            batch = jobs[start : start + size]
+            inputs, attends = on_device([job.ids for job in batch], self.tokenizer.pad_token_id, self.device)
+            seeds, settings = [job.seed for job in batch], batch[0].settings
+            rows = self.model.diffusion_generate(inputs, attention_mask=attends, seed=seeds, **settings)
+            config = complete(self.model.generation_config.merged(settings), self.model.config)
+            for job, row in zip(batch, rows.tolist(), strict=True):
+                reading = self._reader(job, config).read(row[inputs.shape[1] :])
+                answer = Answer(reading.text)
+                answer.new_tokens = reading.num_tokens
+                yield job, answer
 
 
 def main() -> None:
@@ -34,10 +47,13 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--end_bias", type=float, default=1.0, help="added to the logit of the end token")
+    parser.add_argument("--end_bias", type=float, default=5.0, help="added to the logit of the end token")
+    parser.add_argument("--until", nargs="*", default=["e"], help="stop strings of the task")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    programs = held_out_programs(options.problems, seed=0)
+    # A draw has at most one program of each held-out composition, of which there are 157.
+    draws = (held_out_programs(100, seed) for seed in range(-(-options.problems // 100)))
+    programs = list(chain.from_iterable(draws))[: options.problems]
     with tempfile.TemporaryDirectory() as folder:
         texts = [program.prompt + program.body for program in programs]
         tokenizer = train_tokenizer(texts, 4096, Path(folder), max_length=512)
@@ -61,7 +77,9 @@ def main() -> None:
         "kept full": CoDAEvalModel(model, tokenizer=tokenizer, **settings),
     }
     requests = [
-        Instance("generate_until", {"task_id": str(n)}, (program.prompt, {"until": []}), 0, ("problems", n, 1))
+        Instance(
+            "generate_until", {"task_id": str(n)}, (program.prompt, {"until": options.until}), 0, ("problems", n, 1)
+        )
         for n, program in enumerate(programs)
     ]
     rows = measure(
