@@ -1,6 +1,6 @@
 """Server-sent events: committed text as it becomes final.
 
-Not here: which text is final (`answers`).
+Not here: which text is final (`CoDALanguageModel.answers`).
 """
 
 import asyncio
