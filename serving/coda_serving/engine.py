@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from CoDALanguageModel.answers import AnswerReader, Decode, FinishReason
 
+from . import errors
 from .metrics import Metrics
 from .scheduler import CanvasRequest, Job, QueueFull, Scheduler
 
@@ -48,7 +49,7 @@ class Failure:
 
 
 FAILED = Failure("the model failed; see the server's log")
-SHUTTING_DOWN = Failure("the server is shutting down", status=503, code="server_shutting_down")
+SHUTTING_DOWN = Failure(errors.SHUTTING_DOWN.message, errors.SHUTTING_DOWN.status, errors.SHUTTING_DOWN.code)
 
 Event = Delta | Answer | Failure
 Listener = Callable[[Event], None]
