@@ -8,6 +8,8 @@ lies in the files.
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from upath import UPath
@@ -120,22 +122,28 @@ def move_tree(folder: Place, target: Place, *, last: str) -> None:
     target.fs.pipe_file((target / last).path, content)
 
 
+@contextmanager
+def arriving(target: Path) -> Iterator[Path]:
+    """A name beside `target` to write to: it becomes `target` when the block ends well, and vanishes otherwise."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def copy_to_local(file: Place, target: Path) -> str:
     """Copy a file to `target`, which appears only when it is whole; give its SHA-256.
 
     Raises:
         OSError: it could not be read or written.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     digest = hashlib.sha256()
-    try:
-        with file.open("rb") as source, temporary.open("wb") as copy:
-            while block := source.read(CHUNK_BYTES):
-                digest.update(block)
-                copy.write(block)
-            copy.flush()
-            os.fsync(copy.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with arriving(target) as temporary, file.open("rb") as source, temporary.open("wb") as copy:
+        while block := source.read(CHUNK_BYTES):
+            digest.update(block)
+            copy.write(block)
+        copy.flush()
+        os.fsync(copy.fileno())
     return digest.hexdigest()

@@ -1,14 +1,13 @@
 """Plain YAML data to checked dataclasses and back. Nothing here knows what a run is."""
 
 import dataclasses
-import difflib
 import types
 import typing
 from typing import Any, Literal
 
 import yaml
 
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, did_you_mean
 
 
 def require_range(
@@ -53,9 +52,7 @@ def from_dict(cls: type, data: Any, path: str = "") -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"unknown key {path}{key}{hint} (known: {', '.join(fields)})")
+            raise UserError(f"unknown key {path}{key}{did_you_mean(key, fields)} (known: {', '.join(fields)})")
     hints = typing.get_type_hints(cls)
     values = {key: convert(hints[key], value, path + key) for key, value in data.items()}
     for name, declared in fields.items():

@@ -149,7 +149,7 @@ def test_a_line_beyond_the_limit_is_skipped_and_its_neighbours_are_not(tmp_path,
         ("a.parquet", b"not parquet at all", "not a whole parquet file"),
         ("a.jsonl.gz", b"not gzip at all", "not gzip, as its name says"),
         ("a.jsonl.zst", b"", "empty, and so not zstd"),
-        ("a.jsonl", gzip.compress(b"{}"), "gzip, but its name does not say so"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "gzip, but its name does not say so"),
         ("b.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "a Git LFS pointer"),
     ],
 )

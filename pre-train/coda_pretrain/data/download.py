@@ -7,7 +7,6 @@ Every step can be stopped and given again: files that are whole are kept. The re
 import gzip
 import json
 import logging
-import os
 import shutil
 import tarfile
 import zlib
@@ -24,7 +23,7 @@ import yaml
 
 from CoDALanguageModel.errors import UserError
 
-from ..places import copy_to_local, place_of
+from ..places import arriving, copy_to_local, place_of
 from ..plain_data import from_dict, to_plain
 from .shards import replace_with_json
 
@@ -247,9 +246,8 @@ def to_parquet(folder: Path, config: str, split: str, output: Path) -> None:
         loaded = datasets.load_dataset(str(folder), config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"datasets cannot read configuration {config!r} of {folder}: {error}") from error
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    loaded.to_parquet(str(partial))
-    partial.replace(target)
+    with arriving(target) as partial:
+        loaded.to_parquet(str(partial))
 
 
 def fetch_contents(file: Path, target: Path, config: ContentsConfig, text_key: str) -> None:
@@ -260,18 +258,17 @@ def fetch_contents(file: Path, target: Path, config: ContentsConfig, text_key: s
     if target.is_file():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     schema = pa.schema([("url", pa.string()), (text_key, pa.string())])
     rows = missing = 0
-    try:
-        with ThreadPoolExecutor(config.requests) as pool, pq.ParquetWriter(partial, schema) as writer:
-            for urls in _content_urls(file, config):
-                texts = list(pool.map(lambda pair: _content(*pair, config.gzipped), urls))
-                rows, missing = rows + len(texts), missing + texts.count(None)
-                writer.write_table(pa.table([[url for url, _ in urls], texts], schema=schema))
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        arriving(target) as partial,
+        ThreadPoolExecutor(config.requests) as pool,
+        pq.ParquetWriter(partial, schema) as writer,
+    ):
+        for urls in _content_urls(file, config):
+            texts = list(pool.map(lambda pair: _content(*pair, config.gzipped), urls))
+            rows, missing = rows + len(texts), missing + texts.count(None)
+            writer.write_table(pa.table([[url for url, _ in urls], texts], schema=schema))
     logger.info("%s: %d texts, %d gone or undecodable", target, rows - missing, missing)
 
 

@@ -9,7 +9,7 @@ from upath import UPath
 
 from CoDALanguageModel.errors import UserError
 
-from ..places import copy_to_local
+from ..places import arriving, copy_to_local
 
 
 def cached_file(file: UPath, cache: Path, sha256: str) -> Path:
@@ -26,16 +26,13 @@ def cached_file(file: UPath, cache: Path, sha256: str) -> Path:
     with (cache / f".{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_file():
-            arriving = cache / f".{target.name}.arriving"
             try:
-                got = copy_to_local(file, arriving)
-                if got != sha256:
-                    raise UserError(f"{file} has the hash {got}, but its manifest recorded {sha256}")
-                arriving.replace(target)
+                with arriving(target) as partial:
+                    got = copy_to_local(file, partial)
+                    if got != sha256:
+                        raise UserError(f"{file} has the hash {got}, but its manifest recorded {sha256}")
             except OSError as error:
                 raise OSError(f"{file} could not be copied into data.cache {cache}: {error}") from error
-            finally:
-                arriving.unlink(missing_ok=True)
     return target
 
 

@@ -3,8 +3,8 @@
 No `from __future__ import annotations` in this file: field types must stay types.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Literal
 
 from CoDALanguageModel.errors import UserError
 
@@ -62,19 +62,19 @@ class DcnMeshConfig:
         require_range("hardware.dcn_mesh.data", self.data, at_least=1)
 
 
-XLA_SETTINGS: dict[str, Any] = {
-    "sharding_rules": None,
-    "dcn_mesh": DcnMeshConfig(),
-    "layers": "loop",
-    "offload": False,
-    "loss_chunk": None,
-    "activation_rules": None,
-    "interpret_kernels": False,
-    "splash_block": None,
-    "libtpu_args": None,
-    "compilation_cache": None,
-}
-"""Settings with no effect elsewhere, and their defaults."""
+XLA_SETTINGS = (
+    "sharding_rules",
+    "dcn_mesh",
+    "layers",
+    "offload",
+    "loss_chunk",
+    "activation_rules",
+    "interpret_kernels",
+    "splash_block",
+    "libtpu_args",
+    "compilation_cache",
+)
+"""Settings with no effect elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +171,10 @@ class HardwareConfig:
             require_range("hardware.num_threads", self.num_threads, at_least=1)
         if self.compile and self.backend == "xla":
             raise UserError("hardware.compile is for cpu and cuda; the xla backend always compiles, leave it false")
-        for name, default in XLA_SETTINGS.items():
-            if self.backend != "xla" and getattr(self, name) != default:
-                raise UserError(f"hardware.{name} has no effect on backend {self.backend!r}, only on 'xla'")
+        for setting in fields(self):
+            default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+            if self.backend != "xla" and setting.name in XLA_SETTINGS and getattr(self, setting.name) != default:
+                raise UserError(f"hardware.{setting.name} has no effect on backend {self.backend!r}, only on 'xla'")
         if self.loss_chunk is not None:
             require_range("hardware.loss_chunk", self.loss_chunk, at_least=1)
         if self.offload and not (self.layers == "scan" and self.remat):
