@@ -45,7 +45,7 @@ def read(file) -> list[tuple[str, str]]:
         (b'\xef\xbb\xbf{"instruction": "a", "output": "b"}\n\n{"instruction": "c", "output": "d"}', "a.jsonl"),
         (b'\xef\xbb\xbf[{"instruction": "a", "output": "b"},\n {"instruction": "c", "output": "d"}]', "a.json"),
         (
-            gzip.compress(b'{"instruction": "a", "output": "b"}\r\n{"instruction": "c", "output": "d"}\r\n'),
+            gzip.compress(b'{"instruction": "a", "output": "b"}\r\n{"instruction": "c", "output": "d"}\r\n', mtime=0),
             "a.jsonl.gz",
         ),
     ],
@@ -63,7 +63,7 @@ def test_bytes_of_every_shape_give_the_same_records(tmp_path, content, name):
         (b'{"instruction": "a", "output": "b"}\n{"instruction": "a", "outp', "a.jsonl", "a.jsonl:2", "not JSON"),
         (b'{"instruction": "caf\xe9", "output": "b"}\n', "a.jsonl", "a.jsonl:1", "not UTF-8 .byte 0xe9 at 21"),
         (json.dumps(PAIR).encode("utf-16"), "a.jsonl", "a.jsonl:1", "UTF-16; convert it to UTF-8"),
-        (gzip.compress(b"{}" * 9999)[:-12], "a.jsonl.gz", "a.jsonl.gz:1", "cannot be read"),
+        (gzip.compress(b"{}" * 9999, mtime=0)[:-12], "a.jsonl.gz", "a.jsonl.gz:1", "cannot be read"),
         (b"no gzip", "a.jsonl.gz", "a.jsonl.gz:1", "cannot be read"),
         (b"[" * 100_000, "a.json", "a.json", "not JSON"),
         (b'[{"instruction": "a", "output": "b"}, 3]', "a.json", r"a.json\[1\]", "must be an object with keys, got 3"),
