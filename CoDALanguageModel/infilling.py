@@ -3,14 +3,56 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from .configuration_coda import token_ids
 from .errors import UserError
 
 MAX_CANDIDATES = 64
 """Most combinations of lengths that are tried for one text: each is a row of the batch."""
+
+
+class GappedText(NamedTuple):
+    """A text with gaps, laid out."""
+
+    ids: list[int]
+    """Pieces and masks in turn."""
+
+    gaps: list[slice]
+    """Where the masks of each gap stand in `ids`."""
+
+
+def lay_out(
+    pieces: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    mask_token_id: int,
+    start_token_id: int | None = None,
+) -> GappedText:
+    """Lay out n + 1 pieces of a text around n gaps.
+
+    Args:
+        pieces: ids of each piece; the outer ones, and those between two gaps, may be empty.
+        lengths: masks of each gap.
+        mask_token_id: the mask.
+        start_token_id: put in front of a text that begins with a gap, where the first position of a row has no
+            predecessor to score it; None puts nothing there.
+
+    Raises:
+        UserError: not one length per gap, or a piece that holds the mask.
+    """
+    if len(lengths) != len(pieces) - 1:
+        raise UserError(f"lengths must hold one length per gap ({len(pieces) - 1}), got {len(lengths)}")
+    if any(mask_token_id in piece for piece in pieces):
+        raise UserError(f"pieces must not hold the mask token {mask_token_id}: gaps stand between the pieces")
+    ids, gaps = list(pieces[0]), []
+    if not ids and start_token_id is not None:
+        ids = [start_token_id]
+    for piece, length in zip(pieces[1:], lengths, strict=True):
+        gaps.append(slice(len(ids), len(ids) + length))
+        ids += [mask_token_id] * length + list(piece)
+    return GappedText(ids, gaps)
 
 
 @dataclass
@@ -73,8 +115,6 @@ def infill(
         if name in settings:
             raise UserError(f"{name} is set by infill itself")
     mask_id = model.config.mask_token_id
-    if any(mask_id in piece for piece in pieces):
-        raise UserError(f"pieces must not hold the mask token {mask_id}: gaps stand between the pieces")
     if gap_lengths is not None:
         combinations = [tuple(gap_lengths)]
     else:
@@ -85,7 +125,8 @@ def infill(
             )
         combinations = list(itertools.product(dict.fromkeys(infill_lengths), repeat=num_gaps))
 
-    rows = [_with_masks(pieces, combination, mask_id) for combination in combinations]
+    texts = [lay_out(pieces, combination, mask_id) for combination in combinations]
+    rows = [text.ids for text in texts]
     width = max(map(len, rows))
     inputs = torch.full((len(rows), width), model.config.pad_token_id or 0)
     attention_mask = torch.zeros_like(inputs)
@@ -98,10 +139,9 @@ def infill(
     mean = (output.scores.cpu() * filled).sum(dim=1) / filled.sum(dim=1)
     best = int(mean.argmax())
     ids = output.sequences[best, width - len(rows[best]) :].tolist()
-    gaps = _gaps(ids, pieces, combinations[best])
+    gaps = [ids[where] for where in texts[best].gaps]
     if end_of_gap:
-        eos = model.config.eos_token_id
-        ends = set(eos if isinstance(eos, (list, tuple)) else [eos])
+        ends = set(token_ids(model.config.eos_token_id))
         gaps = [list(itertools.takewhile(lambda token: token not in ends, gap)) for gap in gaps]
         parts = itertools.zip_longest(pieces, gaps, fillvalue=())
         ids = [token for piece, gap in parts for token in (*piece, *gap)]
@@ -113,21 +153,3 @@ def infill(
         candidates=dict(zip(combinations, mean.tolist(), strict=True)),
         cost=output.cost,
     )
-
-
-def _with_masks(pieces: Sequence[Sequence[int]], lengths: Sequence[int], mask_id: int) -> list[int]:
-    """The pieces joined by runs of masks."""
-    row = list(pieces[0])
-    for piece, length in zip(pieces[1:], lengths, strict=True):
-        row += [mask_id] * length + list(piece)
-    return row
-
-
-def _gaps(ids: list[int], pieces: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
-    """The runs between the pieces."""
-    gaps, start = [], 0
-    for piece, length in zip(pieces, lengths, strict=False):
-        start += len(piece)
-        gaps.append(ids[start : start + length])
-        start += length
-    return gaps

@@ -2,7 +2,7 @@
 
 The text of a person is text: a `<|im_end|>` or `<|mask|>` inside a message becomes the ordinary tokens of those
 characters, never the control token. Ordinary text gets exactly the ids that `apply_chat_template` gives. Gaps are
-laid out here too (`gaps`); where an answer ends is decided in `answers`.
+laid out in `infilling`; where an answer ends is decided in `answers`.
 """
 
 import json
@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -403,49 +403,6 @@ class Marks:
                 ids.append(codec._control_ids[match[0]])
                 position = match.end()
         return ids
-
-
-class GappedText(NamedTuple):
-    """A text with gaps, laid out."""
-
-    ids: list[int]
-    """Pieces and masks in turn."""
-
-    gaps: list[slice]
-    """Where the masks of each gap stand in `ids`."""
-
-
-def gaps(
-    pieces: Sequence[Sequence[int]],
-    lengths: Sequence[int],
-    mask_token_id: int,
-    start_token_id: int | None = None,
-) -> GappedText:
-    """Lay out n + 1 pieces of a text around n gaps.
-
-    Args:
-        pieces: ids of each piece; the outer ones, and those between two gaps, may be empty.
-        lengths: masks of each gap.
-        mask_token_id: the mask.
-        start_token_id: put in front of a text that begins with a gap: the first position of a row has no predecessor
-            to score it.
-
-    Raises:
-        UserError: not one length per gap, a piece that holds the mask, or a gap at the start without a start token.
-    """
-    if len(lengths) != len(pieces) - 1:
-        raise ValueError(f"lengths must hold one length per gap ({len(pieces) - 1}), got {len(lengths)}")
-    if any(mask_token_id in piece for piece in pieces):
-        raise UserError(f"pieces must not hold the mask token {mask_token_id}: gaps stand between the pieces")
-    ids, places = list(pieces[0]), []
-    if not ids:
-        if start_token_id is None:
-            raise UserError("a gap at the start of a text needs a token that starts a text (bos or pad)")
-        ids = [start_token_id]
-    for piece, length in zip(pieces[1:], lengths, strict=True):
-        places.append(slice(len(ids), len(ids) + length))
-        ids += [mask_token_id] * length + list(piece)
-    return GappedText(ids, places)
 
 
 class TextTooLong(UserError):

@@ -19,7 +19,8 @@ from coda_serving.settings import ServerSettings
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.answers import AnswerReader, end_ids
 from CoDALanguageModel.decoder import Decoding, Progress
-from CoDALanguageModel.prompts import Codec, gaps
+from CoDALanguageModel.infilling import lay_out
+from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.tools.sample import parse, run
 
 HOSTILE = [
@@ -140,7 +141,7 @@ def test_plain_text_has_the_same_ids_in_every_room_and_comes_back(tokenizer, tex
 def test_gaps_are_laid_out_the_same_in_every_room(texts, codec, evaluated, served):
     mask, start = evaluated.model.config.mask_token_id, evaluated.model.config.document_start_id
     for before, behind in zip(texts, reversed(texts), strict=True):
-        ids, (gap,) = gaps(codec.encode_pieces([before, behind]), [3], mask, start)
+        ids, (gap,) = lay_out(codec.encode_pieces([before, behind]), [3], mask, start)
         document = {"infill_prefix": before, "infill_middle": "", "infill_suffix": behind, "infill_tokens": 3}
         assert evaluated._gap(document) == (ids, gap)
         body = CompletionRequest(prompt=before, suffix=behind or None, max_tokens=3)

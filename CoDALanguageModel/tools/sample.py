@@ -25,7 +25,8 @@ from rich.text import Text
 from ..answers import AnswerReader, end_ids
 from ..decoding_settings import Setting, offered, parse_settings, refuse_unknown
 from ..errors import UserError
-from ..prompts import Codec, GappedText, gaps
+from ..infilling import GappedText, lay_out
+from ..prompts import Codec
 from .folder import load
 
 GAP = re.compile(r"<gap(?::(\d+))?>")
@@ -199,9 +200,9 @@ def build_canvas(options: argparse.Namespace, codec: Codec, model: Any) -> tuple
     start = model.config.document_start_id
     if options.infill is not None:
         pieces, lengths = read_gaps(options.infill.read_bytes().decode(), options.gap_length)
-        return gaps(codec.encode_pieces(pieces), lengths, model.config.mask_token_id, start), pieces
+        return lay_out(codec.encode_pieces(pieces), lengths, model.config.mask_token_id, start), pieces
     if options.raw or not codec.has_chat_template:
-        return gaps([codec.encode_text(options.prompt)], [], model.config.mask_token_id, start), []
+        return lay_out([codec.encode_text(options.prompt)], [], model.config.mask_token_id, start), []
     return GappedText(codec.encode_chat([{"role": "user", "content": options.prompt}]), []), []
 
 

@@ -31,7 +31,8 @@ from CoDALanguageModel.answers import AnswerReader, end_ids
 from CoDALanguageModel.decoder import Decoding, Progress
 from CoDALanguageModel.decoding_settings import SETTINGS, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
-from CoDALanguageModel.prompts import Codec, gaps
+from CoDALanguageModel.infilling import lay_out
+from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.row import Request, Row
 
 logger = logging.getLogger(__name__)
@@ -293,7 +294,7 @@ class CoDAEvalModel(HostedLM):
         names = ("infill_prefix", "infill_middle", "infill_suffix")
         prefix, middle, suffix = self.codec.encode_pieces([document[name] for name in names])
         config, start = self.model.config, self.custom_prefix_token_id
-        text = gaps(
+        text = lay_out(
             [prefix, suffix],
             [document["infill_tokens"] or len(middle)],
             config.mask_token_id,

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.configuration_coda import token_ids
 from CoDALanguageModel.decoder import Decoding
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.row import Request, Row
@@ -55,12 +56,10 @@ class ModelSampler:
         config = model.config
         eos = decoding.eos_token_id if decoding.eos_token_id is not None else config.eos_token_id
         self.mask_token_id: int = config.mask_token_id
-        self.eos_token_ids = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+        self.eos_token_ids = frozenset(token_ids(eos))
         self.context_length: int = config.max_position_embeddings
         self.num_token_ids: int = config.num_token_ids
-        self.document_start_id: int | None = (
-            config.bos_token_id if config.bos_token_id is not None else config.pad_token_id
-        )
+        self.document_start_id: int | None = config.document_start_id
 
     @classmethod
     def load(cls, model_name: str, *, device: str, dtype: str) -> "ModelSampler":

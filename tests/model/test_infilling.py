@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from CoDALanguageModel.infilling import lay_out
+
 
 def test_the_pieces_come_back_unchanged_around_every_gap(model, tokens):
     pieces = [tokens(4).tolist(), tokens(3, seed=1).tolist(), []]
@@ -57,3 +59,16 @@ def test_an_end_token_ends_a_gap_when_asked(model, tokens):
 def test_bad_gaps_are_refused(model, pieces, options, message):
     with pytest.raises(ValueError, match=message):
         model.infill(pieces, **options)
+
+
+def test_gaps_lie_between_the_pieces():
+    text = lay_out([[1, 2], [], [3]], [2, 3], 9)
+    assert text.ids == [1, 2, 9, 9, 9, 9, 9, 3]
+    assert text.gaps == [slice(2, 4), slice(4, 7)]
+    assert lay_out([[], [3]], [1], 9, start_token_id=7).ids == [7, 9, 3]
+    assert lay_out([[1]], [], 9) == ([1], [])
+    assert lay_out([[], [3]], [1], 9).ids == [9, 3]
+    with pytest.raises(ValueError, match="pieces must not hold the mask token 9"):
+        lay_out([[1], [9]], [1], 9)
+    with pytest.raises(ValueError, match=r"lengths must hold one length per gap \(1\), got 2"):
+        lay_out([[1], [3]], [1, 2], 9)

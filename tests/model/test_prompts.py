@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from CoDALanguageModel.prompts import CHATML_TEMPLATE, PROBES, Codec, TemplateRefusal, TextTooLong, gaps
+from CoDALanguageModel.prompts import CHATML_TEMPLATE, PROBES, Codec, TemplateRefusal, TextTooLong
 
 CODE = "\n\n  def f(x):\r\n\treturn x  # ok \n\n"
 
@@ -219,20 +219,6 @@ def test_tags_of_the_template_are_tags_in_answers_and_text_elsewhere(qwen3_token
     assert [ids[0], ids[2]] == [think, no_think]
     assert mask not in ids
     assert not {think, no_think} & set(codec.encode_text("<think>a</think>"))
-
-
-def test_gaps_lie_between_the_pieces():
-    text = gaps([[1, 2], [], [3]], [2, 3], 9)
-    assert text.ids == [1, 2, 9, 9, 9, 9, 9, 3]
-    assert text.gaps == [slice(2, 4), slice(4, 7)]
-    assert gaps([[], [3]], [1], 9, start_token_id=7).ids == [7, 9, 3]
-    assert gaps([[1]], [], 9) == ([1], [])
-    with pytest.raises(ValueError, match="a gap at the start of a text needs a token that starts a text"):
-        gaps([[], [3]], [1], 9)
-    with pytest.raises(ValueError, match="pieces must not hold the mask token 9"):
-        gaps([[1], [9]], [1], 9)
-    with pytest.raises(ValueError, match=r"lengths must hold one length per gap \(1\), got 2"):
-        gaps([[1], [3]], [1, 2], 9)
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udc00b"])
