@@ -133,7 +133,7 @@ def _wants_processes() -> bool:
         return True
     import torch
 
-    return torch.cuda.device_count() > 1
+    return torch.accelerator.device_count() > 1
 
 
 def _relaunch(argv: list[str]) -> int:
@@ -141,7 +141,7 @@ def _relaunch(argv: list[str]) -> int:
     import torch
 
     environment = os.environ
-    num_processes = environment.get("NPROC_PER_NODE", str(max(1, torch.cuda.device_count())))
+    num_processes = environment.get("NPROC_PER_NODE", str(max(1, torch.accelerator.device_count())))
     num_nodes = environment.get("NNODES", "1")
     address, port = environment.get("MASTER_ADDR", "127.0.0.1"), environment.get("MASTER_PORT", str(_free_port()))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]

@@ -25,14 +25,13 @@ def choose_device(device: str) -> str:
     Raises:
         UserError: the machine has no such device.
     """
+    found = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
-        index = int(device.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
-            raise UserError(f"DEVICE={device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("DEVICE=mps: this machine has no such device")
+        return "cpu" if found is None else found.type
+    kind, _, index = device.partition(":")
+    count = torch.accelerator.device_count() if found is not None and found.type == kind else 0
+    if kind != "cpu" and int(index or 0) >= count:
+        raise UserError(f"DEVICE={device}: this machine has {count} {kind} devices")
     return device
 
 

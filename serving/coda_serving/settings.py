@@ -92,7 +92,7 @@ class ServerSettings(DecodingDefaults):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     """Browser origins that may call the server, separated by commas; none when unset."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")
     """`auto` (cuda where there is one, else cpu), `cpu`, `mps`, `cuda` or `cuda:N`."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -167,7 +167,7 @@ def test_devices_and_types_are_resolved():
     assert choose_dtype("auto", "cuda:0") is torch.bfloat16
     assert choose_dtype("float16", "cpu") is torch.float16
     assert choose_device("cpu") == "cpu"
-    with pytest.raises(ValueError, match=r"DEVICE=cuda:99: this machine has \d+ CUDA devices"):
+    with pytest.raises(ValueError, match=r"DEVICE=cuda:99: this machine has \d+ cuda devices"):
         choose_device("cuda:99")
 
 
