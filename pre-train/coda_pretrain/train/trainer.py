@@ -60,12 +60,14 @@ class Trainer:
         Raises:
             UserError: the configuration does not fit the devices, the data, the model or the checkpoint.
         """
+        # 1 the machine, and whether the rows of a step can be dealt to it
         self.config = config
         self.output_dir, self.checkpoints = run_folders(config)
         check_trackers(config)
         self.backend: Backend = create_backend(config.hardware)
         rows_name = "global_batch_size" if config.micro_batch_size is None else "micro_batch_size"
         self.backend.check_rows(rows_name, config.rows_per_micro_batch)
+        # 2 the data and the length of the run; all that can be refused without a model is refused here
         mixture = Mixture(config.data, seq_len=config.seq_len, seed=config.seed)
         self.num_steps = number_of_steps(config, mixture.num_samples)
         self._rate(0)  # the schedule is checked before a model is built
@@ -75,6 +77,7 @@ class Trainer:
         sources = {"data": mixture.identities()} | held_out_identities(config)
         self._data = record_of_data(sources, resume_from, accept_changed=accept_changed_data)
         check_folder(self.checkpoints, backend=self.backend)
+        # 3 the model, on the CPU: shape and tokens must fit the data and the checkpoint before anything is placed
         self.backend.prepare_kernel(config.model.attn_implementation)
         model = initial_model(config.model, seed=config.seed)
         self.model_config = model.config
@@ -86,11 +89,13 @@ class Trainer:
                 f"{model.config.max_position_embeddings}, got {config.seq_len}"
             )
         check_shards(mixture.tokenizer, model.config, config.model.tokenizer)
+        # 4 placed, with its update rule; a checkpoint then fills weights and averages where they lie
         self.parameters, self.optimizer, self.functions = assemble(config, model, self.backend)
         self.state = TrainState()
         if resume_from is not None:
             self.state = load_checkpoint(resume_from, self._tensors(), backend=self.backend)
             set_step_count(self.optimizer, self.state.optimizer_steps)
+        # 5 what the loop asks of others at each step: batches, validation, saves, profiles, MFU
         num_parts = config.global_batch_size // config.rows_per_micro_batch
         rows = self.backend.rows_for_process(config.global_batch_size, num_parts)
         tokens = TokenFacts(model.config.mask_token_id, model.config.pad_token_id, model.config.logits_shift)
