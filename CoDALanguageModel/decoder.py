@@ -36,9 +36,10 @@ class Progress(NamedTuple):
 class Decoding:
     """Rows that are decoded together; each gets exactly the tokens that it gets alone.
 
-    Rows share forward passes whatever their settings are, except that a row with a cache, one that speculates and
-    others need passes of different kinds: a step is one pass for each kind that is present (two with a cache where
-    some rows refresh it). A row that ends is not computed again.
+    Rows share forward passes whatever their settings are, save that rows with a cache, rows that speculate and all
+    others need passes of different kinds. A step is one pass for each kind that is present; two with a cache, where
+    some rows refresh it; and on a CPU, where padding costs as much as text, one for rows of like lengths each. A row
+    that ends is not computed again.
 
     Args:
         model: a `CoDALanguageModel` in evaluation mode.

@@ -15,6 +15,9 @@ from .row import Row
 FAR = 2**32
 """More tokens than a row has."""
 
+TOKENS_OF_A_PASS = 256
+"""Padding that a CPU computes in the time that another forward pass costs by itself; an accelerator has it for free."""
+
 
 class Scores(NamedTuple):
     """Logits of the scored positions of some rows, in row-major order."""
@@ -61,6 +64,8 @@ class Scorer:
         canvas = self.canvas
         self.is_windowed = any(row.config.suffix_window is not None for row in canvas.rows)
         if self.cache is None:
+            on_cpu = canvas.device.type == "cpu"
+            self.passes = even_parts([row.num_real for row in canvas.rows]) if on_cpu else []
             return
         width = canvas.ids.shape[1]
         self.cache.refit(source, width)
@@ -75,7 +80,14 @@ class Scorer:
         """Logits of the positions that the step may fill, from the cache where it is young enough."""
         window = self.canvas.window(step, ids)
         if self.cache is None:
-            return self.forward(step, ids, window, None)
+            if len(self.passes) < 2:
+                return self.forward(step, ids, window, None)
+            real = self._visible(step)
+            passes = [
+                (places, self.forward(step.keep(places), ids[places], window[places], None, computed=real[places]))
+                for places in self.passes
+            ]
+            return _merge(passes, window)
         is_fresh = [self._needs_refresh(row, c.block) for row, c in zip(self._rows(step), step.commits, strict=True)]
         fresh = [i for i, value in enumerate(is_fresh) if value]
         stale = [i for i, value in enumerate(is_fresh) if not value]
@@ -249,6 +261,20 @@ class Scorer:
             if logits is not part.logits:  # a processor's; biases and bans are written into the view
                 part.logits.copy_(logits)
         return scores
+
+
+def even_parts(lengths: list[int]) -> list[list[int]]:
+    """Places of rows of like lengths, in as many parts as cost least with padding and passes."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    best: list[tuple[int, int]] = [(0, 0)]  # the least cost of the n shortest rows, and where its last part begins
+    for n in range(1, len(order) + 1):
+        widest = lengths[order[n - 1]]
+        best.append(min((best[first][0] + (n - first) * widest + TOKENS_OF_A_PASS, first) for first in range(n)))
+    parts, last = [], len(order)
+    while last:
+        parts.append(sorted(order[best[last][1] : last]))
+        last = best[last][1]
+    return parts
 
 
 def _merge(parts: list[tuple[list[int], Scores]], window: Tensor) -> Scores:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from CoDALanguageModel import Decoding, DiffusionGenerationConfig, Request
+from CoDALanguageModel.scoring import TOKENS_OF_A_PASS, even_parts
 
 EOS, PAD, MASK = 65, 66, 67
 ORDERS = ["origin", "maskgit_plus", "topk_margin", "entropy"]
@@ -74,8 +75,10 @@ def ending_model(make_model):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_rows_that_join_and_leave_at_any_step_get_what_they_get_alone(double_model, ending_model, seed):
+def test_rows_that_join_and_leave_at_any_step_get_what_they_get_alone(double_model, ending_model, seed, monkeypatch):
     """Every regime and order in one batch, admitted and dropped at random steps."""
+    if seed % 3 == 2:  # rows of like lengths in passes of their own, as those of longer texts are on a CPU
+        monkeypatch.setattr("CoDALanguageModel.scoring.TOKENS_OF_A_PASS", 4)
     rng = random.Random(seed)
     model = (double_model, ending_model)[seed % 2]
     requests = [draw_request(rng, regime) for regime in REGIMES]
@@ -141,6 +144,21 @@ def test_rows_with_different_settings_share_a_forward_pass(model, tokens, one, o
     records = decoding.step()
     hook.remove()
     assert [len(records), len(passes), decoding.forwards] == [2, 1, 1]
+
+
+def test_a_pass_of_its_own_is_made_where_padding_would_cost_more():
+    assert even_parts([100, 110, 90]) == [[0, 1, 2]]
+    assert even_parts([100, 2000, 90, 1990]) == [[1, 3], [0, 2]]
+    rng = random.Random(0)
+    lengths = [rng.randint(20, 900) for _ in range(40)]
+    parts = even_parts(lengths)
+    assert sorted(place for part in parts for place in part) == list(range(40))
+
+    def cost(parts):
+        return sum(len(part) * max(lengths[i] for i in part) + TOKENS_OF_A_PASS for part in parts)
+
+    assert cost(parts) <= min(cost([list(range(40))]), cost([[i] for i in range(40)]))
+    assert even_parts([]) == []
 
 
 @pytest.mark.parametrize("why", ["end", "stop", "dropped"])
