@@ -9,6 +9,7 @@ import pytest
 from coda_serving.__main__ import check_defaults
 from coda_serving.gate import Gate
 from coda_serving.streaming import EventStream, with_heartbeat
+from CoDALanguageModel.errors import UserError
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 URLS = {"/v1/chat/completions": CHAT, "/v1/completions": {"prompt": "hi"}}
@@ -298,7 +299,7 @@ class Model:
     def check(self, request):
         self.asked = request
         if self.fault:
-            raise ValueError(self.fault)
+            raise UserError(self.fault)
 
 
 DECODING = {"max_tokens": 768, "steps": 64, "alg": "topk_margin", "alg_temp": 0.0, "temperature": 0.1}
