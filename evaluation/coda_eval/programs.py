@@ -147,9 +147,15 @@ def mbpp_plus_program(row: dict[str, Any], answer: str) -> Program:
 
 
 def quickstart_program(row: dict[str, Any], answer: str) -> Program:
-    """Quickstart problems: the answer's code, then the problem's asserts."""
-    code = extract_code(answer, row["entry_point"])
-    return Program(candidate=code, tests=row["test"], called=(row["entry_point"],), timeout_s=row["timeout_s"])
+    """Quickstart problems: the answer's code, then the problem's asserts, also in a `check` as HumanEval's."""
+    name = row["entry_point"]
+    call = f"check({name})\n" if "check" in _defined(row["test"]) else ""  # defined alone, it would fail nothing
+    return Program(
+        candidate=extract_code(answer, name),
+        tests=f"{row['test']}\n{call}",
+        called=(name,),
+        timeout_s=row["timeout_s"],
+    )
 
 
 PROGRAMS = {

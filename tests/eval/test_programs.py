@@ -121,6 +121,15 @@ def test_own_problem_with_its_own_timeout_runs(oracle, evaluate, data_dir):
     assert "assert" not in json.dumps(samples[0]["doc"])
 
 
+@pytest.mark.parametrize("test", ["def check(f):\n    assert f(1, 2) == 3\n", "assert add(1, 2) == 3"])
+def test_an_own_problem_fails_answers_that_do_nothing(test, oracle, evaluate, data_dir):
+    row = {"task_id": "q/0", "prompt": "Add.", "entry_point": "add", "test": test}
+    row |= {"canonical_solution": "def add(a, b):\n    return a + b\n"}
+    (data_dir / "quickstart_problems.jsonl").write_text(json.dumps(row))
+    for answer, share in ((row["canonical_solution"], 1.0), ("", 0.0), ("def add(a, b):\n    return 4\n", 0.0)):
+        assert evaluate(oracle(lambda _, answer=answer: answer), "quickstart_problems")[0]["pass@1,run"] == share
+
+
 @pytest.mark.parametrize(
     ("task", "limit"),
     [

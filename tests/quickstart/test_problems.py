@@ -25,6 +25,16 @@ def test_asserts_hold_for_the_canonical_solution_and_for_the_taught_answer():
         run_check(program.answer, row)
 
 
+def test_evaluation_runs_the_asserts():
+    from coda_eval.programs import PROGRAMS
+
+    for index, program in enumerate(HELD_OUT[:3]):
+        row = {**problems.problem_row(program, index, seed=0), "timeout_s": 1.0}
+        built = PROGRAMS["quickstart_problems"](row, program.answer)
+        with pytest.raises(AssertionError):
+            exec(f"def solve(value):\n    return object()\n{built.tests}", {})
+
+
 def test_each_problem_has_eight_asserts_without_repeating_its_solution():
     row = problems.problem_row(HELD_OUT[0], 0, seed=0)
     assert row["test"].count("assert candidate(") == 8
