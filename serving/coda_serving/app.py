@@ -53,6 +53,8 @@ class ModelLimits(Protocol):
 
     context_length: int
     document_start_id: int | None
+    stop: tuple[str, ...]
+    """Stop strings of requests that name none: those of the model folder's `generation_config.json`."""
 
     def check(self, request: CanvasRequest) -> None:
         """Raise UserError for a canvas that cannot be denoised."""
@@ -120,7 +122,7 @@ def _model_routes(service: Service) -> APIRouter:
         id=settings.public_name,
         created=int(time.time()),
         max_model_len=service.limits.context_length,
-        defaults=settings.decoding,
+        defaults=settings.decoding | ({"stop": list(service.limits.stop)} if service.limits.stop else {}),
     )
 
     @router.get("/metrics")
@@ -241,7 +243,7 @@ def _canvases(
             max_tokens=max_tokens or min(settings.max_tokens, context - given),
             options=options,
             seed=seed,
-            stop=body.stop_strings,
+            stop=service.limits.stop if body.stop is None else body.stop_strings,
         )
         try:
             service.limits.check(canvas)

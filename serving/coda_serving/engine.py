@@ -111,7 +111,7 @@ class Engine:
     """A queue in front of a sampler and the thread that runs it.
 
     Args:
-        sampler: the model. Only the engine's thread calls `run`.
+        sampler: the model. Only the engine's thread touches the rows that it starts.
         decode: token ids to text, as `answers.Decode`.
         scheduler: the queue.
         step_timeout_s: how long a step may take. A thread cannot be ended from outside: the jobs of a step that takes

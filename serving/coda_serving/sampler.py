@@ -56,6 +56,7 @@ class ModelSampler:
         eos = decoding.eos_token_id if decoding.eos_token_id is not None else config.eos_token_id
         self.mask_token_id: int = config.mask_token_id
         self.eos_token_ids = frozenset(token_ids(eos))
+        self.stop: tuple[str, ...] = tuple(decoding.stop_strings or ())
         self.context_length: int = config.max_position_embeddings
         self.num_token_ids: int = config.num_token_ids
         self.document_start_id: int | None = config.document_start_id

@@ -93,7 +93,7 @@ class ServerSettings(DecodingDefaults):
     """Browser origins that may call the server, separated by commas; none when unset."""
 
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")
-    """`auto` (cuda where there is one, else cpu), `cpu`, `mps`, `cuda` or `cuda:N`."""
+    """`auto` (the accelerator that torch finds, else cpu), `cpu`, `mps`, `cuda` or `xpu`, or `cuda:N`, `xpu:N`."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights; `auto` is float32 on the CPU and bfloat16 elsewhere."""

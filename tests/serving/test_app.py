@@ -127,6 +127,17 @@ def test_a_stop_string_cuts_the_answer(serve, serving_fakes):
     assert (choice["text"], choice["finish_reason"]) == ("one", "stop")
 
 
+def test_the_models_own_stop_strings_hold_unless_the_request_names_others(serve, serving_fakes):
+    def asked(**body):
+        sampler = serving_fakes.FakeSampler(stop=("\n\n",))
+        serve(post("/v1/completions", prompt="a", **body), sampler)
+        return sampler.batches[0][0].stop
+
+    assert asked() == asked(stop=None) == ("\n\n",)
+    assert asked(stop=["x"]) == ("x",)
+    assert asked(stop=[]) == ()
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param", "words"),
     [

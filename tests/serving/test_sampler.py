@@ -182,8 +182,11 @@ def test_the_folder_decides_what_the_operator_leaves_open(model_folder, tmp_path
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     decided = {"steps": 48, "max_new_tokens": 96, "alg": "maskgit_plus", "temperature": 0.3, "top_p": 0.9}
+    decided["stop_strings"] = ["\n\n"]
     (folder / "generation_config.json").write_text(json.dumps(decided))
-    defaults = ModelSampler.load(str(folder), device="cpu", dtype="auto").defaults
+    loaded = ModelSampler.load(str(folder), device="cpu", dtype="auto")
+    assert loaded.stop == ("\n\n",)
+    defaults = loaded.defaults
     assert defaults == {"max_tokens": 96, "steps": 48, "alg": "maskgit_plus", "temperature": 0.3, "top_p": 0.9}
     monkeypatch.setenv("STEPS", "64")
     monkeypatch.setenv("MODEL_NAME", str(folder))
