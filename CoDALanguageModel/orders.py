@@ -4,6 +4,7 @@ Everything is per row: no decision looks at another row of the batch. A new rule
 Not here: tokens (`candidates`).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -15,22 +16,22 @@ ROUNDING = 1e-10
 """Far less than the spacing of float32 numbers near 1 (6e-8)."""
 
 
-class Order:
+class Order(ABC):
     """Says which positions are committed first."""
 
     keeps_deciding = False
     """Whether all tokens of a block are judged anew at each step, and the worst masked again."""
 
+    @abstractmethod
     def confidence(self, distribution: Distribution, tokens: Tensor) -> Tensor:
         """(N,) float32, higher is committed earlier."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sensitivity(self, distribution: Distribution, tokens: Tensor) -> Tensor:
         """(N,) float32, bound on the change of the confidence per nat of error of the distribution's scores.
 
         From dp_i = p_i (e_i - sum_j p_j e_j): |dp| <= 2 p (1 - p) and |dH| <= 2 H per nat.
         """
-        raise NotImplementedError
 
     def is_shuffled(self, alg_temp: float | None) -> bool:
         """Whether `rank` needs uniforms."""
@@ -125,20 +126,20 @@ ORDERS: dict[str, Order] = {
 """Values of `alg`."""
 
 
-class Rule:
+class Rule(ABC):
     """Says which positions a step commits besides those that its schedule asks for.
 
     `bound` is the parameter of the rule, `probability` (R, T) float32 that of the proposed tokens (-inf where there is
     none), `entropy` (R, T) float32 in nats (inf where there is none).
     """
 
+    @abstractmethod
     def accept(self, bound: float, probability: Tensor, entropy: Tensor) -> Tensor:
         """(R, T) bool."""
-        raise NotImplementedError
 
+    @abstractmethod
     def doubt(self, bound: float, probability: Tensor, entropy: Tensor) -> Tensor:
         """(R,) the error of the logits, in nats, that could decide some position the other way."""
-        raise NotImplementedError
 
 
 class Threshold(Rule):
@@ -157,9 +158,9 @@ class Threshold(Rule):
 class Prefix(Rule):
     """A rule whose bound tightens and whose candidates worsen along an order, so that it accepts a prefix of it."""
 
+    @abstractmethod
     def along(self, bound: float, probability: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(R, T) each: the order, how far each position in it is within the bound, and the change of that per nat."""
-        raise NotImplementedError
 
     def accept(self, bound: float, probability: Tensor, entropy: Tensor) -> Tensor:
         """See the class."""

@@ -192,7 +192,7 @@ class Codec:
         return Marks(self, texts)
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
-        """Ids of the pieces of one text, each on its own so that no side of a gap can shift the other; for `gaps`."""
+        """Ids of the pieces of one text, each on its own: no side of a gap shifts the other; see `lay_out`."""
         return [self.encode_text(piece, joins=place > 0) for place, piece in enumerate(pieces)]
 
     def encode_text(self, text: str, *, joins: bool = False, max_tokens: int | None = None) -> list[int]:

@@ -4,7 +4,6 @@ All that a step does here is about the tokens that changed in it. Not here: tens
 """
 
 import copy
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from .configuration_coda import CoDAConfig, token_ids
 from .diffusion import scored_by
@@ -21,6 +19,7 @@ from .errors import UserError
 from .generation_config_coda import DiffusionGenerationConfig
 from .orders import ORDERS, REMASKS, RULES, Order, Rule
 from .schedule import Commit, plan_commits
+from .vocabulary import Vocabulary
 
 Decode = Callable[[list[int]], str]
 FinishReason = Literal["end", "stop", "length"]
@@ -95,57 +94,6 @@ class Request:
     processors: Sequence[Any] = ()
     """transformers' logits processors, called with the (N, width) canvases and (N, V) scores of rows with the same
     processors."""
-
-
-class Vocabulary:
-    """Which tokens may come out, and how their scores are changed before one is chosen.
-
-    Raises:
-        UserError: no token may come out.
-    """
-
-    def __init__(self, config: DiffusionGenerationConfig, vocab_size: int, processors: Sequence[Any]):
-        banned = {config.mask_token_id, *(config.suppress_tokens or ())}
-        if config.pad_token_id is not None and config.pad_token_id not in token_ids(config.eos_token_id):
-            banned.add(config.pad_token_id)
-        self.banned = sorted(banned)
-        self.bias = {int(token): float(value) for token, value in (config.logit_bias or {}).items()}
-        self.num_ids = config.num_token_ids
-        self._banned: Tensor | None = None
-        self.processors = LogitsProcessorList(processors)
-        if config.repetition_penalty is not None:
-            self.processors.insert(0, RepetitionPenaltyLogitsProcessor(penalty=float(config.repetition_penalty)))
-        excluded = banned | {token for token, value in self.bias.items() if value == -math.inf}
-        num_ids = min(config.num_token_ids or vocab_size, vocab_size)
-        if len(excluded) >= num_ids and excluded.issuperset(range(num_ids)):
-            raise UserError(
-                f"no token may come out: suppress_tokens and logit_bias exclude all of the {num_ids} ids of the "
-                "vocabulary"
-            )
-        self.key: Hashable = (
-            tuple(self.banned),
-            tuple(self.bias.items()),
-            self.num_ids,
-            config.repetition_penalty,
-            tuple(map(id, processors)),
-        )
-
-    def apply(self, logits: Tensor, ids: Tensor, row: Tensor) -> Tensor:
-        """Change fresh logits (N, V) of positions in rows `row` (N,) of the canvases `ids` (R, width).
-
-        Biases and bans are written into `logits`; a processor may give another tensor.
-        """
-        if self._banned is None or self._banned.device != logits.device:
-            self._banned = torch.tensor(self.banned, device=logits.device)
-            self._biased = torch.tensor(list(self.bias), dtype=torch.long, device=logits.device)
-            self._biases = torch.tensor(list(self.bias.values()), device=logits.device)
-        if self.bias:
-            logits[:, self._biased] += self._biases.to(logits)
-        if self.processors:
-            logits = self.processors(ids[row], logits)
-        logits[:, self._banned] = -torch.inf
-        logits[:, self.num_ids :] = -torch.inf
-        return logits
 
 
 class Sampling(NamedTuple):
