@@ -27,15 +27,13 @@ import marshal
 import os
 import select
 import shutil
-import signal
-import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -44,6 +42,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from coda_eval.sandbox_watch import SCRATCH_BYTES, Limits, Watch, kill, processes_of_user
 from CoDALanguageModel.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -68,12 +67,6 @@ kernel still takes a fork bomb down."""
 _CHILD = [f"sandbox_{name}" for name in ("values", "line", "walls", "candidate", "checker", "child")]
 """Modules of the process inside the sandbox, each after those that it imports; the last one has `main`."""
 
-WALL_FACTOR, WALL_S = 8, 30
-"""A program that waits for a processor gets this many times its limit, and these seconds more, by the clock; then it
-is run again alone."""
-
-_SCRATCH_BYTES = 64 << 20
-_SCRATCH_FILES = 4096
 _REPORT_BYTES = 1 << 16
 _numbers = itertools.count()
 
@@ -96,21 +89,6 @@ class Program:
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
             raise UserError(f"timeout_s must be positive, got {self.timeout_s}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one program may use."""
-
-    memory_bytes: int = 4 << 30
-    """Address space of each process; the tests of Mbpp/255 in MBPP+ need more than half of it."""
-
-    file_bytes: int = 32 << 20
-    """Size of any file that is written."""
-
-    open_files: int = 128
-    processes: int = 32
-    """Processes and threads at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +300,7 @@ def _command(level: str) -> list[str]:
         command += ["--ro-bind", source, target]
     for folder in _site_folders():
         command += ["--tmpfs", folder, "--remount-ro", folder]
-    command += ["--dev", "/dev", "--remount-ro", "/dev", "--perms", "1777", "--size", str(_SCRATCH_BYTES)]
+    command += ["--dev", "/dev", "--remount-ro", "/dev", "--perms", "1777", "--size", str(SCRATCH_BYTES)]
     return [*command, "--tmpfs", "/tmp", "--remount-ro", "/", *child]
 
 
@@ -377,7 +355,7 @@ def _run(program: Program, level: str, limits: Limits) -> Verdict:
             env=environment,
             start_new_session=True,
         )
-        watch = _Watch(process.pid, program, limits, folder if level in SHARED else None)
+        watch = Watch(process.pid, program.timeout_s, limits, folder if level in SHARED else None)
         try:
             writer.close()
             setup_writer.close()
@@ -386,7 +364,7 @@ def _run(program: Program, level: str, limits: Limits) -> Verdict:
             if ready == b"ready\n":
                 line, trouble = _read_line(reader.fileno(), watch)
         finally:
-            _kill(process)
+            kill(process)
         if ready != b"ready\n" and not (trouble and trouble[0] == "near"):
             stderr.seek(0)
             reasons = [ready.decode("ascii", "replace").strip(), stderr.read(500).decode("utf-8", "replace").strip()]
@@ -453,7 +431,7 @@ def _job(
         "keep_imports": level in SHARED and uid is not None,
         "root": folder if level == "unshare" else None,
         "binds": binds,
-        "scratch_bytes": _SCRATCH_BYTES,
+        "scratch_bytes": SCRATCH_BYTES,
         "workdir": folder if level in SHARED else "/tmp",
         "packages": packages,
         "preload": "numpy" if there and "numpy" in program.candidate and "numpy" in program.tests else None,
@@ -463,14 +441,14 @@ def _job(
             "RLIMIT_AS": limits.memory_bytes,
             "RLIMIT_FSIZE": limits.file_bytes,
             "RLIMIT_NOFILE": limits.open_files,
-            "RLIMIT_NPROC": limits.processes + (2 if own else _processes_of_user()),
+            "RLIMIT_NPROC": limits.processes + (2 if own else processes_of_user()),
             "RLIMIT_CORE": 0,
             "RLIMIT_CPU": int(program.timeout_s) + 5,
         },
     }
 
 
-def _read_line(fd: int, watch: "_Watch") -> tuple[bytes, tuple[str, str] | None]:
+def _read_line(fd: int, watch: Watch) -> tuple[bytes, tuple[str, str] | None]:
     """Read up to the first newline or the end of the pipe, watching meanwhile: (bytes, what the watch ended it for)."""
     data = b""
     while b"\n" not in data and len(data) < _REPORT_BYTES:
@@ -482,169 +460,3 @@ def _read_line(fd: int, watch: "_Watch") -> tuple[bytes, tuple[str, str] | None]
         elif trouble := watch.look():
             return data, trouble
     return data, None
-
-
-class _Watch:
-    """Adds up what all processes of a program use, and says when it is too much.
-
-    Time counts as processor time of all processes plus the time in which none of them could run (a program that
-    sleeps), so that a busy machine takes nothing from a program. Memory is the sum of proportional set sizes, shared
-    memory included, and what the program's sockets can hold; other memory that belongs to no process (memory files,
-    segments) is refused to programs.
-    """
-
-    def __init__(self, pid: int, program: Program, limits: Limits, folder: str | None) -> None:
-        self.pid, self.program, self.limits, self.folder = pid, program, limits, folder
-        self.cpu_s = self.idle_s = 0.0
-        self.pause_s = 0.02
-        self.started = self.seen = time.monotonic()
-
-    def look(self) -> tuple[str, str] | None:
-        """(status, error) once the program has used too much."""
-        before = time.monotonic()
-        ticks = memory = threads = 0
-        sockets: set[str] = set()
-        could_run = False
-        for pid, states in _tree(self.pid).items():
-            try:
-                fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
-                ticks += sum(map(int, fields.split()[11:15]))  # utime, stime, and those of children waited for
-                memory += _memory_of(pid)
-                sockets |= _sockets_of(pid)
-            except OSError:
-                continue  # gone meanwhile
-            threads += len(states)
-            could_run |= any(state in "RD" for state in states)
-        cpu_s = ticks / os.sysconf("SC_CLK_TCK")
-        if not could_run and cpu_s <= self.cpu_s:
-            self.idle_s += before - self.seen
-        self.cpu_s, self.seen = max(self.cpu_s, cpu_s), before
-        self.pause_s = min(0.05, 10 * (time.monotonic() - before) + 0.02)
-        limit = self.program.timeout_s
-        if memory + len(sockets) * _socket_bytes() > self.limits.memory_bytes:
-            return "memory", f"more than {self.limits.memory_bytes >> 20} MB in all processes"
-        if threads > self.limits.processes + 8:
-            return "killed", f"more than {self.limits.processes} processes"
-        if self.cpu_s + self.idle_s > limit:
-            return (
-                "timeout",
-                f"no verdict after {limit:g} s (processor {self.cpu_s:.1f}, waiting {self.idle_s:.1f})",
-            )
-        if before - self.started > WALL_FACTOR * limit + WALL_S:
-            return "near", f"no verdict after {before - self.started:.0f} s, of which {self.cpu_s:.1f} s on a processor"
-        return self.look_at_files()
-
-    def look_at_files(self) -> tuple[str, str] | None:
-        """(status, error) once the scratch folder is too large: its files take memory that belongs to no process."""
-        pids = _tree(self.pid)
-        if not (_small(self.folder, pids) if self.folder else all(map(_few_files, pids))):
-            return "memory", f"more than {_SCRATCH_BYTES >> 20} MB or {_SCRATCH_FILES} entries in the scratch folder"
-        return None
-
-
-def _small(folder: str, pids: Iterable[int]) -> bool:
-    """Whether a folder, and what was removed from it but is still open, keep to the size of a scratch folder."""
-    sizes: dict[int, int] = {}
-    entries = 0
-    for place, folders, files in os.walk(folder):
-        entries += len(folders) + len(files)
-        if entries > _SCRATCH_FILES:
-            return False
-        for name in files:
-            with contextlib.suppress(OSError):  # gone meanwhile
-                found = os.lstat(os.path.join(place, name))
-                sizes[found.st_ino] = found.st_blocks
-    for pid in pids:
-        with contextlib.suppress(OSError):  # gone meanwhile, or the checker, which hides itself
-            for entry in os.scandir(f"/proc/{pid}/fd"):
-                found = entry.stat()
-                if stat.S_ISREG(found.st_mode) and found.st_nlink == 0:
-                    sizes[found.st_ino] = found.st_blocks
-    return sum(sizes.values()) * 512 <= _SCRATCH_BYTES
-
-
-def _sockets_of(pid: int) -> set[str]:
-    """Names of the sockets that a process holds."""
-    found = set()
-    with contextlib.suppress(PermissionError):  # the checker hides itself, and has none
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                name = os.readlink(entry.path)
-                found |= {name} if name.startswith("socket:") else set()
-    return found
-
-
-@functools.cache
-def _socket_bytes() -> int:
-    """What a socket can hold for its other end, in bytes of kernel memory; programs may not change it."""
-    return int(Path("/proc/sys/net/core/wmem_default").read_text(encoding="ascii"))
-
-
-def _few_files(pid: int) -> bool:
-    """Whether a process with a root of its own has few entries in its scratch folder; its size is the mount's."""
-    root = f"/proc/{pid}/root"
-    with contextlib.suppress(OSError):  # gone meanwhile, or the checker, which hides itself
-        if not os.path.samestat(os.stat(root), os.stat("/")):
-            found = os.statvfs(f"{root}/tmp")
-            return found.f_files - found.f_ffree <= _SCRATCH_FILES
-    return True
-
-
-def _memory_of(pid: int) -> int:
-    """Bytes of memory that a process answers for: its proportional share, or all it maps where that is hidden."""
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) << 10
-    except OSError:  # another user's, or a process that hides itself
-        kinds = ("RssAnon:", "RssShmem:")
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
-        return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(kinds))
-    return 0
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """End whatever the program started, then the process that waits for it all, and collect it.
-
-    The descendants go first: orphans stay below the waiting process (the first of a PID namespace, or a subreaper) as
-    long as that lives.
-    """
-    empty = 0
-    while empty < 3:  # one look can miss a process whose parent ends meanwhile
-        left = [pid for pid, states in _tree(process.pid).items() if pid != process.pid and set(states) - set("ZX")]
-        empty = 0 if left else empty + 1
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    process.kill()
-    process.wait()
-
-
-def _tree(pid: int) -> dict[int, list[str]]:
-    """The process `pid` and all below it, each with the states of its threads."""
-    found, to_see = {}, [pid]
-    while to_see:
-        parent = to_see.pop()
-        try:
-            states = []
-            for thread in os.listdir(f"/proc/{parent}/task"):
-                place = Path(f"/proc/{parent}/task/{thread}")
-                to_see += map(int, (place / "children").read_text(encoding="ascii").split())
-                fields = (place / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
-                states.append(fields.split()[0])
-            found[parent] = states
-        except OSError:
-            continue  # gone meanwhile
-    return found
-
-
-def _processes_of_user() -> int:
-    """How many processes and threads this user has: the kernel's limit counts them all where it is not namespaced."""
-    count = 0
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and entry.stat().st_uid == os.getuid():
-                count += len(os.listdir(entry / "task"))
-        except OSError:
-            continue
-    return count
