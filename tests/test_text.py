@@ -90,7 +90,7 @@ def evaluated(tokenizer):
 @pytest.fixture(scope="module")
 def served(codec, evaluated):
     start = evaluated.model.config.document_start_id
-    limits = SimpleNamespace(context_length=10**6, document_start_id=start, check=lambda canvas: None)
+    limits = SimpleNamespace(context_length=10**6, document_start_id=start, stop=(), check=lambda canvas: None)
     engine = SimpleNamespace(max_queue=9)
     settings = ServerSettings(model_name="owner/name", _env_file=None)
     return SimpleNamespace(encoder=codec, limits=limits, engine=engine, settings=settings)
