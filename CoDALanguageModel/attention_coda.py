@@ -94,6 +94,26 @@ def block_causal(segment_ids: Tensor, block: Tensor, is_clean: Tensor) -> Visibi
     )
 
 
+def block_numbers(position_ids: Tensor, block_size: int, answer_start: Tensor | None = None) -> Tensor:
+    """The number of each position's block, counted from the start of its text; the shape of `position_ids`, int.
+
+    Args:
+        position_ids: (..., T) int, place of each token in its text.
+        block_size: tokens per block.
+        answer_start: (..., 1) int, where a block must begin: the first one is then shorter. By default at 0.
+    """
+    ahead = 0 if answer_start is None else -answer_start % block_size
+    return (position_ids + ahead) // block_size
+
+
+def rule_of(config: PreTrainedConfig, segment_ids: Tensor, position_ids: Tensor) -> Visibility:
+    """The rule of a model's configuration for clean texts; the shapes of both tensors are (B, T)."""
+    if not config.has_blocks:
+        return full(segment_ids)
+    block = block_numbers(position_ids, config.block_size).expand(segment_ids.shape)
+    return block_causal(segment_ids, block, torch.ones_like(segment_ids, dtype=torch.bool))
+
+
 RULE_KERNELS = {"sdpa", "eager", "flex_attention"}
 """Kernels that evaluate every rule; one that is registered from outside adds its name and is given `visibility`. The
 others are given `segment_ids`."""

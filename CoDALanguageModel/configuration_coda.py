@@ -19,6 +19,8 @@ LEGACY_KEYS = (
 # Qwen's embedding has 151,936 rows, but its tokenizer with the mask token defines only the ids below this one.
 QWEN_VOCAB_SIZE, QWEN_MASK_TOKEN_ID, QWEN_NUM_TOKEN_IDS = 151936, 151669, 151670
 
+ATTENTIONS, BLOCK_ORIGINS = ("full", "block_causal"), ("text", "answer")
+
 
 def token_ids(setting: int | Sequence[int] | None) -> list[int]:
     """A setting that names one token, several or none, as a list."""
@@ -51,6 +53,13 @@ class CoDAConfig(PreTrainedConfig):
         qk_norm: RMS norm of each query and key head (Qwen3).
         logits_shift: whether row i of the logits scores token i + 1, as in every model that started as an
             autoregressive one; see `diffusion.scored_by`.
+        attention: who may attend to whom, `"full"` (all positions to all) or `"block_causal"` (a block to itself and to
+            the blocks before it; Arriola et al. 2025, https://arxiv.org/abs/2503.09573).
+        block_size: tokens per block, with block-causal attention alone. Blocks of 1 with `logits_shift` are the
+            autoregressive model itself.
+        block_origin: where blocks are counted from: `"text"`, the start of the text, so that the last block of a prompt
+            also holds the first tokens of its answer; or `"answer"`, the first block being as short as the prompt
+            needs it. A row that says nothing of an answer is one from its start.
         mask_token_id: id of the mask token, the absorbing state.
         pad_token_id: id that pads batches.
         bos_token_id: id that starts a text, if any.
@@ -59,8 +68,8 @@ class CoDAConfig(PreTrainedConfig):
             every row has a token (for Qwen's vocabulary: the ids that its tokenizer defines).
 
     Raises:
-        UserError: a size below 1, head counts that do not divide, no mask token, or a token id outside of the
-            vocabulary.
+        UserError: a size below 1, head counts that do not divide, no mask token, a token id outside of the
+            vocabulary, or blocks that do not go with the attention.
     """
 
     model_type = "CoDA"
@@ -86,6 +95,9 @@ class CoDAConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     qk_norm: bool = True
     logits_shift: bool = True
+    attention: str = "full"
+    block_size: int | None = None
+    block_origin: str = "text"
     mask_token_id: int = QWEN_MASK_TOKEN_ID
     pad_token_id: int | None = 151643
     bos_token_id: int | None = 151643
@@ -116,8 +128,13 @@ class CoDAConfig(PreTrainedConfig):
         """Id that stands where a text begins with a gap or is empty; None if there is none."""
         return self.pad_token_id if self.bos_token_id is None else self.bos_token_id
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether attention goes by blocks."""
+        return self.attention == "block_causal"
+
     def _check(self) -> None:
-        """Refuse shapes and ids that cannot hold."""
+        """Refuse shapes, blocks and ids that cannot hold."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "head_dim")
         for name in (*sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
             if getattr(self, name) < 1:
@@ -129,12 +146,29 @@ class CoDAConfig(PreTrainedConfig):
             )
         if not 0 < self.num_token_ids <= self.vocab_size:
             raise UserError(f"num_token_ids must be in [1, vocab_size={self.vocab_size}], got {self.num_token_ids}")
+        self._check_blocks()
         named = [("mask_token_id", self.mask_token_id), ("pad_token_id", self.pad_token_id)]
         named += [("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in token_ids(self.eos_token_id))]
         for name, token_id in named:
             is_missing = token_id is None and name == "mask_token_id"
             if is_missing or (token_id is not None and not 0 <= token_id < self.vocab_size):
                 raise UserError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id}")
+
+    def _check_blocks(self) -> None:
+        for name, allowed in (("attention", ATTENTIONS), ("block_origin", BLOCK_ORIGINS)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        size, longest = self.block_size, self.max_position_embeddings
+        if self.has_blocks and (type(size) is not int or not 1 <= size <= longest):
+            raise UserError(
+                f"block_size must be in [1, max_position_embeddings={longest}] with attention 'block_causal', "
+                f"got {size!r}"
+            )
+        if not self.has_blocks and (size is not None or self.block_origin != "text"):
+            raise UserError(
+                "block_size and block_origin say nothing with attention 'full': leave them out or set attention to "
+                f"'block_causal', got block_size {size!r} and block_origin {self.block_origin!r}"
+            )
 
 
 CoDAConfig.register_for_auto_class()

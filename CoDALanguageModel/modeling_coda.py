@@ -1,4 +1,4 @@
-"""The CoDA network: a bidirectional transformer on Qwen3's parts, one class for CPU, GPU and TPU.
+"""The CoDA network: a transformer on Qwen3's parts without the causal mask, one class for CPU, GPU and TPU.
 
 The forward pass draws no noise and knows no device. Not here: who may attend to whom (`attention_coda`), the forward
 process and the loss (`diffusion`), checkpoints (`loading_coda`), the decoding loop (`generation_coda`).
@@ -22,7 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 from transformers.utils import ModelOutput
 
-from .attention_coda import Visibility, attention_kernel, layer_mask
+from .attention_coda import Visibility, attention_kernel, layer_mask, rule_of
 from .configuration_coda import CoDAConfig
 from .diffusion import IGNORE_INDEX, chunked_cross_entropy, scored_by
 from .generation_coda import DiffusionGenerationMixin
@@ -198,6 +198,13 @@ class CoDAModel(CoDAPreTrainedModel):
             )
         if position_ids is None:
             position_ids = default_position_ids(hidden, attention_mask, segment_ids)
+        if self.config.has_blocks and visibility is None and (attention_mask is None or attention_mask.ndim == 2):
+            if past_key_values is not None:
+                raise ValueError(
+                    "attention by blocks through a cache needs a (B, 1, T, T) attention_mask over the cached keys"
+                )
+            segment_ids = torch.ones_like(hidden[..., 0], dtype=torch.long) if segment_ids is None else segment_ids
+            visibility = rule_of(self.config, segment_ids, position_ids)
         mask, kernel_arguments = layer_mask(self.config, hidden, attention_mask, segment_ids, visibility)
         hidden, all_hidden = LAYER_LOOPS[self.layer_loop](
             self,
@@ -333,8 +340,8 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
             output_hidden_states: also return the hidden states of all layers.
             use_cache: accepted for callers that always pass it; caches are passed as `past_key_values`.
             return_dict: False gives a tuple of the fields that are set.
-            visibility: who may attend to whom, other than all positions of a segment to each other: a rule of
-                `attention_coda`, which holds the segments too.
+            visibility: who may attend to whom, other than as the configuration says for texts from their start: a rule
+                of `attention_coda`, which holds the segments too.
 
         Returns:
             `CoDAOutput`. With labels its logits are None: the head runs in chunks on the scored rows only.

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import AttentionInterface, masking_utils
 from transformers import modeling_flash_attention_utils as flash_utils
 
-from CoDALanguageModel.attention_coda import block_causal, causal, full, layer_mask, widening
+from CoDALanguageModel.attention_coda import block_causal, block_numbers, causal, full, layer_mask, widening
 
 
 def causal_mask(num_rows, seq_len):
@@ -81,6 +81,17 @@ def test_padding_is_seen_by_nobody_under_any_rule(make_model, tokens, uncompiled
         got, changed = (model(x, attention_mask=mask, visibility=RULES[name][0]).logits for x in (ids, other))
         real = (mask == 1) & (RULES[name][0].segment > 0)
         assert torch.equal(got[real], changed[real]), (name, kernel)
+
+
+def test_blocks_begin_at_the_text_or_at_its_answer():
+    places = torch.arange(9)[None].expand(3, -1)
+    assert block_numbers(places, 4)[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+    starts = torch.tensor([[0], [3], [8]])
+    assert block_numbers(places, 4, starts).tolist() == [
+        [0, 0, 0, 0, 1, 1, 1, 1, 2],
+        [0, 0, 0, 1, 1, 1, 1, 2, 2],
+        [0, 0, 0, 0, 1, 1, 1, 1, 2],
+    ]
 
 
 @torch.no_grad()

@@ -108,6 +108,17 @@ def test_auto_map_names_the_classes_that_a_saved_folder_carries(tiny_config):
         ({"mask_token_id": None}, "mask_token_id must be .* got None"),
         ({"pad_token_id": -1}, r"pad_token_id must be in \[0, vocab_size=72\), got -1"),
         ({"eos_token_id": [65, 99]}, r"eos_token_id must be in \[0, vocab_size=72\), got 99"),
+        ({"attention": "causal"}, "attention must be one of full, block_causal, got 'causal'"),
+        ({"attention": "block_causal"}, r"block_size must be in \[1, max_position_embeddings=128\] .* got None"),
+        ({"attention": "block_causal", "block_size": 129}, "block_size must be in .* got 129"),
+        ({"attention": "block_causal", "block_size": 0}, "block_size must be in .* got 0"),
+        ({"attention": "block_causal", "block_size": True}, "block_size must be in .* got True"),
+        ({"attention": "block_causal", "block_size": 4, "block_origin": "prompt"}, "block_origin must be one of text,"),
+        ({"block_size": 4}, "say nothing with attention 'full'.* got block_size 4"),
+        (
+            {"block_origin": "answer"},
+            "say nothing with attention 'full'.* got block_size None and block_origin 'answer'",
+        ),
         ({"num_token_ids": 73}, r"num_token_ids must be in \[1, vocab_size=72\], got 73"),
     ],
 )

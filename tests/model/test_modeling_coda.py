@@ -103,6 +103,18 @@ def test_with_a_causal_mask_it_equals_the_autoregressive_model(name, make_model,
 
 @pytest.mark.parametrize("name", TWINS)
 @torch.no_grad()
+def test_blocks_of_one_are_the_autoregressive_model(name, make_model, tokens):
+    ours, theirs = make_twins(name, make_model, attention="block_causal", block_size=1)
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    want = theirs(ids).logits
+    assert (ours(ids).logits - want).abs().max() < 1e-5 * want.abs().max().clamp(min=1)
+    mask[0, :7] = 0  # padding moves no block
+    want = theirs(ids[:1, 7:]).logits
+    assert (ours(ids, attention_mask=mask).logits[:1, 7:] - want).abs().max() < 1e-5 * want.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", TWINS)
+@torch.no_grad()
 def test_without_a_mask_it_equals_the_autoregressive_model_under_an_all_visible_one(name, make_model, tokens):
     ours, theirs = make_twins(name, make_model)
     ids = tokens(2, 40)
@@ -185,6 +197,20 @@ def test_packed_documents_do_not_see_each_other(kernel, make_model, tokens):
     logits = model(packed, segment_ids=segment_ids).logits[0]
     alone = torch.cat([model(document[None]).logits[0] for document in documents])
     assert (logits[:14] - alone).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_block_knows_nothing_of_those_after_it(make_model, tokens):
+    model = make_model(attention="block_causal", block_size=4)
+    segments = torch.tensor([[1] * 10 + [2] * 13 + [0]])  # blocks of the second document from 10, 14, 18 and 22
+    ids = tokens(1, 24)
+    before = model(ids, segment_ids=segments).logits
+    for start, end, unchanged in ((14, 24, range(14)), (8, 10, [*range(8), *range(10, 23)])):
+        other = ids.clone()
+        other[:, start:end] = tokens(1, end - start, seed=5)
+        after = model(other, segment_ids=segments).logits
+        assert torch.equal(after[:, unchanged], before[:, unchanged])
+        assert not torch.allclose(after[:, start - 1 : end], before[:, start - 1 : end], atol=1e-3)
 
 
 @torch.no_grad()
