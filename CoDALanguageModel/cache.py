@@ -149,7 +149,8 @@ class PagedCache:
                 old, new = parent.pages[length // PAGE] * PAGE, text.pages[-1] * PAGE
                 for store in (self.keys, self.values):
                     for pool in store.values():
-                        pool[new : new + rest] = pool[old : old + rest]
+                        with torch.inference_mode(pool.is_inference()):  # of the passes, and not of who opens a text
+                            pool[new : new + rest] = pool[old : old + rest]
         self._texts.add(text)
         return text
 

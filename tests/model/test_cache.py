@@ -157,6 +157,19 @@ def test_what_is_not_finite_in_one_text_reaches_no_other():
         assert values.isfinite().all()
 
 
+def test_texts_come_and_go_outside_of_the_inference_mode_of_the_passes():
+    cache = PagedCache()
+    parent, other = cache.open(), cache.open()
+    with torch.inference_mode():
+        append(cache, parent, 3)
+        append(cache, other, 5 * PAGE)
+    child = cache.open(parent, 2)
+    cache.close(other)
+    with torch.inference_mode():
+        (_, _, keys, _), *_ = run(cache, [parent, child], torch.tensor([[True], [False]]))
+    assert torch.equal(keys[0, :, :2], keys[1, :, :2])
+
+
 def test_texts_that_cannot_be_are_refused():
     cache = PagedCache()
     text = cache.open()
