@@ -56,7 +56,7 @@ def _train(argv: list[str]) -> int:
         config = load_config(argv[0], argv[1:])
         host, diffusion = split_config(config)
         check_host_keys(host)
-        check_model_folder(host)
+        check_model_folder(host, diffusion)
         check_weights(host)
         check_datasets(host)
         if not host.get("output_dir"):
@@ -89,7 +89,7 @@ def _export(argv: list[str]) -> int:
     try:
         host = load_config(argv[0], argv[1:])
         check_host_keys(host)
-        check_model_folder(host, reads_rows=False)
+        check_model_folder(host)
         check_weights(host)
         check_export(host)
     except UserError as error:
@@ -115,7 +115,7 @@ def _identity(argv: list[str]) -> int:
     try:
         config = load_config(argv[0], argv[1:])
         host, diffusion = split_config(config)
-        check_model_folder(host)
+        check_model_folder(host, diffusion)
         check_datasets(host)
         parts = run_parts(host, diffusion)
     except UserError as error:
