@@ -146,7 +146,8 @@ def rule_of(config: PreTrainedConfig, segment_ids: Tensor, position_ids: Tensor)
     """The rule of a model's configuration for clean texts; the shapes of both tensors are (B, T)."""
     if not config.has_blocks:
         return full(segment_ids)
-    block = block_numbers(position_ids, config.block_size).expand(segment_ids.shape)
+    size = 1 if config.causal_context else config.block_size
+    block = block_numbers(position_ids, size).expand(segment_ids.shape)
     return block_causal(segment_ids, block, torch.ones_like(segment_ids, dtype=torch.bool))
 
 
