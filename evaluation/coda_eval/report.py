@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import read_rows
 
 DETAILS = ("isolation", "timeouts", "outcomes")
 """Metrics that describe a run and are no scores."""
@@ -89,8 +90,7 @@ def _costs_beside(path: Path) -> dict[str, dict[str, float]]:
     """What the answers of each task cost together, from the files of answers in the run's folder."""
     costs: dict[str, Counter[str]] = {}
     for file in sorted(file for folder in path.parents[:2] for file in folder.glob("answers_rank*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in read_rows(file):
             cost = costs.setdefault(record["task"], Counter())
             cost["answers"] += 1
             cost.update({name: record.get(name) or 0 for name in ("new_tokens", "forwards", "generation_s")})

@@ -1,6 +1,5 @@
 """Records how one answer is denoised: the canvas after every forward pass, as text pieces."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from transformers import AutoTokenizer
 
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.prompts import Codec
+from CoDALanguageModel.run_files import read_rows
 
 
 def record_denoising(run_dir: Path, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,8 +22,7 @@ def record_denoising(run_dir: Path, generation: Mapping[str, Any]) -> dict[str, 
     Returns:
         prompt, and steps: one list per forward pass with the text of each new token, None where it is still masked.
     """
-    with (run_dir / "benchmarks" / "quickstart_problems.jsonl").open(encoding="utf-8") as file:
-        prompt = json.loads(file.readline())["prompt"]
+    prompt = read_rows(run_dir / "benchmarks" / "quickstart_problems.jsonl")[0]["prompt"]
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     model = CoDALanguageModel.from_pretrained(run_dir / "model").eval()
     inputs = torch.tensor([Codec(tokenizer).encode_chat([{"role": "user", "content": prompt}])])

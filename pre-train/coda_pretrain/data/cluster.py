@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 
 from CoDALanguageModel.errors import UserError
 
-from ..places import Place, is_url, place_of, write_durably
+from ..places import CHUNK_BYTES, Place, copy_to_local, is_url, place_of, write_durably
 from ..plain_data import require_range
 from .documents import Document, document_of, jsonl_documents, parquet_documents, parquet_metadata
 from .inputs import Listing, UnreadableFileError, check_openable, files_of_folder, matches_of, printable
@@ -155,12 +156,11 @@ class WriteTokenShards(PipelineStep):
         for suffix in (".bin", ".ends"):
             source = scratch / f"{record.name}{suffix}"
             target = folder / source.name
-            partial = folder / f".{source.name}.tmp"
-            with source.open("rb") as stream, (partial if isinstance(partial, Path) else target).open("wb") as copy:
-                while block := stream.read(1 << 24):
-                    copy.write(block)
-            if isinstance(partial, Path):  # a store shows a file only when it is whole
-                partial.replace(target)
+            if isinstance(target, Path):
+                copy_to_local(source, target)
+            else:  # a store shows a file only when it is whole
+                with source.open("rb") as stream, target.open("wb") as copy:
+                    shutil.copyfileobj(stream, copy, CHUNK_BYTES)
             source.unlink()
 
 

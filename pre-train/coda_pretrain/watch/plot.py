@@ -14,13 +14,13 @@ import yaml
 
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import read_rows
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
 from ..noise.masking import TokenFacts, noise_samples
 from ..noise.strategies import MaskingConfig
 from ..plain_data import from_dict
-from .metrics import read_rows
 
 matplotlib.use("Agg")  # no display is needed or wanted
 
