@@ -17,6 +17,7 @@ import transformers
 
 from coda_quickstart.pictures import denoising_html, denoising_text, loss_curves_svg, masking_html, masking_text
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.intervals import wilson_interval
 from CoDALanguageModel.run_files import read_rows
 
 STAGES = (("pretrain", "Pre-training"), ("midtrain", "Mid-training"), ("model", "Fine-tuning"))
@@ -31,21 +32,6 @@ TIME_TITLES = {
     "denoise": "one answer step by step",
     "serve": "server and two requests",
 }
-
-
-def wilson_interval(num_passed: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a binomial share (Wilson 1927), each end in [0, 1].
-
-    Raises:
-        UserError: `count` is below 1 or `num_passed` not in [0, count].
-    """
-    if count < 1 or not 0 <= num_passed <= count:
-        raise UserError(f"num_passed must be in [0, count] with count >= 1, got {num_passed} of {count}")
-    share = num_passed / count
-    scale = 1 + z * z / count
-    middle = (share + z * z / (2 * count)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
@@ -87,8 +73,8 @@ def read_scores(run_dir: Path) -> list[dict[str, Any]]:
     for group, name in names.items():
         if group in groups:
             passed, count = sum(groups[group]), len(groups[group])
-            low, high = wilson_interval(passed, count)
             share = passed / count
+            low, high = wilson_interval(share, count)
             rows.append({"name": name, "passed": passed, "count": count, "share": share, "low": low, "high": high})
     return rows
 
