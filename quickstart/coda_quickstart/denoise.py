@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.run_files import read_rows
+from CoDALanguageModel.tools.recording import token_texts
 
 
 def record_denoising(run_dir: Path, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,14 +26,16 @@ def record_denoising(run_dir: Path, generation: Mapping[str, Any]) -> dict[str, 
     prompt = read_rows(run_dir / "benchmarks" / "quickstart_problems.jsonl")[0]["prompt"]
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     model = CoDALanguageModel.from_pretrained(run_dir / "model").eval()
-    inputs = torch.tensor([Codec(tokenizer).encode_chat([{"role": "user", "content": prompt}])])
+    codec = Codec(tokenizer)
+    inputs = torch.tensor([codec.encode_chat([{"role": "user", "content": prompt}])])
     with torch.no_grad():
         output = model.diffusion_generate(
             inputs, output_history=True, return_dict_in_generate=True, seed=0, **generation
         )
 
     def pieces(canvas: torch.Tensor) -> list[str | None]:
-        ids = canvas[0, inputs.shape[1] :].tolist()
-        return [None if i == model.config.mask_token_id else tokenizer.decode([i]) for i in ids]
+        ids, mask = canvas[0].tolist(), model.config.mask_token_id
+        texts = token_texts(codec, ids, mask, hidden=set())
+        return [None if i == mask else text for i, text in zip(ids, texts, strict=True)][inputs.shape[1] :]
 
     return {"prompt": prompt, "steps": [pieces(canvas) for canvas in output.history]}
