@@ -29,7 +29,7 @@ from .documents import Document, document_of, jsonl_documents, parquet_documents
 from .inputs import Listing, UnreadableFileError, check_openable, files_of_folder, matches_of, printable
 from .prepare import is_held_out, tokenized
 from .shards import MANIFEST_NAME, ShardRecord, ShardWriter, build_manifest, token_dtype
-from .skipped import Tally, TooMuchUnreadableError
+from .skipped import Tally
 from .tokenization import TokenizerFacts, encoder_of, load_tokenizer
 
 try:
@@ -389,18 +389,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_bad_share=arguments.max_bad_share,
             listing=listing,
         )
-    except UserError as error:
-        return _fail(error)
-    try:
         executors(arguments.executor, [reader, shards], manifest, arguments).run()
-    except TooMuchUnreadableError as error:
-        return _fail(error)
+    except UserError as error:
+        sys.stderr.write(f"coda_pretrain cluster: error: {error}\n")
+        return 2
     return 0
-
-
-def _fail(error: UserError) -> int:
-    sys.stderr.write(f"coda_pretrain cluster: error: {error}\n")
-    return 2
 
 
 if __name__ == "__main__":
