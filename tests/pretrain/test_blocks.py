@@ -4,8 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import Qwen3ForCausalLM
 
 from coda_pretrain.checkpoints.export import main as export_main
 from coda_pretrain.config import RunConfig
@@ -155,7 +153,7 @@ def test_settings_that_contradict_are_refused_before_a_model_is_built(run_config
     [
         (
             {"objective": "block"},
-            "objective 'block' needs a model with attention 'block_causal', got 'full': set model.attention=block_causal",
+            "objective 'block' needs a model with attention 'block_causal', got 'full': set model.attention=block_",
         ),
         (
             {"model": {"config": BLOCKS}},
