@@ -125,7 +125,8 @@ class CoDAEvalModel(HostedLM):
 
     Args:
         pretrained: a CoDA folder or Hub name, or a loaded model.
-        mc_num: masked inputs per likelihood; a continuation with at most that many mask patterns is exact.
+        mc_num: masked inputs per likelihood; a continuation, or block of it, with at most that many mask patterns is
+            exact.
         seed: base of all draws; by default the torch seed of `--seed`. Each answer's own seed is made from this
             one, the task, the document and the repeat, and from nothing else.
         **kwargs: any setting of `DiffusionGenerationConfig` that is not withheld here, which then wins over
@@ -345,6 +346,8 @@ class CoDAEvalModel(HostedLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Lower bounds on log p(continuation | context), in nats; never to be compared with autoregressive values.
+
+        Blocks of one token are the exception: they have log p itself.
 
         The second value, whether greedy decoding would give the continuation, is always False: it would cost as many
         forward passes as the continuation has tokens.
