@@ -262,7 +262,17 @@ class CoDAEvalModel(HostedLM):
         base = torch.initial_seed() if self.seed is None else self.seed
         content = json.dumps([base, request.task_name, self._identity(request), repeat])
         seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:7])
-        return _Job(index, repeat, ids, gap, settings, until, seed)
+        job = _Job(index, repeat, ids, gap, settings, until, seed)
+        if gap is None or gap.start < gap.stop:
+            try:  # before any answer is made
+                Row(self._request(job), 0, self.model.config, self.codec.decode)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+        return job
+
+    def _request(self, job: _Job) -> Request:
+        """A job as the model room takes it."""
+        return Request(ids=job.ids, settings=self.model.generation_config.merged(job.settings), seed=job.seed)
 
     @staticmethod
     def _identity(request: Instance) -> str:
@@ -310,8 +320,7 @@ class CoDAEvalModel(HostedLM):
         while waiting or running:
             while waiting and len(running) < int(self.batch_size):
                 job = waiting.popleft()
-                settings = self.model.generation_config.merged(job.settings)
-                row = decoding.admit(Request(ids=job.ids, settings=settings, seed=job.seed))
+                row = decoding.admit(self._request(job))
                 running[row] = _Running(job, row, self._reader(job, row.config))
             started = time.monotonic()
             progress = decoding.step()
