@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from CoDALanguageModel import CoDALanguageModel
-from CoDALanguageModel.configuration_coda import token_ids
+from CoDALanguageModel.answers import end_ids
 from CoDALanguageModel.decoder import Decoding
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.row import Request, Row
@@ -54,9 +54,8 @@ class ModelSampler:
         self._model = model
         decoding = model.generation_config
         config = model.config
-        eos = decoding.eos_token_id if decoding.eos_token_id is not None else config.eos_token_id
         self.mask_token_id: int = config.mask_token_id
-        self.eos_token_ids = frozenset(token_ids(eos))
+        self.eos_token_ids = end_ids(config, decoding)
         self.stop: tuple[str, ...] = tuple(decoding.stop_strings or ())
         self.context_length: int = config.max_position_embeddings
         self.num_token_ids: int = config.num_token_ids
