@@ -30,6 +30,7 @@ from .generation_config_coda import DiffusionGenerationConfig
 from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT, StrictLoading
 
 # transformers copies the files that this one imports into a saved folder, so every file of the model is named here.
+from .blocks import BlockScorer as BlockScorer  # isort: skip
 from .cache import CanvasCache as CanvasCache  # isort: skip
 from .candidates import Candidates as Candidates  # isort: skip
 from .canvas import Canvas as Canvas  # isort: skip

@@ -26,8 +26,8 @@ from ..config import RunConfig
 from ..plain_data import from_dict, to_plain
 from .memory import FLOAT32
 
-GIB = 2**30
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+GIB = UNITS["GiB"]
 ALLOCATION = re.compile(r"^\s*allocation \d+: (?:size )?([\d.]+)(B|KiB|MiB|GiB|TiB)?,? (.*)$", re.MULTILINE)
 LARGEST_SHOWN = 6
 

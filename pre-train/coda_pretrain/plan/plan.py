@@ -26,7 +26,7 @@ from ..devices.config import HardwareConfig
 from ..noise.strategies import MaskingConfig
 from ..plain_data import from_dict, merge
 from ..watch.flops import BlockShape, Work, doubled_pairs, forward_flops, training_flops
-from .compilation import compile_step, print_compilation
+from .compilation import GIB, compile_step, print_compilation
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ TPU_UNITS = {"v4": 2, "v5p": 2, "v5e": 1, "v5litepod": 1, "v6e": 1}
 
 DEFAULT_MFU = 0.4
 DATA_ROWS = 32  # read to learn how long documents are
-GIB = 2**30
 
 
 class Device(NamedTuple):

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from CoDALanguageModel.run_files import read_rows, write_whole
 
 from ..devices.backend import Backend
 from ..devices.chips import CHIPS, chip_of_gpu
@@ -30,9 +31,7 @@ class MetricsFile:
         self.path = path
         if path.exists():
             kept = [json.dumps(row) for row in read_rows(path) if row["step"] <= finished_steps]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -43,18 +42,6 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, up to the first line that was not written completely."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s holds a line that was not written completely; rows from there on are dropped", path)
-            break
-    return rows
 
 
 class Tracker(Protocol):

@@ -9,19 +9,20 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.noise import Blocks
+from CoDALanguageModel.run_files import read_rows
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
 from ..noise.masking import TokenFacts, noise_samples, noise_samples_by_blocks
 from ..noise.strategies import MaskingConfig
 from ..plain_data import from_dict
-from .metrics import read_rows
 
 matplotlib.use("Agg")  # no display is needed or wanted
 
@@ -50,16 +51,6 @@ def series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return np.array(steps), np.array(values, dtype=float)
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """An average that forgets exponentially and does not start from 0."""
-    keep = 1 - 1 / max(1.0, SMOOTHED_SHARE * len(values))
-    result, total, weight = np.empty_like(values), 0.0, 0.0
-    for i, value in enumerate(values):
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        result[i] = total / weight
-    return result
 
 
 def draw_run(run: Path) -> plt.Figure:
@@ -108,7 +99,8 @@ def _line(axis: Axes, rows: Rows, key: str, label: str | None = None, **style: A
 def _draw_loss(axis: Axes, rows: Rows) -> None:
     steps, losses = series(rows, "loss")
     axis.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
-    axis.plot(steps, smooth(losses), color="C0", label="training")
+    smoothed = pd.Series(losses).ewm(alpha=1 / max(1.0, SMOOTHED_SHARE * len(losses))).mean()
+    axis.plot(steps, smoothed, color="C0", label="training")
     _line(axis, rows, "eval_loss", "validation", color="C1", linewidth=2)
     axis.set_title("loss, nats per token")
     axis.legend(frameon=False)
