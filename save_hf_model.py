@@ -360,7 +360,8 @@ def read_family(
     for name, value in asked.items():
         stated = values.get(name, getattr(CoDAConfig, name))
         if value not in (None, stated):
-            raise UserError(f"--{name} must be {stated}, as config.json says, got {value}")
+            allowed = "left out" if stated is None else stated
+            raise UserError(f"--{name} must be {allowed}, as config.json says, got {value}")
     return None, values, {}
 
 

@@ -22,7 +22,7 @@ from .families import AUTOREGRESSIVE_TYPES, family_of
 from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from .modeling_coda import CoDALanguageModel
 from .prompts import CHATML_TEMPLATE
-from .weight_files import check_weights, refuse_not_finite, weight_files
+from .weight_files import check_weights, read_json, refuse_not_finite, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, to
     if gguf:
         config = _gguf_config(folder, gguf)
     else:
-        values, _ = PreTrainedConfig.get_config_dict(folder)
+        values = read_json(folder / "config.json")
         if values.get("model_type") == CoDAConfig.model_type:
             model = CoDALanguageModel.from_pretrained(folder, dtype=torch.float32)
             refuse_not_finite(model.named_parameters(), str(folder))

@@ -31,8 +31,11 @@ NEEDED_KEYS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
     "rms_norm_eps rope_theta"
 ).split()
-# What transformers writes into a config.json of its own accord.
-BOOKKEEPING = ("model_type", "auto_map", "architectures", "transformers_version", "_name_or_path")
+# What a config.json says of the program that wrote it and not of the network.
+BOOKKEEPING = (
+    *("model_type", "auto_map", "architectures", "transformers_version", "_name_or_path"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +326,7 @@ def find_mask_token(
     """
     vocabulary = tokenizer.get_vocab()
     texts = {token_id: text for text, token_id in vocabulary.items()}
+    largest = max(texts)
     named = next((text for text in (tokenizer.mask_token, family.mask_token, asked) if text in vocabulary), None)
     if values.get("mask_token_id") is not None:
         mask_id, who = values["mask_token_id"], "config.json says"
@@ -330,15 +334,16 @@ def find_mask_token(
         mask_id, who = vocabulary[named], "the tokenizer says"
     else:
         mask_id, who = family.mask_token_id, "it is published"
+        texts.pop(mask_id, None)  # a token of that id has another text, so that it belongs to another vocabulary
     if mask_id is None:
         raise UserError(f"--mask_token must name the mask token that the {family.title} model was trained with")
     text = texts.get(mask_id)
-    if text is None and mask_id == max(texts) + 1:
+    if text is None and mask_id == len(vocabulary) == largest + 1:  # where a token that is added comes
         text = family.mask_token or asked
     if text is None or mask_id >= num_rows:
         raise UserError(
             f"the mask token has the id {mask_id}, as {who}: the tokenizer must define it and the model have a row for "
-            f"it, got ids up to {max(texts)} and {num_rows} rows. Pass the model's own tokenizer with --tokenizer"
+            f"it, got ids up to {largest} and {num_rows} rows. Pass the model's own tokenizer with --tokenizer"
         )
     if asked not in (None, text):
         raise UserError(f"--mask_token must be {text!r} (id {mask_id}), as {who}, got {asked!r}")

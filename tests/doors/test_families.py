@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import save_hf_model
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.families import family_of, find_mask_token
 from save_hf_model import convert, main
 
 LAYERS, WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, ROWS = 2, 32, 48, 4, 2, 16, 128, 288
@@ -448,6 +449,13 @@ def test_the_command_makes_a_checked_folder_in_half_precision(tmp_path, capsys, 
     assert {w.dtype for w in load_file(tmp_path / "made/model.safetensors").values()} == {torch.bfloat16}
 
 
+def test_a_folder_that_names_no_number_format_keeps_that_of_its_weights(tmp_path):
+    fake = FAKES["llada"]
+    weights = {name: weight.bfloat16() for name, weight in make_weights(fake).items()}
+    write_fake(tmp_path / "source", fake, weights=weights, attn_implementation="flash_attention_2")
+    assert convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False).dtype == torch.bfloat16
+
+
 def test_an_adapter_trains_on_a_family_as_on_every_model(made_of):
     fake, _, folder = made_of("Fast_dLLM_Qwen")
     model = CoDALanguageModel.from_pretrained(folder)
@@ -462,6 +470,19 @@ def test_an_adapter_trains_on_a_family_as_on_every_model(made_of):
         loss.backward()
         optimizer.step()
     assert loss.item() < base - 0.1
+
+
+def test_a_published_mask_is_added_in_its_place_and_never_another_token_of_its_id(tmp_path):
+    fake = dataclasses.replace(FAKES["Fast_dLLM_Qwen"], has_mask=False)
+    make_tokenizer(fake, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    family = family_of(fake.config)
+    following = dataclasses.replace(family, mask_token_id=MASK)
+    assert find_mask_token(following, fake.config, tokenizer, ROWS, None) == "|<MASK>|"
+    for taken_or_far in (END_TURN, MASK + 1):
+        other = dataclasses.replace(family, mask_token_id=taken_or_far)
+        with pytest.raises(ValueError, match=f"has the id {taken_or_far}, as it is published: the tokenizer must"):
+            find_mask_token(other, fake.config, tokenizer, ROWS, None)
 
 
 @pytest.mark.parametrize("wrong", [{"attention": "full", "block_size": None}, {"block_size": 8}])

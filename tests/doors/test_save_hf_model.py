@@ -181,7 +181,7 @@ def test_a_coda_folder_keeps_its_blocks_contract_and_ends(tmp_path):
         with pytest.raises(ValueError, match=f"--{name} must be .*, as config.json says, got {value}"):
             convert(str(tmp_path / "export"), str(tmp_path / "other"), **{name: value})
     make_export(tmp_path / "full")
-    with pytest.raises(ValueError, match="--block_size must be None, as config.json says, got 4"):
+    with pytest.raises(ValueError, match="--block_size must be left out, as config.json says, got 4"):
         convert(str(tmp_path / "full"), str(tmp_path / "other"), block_size=4)
 
 
