@@ -16,3 +16,12 @@ def did_you_mean(name: str, known: Iterable[str], show: Callable[[str], str] = r
     """`; did you mean 'x'?` with the nearest known name as `show` writes it, or nothing when none is near."""
     near = difflib.get_close_matches(str(name)[:100], known, n=1)  # the search costs much for a long name
     return f"; did you mean {show(near[0])}?" if near else ""
+
+
+def half_surrogate(text: str) -> int | None:
+    """Where a text first holds half of a surrogate pair, which is no character (JSON may spell one); None: nowhere."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from .configuration_coda import token_ids
 from .decoding_settings import SETTINGS, check_together, commits_are_final, refuse_unknown
 from .errors import UserError
 
@@ -76,12 +77,12 @@ class DiffusionGenerationConfig(GenerationConfig):
         Raises:
             UserError: naming the setting, the ids that there are, and the one got.
         """
-        ends = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
-        settings = {"mask_token_id": [self.mask_token_id], "pad_token_id": [self.pad_token_id], "eos_token_id": ends}
+        names = ("mask_token_id", "pad_token_id", "eos_token_id")
+        settings = {name: token_ids(getattr(self, name)) for name in names}
         settings |= {"suppress_tokens": self.suppress_tokens or (), "logit_bias": map(int, self.logit_bias or ())}
         for name, ids in settings.items():
             for token in ids:
-                if token is not None and token >= vocab_size:
+                if token >= vocab_size:
                     raise UserError(f"{name} must hold token ids in [0, {vocab_size}), got {token}")
 
     def merged(self, overrides: dict[str, Any]) -> "DiffusionGenerationConfig":

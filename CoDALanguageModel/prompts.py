@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .errors import UserError
+from .errors import UserError, half_surrogate
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,6 @@ JOINTS = ("def f(x):\n    return ", "x + 1\n", " y", "    if a:", "\n\n", "\tb",
 
 MOST_COMPOSED = 4
 """Code points that Unicode's canonical composition makes one of, at most."""
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Codec:
@@ -348,8 +346,8 @@ def _literal(backend: Any, description: dict) -> Any:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    if half := _SURROGATE.search(text):
-        raise UserError(f"a text holds half of a surrogate pair, which is no character, at {half.start()}")
+    if (half := half_surrogate(text)) is not None:
+        raise UserError(f"a text holds half of a surrogate pair, which is no character, at {half}")
     # Unlike `encode`, `encode_batch` lets other threads work meanwhile.
     return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids if text else []
 

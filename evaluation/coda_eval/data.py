@@ -23,7 +23,7 @@ from typing import Any
 
 import datasets
 
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, half_surrogate
 
 DATA_VARIABLE = "CODA_EVAL_DATA"
 """Environment variable that names a folder with benchmark files."""
@@ -116,8 +116,7 @@ _SHOWN_FLAWS = 5
 
 
 def _is_text(value: Any) -> bool:
-    """Whether `value` is a string that UTF-8 can hold (JSON may spell half of a surrogate pair)."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return isinstance(value, str) and half_surrogate(value) is None
 
 
 def _are_texts(value: Any) -> bool:

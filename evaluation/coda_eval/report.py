@@ -6,37 +6,16 @@ Wilson interval, the settings that made it and what its answers cost, the versio
 
 import argparse
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.intervals import wilson_interval
+from CoDALanguageModel.run_files import read_rows
 
 DETAILS = ("isolation", "timeouts", "outcomes")
 """Metrics that describe a run and are no scores."""
-
-
-def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Interval of a binomial share, 95 % by default.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference". It stays in [0, 1]
-    and is not empty at 0 or 1, where the normal interval is.
-
-    Args:
-        share: observed share in [0, 1].
-        count: number of documents, positive. Means over several answers per document are treated as one each.
-        z: quantile of the normal distribution.
-
-    Raises:
-        UserError: `share` or `count` is out of range.
-    """
-    if not 0.0 <= share <= 1.0 or count < 1:
-        raise UserError(f"share must be in [0, 1] and count positive, got {share} and {count}")
-    scale = 1.0 + z * z / count
-    middle = (share + z * z / (2 * count)) / scale
-    half = z * math.sqrt(share * (1.0 - share) / count + z * z / (4 * count * count)) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def score_cards(folder: str | Path) -> list[dict[str, Any]]:
@@ -89,8 +68,7 @@ def _costs_beside(path: Path) -> dict[str, dict[str, float]]:
     """What the answers of each task cost together, from the files of answers in the run's folder."""
     costs: dict[str, Counter[str]] = {}
     for file in sorted(file for folder in path.parents[:2] for file in folder.glob("answers_rank*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in read_rows(file):
             cost = costs.setdefault(record["task"], Counter())
             cost["answers"] += 1
             cost.update({name: record.get(name) or 0 for name in ("new_tokens", "forwards", "generation_s")})

@@ -33,7 +33,6 @@ from .arguments import (
     split_config,
 )
 from .checkpoints import is_finished, refuse_other_run, resolve_start
-from .records import DataError
 
 logger = logging.getLogger("coda_posttrain")
 
@@ -48,53 +47,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv in (["-h"], ["--help"]) else 2
     # With torch_xla installed, transformers would otherwise train on an XLA device. Read at its first import.
     os.environ.setdefault("USE_TORCH_XLA", "0")
-    return commands[argv[0]](argv[1:])
-
-
-def _train(argv: list[str]) -> int:
     try:
-        config = load_config(argv[0], argv[1:])
-        host, diffusion = split_config(config)
-        check_host_keys(host)
-        check_model_folder(host)
-        check_weights(host)
-        check_datasets(host)
-        if not host.get("output_dir"):
-            raise UserError("output_dir is required: the folder for checkpoints and the trained model")
-        parts = run_parts(host, diffusion) if host.get("do_train") and os.environ.get("RANK", "0") == "0" else {}
-        if parts and not host.get("overwrite_output_dir") and is_finished(Path(host["output_dir"]), parts, config):
-            logger.info("this run has already finished in %s; overwrite_output_dir=true repeats it", host["output_dir"])
-            return 0
-        host = resolve_start(host)
-        if parts and host.get("resume_from_checkpoint"):
-            refuse_other_run(Path(host["resume_from_checkpoint"]), parts, config, diffusion.accept_changes)
+        return commands[argv[0]](argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _train(argv: list[str]) -> int:
+    config = load_config(argv[0], argv[1:])
+    host, diffusion = split_config(config)
+    check_host_keys(host)
+    check_model_folder(host, diffusion)
+    check_weights(host)
+    check_datasets(host)
+    if not host.get("output_dir"):
+        raise UserError("output_dir is required: the folder for checkpoints and the trained model")
+    parts = run_parts(host, diffusion) if host.get("do_train") and os.environ.get("RANK", "0") == "0" else {}
+    if parts and not host.get("overwrite_output_dir") and is_finished(Path(host["output_dir"]), parts, config):
+        logger.info("this run has already finished in %s; overwrite_output_dir=true repeats it", host["output_dir"])
+        return 0
+    host = resolve_start(host)
+    if parts and host.get("resume_from_checkpoint"):
+        refuse_other_run(Path(host["resume_from_checkpoint"]), parts, config, diffusion.accept_changes)
     if "TORCHELASTIC_RUN_ID" not in os.environ and "LOCAL_RANK" not in os.environ and _wants_processes():
         return _relaunch(argv)
     if os.environ.get("RANK", "0") == "0":
         logger.info("settings: %s", json.dumps(config))
     from .trainer import run_training  # LLaMA-Factory takes seconds to import: settings are checked first
 
-    try:
-        run_training(host, diffusion, config, parts)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run_training(host, diffusion, config, parts)
     return 0
 
 
 def _export(argv: list[str]) -> int:
-    try:
-        host = load_config(argv[0], argv[1:])
-        check_host_keys(host)
-        check_model_folder(host, reads_rows=False)
-        check_weights(host)
-        check_export(host)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    host = load_config(argv[0], argv[1:])
+    check_host_keys(host)
+    check_model_folder(host)
+    check_weights(host)
+    check_export(host)
     from .trainer import run_export
 
     run_export(host)
@@ -102,25 +93,17 @@ def _export(argv: list[str]) -> int:
 
 
 def _get(argv: list[str]) -> int:
-    try:
-        value = load_config(argv[1], argv[2:]).get(argv[0])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    value = load_config(argv[1], argv[2:]).get(argv[0])
     print("" if value is None else value)
     return 0
 
 
 def _identity(argv: list[str]) -> int:
-    try:
-        config = load_config(argv[0], argv[1:])
-        host, diffusion = split_config(config)
-        check_model_folder(host)
-        check_datasets(host)
-        parts = run_parts(host, diffusion)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = load_config(argv[0], argv[1:])
+    host, diffusion = split_config(config)
+    check_model_folder(host, diffusion)
+    check_datasets(host)
+    parts = run_parts(host, diffusion)
     # Where the model and the data lie and where the run goes is not what it is made of.
     settings = {key: value for key, value in config.items() if key not in PATHS}
     print(hashlib.blake2b(json.dumps([parts, settings], sort_keys=True).encode(), digest_size=16).hexdigest())

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +43,6 @@ def write_marker(folder: Path) -> None:
             os.fsync(content.fileno())
         sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
     write_whole(folder / MARKER, json.dumps({"files": sizes}, indent=1))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is there as a whole or not at all."""
-    aside = path.with_name(f".{path.name}.writing")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def remove(folder: Path) -> None:

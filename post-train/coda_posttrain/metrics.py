@@ -12,9 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from CoDALanguageModel.errors import UserError
-
-from .checkpoints import write_whole
+from CoDALanguageModel.run_files import read_rows, write_whole
 
 METRICS_FILE = "metrics.jsonl"
 CURRICULUM_KEYS = ("t_min", "span_probability", "conditioned_share")
@@ -45,7 +43,7 @@ class MetricsLog(TrainerCallback):
             return
         path = Path(args.output_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = read_metrics(path) if state.global_step and path.exists() else []
+        lines = read_rows(path) if state.global_step and path.exists() else []
         kept = [line for line in lines if line["step"] <= state.global_step]
         self.time_before_s = self.last_time_s = max((line["time_s"] for line in kept), default=0.0)
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -90,16 +88,3 @@ class MetricsLog(TrainerCallback):
         if state.is_world_process_zero:
             with (Path(args.output_dir) / METRICS_FILE).open("a") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file; a last line that was cut off by a crash is left out."""
-    lines = path.read_text().splitlines()
-    records = []
-    for number, line in enumerate(lines):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines) - 1:
-                raise UserError(f"{path}: line {number + 1} is not JSON") from error
-    return records

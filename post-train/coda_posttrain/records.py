@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from CoDALanguageModel.errors import UserError, did_you_mean
+from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Layout:
             if tools is not None and not isinstance(tools, str):
                 tools = json.dumps(tools, ensure_ascii=False)
             for text in (system, tools or "", *(message["content"] for message in messages)):
-                if not _is_unicode(text):
+                if half_surrogate(text) is not None:
                     raise _Malformed("a text holds half of a surrogate pair, which is no character")
         except _Malformed as error:
             return {"messages": [], "system": "", "tools": "", "fate": f"{MALFORMED}{error}"}
@@ -190,14 +190,6 @@ def _text(record: Mapping[str, Any], column: str | None) -> str:
     if value is not None and not isinstance(value, str):
         raise _Malformed(f"key {column!r} must be text, got {_shown(value)}")
     return value or ""
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _shown(value: Any) -> str:

@@ -8,13 +8,12 @@ lies in the files.
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from upath import UPath
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import arriving, write_whole
 
 CHUNK_BYTES = 1 << 24  # of a file that is read through to be hashed or copied
 
@@ -84,13 +83,10 @@ def sha256_of(file: Place) -> str:
 
 def write_durably(file: Place, text: str) -> None:
     """Write `text` and have it on the device, or accepted by the store, before returning."""
-    if isinstance(file, UPath):
+    if isinstance(file, Path):
+        write_whole(file, text)
+    else:
         file.fs.pipe_file(file.path, text.encode("utf-8"))
-        return
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def remove_tree(folder: Place) -> None:
@@ -120,17 +116,6 @@ def move_tree(folder: Place, target: Place, *, last: str) -> None:
     (folder / last).unlink()
     folder.fs.mv(folder.path, target.path, recursive=True)
     target.fs.pipe_file((target / last).path, content)
-
-
-@contextmanager
-def arriving(target: Path) -> Iterator[Path]:
-    """A name beside `target` to write to: it becomes `target` when the block ends well, and vanishes otherwise."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def copy_to_local(file: Place, target: Path) -> str:

@@ -2,17 +2,4 @@
 # Mid-training on one box of 8 H100, under torchrun. Further arguments override, the last one wins:
 #
 #   bash pre-train/recipes/midtrain_h100_8.sh [--dry_run] [key=value ...]
-set -euo pipefail
-# shellcheck source-path=SCRIPTDIR/.. source=load_env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../load_env.sh"
-require CODA_DATA_DIR CODA_OUTPUT_DIR CODA_TOKENIZER_DIR CODA_PRETRAINED_DIR
-
-CODA_PROCESSES=8 exec bash "$coda_pretrain_dir/run_training.sh" \
-    --config pre-train/configs/midtrain.yaml \
-    --config pre-train/configs/hardware/h100_8.yaml \
-    output_dir="$CODA_OUTPUT_DIR/midtrain_h100_8" \
-    checkpoint.folder="${CODA_CHECKPOINT_DIR:-$CODA_OUTPUT_DIR}/midtrain_h100_8/checkpoints" \
-    data.root="$CODA_DATA_DIR" \
-    model.init_from="$CODA_PRETRAINED_DIR" \
-    model.tokenizer="$CODA_TOKENIZER_DIR" \
-    "$@"
+CODA_PROCESSES=8 exec bash "$(dirname "${BASH_SOURCE[0]}")/../run_recipe.sh" midtrain h100_8 "$@"

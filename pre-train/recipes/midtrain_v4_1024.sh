@@ -4,19 +4,4 @@
 #   bash pre-train/recipes/midtrain_v4_1024.sh [--dry_run] [key=value ...]
 #
 # A step has 256 rows and the machine 512 chips, so two chips share each row.
-set -euo pipefail
-# shellcheck source-path=SCRIPTDIR/.. source=load_env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../load_env.sh"
-require CODA_DATA_DIR CODA_OUTPUT_DIR CODA_TOKENIZER_DIR CODA_PRETRAINED_DIR
-
-exec bash "$coda_pretrain_dir/run_training.sh" \
-    --config pre-train/configs/midtrain.yaml \
-    --config pre-train/configs/hardware/v4_1024.yaml \
-    hardware.mesh.fsdp=256 hardware.mesh.tensor=2 \
-    output_dir="$CODA_OUTPUT_DIR/midtrain_v4_1024" \
-    checkpoint.folder="${CODA_CHECKPOINT_DIR:-$CODA_OUTPUT_DIR}/midtrain_v4_1024/checkpoints" \
-    hardware.compilation_cache="$CODA_OUTPUT_DIR/xla_cache" \
-    data.root="$CODA_DATA_DIR" \
-    model.init_from="$CODA_PRETRAINED_DIR" \
-    model.tokenizer="$CODA_TOKENIZER_DIR" \
-    "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run_recipe.sh" midtrain v4_1024 hardware.mesh.fsdp=256 hardware.mesh.tensor=2 "$@"

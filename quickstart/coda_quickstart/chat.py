@@ -1,6 +1,5 @@
 """Starts the server on the fine-tuned model and asks it one chat and one infill question with the official client."""
 
-import json
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ from openai import OpenAI
 
 from coda_quickstart.runner import StageFailed
 from CoDALanguageModel.prompts import Codec
+from CoDALanguageModel.run_files import read_rows
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
@@ -123,8 +123,8 @@ def ask(base_url: str, run_dir: Path) -> list[dict[str, str | float]]:
         Two rows of kind, question, answer, expected and seconds.
     """
     client = OpenAI(base_url=base_url, api_key="none", timeout=120)
-    problem = _first_row(run_dir / "benchmarks" / "quickstart_problems.jsonl")
-    gap = _first_row(run_dir / "benchmarks" / "quickstart_infill.jsonl")
+    problem = read_rows(run_dir / "benchmarks" / "quickstart_problems.jsonl")[0]
+    gap = read_rows(run_dir / "benchmarks" / "quickstart_infill.jsonl")[0]
     started = time.monotonic()
     chat = client.chat.completions.create(
         model=MODEL_NAME, messages=[{"role": "user", "content": problem["prompt"]}], max_tokens=ANSWER_TOKENS
@@ -151,8 +151,3 @@ def ask(base_url: str, run_dir: Path) -> list[dict[str, str | float]]:
             "seconds": ended - between,
         },
     ]
-
-
-def _first_row(path: Path) -> dict[str, str]:
-    with path.open(encoding="utf-8") as file:
-        return json.loads(file.readline())

@@ -1,6 +1,5 @@
 """Records how one answer is denoised: the canvas after every forward pass, as text pieces."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from transformers import AutoTokenizer
 
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.prompts import Codec
+from CoDALanguageModel.run_files import read_rows
+from CoDALanguageModel.tools.recording import token_texts
 
 
 def record_denoising(run_dir: Path, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,18 +23,19 @@ def record_denoising(run_dir: Path, generation: Mapping[str, Any]) -> dict[str, 
     Returns:
         prompt, and steps: one list per forward pass with the text of each new token, None where it is still masked.
     """
-    with (run_dir / "benchmarks" / "quickstart_problems.jsonl").open(encoding="utf-8") as file:
-        prompt = json.loads(file.readline())["prompt"]
+    prompt = read_rows(run_dir / "benchmarks" / "quickstart_problems.jsonl")[0]["prompt"]
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     model = CoDALanguageModel.from_pretrained(run_dir / "model").eval()
-    inputs = torch.tensor([Codec(tokenizer).encode_chat([{"role": "user", "content": prompt}])])
+    codec = Codec(tokenizer)
+    inputs = torch.tensor([codec.encode_chat([{"role": "user", "content": prompt}])])
     with torch.no_grad():
         output = model.diffusion_generate(
             inputs, output_history=True, return_dict_in_generate=True, seed=0, **generation
         )
 
     def pieces(canvas: torch.Tensor) -> list[str | None]:
-        ids = canvas[0, inputs.shape[1] :].tolist()
-        return [None if i == model.config.mask_token_id else tokenizer.decode([i]) for i in ids]
+        ids, mask = canvas[0].tolist(), model.config.mask_token_id
+        texts = token_texts(codec, ids, mask, hidden=set())
+        return [None if i == mask else text for i, text in zip(ids, texts, strict=True)][inputs.shape[1] :]
 
     return {"prompt": prompt, "steps": [pieces(canvas) for canvas in output.history]}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -57,7 +58,8 @@ def loss_curves_svg(runs: Sequence[Run]) -> str:
 def _plot_run(axis, title: str, training: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]]) -> None:
     steps, losses = zip(*training, strict=True)
     axis.plot(steps, losses, color=COLORS[0], alpha=0.3, linewidth=1)
-    axis.plot(steps, smooth(losses), color=COLORS[0], linewidth=1.8, label="training")
+    smoothed = pd.Series(losses).ewm(alpha=0.2).mean()
+    axis.plot(steps, smoothed, color=COLORS[0], linewidth=1.8, label="training")
     if validation:
         axis.plot(*zip(*validation, strict=True), color=COLORS[1], marker="o", markersize=4, label="validation")
     axis.set_title(title, fontsize=11)
@@ -65,15 +67,6 @@ def _plot_run(axis, title: str, training: Sequence[tuple[int, float]], validatio
     axis.set_ylim(bottom=0)
     axis.grid(color=NEUTRAL, alpha=0.2, linewidth=0.6)
     axis.legend(frameon=False, fontsize=9)
-
-
-def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Running average with exponentially falling weights, free of the bias towards 0 at its start."""
-    total, norm, out = 0.0, 0.0, []
-    for value in values:
-        total, norm = weight * total + value, weight * norm + 1.0
-        out.append(total / norm)
-    return out
 
 
 def masking_examples(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[str], list[str]]]:

@@ -17,6 +17,8 @@ import transformers
 
 from coda_quickstart.pictures import denoising_html, denoising_text, loss_curves_svg, masking_html, masking_text
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.intervals import wilson_interval
+from CoDALanguageModel.run_files import read_rows
 
 STAGES = (("pretrain", "Pre-training"), ("midtrain", "Mid-training"), ("model", "Fine-tuning"))
 TIME_TITLES = {
@@ -30,26 +32,6 @@ TIME_TITLES = {
     "denoise": "one answer step by step",
     "serve": "server and two requests",
 }
-
-
-def wilson_interval(num_passed: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a binomial share (Wilson 1927), each end in [0, 1].
-
-    Raises:
-        UserError: `count` is below 1 or `num_passed` not in [0, count].
-    """
-    if count < 1 or not 0 <= num_passed <= count:
-        raise UserError(f"num_passed must be in [0, count] with count >= 1, got {num_passed} of {count}")
-    share = num_passed / count
-    scale = 1 + z * z / count
-    middle = (share + z * z / (2 * count)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
@@ -82,7 +64,7 @@ def read_scores(run_dir: Path) -> list[dict[str, Any]]:
         raise UserError(f"no samples_*.jsonl below {run_dir / 'evaluation'}; run the evaluation first")
     for path in samples:
         task = next((name for name in (*names, "quickstart_infill") if f"samples_{name}_" in path.name), None)
-        for row in read_metrics(path):
+        for row in read_rows(path):
             group = row["doc"]["task_id"].split("/")[0] if task == "quickstart_infill" else task
             if group in names:
                 passed = row["exact_match"] if task == "quickstart_infill" else row["pass@1"]
@@ -91,8 +73,8 @@ def read_scores(run_dir: Path) -> list[dict[str, Any]]:
     for group, name in names.items():
         if group in groups:
             passed, count = sum(groups[group]), len(groups[group])
-            low, high = wilson_interval(passed, count)
             share = passed / count
+            low, high = wilson_interval(share, count)
             rows.append({"name": name, "passed": passed, "count": count, "share": share, "low": low, "high": high})
     return rows
 
@@ -101,7 +83,7 @@ def training_table(run_dir: Path) -> list[dict[str, Any]]:
     """Per stage: steps, tokens seen, tokens per second, last training and validation loss."""
     rows = []
     for folder, title in STAGES:
-        metrics = read_metrics(run_dir / folder / "metrics.jsonl")
+        metrics = read_rows(run_dir / folder / "metrics.jsonl")
         logged = [row for row in metrics if "loss" in row]
         training, validation = curves(metrics)
         speeds = sorted(row["tokens_per_s"] for row in logged if row.get("tokens_per_s"))
@@ -141,7 +123,7 @@ def write_report(run_dir: Path) -> str:
     summary |= {"parameters": config["parameters"], "machine": machine()}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     tables = markdown_tables(summary)
-    runs = [(title, *curves(read_metrics(run_dir / folder / "metrics.jsonl"))) for folder, title in STAGES]
+    runs = [(title, *curves(read_rows(run_dir / folder / "metrics.jsonl"))) for folder, title in STAGES]
     tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "tokenizer")
     svg = loss_curves_svg(runs)
     (run_dir / "losses.svg").write_text(svg, encoding="utf-8")

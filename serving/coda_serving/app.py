@@ -9,12 +9,12 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -29,10 +29,10 @@ from .generation import Generation
 from .metrics import Metrics
 from .observe import ObserveMiddleware
 from .protocol import ChatRequest, CompletionRequest, SamplingRequest
-from .responses import ChatCompletion, Completion, Head, ModelCard, ModelList, Usage, chat_completion, completion
+from .responses import CHAT, TEXT, ChatCompletion, Completion, Form, Head, ModelCard, ModelList, Usage
 from .scheduler import CanvasRequest
 from .settings import ServerSettings
-from .streaming import EventStream, chat_events, completion_events
+from .streaming import EventStream, answer_events
 
 CLIENT_CLOSED_REQUEST = 499
 """Nobody reads this status; it marks in the log and metrics that the client left (nginx's convention)."""
@@ -53,6 +53,8 @@ class ModelLimits(Protocol):
 
     context_length: int
     document_start_id: int | None
+    attention: str
+    block_size: int | None
     stop: tuple[str, ...]
     """Stop strings of requests that name none: those of the model folder's `generation_config.json`."""
 
@@ -122,6 +124,8 @@ def _model_routes(service: Service) -> APIRouter:
         id=settings.public_name,
         created=int(time.time()),
         max_model_len=service.limits.context_length,
+        attention=service.limits.attention,
+        block_size=service.limits.block_size,
         defaults=settings.decoding | ({"stop": list(service.limits.stop)} if service.limits.stop else {}),
     )
 
@@ -144,33 +148,33 @@ def _model_routes(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=ChatCompletion, openapi_extra=body_schema(ChatRequest))
     async def chat(request: Request) -> Any:
         """Answer a conversation."""
-        body = await read_body(request, ChatRequest)
-        _check_model(settings, body.model)
-        canvases, prompt_tokens = await run_in_threadpool(_chat_canvases, service, body)
-        generation = Generation(service.engine, canvases, settings.request_timeout_s)
-        head = Head.new("chatcmpl", settings.public_name)
-        if body.stream:
-            usage = _usage_of(prompt_tokens) if body.include_usage else None
-            events = chat_events(generation, head, len(canvases), usage)
-            return EventStream(generation, events, settings.heartbeat_s)
-        answers = await _unless_client_leaves(request, generation)
-        return await _as_json(chat_completion, head, answers, Usage.of(prompt_tokens, answers))
+        return await _respond(service, request, await read_body(request, ChatRequest), _chat_canvases, CHAT)
 
     @router.post("/v1/completions", response_model=Completion, openapi_extra=body_schema(CompletionRequest))
     async def complete(request: Request) -> Any:
         """Continue texts, or fill the gap between prompt and suffix."""
-        body = await read_body(request, CompletionRequest)
-        _check_model(settings, body.model)
-        canvases, prompt_tokens = await run_in_threadpool(_completion_canvases, service, body)
-        generation = Generation(service.engine, canvases, settings.request_timeout_s)
-        head = Head.new("cmpl", settings.public_name)
-        if body.stream:
-            usage = _usage_of(prompt_tokens) if body.include_usage else None
-            return EventStream(generation, completion_events(generation, head, usage), settings.heartbeat_s)
-        answers = await _unless_client_leaves(request, generation)
-        return await _as_json(completion, head, answers, Usage.of(prompt_tokens, answers))
+        return await _respond(service, request, await read_body(request, CompletionRequest), _completion_canvases, TEXT)
 
     return router
+
+
+async def _respond(
+    service: Service, request: Request, body: SamplingRequest, canvases_of: Callable[..., Any], form: Form
+) -> Response:
+    """Denoise what a body asks for, and say it in the endpoint's form, whole or as it becomes final."""
+    settings = service.settings
+    _check_model(settings, body.model)
+    canvases, prompt_tokens = await run_in_threadpool(canvases_of, service, body)
+    generation = Generation(service.engine, canvases, settings.request_timeout_s)
+    head = Head.new(form.id_prefix, settings.public_name)
+    usage_of = partial(Usage.of, prompt_tokens)
+    if body.stream:
+        events = answer_events(generation, head, form, len(canvases), usage_of if body.include_usage else None)
+        return EventStream(generation, events, settings.heartbeat_s)
+    answers = await _unless_client_leaves(request, generation)
+    # Written in a thread: long answers would keep the event loop.
+    content = await run_in_threadpool(lambda: form.whole(head, answers, usage_of(answers)).model_dump_json())
+    return Response(content, media_type="application/json")
 
 
 def _chat_canvases(service: Service, body: ChatRequest) -> tuple[list[CanvasRequest], int]:
@@ -279,16 +283,6 @@ def _refused(body: SamplingRequest, error: UserError) -> ApiError:
     """400 for a message that begins with the name of the setting at fault, or is about several."""
     name = str(error).partition(" ")[0]
     return invalid(str(error), param=name if name in type(body).model_fields else None)
-
-
-def _usage_of(prompt_tokens: int):
-    return lambda answers: Usage.of(prompt_tokens, answers)
-
-
-async def _as_json(make: Callable[..., BaseModel], *arguments: Any) -> Response:
-    """What `make` gives, written in a thread: long answers would keep the event loop."""
-    content = await run_in_threadpool(lambda: make(*arguments).model_dump_json())
-    return Response(content, media_type="application/json")
 
 
 async def _unless_client_leaves(request: Request, generation: Generation) -> list[Answer]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, create_model, model_validator
 
 from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, Setting
-from CoDALanguageModel.errors import UserError, did_you_mean
+from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 
 from .errors import invalid
 from .settings import DECODING, MAX_SEED, typed
@@ -26,10 +26,8 @@ NEUTRAL_FOR_ALL: dict[str, tuple[Any, ...]] = {
 
 
 def _check_unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from error
+    if (half := half_surrogate(text)) is not None:
+        raise UserError(f"the text is not valid Unicode: lone surrogate at character {half}")
     return text
 
 

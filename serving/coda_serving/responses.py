@@ -2,7 +2,8 @@
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -123,6 +124,10 @@ class ModelCard(BaseModel):
     owned_by: str = "coda"
     max_model_len: int
     """Context in tokens. Extension, as in vLLM."""
+    attention: str
+    """`full` or `block_causal`, which fills no gap whose right side is in a later block. Extension."""
+    block_size: int | None
+    """Tokens of a block with block-causal attention. Extension."""
     defaults: dict[str, Any]
     """What holds for a request that does not say otherwise, by the names of its fields. Extension."""
 
@@ -147,35 +152,38 @@ class Head(BaseModel):
         return cls(id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=model)
 
 
-def chat_completion(head: Head, answers: Sequence[Answer], usage: Usage) -> ChatCompletion:
-    """The whole response to a conversation."""
-    choices = [
-        ChatChoice(index=i, message=AssistantMessage(content=answer.text), finish_reason=answer.finish_reason)
-        for i, answer in enumerate(answers)
-    ]
-    return ChatCompletion(**head.model_dump(), choices=choices, usage=usage)
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How one endpoint words its answers: a whole response, or the events of a stream."""
+
+    id_prefix: str
+    response: type[BaseModel]
+    event: type[BaseModel]
+    choice: Callable[[int, str, FinishReason | None], BaseModel]
+    """An answer of a whole response, from its index, text and end."""
+    part: Callable[[int, str, FinishReason | None], BaseModel]
+    """What an event adds to an answer: text, or its end."""
+    opening: Callable[[int], BaseModel] | None = None
+    """What begins each answer of a stream, where something does."""
+
+    def whole(self, head: Head, answers: Sequence[Answer], usage: Usage) -> BaseModel:
+        """The whole response."""
+        choices = [self.choice(i, answer.text, answer.finish_reason) for i, answer in enumerate(answers)]
+        return self.response(**dict(head), choices=choices, usage=usage)
 
 
-def completion(head: Head, answers: Sequence[Answer], usage: Usage) -> Completion:
-    """The whole response to plain prompts."""
-    choices = [
-        CompletionChoice(index=i, text=answer.text, finish_reason=answer.finish_reason)
-        for i, answer in enumerate(answers)
-    ]
-    return Completion(**head.model_dump(), choices=choices, usage=usage)
-
-
-def chat_chunk(
-    head: Head, index: int, text: str | None, finish_reason: FinishReason | None = None, *, is_first: bool = False
-) -> ChatChunk:
-    """An event that adds `text` to answer `index`, begins it, or ends it."""
-    delta = ChatDelta(role="assistant" if is_first else None, content=text)
-    return ChatChunk(
-        **head.model_dump(), choices=[ChatChunkChoice(index=index, delta=delta, finish_reason=finish_reason)]
-    )
-
-
-def completion_chunk(head: Head, index: int, text: str, finish_reason: FinishReason | None = None) -> Completion:
-    """An event that adds `text` to answer `index`, or ends it."""
-    choice = CompletionChoice(index=index, text=text, finish_reason=finish_reason)
-    return Completion(**head.model_dump(), choices=[choice])
+CHAT = Form(
+    id_prefix="chatcmpl",
+    response=ChatCompletion,
+    event=ChatChunk,
+    choice=lambda i, text, end: ChatChoice(index=i, message=AssistantMessage(content=text), finish_reason=end),
+    part=lambda i, text, end: ChatChunkChoice(index=i, delta=ChatDelta(content=text or None), finish_reason=end),
+    opening=lambda i: ChatChunkChoice(index=i, delta=ChatDelta(role="assistant", content="")),
+)
+TEXT = Form(
+    id_prefix="cmpl",
+    response=Completion,
+    event=Completion,
+    choice=lambda i, text, end: CompletionChoice(index=i, text=text, finish_reason=end),
+    part=lambda i, text, end: CompletionChoice(index=i, text=text, finish_reason=end),
+)

@@ -1,12 +1,13 @@
 """The model behind the server: loading it, and rows of it that are denoised. The only module that knows tensors."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
 import torch
 
 from CoDALanguageModel import CoDALanguageModel
-from CoDALanguageModel.configuration_coda import token_ids
+from CoDALanguageModel.answers import end_ids
 from CoDALanguageModel.decoder import Decoding
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.row import Request, Row
@@ -53,13 +54,14 @@ class ModelSampler:
         self._model = model
         decoding = model.generation_config
         config = model.config
-        eos = decoding.eos_token_id if decoding.eos_token_id is not None else config.eos_token_id
         self.mask_token_id: int = config.mask_token_id
-        self.eos_token_ids = frozenset(token_ids(eos))
+        self.eos_token_ids = end_ids(config, decoding)
         self.stop: tuple[str, ...] = tuple(decoding.stop_strings or ())
         self.context_length: int = config.max_position_embeddings
         self.num_token_ids: int = config.num_token_ids
         self.document_start_id: int | None = config.document_start_id
+        self.attention: str = config.attention
+        self.block_size: int | None = config.block_size
 
     @classmethod
     def load(cls, model_name: str, *, device: str, dtype: str) -> "ModelSampler":
@@ -83,11 +85,13 @@ class ModelSampler:
     def defaults(self) -> dict[str, object]:
         """What the model folder's `generation_config.json` decides, by the server's names.
 
-        A saved file holds every setting: what it only repeats of the model room's own defaults decides nothing.
+        A saved file holds every setting: what it only repeats of the model room's own defaults decides nothing. A
+        model with blocks takes its own ones, and by default a step for each token, however long an answer is.
         """
         config = self._model.generation_config
         decided = ((row, getattr(config, row.name)) for row in DECODING)
-        return {row.api: value for row, value in decided if value != row.default}
+        blocks = {"block_length": None, "steps": self.context_length} if self.block_size is not None else {}
+        return blocks | {row.api: value for row, value in decided if value != row.default}
 
     def check(self, request: CanvasRequest) -> None:
         """Refuse a canvas that could not be denoised.
@@ -106,7 +110,13 @@ class ModelSampler:
             raise UserError(
                 f"prompt ids must be in [0, {self.num_token_ids}) and not the mask token {self.mask_token_id}"
             )
-        Row(self.canvas(request), 0, self._model.config, None)
+        try:
+            Row(self.canvas(request), 0, self._model.config, None)
+        except UserError as error:
+            if request.suffix_ids is None:
+                raise
+            self.check(dataclasses.replace(request, suffix_ids=None))  # something else may be at fault
+            raise UserError(f"suffix cannot be used: {error}") from error
 
     def start(self) -> "Rows":
         """Nothing yet, which rows may join."""

@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from .engine import Answer, Delta
 from .errors import SHUTTING_DOWN, ApiError
 from .generation import Generation
-from .responses import Head, Usage, chat_chunk, completion_chunk
+from .responses import Form, Head, Usage
 
 MakeUsage = Callable[[list[Answer]], Usage]
 
@@ -72,50 +72,37 @@ async def with_heartbeat(events: AsyncIterator[str], every_s: float) -> AsyncIte
         following.cancel()
 
 
-async def chat_events(generation: Generation, head: Head, n: int, make_usage: MakeUsage | None) -> AsyncIterator[str]:
-    """Frames of a streamed conversation.
+async def answer_events(
+    generation: Generation, head: Head, form: Form, n: int, make_usage: MakeUsage | None
+) -> AsyncIterator[str]:
+    """Frames of streamed answers.
 
     Args:
         generation: `n` rows.
         head: id, time and model of all events.
+        form: the endpoint's.
         n: number of answers.
         make_usage: gives the usage of the last event; None sends no such event.
     """
-    for index in range(n):
-        yield _frame(chat_chunk(head, index, "", is_first=True))
+
+    def frame(*choices: BaseModel, usage: Usage | None = None) -> str:
+        return _frame(form.event(**dict(head), choices=choices, usage=usage))
+
+    for index in range(n if form.opening else 0):
+        yield frame(form.opening(index))
     answers: list[Answer] = []
     try:
         async for index, event in generation.events():
             if isinstance(event, Delta):
-                yield _frame(chat_chunk(head, index, event.text))
+                yield frame(form.part(index, event.text, None))
             else:
                 answers.append(event)
-                yield _frame(chat_chunk(head, index, None, event.finish_reason))
+                yield frame(form.part(index, "", event.finish_reason))
     except ApiError as error:  # the status has been sent already
         yield _data(json.dumps(error.body()))
         return
     if make_usage is not None:
-        chunk = chat_chunk(head, 0, None)
-        yield _frame(chunk.model_copy(update={"choices": [], "usage": make_usage(answers)}))
-    yield _data("[DONE]")
-
-
-async def completion_events(generation: Generation, head: Head, make_usage: MakeUsage | None) -> AsyncIterator[str]:
-    """Frames of streamed plain prompts; arguments as in `chat_events`."""
-    answers: list[Answer] = []
-    try:
-        async for index, event in generation.events():
-            if isinstance(event, Delta):
-                yield _frame(completion_chunk(head, index, event.text))
-            else:
-                answers.append(event)
-                yield _frame(completion_chunk(head, index, "", event.finish_reason))
-    except ApiError as error:
-        yield _data(json.dumps(error.body()))
-        return
-    if make_usage is not None:
-        chunk = completion_chunk(head, 0, "")
-        yield _frame(chunk.model_copy(update={"choices": [], "usage": make_usage(answers)}))
+        yield frame(usage=make_usage(answers))
     yield _data("[DONE]")
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 from CoDALanguageModel import CoDAConfig, DiffusionGenerationConfig
 from CoDALanguageModel.prompts import Codec
-from CoDALanguageModel.tools.sample import Recording, parse, read_gaps, run, token_texts
+from CoDALanguageModel.tools.recording import Recording, token_texts
+from CoDALanguageModel.tools.sample import parse, read_gaps, run
 
 MASK = 9
 

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from coda_posttrain.metrics import MetricsLog, TrainingDiverged, read_metrics
+from coda_posttrain.metrics import MetricsLog, TrainingDiverged
+from CoDALanguageModel.run_files import read_rows
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_averaged_away(tmp_path):
@@ -18,4 +19,4 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_averaged_away(tmp_pat
     for loss in (float("nan"), float("inf")):
         with pytest.raises(TrainingDiverged, match=f"the loss up to step 1 is {loss}: the run has diverged"):
             log.on_log(arguments, state, None, {"loss": loss})
-    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2.0]
+    assert [line["loss"] for line in read_rows(tmp_path / "metrics.jsonl")] == [2.0]

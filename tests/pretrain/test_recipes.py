@@ -317,7 +317,7 @@ def test_consolidation_exports_the_newest_or_each_named_step(repo, tmp_path):
     assert "a step must be a whole number, got latest" in refused.stderr
 
 
-@pytest.mark.parametrize("script", ["run_training.sh", "recipes/ckpt_consolidation.sh"])
+@pytest.mark.parametrize("script", ["run_training.sh", "run_recipe.sh", "recipes/ckpt_consolidation.sh"])
 def test_a_script_without_arguments_says_how_it_is_used(repo, script):
     result = run_script(repo / "pre-train" / script)
     assert result.returncode == 2

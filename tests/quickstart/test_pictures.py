@@ -57,8 +57,3 @@ def test_loss_curves_are_one_svg_with_all_titles():
     assert root.tag.endswith("svg")
     assert "Pre-training" in svg
     assert "Mid-training" in svg
-
-
-def test_smoothing_starts_at_the_first_value_and_keeps_constants():
-    assert pictures.smooth([5.0])[0] == 5.0
-    assert pictures.smooth([2.0] * 5) == [2.0] * 5

@@ -83,13 +83,3 @@ def test_a_missing_stage_is_named(run_dir):
 def test_without_samples_there_is_no_report(tmp_path):
     with pytest.raises(ValueError, match="no samples_.*run the evaluation first"):
         report.read_scores(tmp_path)
-
-
-@pytest.mark.parametrize(("passed", "count", "low", "high"), [(0, 10, 0.0, 0.2775), (81, 100, 0.7222, 0.8749)])
-def test_wilson_interval_equals_published_values(passed, count, low, high):
-    assert report.wilson_interval(passed, count) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_wilson_interval_refuses_impossible_counts():
-    with pytest.raises(ValueError, match="got 3 of 2"):
-        report.wilson_interval(3, 2)

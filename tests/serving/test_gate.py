@@ -513,19 +513,17 @@ def test_a_refusal_does_not_send_a_long_request_back(serve, fields):
     assert len(response.content) < 4000
 
 
-@pytest.mark.parametrize(
-    ("url", "make"), [("/v1/chat/completions", "chat_completion"), ("/v1/completions", "completion")]
-)
-def test_an_answer_is_written_off_the_event_loop(serve, monkeypatch, url, make):
-    from coda_serving import app
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions"])
+def test_an_answer_is_written_off_the_event_loop(serve, monkeypatch, url):
+    from coda_serving.responses import Form
 
-    original, threads, loops = getattr(app, make), [], []
+    original, threads, loops = Form.whole, [], []
 
     def noted(*arguments):
         threads.append(threading.current_thread())
         return original(*arguments)
 
-    monkeypatch.setattr(app, make, noted)
+    monkeypatch.setattr(Form, "whole", noted)
 
     async def test(client):
         loops.append(threading.current_thread())

@@ -16,7 +16,7 @@ from CoDALanguageModel.errors import UserError
 
 from .download import describe, download, load_corpus
 from .inputs import printable
-from .prepare import PrepareConfig, WorkerDied, prepare
+from .prepare import DEFAULTS, PrepareConfig, WorkerDied, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -24,42 +24,40 @@ logger = logging.getLogger(__name__)
 def build_parser(*, tokenizes: bool = True) -> argparse.ArgumentParser:
     """The command line; its options are the fields of `PrepareConfig`, of which a download needs only the output."""
     parser = argparse.ArgumentParser(prog="python -m coda_pretrain data", description="Turn text into token shards.")
+    parser.set_defaults(**DEFAULTS | {"num_workers": os.cpu_count() or 1})
     source = parser.add_argument_group("input")
     source.add_argument(
         "--input",
         dest="inputs",
         nargs="+",
-        default=(),
         help="files, folders or glob patterns: "
         ".jsonl (also .gz, .bz2, .zst, .lz4), .parquet, or text files, one document each",
     )
-    source.add_argument("--exclude", nargs="+", default=(), help="path patterns to leave out, e.g. '*/test/*'")
-    source.add_argument("--text_suffixes", nargs="+", default=(".txt", ".py", ".md"), help="suffixes of text files")
+    source.add_argument("--exclude", nargs="+", help="path patterns to leave out, e.g. '*/test/*'")
+    source.add_argument("--text_suffixes", nargs="+", help="suffixes of text files")
     source.add_argument("--hf_dataset", help="name or local folder of a Hugging Face data set, instead of --input")
     source.add_argument("--hf_config", help="configuration (subset) of the data set")
-    source.add_argument("--hf_split", default="train", help="split of the data set (default: train)")
-    source.add_argument("--text_key", default="text", help="field or column that holds the text (default: text)")
+    source.add_argument("--hf_split", help="split of the data set (default: %(default)s)")
+    source.add_argument("--text_key", help="field or column that holds the text (default: %(default)s)")
     source.add_argument(
         "--download",
         nargs="+",
         help="fetch the data sets that these files of configs/data describe into folders of OUTPUT, and do no more",
     )
     parser.add_argument("--tokenizer", required=tokenizes, help="tokenizer folder")
-    parser.add_argument("--document_end", default="<|endoftext|>", help="token after each document")
+    parser.add_argument("--document_end", help="token after each document")
     parser.add_argument("--output", required=True, help="folder for shards and manifest.json")
     parser.add_argument(
         "--validation_fraction",
         type=float,
-        default=0.0,
-        help="share of the documents held out into OUTPUT/validation (default: 0)",
+        help="share of the documents held out into OUTPUT/validation (default: %(default)s)",
     )
-    parser.add_argument("--shard_tokens", type=int, default=50_000_000, help="about how many tokens a shard holds")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--shard_tokens", type=int, help="about how many tokens a shard holds")
+    parser.add_argument("--num_workers", type=int, help="processes (default: all cores)")
     parser.add_argument(
         "--max_bad_share",
         type=float,
-        default=0.01,
-        help="largest share of the documents, and of the files, that may be unreadable and are skipped (default: 0.01)",
+        help="largest share of documents, and of files, that may be unreadable and are skipped (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="remove another preparation from OUTPUT first")
     return parser

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,13 +23,13 @@ from typing import Any
 
 from CoDALanguageModel.errors import UserError
 
-from ..places import Place, is_url, place_of, write_durably
+from ..places import CHUNK_BYTES, Place, copy_to_local, is_url, place_of, write_durably
 from ..plain_data import require_range
 from .documents import Document, document_of, jsonl_documents, parquet_documents, parquet_metadata
 from .inputs import Listing, UnreadableFileError, check_openable, files_of_folder, matches_of, printable
-from .prepare import is_held_out, tokenized
+from .prepare import DEFAULTS, is_held_out, tokenized
 from .shards import MANIFEST_NAME, ShardRecord, ShardWriter, build_manifest, token_dtype
-from .skipped import Tally, TooMuchUnreadableError
+from .skipped import Tally
 from .tokenization import TokenizerFacts, encoder_of, load_tokenizer
 
 try:
@@ -155,12 +156,11 @@ class WriteTokenShards(PipelineStep):
         for suffix in (".bin", ".ends"):
             source = scratch / f"{record.name}{suffix}"
             target = folder / source.name
-            partial = folder / f".{source.name}.tmp"
-            with source.open("rb") as stream, (partial if isinstance(partial, Path) else target).open("wb") as copy:
-                while block := stream.read(1 << 24):
-                    copy.write(block)
-            if isinstance(partial, Path):  # a store shows a file only when it is whole
-                partial.replace(target)
+            if isinstance(target, Path):
+                copy_to_local(source, target)
+            else:  # a store shows a file only when it is whole
+                with source.open("rb") as stream, target.open("wb") as copy:
+                    shutil.copyfileobj(stream, copy, CHUNK_BYTES)
             source.unlink()
 
 
@@ -333,21 +333,22 @@ def check_same_preparation(output: Place, identity: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 on success, 2 when the input is at fault, which includes too much that is unreadable."""
     parser = argparse.ArgumentParser(prog="python -m coda_pretrain cluster", description=__doc__.split("\n\n")[0])
+    names = ("text_key", "document_end", "validation_fraction", "shard_tokens", "max_bad_share")
+    parser.set_defaults(**{name: DEFAULTS[name] for name in names})
     parser.add_argument("--input", required=True, help="folder or fsspec URL that the reader reads")
     parser.add_argument("--reader", choices=("jsonl", "parquet"), default="jsonl")
     parser.add_argument("--pattern", help="pattern of the files, below --input")
-    parser.add_argument("--text_key", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument("--text_key", help="field or column that holds the text (default: %(default)s)")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
-    parser.add_argument("--document_end", default="<|endoftext|>", help="token after each document")
+    parser.add_argument("--document_end", help="token after each document")
     parser.add_argument("--output", required=True, help="folder or fsspec URL that all machines see")
     parser.add_argument("--logs", help="folder or URL of datatrove's logs and finished tasks (default: OUTPUT/logs)")
-    parser.add_argument("--validation_fraction", type=float, default=0.0)
-    parser.add_argument("--shard_tokens", type=int, default=50_000_000)
+    parser.add_argument("--validation_fraction", type=float)
+    parser.add_argument("--shard_tokens", type=int)
     parser.add_argument(
         "--max_bad_share",
         type=float,
-        default=0.01,
-        help="largest share of the documents, and of the files, that may be unreadable and are skipped (default: 0.01)",
+        help="largest share of documents, and of files, that may be unreadable and are skipped (default: %(default)s)",
     )
     parser.add_argument("--executor", choices=("local", "slurm", "ray"), default="local")
     parser.add_argument("--tasks", type=int, default=1, help="parts that the input's files are dealt to")
@@ -389,18 +390,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_bad_share=arguments.max_bad_share,
             listing=listing,
         )
-    except UserError as error:
-        return _fail(error)
-    try:
         executors(arguments.executor, [reader, shards], manifest, arguments).run()
-    except TooMuchUnreadableError as error:
-        return _fail(error)
+    except UserError as error:
+        sys.stderr.write(f"coda_pretrain cluster: error: {error}\n")
+        return 2
     return 0
-
-
-def _fail(error: UserError) -> int:
-    sys.stderr.write(f"coda_pretrain cluster: error: {error}\n")
-    return 2
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, half_surrogate
 
 from .inputs import (
     COMPRESSED,
@@ -160,22 +160,13 @@ def read_documents(part: Part, text_key: str, dataset: Any = None) -> Iterator[D
         yield from _read_jsonl_range(part, text_key)
 
 
-def checked_text(text: str) -> str | None:
-    r"""`text`, or None if it holds lone surrogates (a JSON `\ud800`), which no encoding can write."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return None
-    return text
-
-
 def document_of(value: Any, path: str, text_key: str, where: str) -> Document:
     """The document of a record's value."""
     if value is None:
         return Document(path, None, "empty", where=where)
     if not isinstance(value, str):
         return _undecodable(path, where, f"--text_key {text_key} must hold text, got {type(value).__name__}")
-    if checked_text(value) is None:
+    if half_surrogate(value) is not None:
         return _undecodable(path, where, "half of a surrogate pair")
     if not value.strip():
         return Document(path, None, "empty", where=where)

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import arriving
 
-from ..places import arriving, copy_to_local, place_of
+from ..places import copy_to_local, place_of
 from ..plain_data import from_dict, to_plain
 from .shards import replace_with_json
 

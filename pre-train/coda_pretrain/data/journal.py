@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import read_rows, write_whole
 
 from .shards import MANIFEST_NAME, ShardRecord, shard_is_intact
 
@@ -47,17 +48,11 @@ class Progress:
         """Read the finished pieces and keep those whose shards are intact.
 
         Raises:
-            UserError: the file belongs to another preparation.
+            UserError: the file belongs to another preparation, or is damaged.
         """
         if not self.path.exists():
             return
-        lines = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                logger.warning("%s ends in a line that was not written completely; that piece is done again", self.path)
-                break
+        lines = read_rows(self.path)
         if lines and lines[0] != self.header:
             differing = sorted(key for key in self.header if lines[0].get(key) != self.header[key])
             raise UserError(
@@ -76,13 +71,7 @@ class Progress:
 
     def rewrite(self) -> None:
         """Write header and finished pieces afresh, which also drops a torn last line."""
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            for line in [self.header, *self.finished.values()]:
-                file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in [self.header, *self.finished.values()]))
 
     def add(self, line: dict[str, Any]) -> None:
         """Commit one finished piece."""

@@ -106,6 +106,10 @@ class PrepareConfig:
             raise UserError(f"--text_suffixes must start with a dot, got {self.text_suffixes}")
 
 
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(PrepareConfig) if f.default is not dataclasses.MISSING}
+"""What holds where a command line says nothing."""
+
+
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a document belongs to the validation split: a function of its text alone."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()

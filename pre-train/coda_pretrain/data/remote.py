@@ -8,8 +8,9 @@ import numpy as np
 from upath import UPath
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import arriving
 
-from ..places import arriving, copy_to_local
+from ..places import copy_to_local
 
 
 def cached_file(file: UPath, cache: Path, sha256: str) -> Path:

@@ -23,8 +23,9 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import write_whole
 
-from ..places import Place, arriving, place_of, sha256_of, size_of
+from ..places import Place, place_of, sha256_of, size_of
 from .remote import RangedArray, cached_file, verified_array
 
 MANIFEST_NAME = "manifest.json"
@@ -57,11 +58,7 @@ def token_dtype(largest_id: int) -> str:
 
 def replace_with_json(path: Path, data: Any) -> None:
     """Write `data` so that `path` holds either its old content or all of the new one, whenever the process dies."""
-    with arriving(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 class ShardWriter:

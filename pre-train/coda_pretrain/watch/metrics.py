@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from CoDALanguageModel.run_files import read_rows, write_whole
+
 from ..devices.backend import Backend
 from ..devices.chips import CHIPS, chip_of_gpu
-from .flops import ModelShape, training_flops, work_of_batch
+from .flops import BlockShape, ModelShape, training_flops, work_of_batch
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +31,7 @@ class MetricsFile:
         self.path = path
         if path.exists():
             kept = [json.dumps(row) for row in read_rows(path) if row["step"] <= finished_steps]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -43,18 +42,6 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, up to the first line that was not written completely."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s holds a line that was not written completely; rows from there on are dropped", path)
-            break
-    return rows
 
 
 class Tracker(Protocol):
@@ -70,23 +57,23 @@ class Tracker(Protocol):
 class UtilizationMeter:
     """MFU of the steps since the last row: operations a second that training needs, over the peak of all devices."""
 
-    def __init__(self, peak: float | None, shape: ModelShape, global_batch_size: int) -> None:
+    def __init__(self, peak: float | None, shape: ModelShape, step_rows: int) -> None:
         """Start at no steps.
 
         Args:
             peak: operations a second of all devices together; None where it is not known.
             shape: the model's.
-            global_batch_size: rows of a step over all processes.
+            step_rows: rows that go through the model in a step, over all processes.
         """
-        self._peak, self._shape, self._global_batch_size = peak, shape, global_batch_size
+        self._peak, self._shape, self._step_rows = peak, shape, step_rows
         self._flops = self._seconds = 0.0
 
-    def add(self, batch: dict[str, np.ndarray], seconds: float) -> None:
+    def add(self, batch: dict[str, np.ndarray], seconds: float, blocks: BlockShape | None = None) -> None:
         """Count a step; this process's rows stand for an equal share of the work of all processes."""
         if self._peak is None:
             return
-        work = work_of_batch(batch["segment_ids"], batch["labels"])
-        self._flops += training_flops(self._shape, work) * self._global_batch_size / len(batch["labels"])
+        work = work_of_batch(batch["segment_ids"], batch["labels"], blocks)
+        self._flops += training_flops(self._shape, work) * self._step_rows / len(batch["labels"])
         self._seconds += seconds
 
     def mfu(self) -> float | None:

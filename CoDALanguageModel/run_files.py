@@ -1,0 +1,53 @@
+"""Files that rooms leave for each other, or for a restart: whole or not there, and rows of JSON, one a line.
+
+Both trainers write `metrics.jsonl` in this way, and whoever draws or continues a run reads it.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def arriving(target: Path) -> Iterator[Path]:
+    """A name beside `target` to write to: it becomes `target` when the block ends well, and vanishes otherwise."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(target: Path, text: str) -> None:
+    """Write `text` so that `target` holds what it held or all of it, on the disk, whenever the process dies."""
+    with arriving(target) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; a last line that was not written completely is left out, with a warning.
+
+    Raises:
+        UserError: another line is not JSON.
+    """
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if next(lines, None) is not None:
+                    raise UserError(f"{path}: line {number} is not JSON; mend it, or remove it") from error
+                logger.warning("%s ends in a line that was not written completely; it is left out", path)
+    return rows

@@ -1,0 +1,36 @@
+import json
+import logging
+
+import pytest
+
+from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import arriving, read_rows, write_whole
+
+
+def test_a_torn_last_line_is_left_out_and_told_and_any_other_is_refused(tmp_path, caplog):
+    path, rows = tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2, "text": "a\u2028b"}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"step": 3, "lo')
+    with caplog.at_level(logging.WARNING):
+        assert read_rows(path) == rows
+    assert "metrics.jsonl ends in a line that was not written completely" in caplog.text
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is not JSON"):
+        read_rows(path)
+
+
+def test_a_file_is_its_old_self_until_the_new_one_is_whole(tmp_path):
+    target = tmp_path / "state.json"
+    write_whole(target, "old")
+
+    def killed_while_writing():
+        with arriving(target) as partial:
+            partial.write_text("ne")
+            assert target.read_text() == "old"
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        killed_while_writing()
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+    assert target.read_text() == "old"
+    write_whole(target, "new")
+    assert target.read_text() == "new"
