@@ -49,7 +49,7 @@ class Family:
     """As in config.json."""
 
     backbone: str
-    """The type of transformers' own class that computes the same: one of `AUTOREGRESSIVE_TYPES`."""
+    """Type of transformers' own class that computes the same: one of `AUTOREGRESSIVE_TYPES`."""
 
     marks: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json, with their values, that tell this family from others of its `model_type`."""
@@ -86,7 +86,7 @@ class Family:
 
     @property
     def is_autoregressive(self) -> bool:
-        """Whether the weights know no mask token: attention and blocks are then the caller's choice."""
+        """Whether the type is that of autoregressive models: attention and blocks are then the caller's choice."""
         return self.model_type == self.backbone and not self.marks
 
     def settings(
@@ -250,9 +250,8 @@ FAMILIES = (
             "layer_norm_type": ("rms",),
             "activation_type": ("silu",),
             "rope": (True,),
-            "include_bias": (False,),
             **dict.fromkeys(
-                "alibi attention_layer_norm bias_for_layer_norm include_qkv_bias input_emb_norm "
+                "alibi attention_layer_norm bias_for_layer_norm include_bias include_qkv_bias input_emb_norm "
                 "multi_query_attention scale_logits".split(),
                 (False, None),
             ),

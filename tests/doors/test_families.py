@@ -542,7 +542,7 @@ REFUSED = {
         "llada",
         {"include_bias": True},
         {},
-        "include_bias in config.json must be False for a LLaDA model, got Tr",
+        "include_bias in config.json must be False, absent for a LLaDA",
     ),
     "experts": ("llada", {"num_experts": 64}, {}, "num_experts must be absent .* got 64: experts have no place here"),
     "images": ("Dream", {"vision_config": {"a": 1}}, {}, "vision_config must be absent .* images have no place here"),

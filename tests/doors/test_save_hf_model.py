@@ -168,7 +168,13 @@ def test_a_qwen2_folder_with_a_mask_token_attends_to_everything_and_is_shifted(t
     assert (logits_of(model, ids) - logits_of(source, ids, attention_mask=everything)).abs().max() < 1e-5
 
 
-BLOCKS = {"attention": "block_causal", "block_size": 8, "block_origin": "answer", "logits_shift": False}
+BLOCKS = {
+    "attention": "block_causal",
+    "block_size": 8,
+    "block_origin": "answer",
+    "causal_context": True,
+    "logits_shift": False,
+}
 
 
 def test_a_coda_folder_keeps_its_blocks_contract_and_ends(tmp_path):
