@@ -14,7 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import save_hf_model
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.answers import AnswerReader
 from CoDALanguageModel.families import family_of, find_mask_token
+from CoDALanguageModel.prompts import Codec
 from save_hf_model import convert, main
 
 LAYERS, WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, ROWS = 2, 32, 48, 4, 2, 16, 128, 288
@@ -483,6 +485,28 @@ def test_a_published_mask_is_added_in_its_place_and_never_another_token_of_its_i
         other = dataclasses.replace(family, mask_token_id=taken_or_far)
         with pytest.raises(ValueError, match=f"has the id {taken_or_far}, as it is published: the tokenizer must"):
             find_mask_token(other, fake.config, tokenizer, ROWS, None)
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_the_server_gives_the_answers_of_the_model(name, made_of, ask_server):
+    folder = made_of(name)[2]
+    model, codec = CoDALanguageModel.from_pretrained(folder).eval(), Codec.load(str(folder))
+    no_bytes = [*range(94, 256)]  # which are no whole characters
+    shared = {"steps": 12, "suppress_tokens": no_bytes}
+    prompts = ["x", "def add(a, b):\n    return a + b"]
+    asked = [{"prompt": text, "max_tokens": 20, "temperature": 0, "alg_temp": "none", **shared} for text in prompts]
+    for text, response in zip(prompts, ask_server(folder, asked), strict=True):
+        ids = codec.encode_text(text)
+        output = model.diffusion_generate(
+            torch.tensor([ids]), max_new_tokens=20, temperature=0.0, alg_temp=None, **shared
+        )
+        ends = frozenset({END_TURN, END})
+        reader = AnswerReader(decode=codec.decode, mask_token_id=MASK, eos_token_ids=ends, prompt_ids=ids)
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"][0]["text"] == reader.read(output[0, len(ids) :].tolist()).text
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 8}
+    (response,) = ask_server(folder, [chat], "/v1/chat/completions")
+    assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize("wrong", [{"attention": "full", "block_size": None}, {"block_size": 8}])
