@@ -73,7 +73,7 @@ def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, to
             shape or not finite.
     """
     check_weights(folder, gguf.get("gguf_file"))
-    names: dict[str, str] = {}
+    arguments: dict[str, Any] = dict(gguf)
     if gguf:
         config = _gguf_config(folder, gguf)
     else:
@@ -84,17 +84,12 @@ def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, to
             return model.eval(), _stored_dtype(model.config, folder)
         family = family_of(values)
         config = AutoConfig.from_pretrained(folder) if family.is_autoregressive else family.config(values)
-        names = {re.escape(part): own for part, own in family.weights.items()}
+        arguments["config"] = config
+        arguments["key_mapping"] = {re.escape(part): own for part, own in family.weights.items()}
     coda_config_of(config)  # refuse before the weights are read
     # Mismatched sizes are let through here to be named with the other faults below.
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        key_mapping=names,
-        **gguf,
+        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
     )
     # A GGUF file also holds tables that its loader turns into buffers; they are no weights.
     kinds = ("missing_keys", "mismatched_keys") if gguf else ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -352,7 +352,8 @@ def find_mask_token(
 def published_ends(folder: Path, values: Mapping[str, Any], pad_token_id: int | None) -> list[int]:
     """Ids that end an answer in a published folder: its end tokens, and its padding.
 
-    Masked-diffusion models fill the rest of a canvas with padding, so that it has to be a token like others.
+    Masked-diffusion models fill the rest of a canvas with padding, and autoregressive ones end documents with it, so
+    that it has to be a token like others.
 
     Args:
         folder: the published one.

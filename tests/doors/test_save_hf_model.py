@@ -145,6 +145,10 @@ def test_blocks_of_one_are_the_autoregressive_model_itself(family, tmp_path):
     model = CoDALanguageModel.from_pretrained(tmp_path / "coda").eval()
     ids = torch.arange(40).view(2, 20) * 5 + 3
     assert (logits_of(model, ids)[..., :259] - logits_of(source, ids)).abs().max() < 1e-5
+    assert model.config.eos_token_id == [2, 0]  # the end of a turn, and of a document as in the source's config
+    text = model.diffusion_generate(ids[:1], max_new_tokens=16, steps=16, temperature=0.0, alg_temp=None)
+    wanted = source.generate(ids[:1], max_new_tokens=16, do_sample=False, eos_token_id=[0, 2], pad_token_id=0)
+    assert text[0, : wanted.shape[1]].tolist() == wanted[0].tolist()
 
 
 def test_larger_blocks_of_an_autoregressive_model_see_themselves_and_what_is_before_them(tmp_path):
