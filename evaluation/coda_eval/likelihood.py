@@ -64,10 +64,13 @@ class Layout:
         first, last = block.index(block[start]), block.index(block[-1])
         source = scored_by(torch.ones(1, end), shift=config.logits_shift)[0].tolist()
         places = [*range(last), *range(first, end)]
+        labels = [block[place] for place in places]
+        if config.causal_context:  # a clean token is a block of its own
+            labels = [place if i < last else block.index(block[place]) for i, place in enumerate(places)]
         return cls(
             ids=[text[place] for place in places],
             places=places,
-            blocks=[block[place] for place in places],
+            blocks=labels,
             num_clean=last,
             targets=[last + place - first for place in range(start, end)],
             sources=[  # of another block the clean copy
