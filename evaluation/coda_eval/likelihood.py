@@ -10,20 +10,21 @@ which is log p itself where the conditionals agree with one joint distribution (
 All 2^L - 1 sets are enumerated when they fit the budget; otherwise l is sampled systematically and S uniformly.
 
 With attention by blocks log p is the sum over the blocks of log p(block | context, clean blocks before), and each of
-these is bounded so. One input holds masks in all blocks, beside a clean copy that the later ones see, as in training
-(Arriola et al. 2025, https://arxiv.org/abs/2503.09573). Blocks of one token need one input and have no bound but log p.
+these is bounded so. One input holds masks in all blocks, beside a clean copy that the later ones see, as in training.
+Blocks of one token need one input, and their bound is log p.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from CoDALanguageModel.attention_coda import block_causal, block_numbers
+from CoDALanguageModel.attention_coda import Visibility, block_starts, doubled
 from CoDALanguageModel.configuration_coda import CoDAConfig
 from CoDALanguageModel.diffusion import named_rng, scored_by
 from CoDALanguageModel.errors import UserError
@@ -41,43 +42,40 @@ class LikelihoodBound:
 class Layout:
     """A context and its continuation as the model reads them.
 
-    First the clean blocks that others see, then the blocks in which the continuation stands, whose tokens are masked.
-    With full attention all is one block.
+    With full attention this is the text; with attention by blocks a row `[noisy; clean]`, of which nothing is left out
+    but noisy blocks before the continuation and the clean copy of its last block, which nothing depends on.
     """
 
     ids: list[int]
-    places: list[int]  # of each id in the text
-    blocks: list[int]  # of each id
-    num_clean: int
-    targets: list[int]  # columns of the continuation
+    targets: list[int]  # columns of the continuation, in the noisy half
     sources: list[int]  # columns whose rows of logits score them
     sizes: list[int]  # tokens of the continuation in each of its blocks
+    places: list[int]  # of each column in the text
+    facts: list[list[int]]  # of each column, see `Visibility`; none with full attention
 
     @classmethod
     def of(cls, context: list[int], continuation: list[int], config: CoDAConfig) -> "Layout":
         """Lay out a text whose blocks are counted as the configuration says, the continuation being its answer."""
-        text, start, end = [*context, *continuation], len(context), len(context) + len(continuation)
-        block = [0] * end
-        if config.has_blocks:
-            answer_start = torch.tensor([start]) if config.block_origin == "answer" else None
-            block = block_numbers(torch.arange(end), config.block_size, answer_start).tolist()
-        first, last = block.index(block[start]), block.index(block[-1])
-        source = scored_by(torch.ones(1, end), shift=config.logits_shift)[0].tolist()
-        places = [*range(last), *range(first, end)]
-        labels = [block[place] for place in places]
-        if config.causal_context:  # a clean token is a block of its own
-            labels = [place if i < last else block.index(block[place]) for i, place in enumerate(places)]
+        text, first, end = [*context, *continuation], len(context), len(context) + len(continuation)
+        real = torch.ones(1, end, dtype=torch.long)
+        if not config.has_blocks:
+            source = scored_by(real, shift=config.logits_shift)[0, first:].tolist()
+            return cls(text, list(range(first, end)), source, [len(continuation)], list(range(end)), [])
+        answer_start = torch.tensor([[first]]) if config.block_origin == "answer" else None
+        place = torch.arange(end)[None]
+        start = block_starts(place, config.block_size, answer_start)
+        rule = doubled(real, place, start, causal_context=config.causal_context)
+        source = scored_by(None, rule.segment, shift=config.logits_shift, doubled_group=rule.group)[0].tolist()
+        block = start[0].clamp(min=0).tolist()
+        columns = [*range(block[first], end), *range(end, end + block[-1])]
+        index = {column: i for i, column in enumerate(columns)}
         return cls(
-            ids=[text[place] for place in places],
-            places=places,
-            blocks=labels,
-            num_clean=last,
-            targets=[last + place - first for place in range(start, end)],
-            sources=[  # of another block the clean copy
-                source[place] + (last - first if block[source[place]] == block[place] else 0)
-                for place in range(start, end)
-            ],
-            sizes=[len(list(group)) for _, group in itertools.groupby(block[start:])],
+            ids=[text[column % end] for column in columns],
+            targets=[index[column] for column in range(first, end)],
+            sources=[index[source[column]] for column in range(first, end)],
+            sizes=[len(list(group)) for _, group in itertools.groupby(block[first:])],
+            places=[column % end for column in columns],
+            facts=[fact[0, columns].tolist() for fact in rule],
         )
 
 
@@ -184,26 +182,24 @@ def _score(
     """Summed log-probability of the masked tokens of each block of each row; one forward pass, right-padded."""
     device, config = model.device, model.config
     longest, most = max(len(layout.ids) for layout in layouts), max(len(layout.sizes) for layout in layouts)
-    clean = torch.zeros((len(layouts), longest), dtype=torch.long)
-    real, masked, places, blocks = (torch.zeros_like(clean) for _ in range(4))
-    sources, groups = torch.zeros_like(clean), torch.zeros_like(clean)
+
+    def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+
+    clean, real = padded([layout.ids for layout in layouts]), padded([[1] * len(layout.ids) for layout in layouts])
+    masked, sources, groups = torch.zeros_like(real, dtype=torch.bool), torch.zeros_like(real), torch.zeros_like(real)
     for row, (layout, sets) in enumerate(zip(layouts, masks, strict=True)):
-        width, targets = len(layout.ids), torch.tensor(layout.targets)
-        clean[row, :width] = torch.tensor(layout.ids)
-        places[row, :width], blocks[row, :width] = torch.tensor(layout.places), torch.tensor(layout.blocks)
-        real[row, :width] = 1
-        masked[row, targets] = torch.from_numpy(np.concatenate(sets)).long()
-        sources[row, targets] = torch.tensor(layout.sources)
-        groups[row, targets] = torch.arange(len(sets)).repeat_interleave(torch.tensor(layout.sizes))
-    rule = {}
+        masked[row, layout.targets] = torch.from_numpy(np.concatenate(sets))
+        sources[row, layout.targets] = torch.tensor(layout.sources)
+        groups[row, layout.targets] = torch.arange(len(sets)).repeat_interleave(torch.tensor(layout.sizes))
+    rule: dict[str, Any] = {"attention_mask": real.to(device)}
     if config.has_blocks:
-        is_clean = torch.arange(longest) < torch.tensor([[layout.num_clean] for layout in layouts])
-        visibility = block_causal(*(x.to(device) for x in (real, blocks, is_clean)))
-        rule = {"visibility": visibility, "position_ids": places.to(device)}
+        facts = zip(*(layout.facts for layout in layouts), strict=True)
+        rule = {"visibility": Visibility(*(padded(fact).to(device) for fact in facts))}
+        rule["position_ids"] = padded([layout.places for layout in layouts]).to(device)
     rows, columns = masked.nonzero(as_tuple=True)  # (N,), (N,)
     logits: Tensor = model(
-        input_ids=clean.masked_fill(masked.bool(), config.mask_token_id).to(device),
-        attention_mask=real.to(device),
+        input_ids=clean.masked_fill(masked, config.mask_token_id).to(device),
         positions=(rows * longest + sources[rows, columns]).to(device),  # after a context: >= 0
         **rule,
     ).logits  # (N, V)
