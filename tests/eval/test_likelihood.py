@@ -19,7 +19,7 @@ class TableModel:
     """A masked model whose conditionals all come from one table of probabilities over VOCAB ** LENGTH texts."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(mask_token_id=MASK, logits_shift=True, has_blocks=False)
+    config = SimpleNamespace(mask_token_id=MASK, logits_shift=True, has_blocks=False, causal_context=False)
 
     def __init__(self):
         table = np.random.default_rng(0).random((VOCAB,) * LENGTH)
@@ -134,10 +134,17 @@ def test_bounds_do_not_depend_on_the_batch(make_model, blocks):
 
 
 @torch.no_grad()
-def mean_over_orders(model, text, block, position_block, shift):
+def mean_over_orders(model, text, block, position_block, shift, causal=False):
     """Mean log-probability of the tokens of one block over all orders, by a mask of (query, key) pairs written out."""
     allowed = torch.tensor(
-        [[position_block[k] <= position_block[q] for k in range(len(text))] for q in range(len(text))]
+        [
+            [
+                position_block[k] <= position_block[q]
+                and (k <= q or not causal or position_block[k] == position_block[block[0]])
+                for k in range(len(text))
+            ]
+            for q in range(len(text))
+        ]
     )
     sums = []
     for order in itertools.permutations(block):
@@ -151,7 +158,7 @@ def mean_over_orders(model, text, block, position_block, shift):
     return sum(sums) / len(sums)
 
 
-@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize(("shift", "causal"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize(
     ("size", "origin", "blocks"),
     [
@@ -161,13 +168,14 @@ def mean_over_orders(model, text, block, position_block, shift):
     ],
 )
 def test_likelihood_with_blocks_is_the_mean_over_orders_of_each_block_behind_clean_ones(
-    make_model, size, origin, blocks, shift
+    make_model, size, origin, blocks, shift, causal
 ):
-    model = make_model(attention="block_causal", block_size=size, block_origin=origin, logits_shift=shift).double()
+    facts = {"block_size": size, "block_origin": origin, "logits_shift": shift, "causal_context": causal}
+    model = make_model(attention="block_causal", **facts).double()
     text = draw(blocks[-1][-1] + 1)[0]
     start = 5 % size if origin == "answer" else 0
     numbers = [(place - start) // size for place in range(len(text))]
-    expected = sum(mean_over_orders(model, text, block, numbers, shift) for block in blocks)
+    expected = sum(mean_over_orders(model, text, block, numbers, shift, causal) for block in blocks)
     model.num_inputs = 0
     (bound,) = bound_log_likelihoods(model, [(text[:5], text[5:])], mc_num=15, seed=0, batch_size=4, max_length=64)
     assert bound.nats == pytest.approx(expected, abs=1e-5)
