@@ -128,6 +128,8 @@ def test_cached_decoding_in_company_equals_recomputing_alone(block_model, shift,
     if size == 4:  # prompts and blocks in passes of their own
         monkeypatch.setattr("CoDALanguageModel.scoring.TOKENS_OF_A_PASS", 4)
         monkeypatch.setattr("CoDALanguageModel.blocks.LEAST_SHARED", 1)  # texts share what they happen to share
+    if size == 6:  # prompts in several parts
+        monkeypatch.setattr("CoDALanguageModel.blocks.LONGEST_PART", 5)
     model = block_model(shift, origin, size, causal=causal)
     rng = random.Random(size)
     requests = [draw_request(rng, model, regime) for regime in REGIMES]
@@ -288,6 +290,20 @@ def test_answers_to_one_prompt_store_and_compute_it_once(block_model, tokens):
         while decoding.rows:
             decoding.step()
         assert alone.ids == row.ids
+
+
+def test_a_long_prompt_is_computed_in_parts_of_whole_blocks(block_model, tokens, monkeypatch):
+    monkeypatch.setattr("CoDALanguageModel.blocks.LONGEST_PART", 10)
+    config = DiffusionGenerationConfig(max_new_tokens=4, steps=4)
+    for origin, prompt, want in (("text", 31, [8, 8, 16]), ("answer", 33, [9, 8, 4, 16]), ("text", 9, [12])):
+        model, widths = block_model(False, origin, 4), []
+        hook = model.model.register_forward_hook(lambda module, args, output, to=widths: to.append(output[0].shape[1]))
+        decoding = Decoding(model)
+        row = decoding.admit(Request(ids=tokens(prompt).tolist(), settings=config))
+        decoding.step()
+        hook.remove()
+        assert widths == want
+        assert row.cost.tokens_evaluated == sum(want)
 
 
 def test_candidate_lengths_of_a_gap_share_the_text_left_of_it(block_model, tokens):
