@@ -85,8 +85,8 @@ class ModelSampler:
         A saved file holds every setting: what it only repeats of the model room's own defaults decides nothing.
         """
         config = self._model.generation_config
-        decided = ((row, getattr(config, row.name)) for row in DECODING)
-        return {row.api: value for row, value in decided if value != row.default}
+        decided = ((setting, getattr(config, setting.name)) for setting in DECODING)
+        return {setting.api: value for setting, value in decided if value != setting.default}
 
     def check(self, request: CanvasRequest) -> None:
         """Refuse a canvas that could not be denoised.

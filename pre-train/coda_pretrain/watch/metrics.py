@@ -63,13 +63,13 @@ class UtilizationMeter:
         Args:
             peak: operations a second of all devices together; None where it is not known.
             shape: the model's.
-            global_batch_size: rows of a step over all processes.
+            global_batch_size: samples of a step over all processes.
         """
         self._peak, self._shape, self._global_batch_size = peak, shape, global_batch_size
         self._flops = self._seconds = 0.0
 
     def add(self, batch: dict[str, np.ndarray], seconds: float) -> None:
-        """Count a step; this process's rows stand for an equal share of the work of all processes."""
+        """Count a step; this process's samples stand for an equal share of the work of all processes."""
         if self._peak is None:
             return
         work = work_of_batch(batch["segment_ids"], batch["labels"])
