@@ -2,10 +2,10 @@
 
     python save_hf_model.py --checkpoint_dir C --output_dir O [--tokenizer DIR] [--dtype bfloat16] [--overwrite]
 
-C is a pre-training export (or any other CoDA folder), or an autoregressive Qwen3, Qwen2 or Llama folder or GGUF file,
-whose weights are kept as they are: only the attention mask changes. O loads with `AutoModel` and
-`AutoModelForCausalLM` (`trust_remote_code=True`) on a machine without this repository, which is checked before O
-appears under its name. Not here: training, and merging adapters.
+C is a pre-training export (or any other CoDA folder), an autoregressive Qwen3, Qwen2 or Llama folder or GGUF file, or
+the folder of a published family of diffusion models (see `families`). The weights are kept as they are, and no code of
+C is run. O loads with `AutoModel` and `AutoModelForCausalLM` (`trust_remote_code=True`) on a machine without this
+repository, which is checked before O appears under its name. Not here: training, and merging adapters.
 """
 
 import argparse
@@ -19,19 +19,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import CoDALanguageModel as model_room
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
+from CoDALanguageModel.configuration_coda import ATTENTIONS, BLOCK_ORIGINS, token_ids
 from CoDALanguageModel.conversion import (
     DEFAULT_MASK_TOKEN,
     build_model,
@@ -41,7 +43,8 @@ from CoDALanguageModel.conversion import (
     number_of_ids,
 )
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.weight_files import check_tokenizer, refuse_not_finite, weight_files
+from CoDALanguageModel.families import AUTOREGRESSIVE_TYPES, Family, family_of, find_mask_token, published_ends
+from CoDALanguageModel.weight_files import check_tokenizer, check_weights, read_json, refuse_not_finite, weight_files
 
 logger = logging.getLogger("save_hf_model")
 
@@ -51,6 +54,9 @@ CHECK_TEXT = "def add(a, b):\n    return a + b\n"
 # Largest difference of two float32 computations of the same logits, relative to the largest one. Weights of any dtype
 # are compared in float32 arithmetic, so that no tolerance has to make room for the rounding of activations.
 TOLERANCE = 1e-4
+
+LONGEST_CHECK = 160
+"""Tokens of a row of the batch that is compared: two blocks of up to 78."""
 
 # Runs in a process of its own, on the folder alone.
 CHECK_PROGRAM = """
@@ -139,8 +145,8 @@ def find_checkpoint(checkpoint_dir: str) -> tuple[Path, dict[str, str]]:
     )
 
 
-def load_tokenizer(folder: Path, gguf: dict[str, str]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder.
+def load_tokenizer(folder: Path, gguf: dict[str, str], family: Family | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder; that of a published family without the code that lies beside it.
 
     Raises:
         UserError: the folder has none.
@@ -150,28 +156,42 @@ def load_tokenizer(folder: Path, gguf: dict[str, str]) -> PreTrainedTokenizerBas
             f"{str(folder)!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)}): name its folder with --tokenizer"
         )
     check_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder, **gguf)
+    if family is None or family.is_autoregressive:
+        return AutoTokenizer.from_pretrained(folder, **gguf)
+    is_whole = (folder / "tokenizer.json").is_file()
+    return (PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer).from_pretrained(folder)
 
 
-def check_input(num_ids: int) -> Tensor:
-    """A fixed (2, 16) batch of ids below `num_ids`."""
-    return (torch.arange(32) * 7919 % num_ids).view(2, 16)
+def check_input(num_ids: int, width: int = 16) -> Tensor:
+    """A fixed (2, width) batch of ids below `num_ids`."""
+    return (torch.arange(2 * width) * 7919 % num_ids).view(2, width)
 
 
 @torch.no_grad()
-def check_source(source: torch.nn.Module, model: CoDALanguageModel) -> Agreement:
-    """Compare the logits of an autoregressive model with those of its CoDA twin under a causal mask, both float32.
+def check_source(source: torch.nn.Module, model: CoDALanguageModel, family: Family) -> Agreement:
+    """Compare the logits of transformers' own network with those of its CoDA twin, both float32.
+
+    The network of a published family is told who may attend to whom by a mask, its twin by the configuration. The twin
+    of an autoregressive model is given a causal mask, unless its configuration says just that.
 
     Raises:
         UserError: they differ.
     """
     vocab_size = source.config.vocab_size
-    ids = check_input(vocab_size)
-    causal = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril().expand(len(ids), -1, -1, -1)
-    expected = source(input_ids=ids).logits
-    seen = Agreement.of(model(input_ids=ids, attention_mask=causal).logits[..., :vocab_size], expected)
+    if family.is_autoregressive:
+        ids, rule = check_input(vocab_size), "a causal mask"
+        place = torch.arange(ids.shape[1])
+    else:
+        ids, rule = masked_input(model), f"the attention of {family.title}"
+        place = torch.arange(ids.shape[1]) // (model.config.block_size or ids.shape[1])
+    allowed = (place[:, None] >= place).expand(len(ids), 1, -1, -1)
+    knows_rule = model.config.block_size == 1 or not family.is_autoregressive
+    found = model(input_ids=ids, attention_mask=None if knows_rule else allowed).logits[..., :vocab_size]
+    expected = source(input_ids=ids, attention_mask=None if family.is_autoregressive else allowed).logits
+    seen = Agreement.of(found, expected)
     if not seen.is_equal:
-        raise UserError(f"the logits differ from the source's under a causal mask; nothing written: {seen}")
+        raise UserError(f"the logits differ from the source's under {rule}; nothing written: {seen}")
+    logger.info("same as the source under %s: %s", rule, seen)
     return seen
 
 
@@ -204,8 +224,9 @@ def decoding_defaults(config: CoDAConfig) -> DiffusionGenerationConfig:
 
 
 def masked_input(model: CoDALanguageModel) -> Tensor:
-    """A fixed (2, 16) batch of the model's ids, every third one masked."""
-    ids = check_input(model.config.num_token_ids)
+    """A fixed batch of the model's ids, every third one masked: (2, 16), or two blocks and a piece where they fit."""
+    width = min(max(16, 2 * (model.config.block_size or 0) + 4), model.config.max_position_embeddings, LONGEST_CHECK)
+    ids = check_input(model.config.num_token_ids, width)
     ids[:, ::3] = model.config.mask_token_id
     return ids
 
@@ -241,7 +262,7 @@ def check_folder(folder: Path, model: CoDALanguageModel, tokenizer: PreTrainedTo
     wanted = {
         "types": [["CoDALanguageModel", str(dtype)]] * len(agreements),
         "token_ids": tokenizer(text)["input_ids"],
-        "tokenizer": ids,
+        "tokenizer": [*ids[:2], token_ids(config.eos_token_id)[0]],
         "generation": [*ids, config.num_token_ids],
         "config": [*ids, config.num_token_ids],
     }
@@ -312,6 +333,29 @@ def cleaning_up_when_stopped() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def read_family(
+    folder: Path, gguf: dict[str, str], asked: Mapping[str, str | int | None]
+) -> tuple[Family | None, dict[str, Any], dict[str, Any]]:
+    """What is known of a folder before its weights are read: family, config.json, and arguments of `CoDAConfig`.
+
+    A CoDA folder has no family, and says everything itself.
+
+    Raises:
+        UserError: the folder or file is broken or of no known family, or what was asked for contradicts it.
+    """
+    check_weights(folder, gguf.get("gguf_file"))
+    # What a GGUF file holds is autoregressive, and which type of it makes no difference here.
+    values = {"model_type": AUTOREGRESSIVE_TYPES[0]} if gguf else read_json(folder / "config.json")
+    if values.get("model_type") != CoDAConfig.model_type:
+        family = family_of(values)
+        return family, values, family.settings(values, **asked)
+    for name, value in asked.items():
+        stated = values.get(name, getattr(CoDAConfig, name))
+        if value not in (None, stated):
+            raise UserError(f"--{name} must be {stated}, as config.json says, got {value}")
+    return None, values, {}
+
+
 def convert(
     checkpoint_dir: str,
     output_dir: str,
@@ -321,17 +365,19 @@ def convert(
     mask_token: str | None = None,
     overwrite: bool = False,
     check: bool = True,
+    **asked: str | int | None,
 ) -> CoDALanguageModel:
     """Write the folder and check it; give the model as it was written.
 
     Args:
-        checkpoint_dir: CoDA or autoregressive folder, or GGUF file.
+        checkpoint_dir: CoDA, autoregressive or published folder, or GGUF file.
         output_dir: folder to make.
         tokenizer_dir: folder of the tokenizer; None means `checkpoint_dir`.
         dtype: a key of `DTYPES`, or "auto" for the source's.
-        mask_token: text of the mask token; None means the tokenizer's own, else `<|mask|>`.
+        mask_token: text of the mask token; None means the family's or the tokenizer's own, else `<|mask|>`.
         overwrite: replace a folder that is not empty.
         check: load the folder in a process of its own before it appears.
+        **asked: `attention`, `block_size` and `block_origin` of `CoDAConfig`, where the folder leaves them open.
 
     Raises:
         UserError: what the caller can mend, with the name of the setting.
@@ -340,17 +386,25 @@ def convert(
         source_dir, gguf = find_checkpoint(checkpoint_dir)
         if tokenizer_dir is not None and not Path(tokenizer_dir).is_dir():
             raise UserError(f"--tokenizer must be a folder, got {tokenizer_dir!r}")
+        family, values, settings = read_family(source_dir, gguf, asked)
         source, stored = load_source(source_dir, gguf)
-        tokenizer = load_tokenizer(Path(tokenizer_dir or source_dir), {} if tokenizer_dir else gguf)
-        if number_of_ids(tokenizer) > source.config.vocab_size:
+        tokenizer = load_tokenizer(Path(tokenizer_dir or source_dir), {} if tokenizer_dir else gguf, family)
+        num_rows = source.config.vocab_size
+        if number_of_ids(tokenizer) > num_rows:
             raise UserError(
-                f"the tokenizer must not define more ids than the model has rows ({source.config.vocab_size}), got "
+                f"the tokenizer must not define more ids than the model has rows ({num_rows}), got "
                 f"{number_of_ids(tokenizer)}: pass the model's own with --tokenizer"
             )
+        ends: list[int] = []
+        if family is not None and not family.is_autoregressive:
+            mask_token = find_mask_token(family, values, tokenizer, num_rows, mask_token)
+            ends = published_ends(source_dir, values, tokenizer.pad_token_id)
         complete_tokenizer(tokenizer, mask_token)
-        model = build_model(source, tokenizer)
-        if source.config.model_type != CoDAConfig.model_type:
-            logger.info("same as the source under a causal mask: %s", check_source(source, model))
+        if ends:
+            settings["eos_token_id"] = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+        model = build_model(source, tokenizer, settings)
+        if family is not None:
+            check_source(source, model, family)
         del source
         round_weights(model, stored if dtype == "auto" else DTYPES[dtype])
         model.generation_config = decoding_defaults(model.config)
@@ -368,11 +422,14 @@ def convert(
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="save_hf_model.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint_dir", required=True, help="CoDA, Qwen3, Qwen2 or Llama folder, or a GGUF file")
+    parser.add_argument("--checkpoint_dir", required=True, help="folder of a supported type, or a GGUF file")
     parser.add_argument("--output_dir", required=True, help="folder to make")
     parser.add_argument("--tokenizer", help="folder of the tokenizer (default: checkpoint_dir)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: as stored")
-    parser.add_argument("--mask_token", help=f"default: the tokenizer's own, else {DEFAULT_MASK_TOKEN}")
+    parser.add_argument("--mask_token", help=f"default: the folder's own, else {DEFAULT_MASK_TOKEN}")
+    parser.add_argument("--attention", choices=ATTENTIONS, help="where the folder leaves it open")
+    parser.add_argument("--block_size", type=int, help="with block_causal attention: tokens per block")
+    parser.add_argument("--block_origin", choices=BLOCK_ORIGINS, help="with block_causal attention: its first block")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
     options = parser.parse_args(arguments)
     try:
@@ -384,6 +441,9 @@ def main(arguments: list[str] | None = None) -> int:
                 dtype=options.dtype,
                 mask_token=options.mask_token,
                 overwrite=options.overwrite,
+                attention=options.attention,
+                block_size=options.block_size,
+                block_origin=options.block_origin,
             )
     except (UserError, OSError) as error:
         print(f"save_hf_model.py: error: {error}", file=sys.stderr)

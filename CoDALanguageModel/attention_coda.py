@@ -86,12 +86,20 @@ def block_causal(segment_ids: Tensor, block: Tensor, is_clean: Tensor) -> Visibi
 
     Args:
         segment_ids: (B, T) int.
-        block: (B, T) int, the number of each position's block.
+        block: (B, T) int, equal within a block and rising from one block of a text to the next.
         is_clean: (B, T) bool.
     """
     return Visibility(
         segment_ids, 2 * block + is_clean, torch.where(is_clean, block, NEVER), torch.where(is_clean, block, block - 1)
     )
+
+
+def places(segment_ids: Tensor) -> Tensor:
+    """The place of each position in its segment, from 0; (B, T) int64. A run of padding counts like a segment."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)[None]  # (1, T)
+    is_start = torch.ones_like(segment_ids, dtype=torch.bool)
+    is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return index - torch.where(is_start, index, 0).cummax(dim=1).values
 
 
 def block_numbers(position_ids: Tensor, block_size: int, answer_start: Tensor | None = None) -> Tensor:
@@ -100,17 +108,46 @@ def block_numbers(position_ids: Tensor, block_size: int, answer_start: Tensor | 
     Args:
         position_ids: (..., T) int, place of each token in its text.
         block_size: tokens per block.
-        answer_start: (..., 1) int, where a block must begin: the first one is then shorter. By default at 0.
+        answer_start: (..., 1) or (..., T) int, place where a block must begin: the first one is then shorter. By
+            default at 0.
     """
-    ahead = 0 if answer_start is None else -answer_start % block_size
-    return (position_ids + ahead) // block_size
+    return (position_ids + _missing(answer_start, block_size)) // block_size
+
+
+def block_starts(position_ids: Tensor, block_size: int, answer_start: Tensor | None = None) -> Tensor:
+    """The place of the first token of each position's block; below 0 in a shorter first one. See `block_numbers`."""
+    return position_ids - (position_ids + _missing(answer_start, block_size)) % block_size
+
+
+def _missing(answer_start: Tensor | None, block_size: int) -> Tensor | int:
+    """Tokens that the first block is shorter by."""
+    return 0 if answer_start is None else -answer_start % block_size
+
+
+def doubled(segment_ids: Tensor, place: Tensor, start: Tensor, *, causal_context: bool = False) -> Visibility:
+    """The rule of rows `[noisy; clean]` that hold each text twice.
+
+    Args:
+        segment_ids: (B, T) int, of either half.
+        place: (B, T) int, of each position in its text.
+        start: (B, T) int, place of the first token of its block, see `block_starts`.
+        causal_context: whether each clean position is a block of its own, which does not see what it predicts.
+
+    Returns:
+        A rule for (B, 2T) positions.
+    """
+    block = torch.cat([start, place if causal_context else start], dim=1)
+    is_clean = torch.zeros_like(block, dtype=torch.bool)
+    is_clean[:, start.shape[1] :] = True
+    return block_causal(torch.cat([segment_ids, segment_ids], dim=1), block, is_clean)
 
 
 def rule_of(config: PreTrainedConfig, segment_ids: Tensor, position_ids: Tensor) -> Visibility:
     """The rule of a model's configuration for clean texts; the shapes of both tensors are (B, T)."""
     if not config.has_blocks:
         return full(segment_ids)
-    block = block_numbers(position_ids, config.block_size).expand(segment_ids.shape)
+    size = 1 if config.causal_context else config.block_size
+    block = block_numbers(position_ids, size).expand(segment_ids.shape)
     return block_causal(segment_ids, block, torch.ones_like(segment_ids, dtype=torch.bool))
 
 

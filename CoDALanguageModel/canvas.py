@@ -13,8 +13,10 @@ from torch import Tensor
 from .row import Row
 from .schedule import Commit
 
-EMPTY = {"ids": 0, "attention_mask": 0, "position_ids": 0, "source": 0, "ordinal": -1, "block": -1}
-"""The (R, T) int64 tensors of a canvas, with what stands in them behind the end of a row."""
+EMPTY = {"ids": 0, "attention_mask": 0, "position_ids": 0, "column": 0, "source": 0, "ordinal": -1, "block": -1}
+"""The (R, T) int64 tensors of a canvas, with what stands in them behind the end of a row: tokens, 1 at real ones, place
+of each column in the text and column of each place, column whose row of logits scores a column, masks left of a mask
+and its block."""
 
 
 class Step(NamedTuple):
@@ -65,7 +67,8 @@ class Decision(NamedTuple):
 class Canvas:
     """The token ids of rows and all that a step needs to know of each position.
 
-    A row stands at the left; what is behind it, as far as the widest row, is padding.
+    A row stands at the left; what is behind it, as far as the widest row, is padding. With attention by blocks a canvas
+    ends with the last block that is being decoded, and grows.
     """
 
     def __init__(self, device: torch.device):
@@ -83,7 +86,7 @@ class Canvas:
         return [row for row in (*self.rows, *self.waiting) if row.is_present]
 
     def settle(self) -> list[int] | None:
-        """Let rows go and come: nothing of a row that has left stays, and the canvas is as wide as its widest row.
+        """Let rows go and come: nothing of a row that has left stays, and the canvas is as wide as its rows need.
 
         Rows that are treated alike stand side by side, so that what belongs to them is a view.
 
@@ -92,7 +95,8 @@ class Canvas:
         """
         stay = [i for i, row in enumerate(self.rows) if row.is_present]
         come = [row for row in self.waiting if row.is_present]
-        if len(stay) == len(self.rows) and not come:
+        width = max((row.live for row in (*(self.rows[i] for i in stay), *come)), default=0)
+        if len(stay) == len(self.rows) and not come and width <= self.ids.shape[1]:
             return None
         alike: dict[Hashable, list[tuple[int, Row]]] = {}
         for place, row in [*((i, self.rows[i]) for i in stay), *((-1, row) for row in come)]:
@@ -101,16 +105,16 @@ class Canvas:
         self.rows = [row for rows in alike.values() for _, row in rows]
         self.group = [i for i, rows in enumerate(alike.values()) for _ in rows]
         self.waiting = []
-        width = max((row.width for row in self.rows), default=0)
-        new = [i for i, place in enumerate(source) if place < 0]
-        fresh = self._tensors([self.rows[i] for i in new], width)
+        known = self.ids.shape[1]
+        kept, new = ([i for i, place in enumerate(source) if (place < 0) == is_new] for is_new in (False, True))
         for name, fill in EMPTY.items():
-            tensor = refit(getattr(self, name), source, width, fill)
-            if new:
-                tensor[new] = fresh[name]
-            setattr(self, name, tensor)
+            setattr(self, name, refit(getattr(self, name), source, width, fill))
+        for places, first in ((new, 0), (kept, known)):
+            if places and first < width:
+                for name, columns in self._columns([self.rows[i] for i in places], first, width).items():
+                    getattr(self, name)[places, first:] = columns
         self.log_probability = refit(self.log_probability, source, width, 0.0)
-        self.is_unpadded = all(row.num_real == width for row in self.rows)
+        self.is_unpadded = all(row.num_real == row.width == width for row in self.rows)
         self.mask_ids = self.ids.new_tensor([row.config.mask_token_id for row in self.rows])[:, None]  # (R, 1)
         keeps = [row.sampling.order.keeps_deciding for row in self.rows]
         self.keeps_deciding = torch.tensor(keeps, device=self.device)[:, None] if any(keeps) else None
@@ -129,24 +133,15 @@ class Canvas:
                 parts.append([i])
         return parts
 
-    def _tensors(self, rows: list[Row], width: int) -> dict[str, Tensor]:
-        def padded(lists: list[list[int]]) -> Tensor:
-            values = [[*values, *[0] * (width - len(values))] for values in lists]
-            return torch.tensor(values, dtype=torch.long, device=self.device).view(len(rows), width)
-
-        ids, attention_mask = padded([row.ids for row in rows]), padded([row.attention_mask for row in rows])
-        masks = ids.new_tensor([row.config.mask_token_id for row in rows])[:, None]
-        fillable = (ids == masks) & attention_mask.bool()
-        ordinal = torch.where(fillable, fillable.long().cumsum(dim=1) - 1, -1)  # (R, T) masks left of it
-        block_length = ids.new_tensor([row.block_length for row in rows])[:, None]
-        return {
-            "ids": ids,
-            "attention_mask": attention_mask,
-            "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
-            "source": padded([row.source for row in rows]),
-            "ordinal": ordinal,
-            "block": torch.where(fillable, ordinal // block_length, -1),
-        }
+    def _columns(self, rows: list[Row], first: int, last: int) -> dict[str, Tensor]:
+        """What the rows say of some columns, (R, last - first) each."""
+        table = torch.tensor(list(EMPTY.values()))[:, None, None].repeat(1, len(rows), last - first)
+        for i, row in enumerate(rows):
+            facts = {"ids": torch.tensor(row.ids[first:last], dtype=torch.long), **row.facts}
+            for j, name in enumerate(EMPTY):
+                values = facts[name] if name == "ids" else facts[name][first:last]
+                table[j, i, : len(values)] = values
+        return dict(zip(EMPTY, table.to(self.device), strict=True))
 
     def next_step(self, places: list[int] | None = None, ahead: list[int] | None = None) -> Step:
         """What the next step does to rows (all by default).
@@ -207,7 +202,8 @@ class Canvas:
     def release(self, row: Row) -> None:
         """Let a row go: it is computed no more, and its place is free."""
         if row.config.output_scores and row in self.rows:
-            row.log_probability = self.log_probability[self.rows.index(row), : row.width].clone()
+            known = self.log_probability[self.rows.index(row), : row.width]
+            row.log_probability = torch.nn.functional.pad(known, (0, row.width - len(known)))
         row.leave()
 
 

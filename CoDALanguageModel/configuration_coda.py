@@ -60,6 +60,8 @@ class CoDAConfig(PreTrainedConfig):
         block_origin: where blocks are counted from: `"text"`, the start of the text, so that the last block of a prompt
             also holds the first tokens of its answer; or `"answer"`, the first block being as short as the prompt
             needs it. A row that says nothing of an answer is one from its start.
+        causal_context: whether blocks before the one that is being filled are read token by token, as objective
+            `joint` trains them, and not block by block.
         mask_token_id: id of the mask token, the absorbing state.
         pad_token_id: id that pads batches.
         bos_token_id: id that starts a text, if any.
@@ -98,6 +100,7 @@ class CoDAConfig(PreTrainedConfig):
     attention: str = "full"
     block_size: int | None = None
     block_origin: str = "text"
+    causal_context: bool = False
     mask_token_id: int = QWEN_MASK_TOKEN_ID
     pad_token_id: int | None = 151643
     bos_token_id: int | None = 151643
@@ -164,10 +167,11 @@ class CoDAConfig(PreTrainedConfig):
                 f"block_size must be in [1, max_position_embeddings={longest}] with attention 'block_causal', "
                 f"got {size!r}"
             )
-        if not self.has_blocks and (size is not None or self.block_origin != "text"):
+        if not self.has_blocks and (size is not None or self.block_origin != "text" or self.causal_context):
             raise UserError(
-                "block_size and block_origin say nothing with attention 'full': leave them out or set attention to "
-                f"'block_causal', got block_size {size!r} and block_origin {self.block_origin!r}"
+                "block_size, block_origin and causal_context say nothing with attention 'full': leave them out or set "
+                f"attention to 'block_causal', got block_size {size!r}, block_origin {self.block_origin!r} and "
+                f"causal_context {self.causal_context}"
             )
 
 

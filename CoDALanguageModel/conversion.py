@@ -1,27 +1,31 @@
-"""From an autoregressive Qwen3, Qwen2 or Llama model to a CoDA model: same weights, other attention mask.
+"""From a Qwen3, Qwen2 or Llama network to a CoDA model with the same weights, autoregressive or of a published family.
 
-Not here: files and command lines (`save_hf_model.py` writes folders, pre-training starts from them directly).
+Not here: what is known of the families (`families`), files and command lines (`save_hf_model.py` writes folders,
+pre-training starts from them directly).
 """
 
 import logging
+import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .configuration_coda import CoDAConfig
+from .configuration_coda import CoDAConfig, token_ids
 from .errors import UserError
+from .families import AUTOREGRESSIVE_TYPES, family_of
 from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from .modeling_coda import CoDALanguageModel
 from .prompts import CHATML_TEMPLATE
-from .weight_files import check_weights, refuse_not_finite
+from .weight_files import check_weights, refuse_not_finite, weight_files
 
 logger = logging.getLogger(__name__)
 
-AUTOREGRESSIVE_TYPES = ("qwen3", "qwen2", "llama")
 DEFAULT_MASK_TOKEN = "<|mask|>"
 # Tokens that the known families keep for padding, in the order in which they are taken.
 PAD_TOKENS = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<unk>")
@@ -33,7 +37,9 @@ def coda_config_of(source: PreTrainedConfig) -> dict[str, Any]:
     Raises:
         UserError: a type without a CoDA counterpart, or attention windows in use.
     """
-    _check_type(source.model_type, AUTOREGRESSIVE_TYPES)
+    if source.model_type not in AUTOREGRESSIVE_TYPES:
+        supported = ", ".join((CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES))
+        raise UserError(f"model_type must be one of {supported}, got {source.model_type!r}")
     windowed = [kind for kind in getattr(source, "layer_types", None) or () if kind != "full_attention"]
     if windowed:
         raise UserError(
@@ -57,39 +63,38 @@ def coda_config_of(source: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _check_type(model_type: str | None, allowed: tuple[str, ...]) -> None:
-    if model_type not in allowed:
-        supported = ", ".join((CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES))
-        raise UserError(f"model_type must be one of {supported}, got {model_type!r}")
-
-
 def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, torch.dtype]:
-    """Load a CoDA or autoregressive model in float32; also give the dtype that it was stored in.
+    """Load a CoDA model, an autoregressive one or one of a published family in float32; also give its stored dtype.
+
+    The last comes as transformers' own class of the same network. No code of the folder's own is run.
 
     Raises:
         UserError: unsupported type, broken or quantised files, or weights that are missing, left over, of another
             shape or not finite.
     """
     check_weights(folder, gguf.get("gguf_file"))
-    if not gguf:  # before code of the folder's own is asked for
+    names: dict[str, str] = {}
+    if gguf:
+        config = _gguf_config(folder, gguf)
+    else:
         values, _ = PreTrainedConfig.get_config_dict(folder)
-        _check_type(values.get("model_type"), (CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES))
-    try:
-        config = AutoConfig.from_pretrained(folder, **gguf)  # of a GGUF file it reads the table of tensors too
-    except (ValueError, IndexError, struct.error) as error:
-        if not gguf:
-            raise
-        file = str(folder / gguf["gguf_file"])
-        raise UserError(f"{file!r} is not a whole GGUF file, or one that cannot be read: {error}") from error
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    if config.model_type == CoDAConfig.model_type:
-        model = CoDALanguageModel.from_pretrained(folder, dtype=torch.float32)
-        refuse_not_finite(model.named_parameters(), str(folder))
-        return model.eval(), stored
+        if values.get("model_type") == CoDAConfig.model_type:
+            model = CoDALanguageModel.from_pretrained(folder, dtype=torch.float32)
+            refuse_not_finite(model.named_parameters(), str(folder))
+            return model.eval(), _stored_dtype(model.config, folder)
+        family = family_of(values)
+        config = AutoConfig.from_pretrained(folder) if family.is_autoregressive else family.config(values)
+        names = {re.escape(part): own for part, own in family.weights.items()}
     coda_config_of(config)  # refuse before the weights are read
     # Mismatched sizes are let through here to be named with the other faults below.
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **gguf
+        folder,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        key_mapping=names,
+        **gguf,
     )
     # A GGUF file also holds tables that its loader turns into buffers; they are no weights.
     kinds = ("missing_keys", "mismatched_keys") if gguf else ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -98,7 +103,28 @@ def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, to
         report = "; ".join(f"{len(keys)} {kind.replace('_', ' ')}: {keys[:5]}" for kind, keys in faults.items())
         raise UserError(f"the weights of {str(folder)!r} do not fit its config.json: {report}")
     refuse_not_finite(model.named_parameters(), str(folder))
-    return model.eval(), stored
+    # A head that differs from the embedding stays what it is, whatever the config says.
+    model.config.tie_word_embeddings = model.lm_head.weight is model.model.embed_tokens.weight
+    return model.eval(), _stored_dtype(config, folder)
+
+
+def _gguf_config(folder: Path, gguf: dict[str, str]) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, **gguf)  # it reads the table of tensors too
+    except (ValueError, IndexError, struct.error) as error:
+        file = str(folder / gguf["gguf_file"])
+        raise UserError(f"{file!r} is not a whole GGUF file, or one that cannot be read: {error}") from error
+
+
+def _stored_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype:
+    """What the config says, else what the first weight has; float32 where neither tells."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as weights:
+                return weights.get_slice(min(weights.keys()))[:1].dtype
+    return torch.float32
 
 
 def number_of_ids(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -145,8 +171,15 @@ def grow_vocabulary(weights: dict[str, Tensor], num_rows: int) -> dict[str, Tens
     return grown
 
 
-def build_model(source: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> CoDALanguageModel:
+def build_model(
+    source: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None = None
+) -> CoDALanguageModel:
     """Put the weights of `source` into a CoDA model whose ids are those of the tokenizer. float32.
+
+    Args:
+        source: as `load_source` gives it.
+        tokenizer: complete, see `complete_tokenizer`.
+        settings: arguments of `CoDAConfig` that go before those of the source and the tokenizer.
 
     Raises:
         UserError: a CoDA source was trained with another mask id.
@@ -159,6 +192,7 @@ def build_model(source: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> 
             "or its mask token with --mask_token"
         )
     arguments = source.config.to_dict() if is_coda else coda_config_of(source.config)
+    ends = token_ids(arguments["eos_token_id"]) if is_coda else []
     num_token_ids = number_of_ids(tokenizer)
     num_rows = max(arguments["vocab_size"], num_token_ids)
     spare, grown = arguments["vocab_size"] - num_token_ids, num_rows - arguments["vocab_size"]
@@ -168,8 +202,8 @@ def build_model(source: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> 
         "num_token_ids": num_token_ids,
         "mask_token_id": tokenizer.mask_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+        "eos_token_id": arguments["eos_token_id"] if tokenizer.eos_token_id in ends else tokenizer.eos_token_id,
+    } | dict(settings or {})
     for written_anew in ("auto_map", "architectures", "transformers_version", "dtype", "model_type"):
         arguments.pop(written_anew, None)
     with torch.device("meta"):

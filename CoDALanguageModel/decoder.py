@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .blocks import BlockScorer
 from .canvas import Canvas
 from .row import Decode, FinishReason, Request, Row
 from .scoring import Scorer
@@ -78,7 +79,8 @@ class Decoding:
         is_cached, speculates = row.config.kv_cache != "none", bool(row.config.speculate)
         if (is_cached, speculates) not in self._lanes:
             canvas = Canvas(self._model.device)
-            scorer = Scorer(self._model, canvas, is_cached=is_cached)
+            kind = BlockScorer if self._model.config.has_blocks else Scorer
+            scorer = kind(self._model, canvas, is_cached=is_cached)
             self._lanes[is_cached, speculates] = (Speculation if speculates else Stepwise)(canvas, scorer)
         self._lanes[is_cached, speculates].canvas.waiting.append(row)
         return row
@@ -102,7 +104,7 @@ class Decoding:
             for row in rows:
                 is_over = row.error is not None or row.is_finished
                 if is_over:
-                    lane.canvas.release(row)
+                    lane.release(row)
                 finished = row.reason if is_over and row.error is None else None
                 progress.append(Progress(row, row.settled, row.changed, finished, row.error))
         return progress
@@ -111,4 +113,4 @@ class Decoding:
         """Take a row out, finished or not. One that has left already is no error."""
         for lane in self._lanes.values():
             if row.is_present and (row in lane.canvas.rows or row in lane.canvas.waiting):
-                lane.canvas.release(row)
+                lane.release(row)

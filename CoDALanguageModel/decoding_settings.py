@@ -41,6 +41,9 @@ class Setting:
     regime: str = "exact"
     """What the decoding becomes when it is not the default: `exact`, `lossless`, `cached`, `parallel`, `remasking`."""
 
+    exact: tuple[Any, ...] = ()
+    """Values of an approximate regime that change no token, besides the default."""
+
     optional: bool = False
     """Whether it may be None; the text `none` then means that at every door."""
 
@@ -74,10 +77,9 @@ class Setting:
         """What holds at a server whose operator and model folder say nothing."""
         return self.default if self.served is None else self.served
 
-    @property
-    def is_approximate(self) -> bool:
-        """Whether tokens may differ from the stepwise sampler's when it is set."""
-        return self.regime in APPROXIMATE
+    def is_approximate(self, value: Any) -> bool:
+        """Whether tokens may differ from the stepwise sampler's with this value."""
+        return self.regime in APPROXIMATE and value != self.default and value not in self.exact
 
     @property
     def allowed(self) -> str:
@@ -196,7 +198,8 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (
     ),
     Setting(
         name="block_length", kind=int, default=None, optional=True, least=1, served=32,
-        says="tokens per block, decoded from left to right; none makes the whole answer one block",
+        says="tokens per block, decoded from left to right; none makes the whole answer one block, or takes the blocks "
+        "of a block-causal model, of which a length given must be a part",
     ),
     Setting(name="eps", kind=float, default=1e-3, above=0, below=1, says="last time of the schedule"),
     # which tokens
@@ -248,8 +251,11 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (
         says="stop a row when an end token is committed and no mask is left of it; the text is the same",
     ),
     Setting(
-        name="kv_cache", kind=str, default="none", choices=("none", "prefix", "dual"), regime="cached",
-        says="`prefix` keeps keys and values left of the block, `dual` on both sides, `none` computes all anew",
+        name="kv_cache", kind=str, default="auto", choices=("auto", "none", "exact", "prefix", "dual"),
+        regime="cached", exact=("none", "exact"),
+        says="`exact` keeps keys and values of finished blocks, which change no more in a block-causal model; in one "
+        "with full attention `prefix` keeps those left of the block and `dual` on both sides; `none` computes all "
+        "anew; `auto` is `exact` or `none`, after the model",
     ),
     Setting(
         name="refresh_interval", kind=int, default=None, optional=True, least=1, regime="cached",
@@ -383,11 +389,11 @@ def check_together(values: Mapping[str, Any]) -> None:
         if not commits_are_final(values):
             cause = "alg 'p2'" if values["alg"] == "p2" else "remask"
             raise UserError(f"{name} cannot be used with {cause}: it needs commits that are final")
-    if values["speculate"] and values["kv_cache"] != "none":
+    if values["speculate"] and SETTINGS["kv_cache"].is_approximate(values["kv_cache"]):
         raise UserError(f"speculate is lossless and kv_cache={values['kv_cache']!r} is not: use one of them")
     for name in ("refresh_interval", "refresh_window", "cache_drift"):
-        if values[name] is not None and values["kv_cache"] == "none":
-            raise UserError(f"{name} needs kv_cache 'prefix' or 'dual', got 'none'")
+        if values[name] is not None and not SETTINGS["kv_cache"].is_approximate(values["kv_cache"]):
+            raise UserError(f"{name} needs kv_cache 'prefix' or 'dual', got {values['kv_cache']!r}")
     if values["suffix_window"] is not None and values["block_length"] is None:
         raise UserError("suffix_window needs block_length: it counts from the end of the block")
     if values["eta"] is not None and values["remask"] is None:
@@ -436,7 +442,7 @@ class DecodingSettings:
     @property
     def approximate(self) -> list[str]:
         """Names of those that are set and may change tokens for speed."""
-        return [k for k, v in vars(self).items() if SETTINGS[k].is_approximate and v != SETTINGS[k].default]
+        return [k for k, v in vars(self).items() if SETTINGS[k].is_approximate(v)]
 
     def overrides(self) -> dict[str, Any]:
         """What `diffusion_generate` is to be told: everything but the token ids, which are the model's."""

@@ -83,16 +83,17 @@ class Corruption(NamedTuple):
 def corrupt(
     input_ids: Tensor, maskable: Tensor, t: Tensor, uniforms: Tensor, *, mask_token_id: int, span: int | Tensor = 1
 ) -> Corruption:
-    """Mask each maskable position of row b with probability `t[b]`, in runs of `span` tokens.
+    """Mask each maskable position of row b with probability `t[b]`, or its own level, in runs of `span` tokens.
 
     A run of k tokens starts with probability `1 - (1-t)^(1/k)` at every position, also up to k-1 positions before
     the row, so k independent starts can cover any position and it stays clean with probability exactly `1 - t`,
-    at the edges of the row and beside unmaskable positions too.
+    at the edges of the row and beside unmaskable positions too. Where levels differ, each position reads the k draws
+    by its own: a run may end at a border of blocks, and the probability is exact on both sides of it.
 
     Args:
         input_ids: (B, T) int64, clean tokens x_0.
         maskable: (B, T) bool, False at prompt, prefix and padding positions.
-        t: (B,) float32 in (0, 1], noise level of each row.
+        t: (B,) float32 in (0, 1], noise level of each row; or (B, T), of each position.
         uniforms: (B, T + K - 1) float32 in [0, 1), K the largest span, drawn by the caller (see `named_rng`).
         mask_token_id: id of the mask token.
         span: length k of the masked runs in tokens: one int, or (B,) int64 with one per row.
@@ -108,8 +109,8 @@ def corrupt(
         raise ValueError(
             f"maskable must have the shape of input_ids {(num_rows, seq_len)}, got {tuple(maskable.shape)}"
         )
-    if t.shape != (num_rows,):
-        raise ValueError(f"t must have shape {(num_rows,)}, got {tuple(t.shape)}")
+    if t.shape not in ((num_rows,), (num_rows, seq_len)):
+        raise ValueError(f"t must have shape {(num_rows,)} or {(num_rows, seq_len)}, got {tuple(t.shape)}")
     spans = torch.as_tensor(span, device=input_ids.device).expand(num_rows)
     longest = int(spans.max())
     if int(spans.min()) < 1 or longest > seq_len:
@@ -121,27 +122,38 @@ def corrupt(
             f"got {tuple(uniforms.shape)}"
         )
 
-    start_probability = -torch.expm1(torch.log1p(-t) / spans)  # (B,): 1 - (1-t)^(1/k), exact for small t too
-    starts = uniforms < start_probability[:, None]  # (B, T + K - 1): does a run start K - 1 positions further left
-    count = F.pad(starts.cumsum(dim=1), (1, 0))  # (B, T + K): starts before each position
-    lead = width - seq_len + 1  # column of `count` just after position 0
-    end = torch.arange(seq_len, device=input_ids.device) + lead  # (T,)
-    begin = end - spans[:, None]  # (B, T)
-    masked = (count[:, lead:] > count.gather(1, begin)) & maskable  # a start among the k positions that end here
+    levels = t[:, None] if t.ndim == 1 else t
+    start_probability = -torch.expm1(torch.log1p(-levels) / spans[:, None])  # 1 - (1-t)^(1/k), exact for small t too
+    least = torch.empty_like(uniforms[:, :seq_len])  # of the k draws that let a run start that covers a position
+    for k in spans.unique().tolist():
+        rows = spans == k
+        least[rows] = -F.max_pool1d(-uniforms[rows, width - seq_len - k + 1 :], k, stride=1)
+    masked = (least < start_probability) & maskable
     return Corruption(torch.where(masked, mask_token_id, input_ids), masked)
 
 
-def scored_by(attention_mask: Tensor | None, segment_ids: Tensor | None = None, *, shift: bool = True) -> Tensor:
+def scored_by(
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None = None,
+    *,
+    shift: bool = True,
+    doubled_group: Tensor | None = None,
+) -> Tensor:
     """For each position the row of the raw logits that scores it, or -1 where none does: the only place of the shift.
 
     Rows of an autoregressive model, and of one that started as such, predict the token after them: a position is
     scored by the nearest real position on its left, if that belongs to the same segment. Padding on either side, or
     between prompt and canvas, is stepped over. Nothing scores the first position of a row or segment, nor padding.
 
+    Rows `[noisy; clean]` hold each text twice. There the first position of a noisy block is scored by the clean row of
+    the block before it, as in decoding, where that block is finished; other positions by their neighbour.
+
     Args:
         attention_mask: (B, T), 0 at padding; or none, where the segments alone tell.
         segment_ids: (B, T) int, 0 at padding. Without an attention mask the tokens of a segment lie side by side.
         shift: the model's `logits_shift`; without it every real position is scored by its own row.
+        doubled_group: (B, T) int, the `group` of rows `[noisy; clean]`, see `attention_coda.doubled`; with
+            `segment_ids` alone.
 
     Returns:
         (B, T) int64.
@@ -152,6 +164,13 @@ def scored_by(attention_mask: Tensor | None, segment_ids: Tensor | None = None, 
     index = torch.arange(real.shape[1], device=real.device).expand(real.shape)
     if not shift:
         return torch.where(real, index, -1)
+    if doubled_group is not None:
+        assert attention_mask is None, "the segments tell what is padding"
+        half = real.shape[1] // 2
+        before = scored_by(None, segment_ids[:, :half])  # of the same half
+        is_first = doubled_group[:, :half] != F.pad(doubled_group[:, : half - 1], (1, 0))
+        clean = torch.where(before >= 0, before + half, -1)
+        return torch.cat([torch.where(is_first, clean, before), clean], dim=1)
     if attention_mask is None:  # a neighbour; costs a comparison on XLA, where a running maximum is dear
         row = index - 1
         is_scored = real & (segment_ids == F.pad(segment_ids[:, :-1], (1, 0)))  # the padded 0 is no segment

@@ -22,7 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 from transformers.utils import ModelOutput
 
-from .attention_coda import Visibility, attention_kernel, layer_mask, rule_of
+from .attention_coda import Visibility, attention_kernel, layer_mask, places, rule_of
 from .configuration_coda import CoDAConfig
 from .diffusion import IGNORE_INDEX, chunked_cross_entropy, scored_by
 from .generation_coda import DiffusionGenerationMixin
@@ -30,6 +30,7 @@ from .generation_config_coda import DiffusionGenerationConfig
 from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT, StrictLoading
 
 # transformers copies the files that this one imports into a saved folder, so every file of the model is named here.
+from .blocks import BlockScorer as BlockScorer  # isort: skip
 from .cache import CanvasCache as CanvasCache  # isort: skip
 from .candidates import Candidates as Candidates  # isort: skip
 from .canvas import Canvas as Canvas  # isort: skip
@@ -263,9 +264,7 @@ def default_position_ids(hidden: Tensor, attention_mask: Tensor | None, segment_
     """
     index = torch.arange(hidden.shape[1], device=hidden.device)[None]  # (1, T)
     if segment_ids is not None:
-        is_start = torch.ones_like(segment_ids, dtype=torch.bool)
-        is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-        return index - torch.where(is_start, index, 0).cummax(dim=1).values
+        return places(segment_ids)
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
     return index
@@ -318,6 +317,7 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         visibility: Visibility | None = None,
+        doubled: bool = False,
     ) -> CoDAOutput | tuple:
         """Score every token of a canvas from all the others, or compute the loss of the masked ones.
 
@@ -342,6 +342,9 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
             return_dict: False gives a tuple of the fields that are set.
             visibility: who may attend to whom, other than as the configuration says for texts from their start: a rule
                 of `attention_coda`, which holds the segments too.
+            doubled: whether rows are `[noisy; clean]`, each text twice, as `noise.noise_blocks` makes them; needs
+                `position_ids` and `visibility`. Labels and their weights are then those of the noisy half,
+                (B, T / 2), or (B, T) where the clean half is scored too.
 
         Returns:
             `CoDAOutput`. With labels its logits are None: the head runs in chunks on the scored rows only.
@@ -359,6 +362,8 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
             raise ValueError("labels and positions exclude each other: with labels the logits are not returned")
         if loss_weights is not None and labels is None:
             raise ValueError("loss_weights need labels")
+        if doubled and (position_ids is None or visibility is None or attention_mask is not None):
+            raise ValueError("doubled rows need position_ids and visibility, and tell padding by segments alone")
         if visibility is not None and segment_ids is None:
             segment_ids = visibility.segment
         hidden, all_hidden = self.model(
@@ -373,7 +378,8 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
         )
         loss = logits = None
         if labels is not None:
-            loss = self._loss(hidden, labels, loss_weights, attention_mask, segment_ids)
+            group = visibility.group if doubled else None
+            loss = self._loss(hidden, labels, loss_weights, attention_mask, segment_ids, group)
         elif positions is None:
             logits = self.lm_head(hidden)
         else:
@@ -388,17 +394,35 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
         loss_weights: Tensor | None,
         attention_mask: Tensor | None,
         segment_ids: Tensor | None,
+        doubled_group: Tensor | None,
     ) -> Tensor:
-        """Chunked cross-entropy of the labelled positions, each scored by the row of its predecessor."""
-        if labels.shape != hidden.shape[:2]:
-            raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
+        """Chunked cross-entropy of the labelled positions, each scored by the row that `scored_by` names."""
+        num_rows, length = hidden.shape[:2]
+        shapes = [(num_rows, length)] if doubled_group is None else [(num_rows, length // 2), (num_rows, length)]
+        if labels.shape not in shapes:
+            raise ValueError(f"labels must have shape {' or '.join(map(str, shapes))}, got {tuple(labels.shape)}")
         if loss_weights is not None and loss_weights.ndim == 1:
             loss_weights = loss_weights[:, None].expand(labels.shape)
         if loss_weights is not None and loss_weights.shape != labels.shape:
             raise ValueError(
                 f"loss_weights must be (B,) or (B, T) = {tuple(labels.shape)}, got {tuple(loss_weights.shape)}"
             )
-        if self.config.logits_shift:
+        if doubled_group is not None:
+            row = scored_by(None, segment_ids, shift=self.config.logits_shift, doubled_group=doubled_group)
+            row = row[:, : labels.shape[1]]
+            labels = labels.masked_fill(row < 0, IGNORE_INDEX)
+            if self.config.logits_shift:
+                # A neighbour in the same half or in the clean one: views between which is chosen, with static shapes.
+                half = length // 2
+                from_clean = (row[:, 1:half] >= half)[..., None]
+                scoring = torch.where(from_clean, hidden[:, half:-1], hidden[:, : half - 1])
+                if labels.shape[1] > half:
+                    scoring = torch.cat([scoring, hidden[:, half - 1 : -1]], dim=1)
+                hidden, labels = scoring, labels[:, 1:]
+                loss_weights = None if loss_weights is None else loss_weights[:, 1:]
+            else:
+                hidden = hidden[:, : labels.shape[1]]
+        elif self.config.logits_shift:
             padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
             if padding is None and segment_ids is None:
                 segment_ids = torch.ones_like(labels)

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .attention_coda import Visibility, block_starts, doubled, places
 from .diffusion import IGNORE_INDEX, corrupt, named_rng, scored_by, stratified_noise_levels
+from .errors import UserError
 
 ROWS_AT_ONCE = 4
 """Rows that are corrupted at a time, so that what is needed in between stays small."""
@@ -134,6 +136,10 @@ class CleanRows(NamedTuple):
     fixed: Tensor | None = None
     """(B, T) bool, positions that are never masked, such as a prompt; by default none."""
 
+    answer_start: Tensor | None = None
+    """(B, 1) or (B, T) int64, place in its text where a block must begin, of rows that are noised by blocks whose
+    `block_origin` is the answer; by default blocks are counted from the start of each text."""
+
 
 class NoisedRows(NamedTuple):
     """Rows as the model is given them."""
@@ -161,7 +167,7 @@ def noise_rows(
 
     Args:
         rows: the clean rows.
-        t: (B,) float32 in (0, 1], the noise level of each row.
+        t: (B,) float32 in (0, 1], the noise level of each row; or (B, T), of each position.
         drawn: see `draw_rows`.
         mask_token_id: replaces a masked token.
         pad_token_id: put at padding, that of S2 included.
@@ -183,3 +189,149 @@ def noise_rows(
         *arguments, spans = (x[part] for x in arrays)
         noised_ids[part], masked[part] = corrupt(*arguments, mask_token_id=mask_token_id, span=spans)
     return NoisedRows(noised_ids, input_ids.masked_fill(~masked, IGNORE_INDEX), segment_ids, maskable)
+
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+class Blocks(NamedTuple):
+    """How rows are noised by blocks (Arriola et al. 2025, https://arxiv.org/abs/2503.09573)."""
+
+    size: int
+    """Tokens per block."""
+
+    complementary: bool = False
+    """Every row comes twice, the second time with those positions masked that the first time were not, so that each
+    token is a target exactly once (Wu et al. 2025, https://arxiv.org/abs/2509.26328)."""
+
+    autoregressive_weight: float | None = None
+    """Objective `joint`: weight of the cross-entropy of the next token on the clean half, which then attends causally.
+    0 leaves out the loss alone; None is objective `block`, whose clean half attends by blocks."""
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the clean half attends causally."""
+        return self.autoregressive_weight is not None
+
+
+def spread_levels(
+    t: Tensor, segment_ids: Tensor, blocks: Blocks, *, t_min: float, answer_start: Tensor | None = None
+) -> Tensor:
+    """Give each block a noise level of its own, (B, T) float32, from one level per row.
+
+    Block n of a row, counted over all its texts, is n golden sections further round the interval than the row. Each
+    level is therefore uniform, which is all that an unbiased loss asks for, since a block sees no other noisy one; the
+    blocks of a row are evenly spread however many they are (a Kronecker sequence), and if the levels of the rows are
+    stratified, so are those of their n-th blocks.
+
+    Args:
+        t: (B,) float32, levels of the rows, uniform on [t_min, 1], as `deal_levels` gives them.
+        segment_ids: (B, T) int, 0 at padding.
+        blocks: with complementary masks, whose levels are t and 1 - t, the interval is [t_min, 1 - t_min].
+        t_min: the smallest level.
+        answer_start: see `attention_coda.block_numbers`.
+    """
+    start = block_starts(places(segment_ids), blocks.size, answer_start)
+    is_first = torch.ones_like(segment_ids, dtype=torch.bool)
+    is_first[:, 1:] = (segment_ids[:, 1:] != segment_ids[:, :-1]) | (start[:, 1:] != start[:, :-1])
+    number = is_first.cumsum(dim=1) - 1
+    t_max = 1.0 - t_min if blocks.complementary else 1.0
+    u = ((t.double() - t_min) / (1.0 - t_min))[:, None]
+    return (t_min + (t_max - t_min) * ((u + GOLDEN * number) % 1.0)).float()
+
+
+class DoubledRows(NamedTuple):
+    """Rows `[noisy; clean]` as the model is given them: B' is B, or 2 B with complementary masks.
+
+    The two of a pair stand next to each other.
+    """
+
+    input_ids: Tensor
+    """(B', 2 T) int64."""
+
+    position_ids: Tensor
+    """(B', 2 T) int64, place of each token in its text, the same in both halves."""
+
+    visibility: Visibility
+    """(B', 2 T), segments and rule."""
+
+    labels: Tensor
+    """(B', T) int64, the clean token where masked; (B', 2 T) with an autoregressive loss on the clean half."""
+
+    weights: Tensor
+    """The shape of `labels`, float32: the cross-entropies summed with these weights are the bound of all rows in nats,
+    the autoregressive loss added; the denominator is the caller's."""
+
+    maskable: Tensor
+    """(B', T) bool, see `NoisedRows`."""
+
+
+def noise_blocks(
+    rows: CleanRows,
+    t: Tensor,
+    drawn: DrawnRows,
+    blocks: Blocks,
+    *,
+    mask_token_id: int,
+    pad_token_id: int,
+    logits_shift: bool = True,
+) -> DoubledRows:
+    """Noise rows as `noise_rows` does, for a model that attends by blocks: a noisy copy beside the clean one.
+
+    A block of one token has the same cross-entropy at every level. There t is 1 (with complementary masks 1/2),
+    whatever is given: with shifted logits the loss is then exactly the autoregressive one.
+
+    Args:
+        rows: the clean rows; blocks are counted from the start of each segment, or from `rows.answer_start`.
+        t: (B, T) float32 in (0, 1], equal within a block, see `spread_levels`; or (B,) for one level per row.
+        drawn: see `draw_rows`.
+        blocks: see `Blocks`.
+        mask_token_id: replaces a masked token.
+        pad_token_id: put at padding, that of S2 included.
+        logits_shift: of the model's configuration.
+
+    Raises:
+        UserError: an autoregressive loss without the shift, under which no row of the clean half scores the next token.
+        ValueError: a shape does not fit `rows`.
+    """
+    if blocks.is_joint and not logits_shift:
+        raise UserError(
+            "objective joint needs a model with logits_shift true: without it no row scores the token after it, and "
+            "the clean half has nothing to learn; take objective block"
+        )
+    if blocks.size == 1:
+        t = torch.full_like(t, 0.5 if blocks.complementary else 1.0)
+    tokens = {"mask_token_id": mask_token_id, "pad_token_id": pad_token_id, "logits_shift": logits_shift}
+    noised_ids, labels, segment_ids, maskable = noise_rows(rows, t, drawn, **tokens)
+    masked = labels != IGNORE_INDEX
+    clean_ids = torch.where(masked, labels, noised_ids)
+    weights = (1.0 / (t[:, None] if t.ndim == 1 else t).double()).expand(labels.shape)
+    autoregressive_weight = blocks.autoregressive_weight or 0.0
+    place = places(segment_ids)
+    start = block_starts(place, blocks.size, rows.answer_start)
+    if blocks.complementary:
+        rest = maskable & ~masked
+        noised_ids = _paired(noised_ids, clean_ids.masked_fill(rest, mask_token_id))
+        labels = _paired(labels, clean_ids.masked_fill(~rest, IGNORE_INDEX))
+        # Each of the two is an unbiased estimate alone, so the pair is their mean. Where t is 1 nothing is left.
+        weights = _paired(weights / 2, torch.where(rest, 0.5 / (1.0 - 1.0 / weights), 0.0))
+        autoregressive_weight /= 2
+        clean_ids, segment_ids, place, start, maskable = (
+            _paired(x, x) for x in (clean_ids, segment_ids, place, start, maskable)
+        )
+    if autoregressive_weight:
+        labels = torch.cat([labels, clean_ids.masked_fill(~maskable, IGNORE_INDEX)], dim=1)
+        weights = torch.cat([weights, torch.full_like(weights, autoregressive_weight)], dim=1)
+    return DoubledRows(
+        torch.cat([noised_ids, clean_ids], dim=1),
+        torch.cat([place, place], dim=1).masked_fill(torch.cat([segment_ids, segment_ids], dim=1) == 0, 0),
+        doubled(segment_ids, place, start, causal_context=blocks.is_joint),
+        labels,
+        weights.float(),
+        maskable,
+    )
+
+
+def _paired(first: Tensor, second: Tensor) -> Tensor:
+    """Rows of both, one of each by turns."""
+    return torch.stack([first, second], dim=1).flatten(0, 1)

@@ -4,15 +4,18 @@ All that a step does here is about the tokens that changed in it. Not here: tens
 """
 
 import copy
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import accumulate
+from functools import cached_property
+from itertools import pairwise
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .attention_coda import block_numbers
 from .configuration_coda import CoDAConfig, token_ids
 from .diffusion import scored_by
 from .errors import UserError
@@ -157,23 +160,20 @@ class Row:
         if len(self.attention_mask) != self.width:
             raise UserError(f"attention_mask must hold one number per id ({self.prompt_length})")
         self.num_real = sum(self.attention_mask)
-        pairs = enumerate(zip(self.ids, self.attention_mask, strict=True))
-        self.gaps = [i for i, (token, real) in pairs if token == config.mask_token_id and real]
-        real = torch.tensor([self.attention_mask])
-        self.source: list[int] = scored_by(real, shift=model.logits_shift)[0].tolist()
-        """Column whose row of logits scores each column."""
-        self._check(model)
+        self._lay_out()
+        self._check()
         self.vocabulary = Vocabulary(config, model.vocab_size, request.processors)
-        self.block_length = min(config.block_length or self.width, self.width)
         self.sampling = Sampling.of(config)
-        self.plan = plan_commits(
-            len(self.gaps),
+        self._coming = plan_commits(
+            [last - first for first, last in pairwise(self.starts)],
             steps=config.steps,
-            block_length=config.block_length,
             eps=config.eps,
             keeps_deciding=self.sampling.order.keeps_deciding,
         )
-        self.totals = list(accumulate(commit.count for commit in self.plan))
+        self.plan: list[Commit] = []
+        """The steps of all blocks up to the present one; those behind it are planned when it is done."""
+        self._totals: list[int] = []
+        """Tokens that the steps commit up to each of them."""
         self.eos_ids = frozenset(token_ids(config.eos_token_id))
         self.key: Hashable = (self.vocabulary.key, self.width if self.vocabulary.processors else None, self.sampling)
         """Equal for rows that are treated alike."""
@@ -195,8 +195,47 @@ class Row:
         self.cached_block, self.cache_age = -1, 0
         self.drafts: list[tuple[Tensor, Tensor]] = []
 
-    def _check(self, model: CoDAConfig) -> None:
-        config, prompt = self.config, self.ids[: self.prompt_length]
+    def _lay_out(self) -> None:
+        """Find for each column its position, what scores it, and the block in which it is decoded."""
+        model, length = self.model_config, self.config.block_length
+        real = torch.tensor(self.attention_mask)
+        position = (real.cumsum(0) - 1).clamp(min=0)
+        gaps = ((torch.tensor(self.ids) == self.config.mask_token_id) & real.bool()).nonzero().squeeze(1)
+        ordinal = torch.arange(len(gaps))
+        self.columns: list[int] = real.nonzero().squeeze(1).tolist()
+        """Column of each position of the text."""
+        self.gaps: list[int] = gaps.tolist()
+        """Columns to fill."""
+        masked = position[gaps]
+        self.answer_start = int(masked[0]) if self.gaps and model.block_origin == "answer" else 0
+        """Position at which a block of the model begins."""
+        if model.has_blocks:
+            answer_start = torch.tensor(self.answer_start)
+            number = block_numbers(masked, length, answer_start)
+            block = number.unique_consecutive(return_inverse=True)[1]
+        else:
+            block = ordinal // (length or max(1, len(gaps)))
+        is_start = torch.ones_like(block, dtype=torch.bool)
+        is_start[1:] = block[1:] != block[:-1]
+        self.starts: list[int] = [*is_start.nonzero().squeeze(1).tolist(), len(gaps)]
+        """Masks left of each block that is decoded, and all of them."""
+        if model.has_blocks:
+            first = masked[self.starts[:-1]]
+            self.blocks: list[int] = block_numbers(first, model.block_size, answer_start).tolist()
+            """The model's block in which each block is decoded."""
+        nowhere = torch.full_like(position, -1)
+        self.facts = {
+            "attention_mask": real,
+            "position_ids": position,
+            "column": torch.nn.functional.pad(real.nonzero().squeeze(1), (0, self.width - len(self.columns))),
+            "source": scored_by(real[None], shift=model.logits_shift)[0],
+            "ordinal": nowhere.index_put((gaps,), ordinal),
+            "block": nowhere.index_put((gaps,), block),
+        }
+        """(width,) int64 each; see `Canvas`."""
+
+    def _check(self) -> None:
+        config, model, prompt = self.config, self.model_config, self.ids[: self.prompt_length]
         if prompt and not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
             raise UserError(f"token ids must be in [0, {model.vocab_size}), got {min(prompt)} to {max(prompt)}")
         if not self.gaps:
@@ -207,11 +246,50 @@ class Row:
                 f"the prompt of {longest} tokens and max_new_tokens={config.max_new_tokens} do not fit in the context "
                 f"of {model.max_position_embeddings} tokens"
             )
-        if self.source[self.gaps[0]] < 0:
+        if self.facts["source"][self.gaps[0]] < 0:
             raise UserError(
                 f"row {self.number} starts with a mask, which nothing scores: each token is scored by the one before "
                 "it, so put a token (such as the start token) in front"
             )
+        if model.has_blocks:
+            behind = self.span(0)[1]
+            late = [i for i in range(behind, longest) if self.ids[self.columns[i]] != config.mask_token_id]
+            if late:
+                raise UserError(
+                    f"the gap at token {self.columns.index(self.gaps[0])} of the text has text behind it in a later "
+                    f"block (token {late[0]}), which a model with attention 'block_causal' does not see while it fills "
+                    f"the gap: all text must stand before token {behind}, where the gap's block of block_size="
+                    f"{model.block_size} ends, or the model must have attention 'full'"
+                )
+
+    def span(self, block: int) -> tuple[int, int]:
+        """The first position of the model's block in which a block is decoded, and the one behind its last."""
+        size = self.model_config.block_size
+        start = self.blocks[block] * size - -self.answer_start % size
+        return max(0, start), min(start + size, self.num_real)
+
+    def shared_with(self, other: "Row") -> int:
+        """Tokens at the start of both prompts whose keys and values are the same, in whole blocks of the model."""
+        size, ahead = self.model_config.block_size, -self.answer_start % self.model_config.block_size
+        if ahead != -other.answer_start % size:
+            return 0
+        pairs = zip(self.prefix, other.prefix, strict=False)
+        equal = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.prefix), len(other.prefix)))
+        return max(0, (equal + ahead) // size * size - ahead)
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """Tokens of the text before the first block of the model that holds a mask."""
+        return [self.ids[column] for column in self.columns[: self.span(0)[0]]]
+
+    @property
+    def live(self) -> int:
+        """Columns that the canvas needs: with attention by blocks all behind the present block are unseen masks."""
+        if not self.model_config.has_blocks:
+            return self.width
+        # A draft of several steps may end in the next block.
+        block = min(self.next_commit().block + bool(self.config.speculate), len(self.blocks) - 1)
+        return max(self.prompt_length, self.columns[self.span(block)[1] - 1] + 1)
 
     @property
     def settled(self) -> int:
@@ -228,11 +306,25 @@ class Row:
     def next_commit(self, ahead: int = 0) -> Commit:
         """What the next step is to do, after `ahead` tokens that are assumed to be committed already."""
         if not self.config.commits_are_final:
+            while len(self.plan) <= self.num_steps:
+                self._plan_block()
             return self.plan[self.num_steps]
         done = self.committed + ahead
+        while not self._totals or self._totals[-1] <= done:
+            self._plan_block()
         # Rows that are ahead of the schedule skip the steps that would commit nothing.
-        place = bisect_right(self.totals, done)
-        return self.plan[place]._replace(count=self.totals[place] - done)
+        place = bisect_right(self._totals, done)
+        return self.plan[place]._replace(count=self._totals[place] - done)
+
+    def _plan_block(self) -> None:
+        for commit in next(self._coming):
+            self.plan.append(commit)
+            self._totals.append(commit.count + (self._totals[-1] if self._totals else 0))
+
+    def commits_of(self, block: int) -> list[Commit]:
+        """The planned steps of a block, up to the present one."""
+        number = attrgetter("block")
+        return self.plan[bisect_left(self.plan, block, key=number) : bisect_right(self.plan, block, key=number)]
 
     def take(self, commit: Commit, count: int, columns: list[int], tokens: list[int]) -> None:
         """Note what a step did.
@@ -261,10 +353,9 @@ class Row:
         if config.commits_are_final:
             while self.num_settled < len(self.gaps) and self.ids[self.gaps[self.num_settled]] != config.mask_token_id:
                 self.num_settled += 1
-        elif self.num_steps == len(self.plan):
-            self.num_settled = len(self.gaps)
         else:  # tokens of a block may be taken back until all of it is done
-            self.num_settled = min(self.plan[self.num_steps].block * self.block_length, len(self.gaps))
+            is_done = self.num_steps == len(self.plan) or self.plan[self.num_steps].block > commit.block
+            self.num_settled = self.starts[commit.block + is_done]
         if self.reason is None and self.num_settled > start:
             self._look_for_the_end(start)
 
@@ -330,4 +421,31 @@ def complete(settings: DiffusionGenerationConfig, model: CoDAConfig) -> Diffusio
             setattr(config, name, getattr(model, name))
     config.validate()
     config.check_vocabulary(model.vocab_size)
+    _settle_blocks(config, model)
     return config
+
+
+def _settle_blocks(config: DiffusionGenerationConfig, model: CoDAConfig) -> None:
+    """Let a model's blocks decide what the settings leave open, and refuse settings that contradict them."""
+    if not model.has_blocks:
+        if config.kv_cache == "exact":
+            raise UserError(
+                "kv_cache 'exact' needs attention 'block_causal', where finished blocks change no more: with attention "
+                "'full' it must be one of none, prefix, dual"
+            )
+        config.kv_cache = "none" if config.kv_cache == "auto" else config.kv_cache
+        return
+    if config.kv_cache in ("prefix", "dual"):
+        raise UserError(
+            f"kv_cache {config.kv_cache!r} approximates attention 'full'; with attention 'block_causal' it must be "
+            "exact or none"
+        )
+    if config.suffix_window is not None:
+        raise UserError("suffix_window says nothing with attention 'block_causal', which sees no mask behind a block")
+    if config.block_length is not None and model.block_size % config.block_length:
+        raise UserError(
+            f"block_length must divide the model's block_size={model.block_size}, or be None for all of it, got "
+            f"{config.block_length}"
+        )
+    config.kv_cache = "exact" if config.kv_cache == "auto" else config.kv_cache
+    config.block_length = config.block_length or model.block_size

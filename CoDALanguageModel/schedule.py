@@ -1,6 +1,6 @@
 """How many tokens each step of a row commits. Not here: which ones (`orders`)."""
 
-import math
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -47,43 +47,44 @@ def commit_counts(num_masked: int, steps: int, eps: float) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
-def plan_commits(
-    num_masked: int, *, steps: int, block_length: int | None, eps: float, keeps_deciding: bool
-) -> tuple[Commit, ...]:
-    """Plan all forward passes of one row; those that would change nothing are left out.
+def kept_counts(size: int, steps: int) -> tuple[int, ...]:
+    """Tokens that stay committed after each step, for an order that keeps deciding; 0 where it would keep no more."""
+    # size - floor(size * (1 - (i + 1) / steps)), in integers
+    kept = [size - size * (steps - i - 1) // steps for i in range(steps)]
+    return tuple(k if k > previous else 0 for previous, k in zip([0, *kept], kept, strict=False))
 
-    Masked tokens are taken in blocks of `block_length` from left to right, the steps shared out evenly, the first
-    blocks getting one more where they do not divide.
+
+def plan_commits(sizes: Sequence[int], *, steps: int, eps: float, keeps_deciding: bool) -> Iterator[tuple[Commit, ...]]:
+    """Plan the forward passes of one row, block by block; those that would change nothing are left out.
+
+    The steps are shared out evenly, the first blocks getting one more where they do not divide.
 
     Args:
-        num_masked: masked tokens of the row.
+        sizes: masked tokens of each block, in the order in which the blocks are decoded.
         steps: denoising steps for the row. A block takes at most as many as it has masks, or `MOST_STEPS` if that is
             more, so that neither time nor memory grows with a number that a client may choose.
-        block_length: masked tokens per block; None decodes all at once.
         eps: last time of the schedule.
         keeps_deciding: whether the order decides all tokens of a block anew at each step; see `orders.Order`.
+
+    Returns:
+        The commits of each block, planned when they are asked for: an answer that ends early is not planned further.
 
     Raises:
         UserError: there are more blocks than steps.
     """
-    if num_masked == 0:
-        return ()
-    length = min(block_length or num_masked, num_masked)
-    num_blocks = math.ceil(num_masked / length)
+    num_blocks = len(sizes)
     if steps < num_blocks:
         raise UserError(
-            f"steps must be at least the number of blocks: {num_masked} masked tokens in blocks of "
-            f"block_length={block_length} are {num_blocks} blocks, got steps={steps}"
+            f"steps must be at least the number of blocks: {sum(sizes)} masked tokens in blocks of "
+            f"block_length={max(sizes)} are {num_blocks} blocks, got steps={steps}"
         )
-    plan, first_step = [], 0
-    for block in range(num_blocks):
-        size = min(length, num_masked - block * length)
-        block_steps = min(steps // num_blocks + (block < steps % num_blocks), max(size, MOST_STEPS))
-        if keeps_deciding:  # kept after step i: size - floor(size * (1 - (i + 1) / steps)), in integers
-            kept = [size - size * (block_steps - i - 1) // block_steps for i in range(block_steps)]
-            counts = [k if k > previous else 0 for previous, k in zip([0, *kept], kept, strict=False)]
-        else:
-            counts = commit_counts(size, block_steps, eps)
-        plan += [Commit(first_step + i, block, count) for i, count in enumerate(counts) if count]
-        first_step += block_steps
-    return tuple(plan)
+
+    def plan() -> Iterator[tuple[Commit, ...]]:
+        first_step = 0
+        for block, size in enumerate(sizes):
+            block_steps = min(steps // num_blocks + (block < steps % num_blocks), max(size, MOST_STEPS))
+            counts = kept_counts(size, block_steps) if keeps_deciding else commit_counts(size, block_steps, eps)
+            yield tuple(Commit(first_step + i, block, count) for i, count in enumerate(counts) if count)
+            first_step += block_steps
+
+    return plan()

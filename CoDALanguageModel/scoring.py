@@ -76,18 +76,21 @@ class Scorer:
         if any(w is not None for w in widths):
             self.refresh_width = canvas.ids.new_tensor([FAR if w is None else w for w in widths])
 
+    def release(self, row: Row) -> None:
+        """A row has left; what is kept of it goes with the next `settle`."""
+
     def score(self, step: Step, ids: Tensor) -> Scores:
         """Logits of the positions that the step may fill, from the cache where it is young enough."""
         window = self.canvas.window(step, ids)
         if self.cache is None:
             if len(self.passes) < 2:
-                return self.forward(step, ids, window, None)
+                return self.forward(step, ids, window)
             real = self._visible(step)
             passes = [
-                (places, self.forward(step.keep(places), ids[places], window[places], None, computed=real[places]))
+                (places, self.forward(step.keep(places), ids[places], window[places], computed=real[places]))
                 for places in self.passes
             ]
-            return _merge(passes, window)
+            return merge(passes, window)
         is_fresh = [self._needs_refresh(row, c.block) for row, c in zip(self._rows(step), step.commits, strict=True)]
         fresh = [i for i, value in enumerate(is_fresh) if value]
         stale = [i for i, value in enumerate(is_fresh) if not value]
@@ -97,7 +100,7 @@ class Scorer:
                 part_step = step if len(positions) == len(step.places) else step.keep(positions)
                 part_ids = ids if len(positions) == len(step.places) else ids[positions]
                 parts.append((positions, self._cached_scores(part_step, part_ids, window[positions], refresh)))
-        return parts[0][1] if len(parts) == 1 else _merge(parts, window)
+        return parts[0][1] if len(parts) == 1 else merge(parts, window)
 
     def _rows(self, step: Step) -> list[Row]:
         return [self.canvas.rows[i] for i in step.places]
@@ -151,7 +154,7 @@ class Scorer:
         parts = [(replaced, fresh.of_rows(over, len(due)))]
         if kept:
             parts.append((kept, cached.of_rows(kept, len(step.places))))
-        return _merge(parts, window)
+        return merge(parts, window)
 
     def _cached_window(self, step: Step, window: Tensor) -> Tensor:
         """(R, T) bool: columns that a cached pass computes: the block and the rows that score it, or all behind."""
@@ -188,7 +191,7 @@ class Scorer:
         ends = []
         for row, commit in zip(self._rows(step), step.commits, strict=True):
             behind = row.config.suffix_window
-            ends.append(FAR if behind is None else (commit.block + 1) * row.block_length + behind)
+            ends.append(FAR if behind is None else row.starts[commit.block + 1] + behind)
         return real & (canvas.take(canvas.ordinal, step) < step.index.new_tensor(ends)[:, None])
 
     def forward(
@@ -196,7 +199,7 @@ class Scorer:
         step: Step,
         ids: Tensor,
         window: Tensor,
-        cache: CanvasCache | None,
+        cache: CanvasCache | None = None,
         computed: Tensor | None = None,
         trial_rows: bool = False,
     ) -> Scores:
@@ -227,7 +230,7 @@ class Scorer:
         width = ids.shape[1] if columns is None else columns.index.shape[1]
         slot = scored if columns is None else columns.slot[row, scored]
         # 4 run
-        self._count(step, computed)
+        self._count(step, None if computed is None else computed.sum(dim=1).tolist())
         logits = self.model(
             input_ids=ids if columns is None else columns.take(ids),
             attention_mask=key_mask,
@@ -237,11 +240,11 @@ class Scorer:
         ).logits
         return self._process(step, ids, Scores(row, column, logits))
 
-    def _count(self, step: Step, computed: Tensor | None) -> None:
-        """Count a pass for the rows, some of which may stand in it more than once."""
+    def _count(self, step: Step, num_tokens: list[int] | None) -> None:
+        """Count a pass for the rows, some of which may stand in it more than once, and the columns that it computes."""
         self.forwards += 1
         rows = self._rows(step)
-        num_tokens = [row.num_real for row in rows] if computed is None else computed.sum(dim=1).tolist()
+        num_tokens = [row.num_real for row in rows] if num_tokens is None else num_tokens
         for row, tokens in zip(rows, num_tokens, strict=True):
             row.cost.rows_evaluated += 1
             row.cost.tokens_evaluated += tokens
@@ -255,7 +258,11 @@ class Scorer:
             row = self.canvas.rows[step.places[positions[0]]]
             part = scores if len(parts) == 1 else scores.of_rows(positions, len(step.places))
             ids_of_part = ids if len(parts) == 1 else ids[positions[0] : positions[-1] + 1]
-            logits = row.vocabulary.apply(part.logits, ids_of_part[:, : row.width], part.row)
+            ids_of_part = ids_of_part[:, : row.width]
+            if row.vocabulary.processors and ids_of_part.shape[1] < row.width:  # masks that no step has reached
+                behind = (0, row.width - ids_of_part.shape[1])
+                ids_of_part = torch.nn.functional.pad(ids_of_part, behind, value=row.config.mask_token_id)
+            logits = row.vocabulary.apply(part.logits, ids_of_part, part.row)
             if len(parts) == 1:
                 return scores._replace(logits=logits)
             if logits is not part.logits:  # a processor's; biases and bans are written into the view
@@ -277,7 +284,7 @@ def even_parts(lengths: list[int]) -> list[list[int]]:
     return parts
 
 
-def _merge(parts: list[tuple[list[int], Scores]], window: Tensor) -> Scores:
+def merge(parts: list[tuple[list[int], Scores]], window: Tensor) -> Scores:
     """Put the scores of parts of the rows together in the order of the whole window."""
     row, column = window.nonzero(as_tuple=True)
     place = torch.full(window.shape, -1, dtype=torch.long, device=window.device)

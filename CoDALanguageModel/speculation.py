@@ -40,13 +40,13 @@ class Speculation(Stepwise):
             for k, (columns, tokens) in enumerate(row.drafts):
                 ids = ids.index_copy(0, columns, tokens)
                 done += len(columns)
-                if row.committed + done == row.totals[-1]:
+                if row.committed + done == len(row.gaps):
                     break  # nothing is left to score
                 owners.append(place), variants.append(ids), ahead.append(done), depth.append(k + 1)
         # 2 one pass
         stacked = canvas.next_step(owners, ahead)
         ids = torch.stack(variants)
-        scores = self.scorer.forward(stacked, ids, canvas.window(stacked, ids), None)
+        scores = self.scorer.forward(stacked, ids, canvas.window(stacked, ids))
         # 3 commit true steps as long as they are the drafted ones
         where = {(place, k): i for i, (place, k) in enumerate(zip(owners, depth, strict=True))}
         alive, k, last = list(range(len(canvas.rows))), 0, {}
@@ -96,7 +96,7 @@ class Speculation(Stepwise):
             rows[i].cost.guard_hits += 1
             alone, row_ids = step.keep([i]), ids[i : i + 1]
             window = self.canvas.window(alone, row_ids)
-            again = self.decide(alone, row_ids, self.scorer.forward(alone, row_ids, window, None))
+            again = self.decide(alone, row_ids, self.scorer.forward(alone, row_ids, window))
             for mine, new in zip(decision, again, strict=True):
                 if mine is not None:
                     mine[i] = new[0]
@@ -106,7 +106,7 @@ class Speculation(Stepwise):
         """Guess the row's next steps from the scores of its last one."""
         canvas, row, drafts, ahead = self.canvas, self.canvas.rows[place], [], 0
         ids = canvas.ids[place : place + 1].clone()
-        while len(drafts) < row.config.speculate and row.committed + ahead < row.totals[-1]:
+        while len(drafts) < row.config.speculate and row.committed + ahead < len(row.gaps):
             step = canvas.next_step([place], [ahead])
             window = canvas.window(step, ids)
             kept = window[0, scores.column]

@@ -31,6 +31,11 @@ class Stepwise:
         if source is not None:
             self.scorer.settle(source)
 
+    def release(self, row: Row) -> None:
+        """Let a row go, and what is stored for it."""
+        self.canvas.release(row)
+        self.scorer.release(row)
+
     def advance(self) -> None:
         """One round."""
         step = self.canvas.next_step()
@@ -147,7 +152,7 @@ class Stepwise:
         canvas, rows = self.canvas, [self.canvas.rows[place] for place in step.places]
         sigmas = []
         for row, commit in zip(rows, step.commits, strict=True):
-            in_block = [c for c in row.plan if c.block == commit.block]
+            in_block = row.commits_of(commit.block)
             done = sum(c.count for c in in_block if c.step < commit.step)
             size = sum(c.count for c in in_block)
             t, s = 1 - done / size, 1 - (done + commit.count) / size
@@ -162,7 +167,7 @@ class Stepwise:
         remasked[row, column] = self._uniforms("remask", step, ids.shape[1], row, column) < probability[row, column]
         # What is masked again must fit in the schedule: at most as much as stays masked after the step.
         left = [
-            sum(c.count for c in row.plan if c.block == m.block and c.step > m.step)
+            sum(c.count for c in row.commits_of(m.block) if c.step > m.step)
             for row, m in zip(rows, step.commits, strict=True)
         ]
         return choose(torch.where(remasked, probability, -torch.inf), step.index.new_tensor(left))

@@ -49,7 +49,7 @@ def check_weights(folder: Path, gguf_file: str | None = None) -> None:
     config = folder / "config.json"
     if config.is_file():
         refuse_pointer(config)
-        settings = _read_json(config).get("quantization_config")
+        settings = read_json(config).get("quantization_config")
         if settings:
             method = settings.get("quant_method") if isinstance(settings, dict) else settings
             raise UserError(f"quantised weights are not supported: {str(config)!r} says quant_method {method!r}")
@@ -75,7 +75,7 @@ def weight_files(folder: Path) -> list[Path]:
         index = folder / (name + INDEX_SUFFIX)
         if index.is_file():
             refuse_pointer(index)
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise UserError(f"{str(index)!r} has no weight_map: download it again")
             return [folder / file for file in sorted(set(weight_map.values()))]
@@ -108,12 +108,12 @@ def refuse_not_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
         raise UserError(f"{what}: weights are not finite: {', '.join(broken[:3])}{more}")
 
 
-def _starts_with(file: Path, start: bytes) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(len(start)) == start
+def read_json(file: Path) -> dict:
+    """The object that a file of JSON holds.
 
-
-def _read_json(file: Path) -> dict:
+    Raises:
+        UserError: it is not valid, or holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # of the JSON, or of its encoding
@@ -121,6 +121,11 @@ def _read_json(file: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{str(file)!r} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def _starts_with(file: Path, start: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(start)) == start
 
 
 def _check_safetensors(file: Path) -> None:

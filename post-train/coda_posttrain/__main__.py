@@ -58,7 +58,7 @@ def _train(argv: list[str]) -> int:
     config = load_config(argv[0], argv[1:])
     host, diffusion = split_config(config)
     check_host_keys(host)
-    check_model_folder(host)
+    check_model_folder(host, diffusion)
     check_weights(host)
     check_datasets(host)
     if not host.get("output_dir"):
@@ -83,7 +83,7 @@ def _train(argv: list[str]) -> int:
 def _export(argv: list[str]) -> int:
     host = load_config(argv[0], argv[1:])
     check_host_keys(host)
-    check_model_folder(host, reads_rows=False)
+    check_model_folder(host)
     check_weights(host)
     check_export(host)
     from .trainer import run_export
@@ -101,7 +101,7 @@ def _get(argv: list[str]) -> int:
 def _identity(argv: list[str]) -> int:
     config = load_config(argv[0], argv[1:])
     host, diffusion = split_config(config)
-    check_model_folder(host)
+    check_model_folder(host, diffusion)
     check_datasets(host)
     parts = run_parts(host, diffusion)
     # Where the model and the data lie and where the run goes is not what it is made of.

@@ -25,6 +25,9 @@ from CoDALanguageModel.errors import UserError, did_you_mean
 from .checkpoints import file_identity, folder_identity, weights_problem
 from .records import MALFORMED, Layout, data_files, parse_record, read_records, refuse_malformed
 
+OBJECTIVES = {"full": ("masked",), "block_causal": ("block", "joint")}
+"""What a model of each attention is trained with."""
+BLOCK_SETTINGS = ("objective", "complementary", "autoregressive_weight")
 TAILS = ("eos", "pad", "none")
 NORMALIZERS = ("maskable", "row", "padded")
 OVERLONG = ("cut", "drop")
@@ -100,6 +103,16 @@ INCOMPATIBLE: dict[str, str] = {
 class DiffusionArguments:
     """The `diffusion:` section: how rows are noised and how the loss is normalised."""
 
+    objective: str = "masked"
+    """`masked` for a model of full attention; `block` for one of block-causal attention, whose blocks are noised each
+    with a level of its own beside the clean text; `joint` adds the autoregressive loss of the clean text."""
+
+    complementary: bool = False
+    """Objectives by blocks: every row twice, with masks that complement each other; it doubles the rows of a step."""
+
+    autoregressive_weight: float = 1.0
+    """Objective `joint`: weight of the autoregressive loss."""
+
     t_min: tuple[float, ...] = (0.001,)
     """Smallest noise level drawn, one value or one per epoch (the list is repeated when there are more epochs)."""
 
@@ -146,16 +159,20 @@ class DiffusionArguments:
         _check_numbers("span_probability", self.span_probability, "numbers in [0, 1]", lambda v: 0.0 <= v <= 1.0)
         _check_numbers("span_lengths", self.span_lengths, "whole numbers >= 1", lambda v: v >= 1, whole=True)
         _check_numbers("prompt_annealing_epochs", (self.prompt_annealing_epochs,), "a number >= 0", lambda v: v >= 0)
+        _check_numbers("autoregressive_weight", (self.autoregressive_weight,), "a number >= 0", lambda v: v >= 0)
         _check_numbers("tail_tokens", (self.tail_tokens,), "a whole number >= 0", lambda v: v >= 0, whole=True)
         _check_numbers("eval_seed", (self.eval_seed,), "a whole number >= 0", lambda v: v >= 0, whole=True)
         for name, allowed in (
-            ("tail", TAILS), ("normalize", NORMALIZERS), ("overlong", OVERLONG), ("save_dtype", SAVE_DTYPES),
+            ("objective", sum(OBJECTIVES.values(), ())), ("tail", TAILS), ("normalize", NORMALIZERS),
+            ("overlong", OVERLONG), ("save_dtype", SAVE_DTYPES),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise UserError(f"diffusion.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in SWITCHES:
+        for name in ("complementary", *SWITCHES):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"diffusion.{name} must be true or false, got {getattr(self, name)!r}")
+        if self.complementary and self.objective == "masked":
+            raise UserError("diffusion.complementary needs diffusion.objective block or joint, got 'masked'")
 
 
 def _check_numbers(name: str, values: Sequence[Any], allowed: str, holds: Any, whole: bool = False) -> None:
@@ -285,15 +302,17 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], DiffusionAr
     return host, diffusion
 
 
-def check_model_folder(host: Mapping[str, Any], reads_rows: bool = True) -> None:
+def check_model_folder(host: Mapping[str, Any], diffusion: DiffusionArguments | None = None) -> None:
     """Fail early when `model_name_or_path` looks like a folder but is not a usable one.
 
     Args:
         host: LLaMA-Factory's settings.
-        reads_rows: whether rows of `cutoff_len` tokens are read, which must fit into the model's context.
+        diffusion: our settings, where the model is trained: rows of `cutoff_len` tokens must fit into its context and
+            the objective to its attention.
 
     Raises:
-        UserError: the setting is missing, or names a local folder that does not exist or has no config.json.
+        UserError: the setting is missing, or names a local folder that does not exist, has no config.json or is no
+            model for these settings.
     """
     name = host.get("model_name_or_path")
     if not name:
@@ -315,8 +334,9 @@ def check_model_folder(host: Mapping[str, Any], reads_rows: bool = True) -> None
                 f"model_name_or_path={name!r} is a {model_type!r} model, not a {MODEL_TYPE!r} one: "
                 "convert it with save_hf_model.py first"
             )
-        if reads_rows:
+        if diffusion is not None:
             check_length(host.get("cutoff_len", CUTOFF_LEN), model_config.get("max_position_embeddings"))
+            check_objective(diffusion, model_config.get("attention", "full"), model_config.get("logits_shift", True))
 
 
 def check_weights(host: Mapping[str, Any]) -> None:
@@ -341,6 +361,21 @@ def check_length(cutoff_len: Any, context: int | None) -> None:
         raise UserError(f"cutoff_len must be a whole number >= 1, got {cutoff_len!r}")
     if context is not None and cutoff_len > context:
         raise UserError(f"cutoff_len must be at most the model's max_position_embeddings={context}, got {cutoff_len}")
+
+
+def check_objective(diffusion: DiffusionArguments, attention: str, logits_shift: bool) -> None:
+    """Refuse an objective that is not one of a model's attention and shift.
+
+    Raises:
+        UserError: with the objectives that are.
+    """
+    allowed = OBJECTIVES[attention] if logits_shift else tuple(o for o in OBJECTIVES[attention] if o != "joint")
+    if diffusion.objective not in allowed:
+        raise UserError(
+            f"diffusion.objective must be {' or '.join(allowed)} for a model with attention {attention!r} and "
+            f"logits_shift {str(logits_shift).lower()}, got {diffusion.objective!r}; save_hf_model.py converts a model "
+            "to another attention"
+        )
 
 
 def check_export(host: Mapping[str, Any]) -> None:
@@ -394,8 +429,11 @@ def run_parts(host: Mapping[str, Any], diffusion: DiffusionArguments) -> dict[st
     A run continues from a checkpoint only where these are the same.
     """
     parts: dict[str, Any] = {key: host.get(key) for key in IDENTITY}
+    left_out = ["eval_seed", "save_dtype", "accept_changes"]
+    if diffusion.objective == "masked":  # checkpoints of before there were others say nothing of it
+        left_out += BLOCK_SETTINGS
     for field in dataclasses.fields(diffusion):
-        if field.name not in ("eval_seed", "save_dtype", "accept_changes"):
+        if field.name not in left_out:
             parts[f"diffusion.{field.name}"] = getattr(diffusion, field.name)
     model = Path(host["model_name_or_path"])
     parts["model"] = folder_identity(model) if model.is_dir() else str(model)

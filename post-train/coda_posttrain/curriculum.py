@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from CoDALanguageModel.diffusion import named_rng
-from CoDALanguageModel.noise import CleanRows, NoisedRows, draw_rows, noise_rows
+from CoDALanguageModel.noise import (
+    Blocks,
+    CleanRows,
+    DoubledRows,
+    NoisedRows,
+    draw_rows,
+    noise_blocks,
+    noise_rows,
+    spread_levels,
+)
 
 
 def epoch_value(values: Sequence[float], epoch: int) -> float:
@@ -102,6 +111,12 @@ def tail_length(seed: int, step: int, longest: int) -> int:
     return int(named_rng("tail", seed, step).integers(longest + 1))
 
 
+def last_answer(rows: Rows) -> Tensor:
+    """Where the last answer of each row begins, (B, 1) int64: behind its last prompt position."""
+    column = torch.arange(1, rows.input_ids.shape[1] + 1, device=rows.input_ids.device)
+    return (column * rows.prompt_mask).amax(dim=1, keepdim=True)
+
+
 def noise(
     rows: Rows,
     t: Tensor,
@@ -109,18 +124,24 @@ def noise(
     share: float,
     seed: int,
     sample_ids: Sequence[int],
+    t_min: float,
+    blocks: Blocks | None = None,
+    from_answer: bool = False,
     span_probability: float = 0.0,
     span_lengths: Sequence[int] = (1,),
     **token_facts: Any,
-) -> NoisedRows:
+) -> NoisedRows | DoubledRows:
     """Mask answers, tails, and the part of the prompts that is not conditioned yet.
 
     Args:
         rows: the clean batch.
-        t: (B,) float32, noise levels.
+        t: (B,) float32, noise levels; with blocks each one's level is dealt from its row's.
         share: of each prompt that is never masked.
         seed: names the noise.
         sample_ids: number of each row in the run; each epoch has numbers of its own.
+        t_min: the smallest noise level.
+        blocks: of a model that attends by blocks.
+        from_answer: whether blocks are counted from the last answer instead of the start of the text.
         span_probability: share of the rows that are masked in runs.
         span_lengths: of the runs, in tokens.
         **token_facts: see `CoDALanguageModel.noise.noise_rows`.
@@ -135,5 +156,13 @@ def noise(
         span_lengths=span_lengths,
     ).to(rows.input_ids.device)
     drawn = drawn._replace(spans=torch.minimum(drawn.spans, lengths))  # a short row has no room for a long run
-    clean = CleanRows(rows.input_ids, rows.present.long(), conditioned_positions(rows.prompt_mask, share))
-    return noise_rows(clean, t, drawn, **token_facts)
+    clean = CleanRows(
+        rows.input_ids,
+        rows.present.long(),
+        conditioned_positions(rows.prompt_mask, share),
+        last_answer(rows) if from_answer else None,
+    )
+    if blocks is None:
+        return noise_rows(clean, t, drawn, **token_facts)
+    levels = spread_levels(t, clean.segment_ids, blocks, t_min=t_min, answer_start=clean.answer_start)
+    return noise_blocks(clean, levels, drawn, blocks, **token_facts)

@@ -30,12 +30,13 @@ from transformers.utils import cached_file
 
 import CoDALanguageModel.modeling_coda  # noqa: F401 (registers the model: the code here wins over a checkpoint's copy)
 from CoDALanguageModel import CoDAConfig
+from CoDALanguageModel.attention_coda import RULE_KERNELS, Visibility
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.noise import deal_levels
+from CoDALanguageModel.noise import Blocks, DoubledRows, NoisedRows, deal_levels
 
 from . import curriculum
-from .arguments import CUTOFF_LEN, DiffusionArguments, check_length
+from .arguments import CUTOFF_LEN, DiffusionArguments, check_length, check_objective
 from .batches import EpochOrder, NumberedRows, RowCollator, report_fates
 from .checkpoints import (
     FINISHED,
@@ -189,6 +190,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
     ) -> None:
         model_config, tokenizer = kwargs["model"].config, kwargs["tokenizer"]
         check_model(model_config, tokenizer, source)
+        check_objective(diffusion, model_config.attention, model_config.logits_shift)
         check_length(cutoff_len, getattr(model_config, "max_position_embeddings", None))
         self.diffusion = diffusion
         self.source = source
@@ -201,7 +203,9 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
             "mask_token_id": model_config.mask_token_id,
             "pad_token_id": tokenizer.pad_token_id,
             "logits_shift": model_config.logits_shift,
+            "from_answer": model_config.block_origin == "answer",
         }
+        self.blocks = blocks_of(model_config, diffusion)
         self.tail_token_id = tokenizer.pad_token_id if diffusion.tail == "pad" else tokenizer.eos_token_id
         # The Trainer overwrites these with the tokenizer's, which has one end token where the model may have several.
         self.model_token_ids = {name: getattr(model_config, name, None) for name in TOKEN_ID_NAMES}
@@ -303,6 +307,8 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
                 share=share,
                 seed=seed,
                 sample_ids=sample_ids.tolist(),
+                t_min=t_min,
+                blocks=self.blocks,
                 span_probability=probability,
                 span_lengths=settings.span_lengths,
                 **self.token_facts,
@@ -310,15 +316,12 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
             noised.append((result, rows))
             levels_of.append(t)
             fresh_of.append(fresh)
-        counted = [(result.maskable & ~rows.tail).sum(dim=1) for result, rows in noised]
+        counted = [counted_tokens(result, rows) for result, rows in noised]
+        if self.blocks:  # whose 1/t stands in the weights of the positions already
+            levels_of = [torch.ones_like(t) for t in levels_of]
         weights = self._weights(counted, levels_of, fresh_of, num_rows)
         return [
-            {
-                "input_ids": result.noised_ids,
-                "attention_mask": rows.present.long(),
-                "labels": result.labels,
-                "loss_weights": weight,
-            }
+            model_inputs(result, rows.present, result.labels, weight)
             for (result, rows), weight in zip(noised, weights, strict=True)
         ]
 
@@ -376,6 +379,11 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The model's own chunked, weighted cross-entropy; a 0-d float32 tensor."""
+        if "group" in inputs:
+            # A rule is put together here: what moves inputs to a device knows no named tuples.
+            rule = Visibility(*(inputs[name] for name in Visibility._fields))
+            others = {name: x for name, x in inputs.items() if name not in (*Visibility._fields, "attention_mask")}
+            inputs = {**others, "visibility": rule, "doubled": True}
         outputs = model(**inputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -413,20 +421,28 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         rows = self._rows(inputs, {"eos": settings.tail_tokens // 2, "pad": self.cutoff_len, "none": 0}[settings.tail])
         device = rows.input_ids.device
         t = self._eval_levels[rows.sample_ids.cpu()].to(device)
+        # Each row once, and the diffusion's loss alone; the context is seen as in training.
+        blocks = self.blocks and self.blocks._replace(
+            complementary=False, autoregressive_weight=0.0 if self.blocks.is_joint else None
+        )
         result = curriculum.noise(
-            rows, t, share=1.0, seed=seed, sample_ids=rows.sample_ids.tolist(), **self.token_facts
+            rows,
+            t,
+            share=1.0,
+            seed=seed,
+            sample_ids=rows.sample_ids.tolist(),
+            t_min=EVAL_T_MIN,
+            blocks=blocks,
+            **self.token_facts,
         )
         first = (self._eval_batches * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
         self._eval_batches += 1
         fresh = rows.sample_ids == torch.arange(first, first + len(t), device=device)  # no duplicates
+        labels = result.labels.masked_fill(rows.tail, IGNORE_INDEX)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = model(
-                input_ids=result.noised_ids,
-                attention_mask=rows.present.long(),
-                labels=result.labels.masked_fill(rows.tail, IGNORE_INDEX),
-                loss_weights=fresh / t,
-            ).loss.float()
-        count = ((result.maskable & ~rows.tail).sum(dim=1) * fresh).sum()
+            batch = model_inputs(result, rows.present, labels, fresh.float() if blocks else fresh / t)
+            loss = self.compute_loss(model, batch).float()
+        count = (counted_tokens(result, rows) * fresh).sum()
         self._eval_sums += torch.stack([loss.double(), count.double()]).cpu()
         return loss / count.clamp(min=1), None, None
 
@@ -494,6 +510,55 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
                     remove(folder / file.name)
                 os.replace(file, folder / file.name)
             remove(written)
+
+
+def blocks_of(model_config: CoDAConfig, diffusion: DiffusionArguments) -> Blocks | None:
+    """How rows are noised by blocks; None for a model of full attention.
+
+    Raises:
+        UserError: the model's attention kernel knows no rules.
+    """
+    if not model_config.has_blocks:
+        return None
+    kernel = model_config._attn_implementation
+    if kernel not in RULE_KERNELS:
+        raise UserError(
+            f"diffusion.objective {diffusion.objective!r} needs an attention kernel that knows who may attend to whom, "
+            f"one of {', '.join(sorted(RULE_KERNELS))} (flash_attn: sdpa), got {kernel!r}"
+        )
+    weight = diffusion.autoregressive_weight if diffusion.objective == "joint" else None
+    return Blocks(model_config.block_size, diffusion.complementary, weight)
+
+
+def counted_tokens(noised: NoisedRows | DoubledRows, rows: curriculum.Rows) -> Tensor:
+    """Tokens of each row that its loss is divided by, (B,) int64: those that could be masked, without the tail."""
+    copies = len(noised.maskable) // len(rows.tail)  # 2 with complementary masks
+    return (noised.maskable[::copies] & ~rows.tail).sum(dim=1)
+
+
+def model_inputs(
+    noised: NoisedRows | DoubledRows, present: Tensor, labels: Tensor, weights: Tensor
+) -> dict[str, Tensor]:
+    """What `compute_loss` is given of a noised batch.
+
+    Args:
+        noised: rows, with or without their clean copy.
+        present: (B, T) bool, False at padding; what the Trainer counts tokens by.
+        labels: those of `noised`, or fewer.
+        weights: (B,) float32, weight of each row's summed cross-entropy; of rows by blocks their positions have their
+            own beside it.
+    """
+    inputs = {"attention_mask": present.long(), "labels": labels}
+    if isinstance(noised, NoisedRows):
+        return {**inputs, "input_ids": noised.noised_ids, "loss_weights": weights}
+    copies = len(labels) // len(weights)
+    return {
+        **inputs,
+        "input_ids": noised.input_ids,
+        "position_ids": noised.position_ids,
+        "loss_weights": noised.weights * weights.repeat_interleave(copies)[:, None],
+        **noised.visibility._asdict(),
+    }
 
 
 def source_dtype(source: str) -> str:

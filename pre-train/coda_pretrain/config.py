@@ -18,6 +18,7 @@ from CoDALanguageModel.errors import UserError
 
 from .data.mixture import DataConfig
 from .devices.config import HardwareConfig
+from .noise.blocks import BlockConfig
 from .noise.strategies import MaskingConfig
 from .plain_data import from_dict, merge, require_range
 
@@ -44,11 +45,31 @@ class ModelConfig:
     """Steps in which attention widens from causal to full (`train.annealing`); null is full from the first step on.
     Not with the kernels `flash_attention_2` and `splash`, which know segments alone. Evaluation is always full."""
 
+    attention: Literal["full", "block_causal"] | None = None
+    """With `init_from`: who may attend to whom from here on, instead of what the folder says (full for an
+    autoregressive one). See `CoDAConfig`, here and below."""
+
+    block_size: int | None = None
+    """With `init_from`: tokens per block, instead of what the folder says."""
+
+    block_origin: Literal["text", "answer"] | None = None
+    """With `init_from`: where blocks are counted from when answers are written. Rows of documents hold no answer: in
+    pre-training blocks are counted from the start of each document."""
+
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.config is None):
             raise UserError("give exactly one of model.init_from (a folder) and model.config (fields of CoDAConfig)")
+        if self.config is not None and self.changed_facts:
+            name, value = next(iter(self.changed_facts.items()))
+            raise UserError(f"model.{name} changes what a folder says: give model.config.{name} instead, got {value!r}")
         if self.attention_annealing_steps is not None:
             require_range("model.attention_annealing_steps", self.attention_annealing_steps, at_least=1)
+
+    @property
+    def changed_facts(self) -> dict[str, Any]:
+        """Fields of `CoDAConfig` that replace those of the folder."""
+        given = {name: getattr(self, name) for name in ("attention", "block_size", "block_origin")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +223,9 @@ KERNELS = {
 }
 """Attention kernels that each backend can train with."""
 
+SEGMENTS_ALONE = ("flash_attention_2", "splash")
+"""Those that evaluate no other rule of who may attend to whom."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -232,8 +256,14 @@ class RunConfig:
     max_skipped_steps: int = 10
     """A step whose loss or gradient is not finite changes nothing; this many in a row end the run."""
 
+    objective: Literal["masked", "block", "joint"] = "masked"
+    """`masked`: noised rows, for a model of full attention. `block`: each row as `[noisy; clean]`, twice as long, for a
+    model with attention by blocks; the loss is that of the noisy copy. `joint`: the same with the cross-entropy of the
+    next token on the clean copy, which then attends causally."""
+
     model: ModelConfig
     data: DataConfig
+    blocks: BlockConfig = field(default_factory=BlockConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -258,6 +288,7 @@ class RunConfig:
         if self.max_grad_norm is not None:
             require_range("max_grad_norm", self.max_grad_norm, above=0.0)
         self._check_kernel()
+        self._check_objective()
         if self.global_batch_size % self.rows_per_micro_batch:
             raise UserError(
                 f"micro_batch_size must divide global_batch_size {self.global_batch_size}, got {self.micro_batch_size}"
@@ -270,7 +301,7 @@ class RunConfig:
                 f"model.attn_implementation must be one of {', '.join(KERNELS[backend])} on hardware.backend "
                 f"{backend!r}, got {kernel!r}"
             )
-        if self.model.attention_annealing_steps is not None and kernel in ("flash_attention_2", "splash"):
+        if self.model.attention_annealing_steps is not None and kernel in SEGMENTS_ALONE:
             raise UserError(
                 "model.attention_annealing_steps needs model.attn_implementation sdpa, eager or flex_attention: "
                 f"{kernel!r} knows segments alone and no other rule of who sees whom"
@@ -284,6 +315,42 @@ class RunConfig:
             raise UserError(
                 f"model.attn_implementation 'flash_attention_2' needs hardware.precision bf16, got {hardware.precision}"
             )
+
+    def _check_objective(self) -> None:
+        weight = self.blocks.autoregressive_weight
+        if not self.by_blocks and self.blocks != BlockConfig():
+            raise UserError(
+                f"blocks says nothing with objective 'masked': leave it out or take objective block or joint, "
+                f"got {self.blocks}"
+            )
+        if (weight is None) == (self.objective == "joint"):
+            raise UserError(
+                "blocks.autoregressive_weight must be given with objective joint and only with it, "
+                f"got objective {self.objective!r} and {weight}"
+            )
+        if not self.by_blocks:
+            return
+        if self.model.attention_annealing_steps is not None:
+            raise UserError(
+                "model.attention_annealing_steps widens attention to full, which objective "
+                f"{self.objective!r} never has: blocks.growth_steps is what grows there, "
+                f"got {self.model.attention_annealing_steps}"
+            )
+        if self.model.attn_implementation in SEGMENTS_ALONE:
+            raise UserError(
+                f"objective {self.objective!r} needs model.attn_implementation sdpa, eager or flex_attention: "
+                f"{self.model.attn_implementation!r} knows segments alone and no other rule of who sees whom"
+            )
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether rows are `[noisy; clean]`."""
+        return self.objective != "masked"
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows that go through the model for one row of the data."""
+        return 2 if self.blocks.complementary else 1
 
     @property
     def rows_per_micro_batch(self) -> int:

@@ -11,7 +11,17 @@ from torch._dynamo.utils import counters
 from transformers import AttentionInterface, masking_utils
 from transformers import modeling_flash_attention_utils as flash_utils
 
-from CoDALanguageModel.attention_coda import block_causal, block_numbers, causal, full, layer_mask, widening
+from CoDALanguageModel.attention_coda import (
+    block_causal,
+    block_numbers,
+    block_starts,
+    causal,
+    doubled,
+    full,
+    layer_mask,
+    places,
+    widening,
+)
 
 
 def causal_mask(num_rows, seq_len):
@@ -35,7 +45,26 @@ def block_sees(row, q, k):
     return before if IS_CLEAN[row, k] else same
 
 
+HALF = torch.tensor([[1, 1, 1, 2, 2, 0], [1] * 6])
+IN_BLOCKS = [[{0, 1}, {2}, {3, 4}, {5}], [{0}, {1, 2}, {3, 4}, {5}]]  # of 2, those of row 1 from an answer at 3
+PACKED = (HALF, places(HALF), block_starts(places(HALF), 2, torch.tensor([[0], [3]])))
+
+
+def copy_sees(row, q, k, causal_context=False):
+    """As `block_sees`, for packed texts; `dense` compares the segments."""
+    a, b = q % 6, k % 6
+    block = next(block for block in IN_BLOCKS[row] if a in block)
+    if q < 6:
+        return b in block if k < 6 else b < min(block)
+    return k >= 6 and (b <= a if causal_context else b <= max(block))
+
+
 RULES = {
+    "doubled": (doubled(*PACKED), copy_sees),
+    "doubled, joint": (
+        doubled(*PACKED, causal_context=True),
+        lambda row, q, k: copy_sees(row, q, k, causal_context=True),
+    ),
     "full": (full(SEGMENTS), lambda row, q, k: True),
     "causal": (causal(SEGMENTS), lambda row, q, k: k <= q),
     "widening": (widening(SEGMENTS, AHEAD), lambda row, q, k: k <= q + AHEAD[row]),
@@ -84,14 +113,15 @@ def test_padding_is_seen_by_nobody_under_any_rule(make_model, tokens, uncompiled
 
 
 def test_blocks_begin_at_the_text_or_at_its_answer():
-    places = torch.arange(9)[None].expand(3, -1)
-    assert block_numbers(places, 4)[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+    place = torch.arange(9)[None].expand(3, -1)
+    assert block_numbers(place, 4)[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2]
     starts = torch.tensor([[0], [3], [8]])
-    assert block_numbers(places, 4, starts).tolist() == [
+    assert block_numbers(place, 4, starts).tolist() == [
         [0, 0, 0, 0, 1, 1, 1, 1, 2],
         [0, 0, 0, 1, 1, 1, 1, 2, 2],
         [0, 0, 0, 0, 1, 1, 1, 1, 2],
     ]
+    assert block_starts(place, 4, starts)[1].tolist() == [-1, -1, -1, 3, 3, 3, 3, 7, 7]
 
 
 @torch.no_grad()

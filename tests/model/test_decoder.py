@@ -361,7 +361,7 @@ def test_a_compiled_network_gives_the_same_tokens(make_model, tokens):
         ({"kv_cache": "dual", "refresh_window": -1}, "refresh_window must be an integer >= 0 or None"),
         ({"suffix_window": 4}, "suffix_window needs block_length"),
         ({"eta": 0.5}, "eta needs remask"),
-        ({"kv_cache": "both"}, "kv_cache must be one of none, prefix, dual, got 'both'"),
+        ({"kv_cache": "both"}, "kv_cache must be one of auto, none, exact, prefix, dual, got 'both'"),
         ({"remask": "all"}, "remask must be 'conf' or None"),
         ({"threshold": 0.0}, r"threshold must be in \(0, 1\]"),
         ({"stop_strings": "x"}, "stop_strings must be a list"),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from numpy.polynomial import Polynomial
 
+from CoDALanguageModel.attention_coda import doubled, places
 from CoDALanguageModel.diffusion import (
     IGNORE_INDEX,
     corrupt,
@@ -56,6 +57,19 @@ def test_only_maskable_positions_change_and_they_become_the_mask(span):
     assert not (result.masked & ~maskable).any()
     assert torch.equal(result.noised_ids, ids.masked_fill(result.masked, MASK))
     assert 0 < result.masked.sum() < maskable.sum()
+
+
+@pytest.mark.parametrize("span", [1, 2, 4])
+def test_each_position_may_have_a_level_of_its_own(span):
+    """At a border of levels too, where a run goes on with another probability."""
+    num_rows, levels = 20_000, torch.tensor([0.1] * 3 + [0.9] * 4 + [0.4] * 5)
+    ids, uniforms = torch.zeros(num_rows, 12).long(), draw(num_rows, 11 + span, "levels")
+    masked = corrupt(ids, ids == 0, levels.expand(num_rows, -1), uniforms, mask_token_id=MASK, span=span).masked
+    error = (masked.double().mean(dim=0) - levels).abs()
+    assert (error < 4 * (levels * (1 - levels) / num_rows).sqrt()).all()
+    row, place = (torch.full((num_rows,), 0.4), torch.full((num_rows, 12), 0.4))
+    one, other = (corrupt(ids, ids == 0, t, uniforms, mask_token_id=MASK, span=span).masked for t in (row, place))
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("span", [2, 4, 8])
@@ -121,7 +135,7 @@ def test_same_uniforms_same_draw_in_any_batch_and_with_wider_uniforms():
     ("changes", "message"),
     [
         ({"maskable": torch.ones(2, 5).bool()}, r"maskable must have the shape of input_ids \(2, 6\), got \(2, 5\)"),
-        ({"t": torch.ones(3)}, r"t must have shape \(2,\), got \(3,\)"),
+        ({"t": torch.ones(3)}, r"t must have shape \(2,\) or \(2, 6\), got \(3,\)"),
         ({"span": 0}, r"span must be in \[1, 6\], got 0"),
         ({"span": 7}, r"span must be in \[1, 6\], got 7"),
         ({"span": torch.tensor([2, 9])}, r"span must be in \[1, 6\], got \[2, 9\]"),
@@ -160,6 +174,18 @@ def test_no_segment_is_scored_from_another_with_or_without_a_mask():
     mask = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1]])
     assert scored_by(mask, segments).tolist() == [[-1, -1, 1, -1, -1, -1, -1, -1]]
     assert scored_by(None, segments, shift=False).tolist() == [[0, 1, 2, 3, 4, 5, -1, -1]]
+
+
+def test_the_first_position_of_a_noisy_block_is_scored_by_the_clean_row_before_it():
+    half = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 0], [1] * 8])
+    start = torch.tensor([[0, 0, 2, 2, 4, 0, 0, 0], [-1, 1, 1, 3, 3, 5, 5, 7]])
+    rule = doubled(half, places(half), start)
+    assert scored_by(None, rule.segment, doubled_group=rule.group).tolist() == [
+        [-1, 0, 8 + 1, 2, 8 + 3, -1, 5, -1] + [-1, 8, 9, 10, 11, -1, 13, -1],
+        [-1, 8, 1, 8 + 2, 3, 8 + 4, 5, 8 + 6] + [-1, *range(8, 15)],
+    ]
+    own = scored_by(None, rule.segment, shift=False, doubled_group=rule.group)
+    assert own.tolist() == [[*range(7), -1, *range(8, 15), -1], [*range(16)]]
 
 
 # ---- the objective

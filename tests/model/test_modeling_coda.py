@@ -113,6 +113,20 @@ def test_blocks_of_one_are_the_autoregressive_model(name, make_model, tokens):
     assert (ours(ids, attention_mask=mask).logits[:1, 7:] - want).abs().max() < 1e-5 * want.abs().max().clamp(min=1)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama"])
+def test_blocks_of_one_write_the_greedy_text_of_the_autoregressive_model(name, make_model, tokens):
+    ours, theirs = make_twins(name, make_model, attention="block_causal", block_size=1)
+    undefined = [66, 67, 68, 69, 70, 71]
+    theirs.generation_config.update(eos_token_id=65, pad_token_id=66, bos_token_id=64)
+    for seed, length in ((0, 7), (1, 12), (2, 20)):
+        ids = tokens(2, length, seed=seed)
+        want = theirs.generate(ids, max_new_tokens=30, do_sample=False, suppress_tokens=undefined)
+        want = F.pad(want, (0, length + 30 - want.shape[1]), value=66)
+        for options in ({"kv_cache": "exact"}, {"kv_cache": "none"}, {"speculate": 2}):
+            got = ours.generate(ids, max_new_tokens=30, steps=30, **options)
+            assert got.tolist() == want.tolist(), options
+
+
 @pytest.mark.parametrize("name", TWINS)
 @torch.no_grad()
 def test_without_a_mask_it_equals_the_autoregressive_model_under_an_all_visible_one(name, make_model, tokens):

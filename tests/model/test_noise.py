@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from CoDALanguageModel.diffusion import IGNORE_INDEX
-from CoDALanguageModel.noise import CleanRows, deal_levels, draw_rows, noise_rows
+from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.noise import Blocks, CleanRows, deal_levels, draw_rows, noise_blocks, noise_rows, spread_levels
 
 MASK, PAD, T = 299, 0, 24
 STRATEGIES = {"plain": (0, 0, 0), "S1": (1, 0, 0), "S2": (0, 1, 0), "S3": (0, 0, 1), "all": (0.3, 0.3, 0.5)}
@@ -94,3 +95,98 @@ def test_levels_are_one_in_each_stratum_in_a_random_order():
     assert 0.01 <= float(ordered[0])
     assert float(ordered[-1]) <= 1.0
     assert not torch.equal(levels, deal_levels(0, 6, 50, 0.01))
+
+
+# ---- rows by blocks
+
+DRAWN = {"strategies": (0.3, 0.3, 0.5), "span_lengths": (2, 4)}
+
+
+def by_blocks(rows, sample_ids, t, blocks, seed=0, logits_shift=True, **draws):
+    num_real = (rows.segment_ids > 0).sum(dim=1).tolist()
+    drawn = draw_rows(seed, sample_ids, num_real, rows.input_ids.shape[1], **draws)
+    return noise_blocks(rows, t, drawn, blocks, mask_token_id=MASK, pad_token_id=PAD, logits_shift=logits_shift)
+
+
+def test_a_row_by_blocks_is_the_noised_row_beside_the_clean_one():
+    rows, blocks = clean(6, (9, 8, 5)), Blocks(4)
+    t = spread_levels(deal_levels(0, 0, 6, 0.05), rows.segment_ids, blocks, t_min=0.05)
+    got = by_blocks(rows, range(6), t, blocks, **DRAWN)
+    drawn = draw_rows(0, range(6), [22] * 6, T, **DRAWN)
+    want = noise_rows(rows, t, drawn, mask_token_id=MASK, pad_token_id=PAD)
+    assert torch.equal(got.input_ids[:, :T], want.noised_ids)
+    assert torch.equal(got.labels, want.labels)
+    assert torch.equal(got.maskable, want.maskable)
+    padding = want.segment_ids == 0
+    assert torch.equal(got.input_ids[:, T:], rows.input_ids.masked_fill(padding, PAD))
+    assert torch.equal(got.visibility.segment, want.segment_ids.repeat(1, 2))
+    place = torch.tensor([*range(9), *range(8), *range(5), 0, 0]).expand(6, -1).masked_fill(padding, 0)
+    assert torch.equal(got.position_ids, place.repeat(1, 2))
+    assert torch.allclose(got.weights * t, torch.ones_like(t))
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_complementary_masks_make_each_token_a_target_exactly_once(shift):
+    rows, blocks = clean(40, (9, 8, 5)), Blocks(4, complementary=True)
+    fixed = torch.zeros_like(rows.input_ids, dtype=torch.bool)
+    fixed[:, 11:13] = True
+    t = spread_levels(deal_levels(0, 0, 40, 0.05), rows.segment_ids, blocks, t_min=0.05)
+    got = by_blocks(rows._replace(fixed=fixed), range(40), t, blocks, logits_shift=shift, **DRAWN)
+    first, second = got.input_ids[::2], got.input_ids[1::2]
+    targets = (got.labels[::2] != IGNORE_INDEX).int() + (got.labels[1::2] != IGNORE_INDEX)
+    assert torch.equal(targets, got.maskable[::2].int())
+    assert got.maskable.any()
+    assert torch.equal(first[:, T:], second[:, T:])
+    for rows_of in (slice(0, None, 2), slice(1, None, 2)):
+        is_target = got.labels[rows_of] != IGNORE_INDEX
+        assert torch.equal(got.input_ids[rows_of, :T] == MASK, is_target)
+        assert torch.equal(got.labels[rows_of][is_target], got.input_ids[rows_of, T:][is_target])
+    level = torch.where(got.labels[::2] != IGNORE_INDEX, t, 1 - t)
+    weight = torch.where(got.labels[::2] != IGNORE_INDEX, got.weights[::2], got.weights[1::2])
+    assert torch.allclose((weight * level)[got.maskable[::2]], torch.tensor(0.5), rtol=1e-4)
+
+
+def test_each_block_has_a_level_of_its_own_uniform_and_spread_over_the_row_and_the_step():
+    rows, blocks = clean(50, (64, 30, 2), width=100), Blocks(4)
+    row_levels = deal_levels(0, 5, 50, 0.1)
+    t = spread_levels(row_levels, rows.segment_ids, blocks, t_min=0.1)
+    starts = [*range(0, 64, 4), *range(64, 94, 4), 94, 96]  # the last is that of padding
+    ends = [*starts[1:], 100]
+    for start, end in zip(starts, ends, strict=True):
+        assert (t[:, start:end] == t[:, start : start + 1]).all()
+    per_block = t[:, starts]
+    assert torch.allclose(per_block[:, 0], row_levels, atol=1e-6)
+    for column in per_block.T:  # over the step: a grid of 50, shifted
+        gaps = column.sort().values.diff()
+        assert gaps.min() > 0.9 / 50 - 1e-5
+        assert gaps.max() < 2 * 0.9 / 50 + 1e-5
+    gaps = per_block.sort(dim=1).values.diff(dim=1)  # over a row: 27 levels with nowhere a large gap
+    assert gaps.max() < 2.7 * 0.9 / 27
+    pairs = spread_levels(row_levels, rows.segment_ids, Blocks(4, complementary=True), t_min=0.1)
+    assert pairs.min() >= 0.1
+    assert pairs.max() <= 0.9
+
+
+@pytest.mark.parametrize(("complementary", "level"), [(False, 1.0), (True, 0.5)])
+def test_blocks_of_one_token_have_one_level_which_weighs_each_token_once(complementary, level):
+    got = by_blocks(clean(4), range(4), torch.full((4,), 0.3), Blocks(1, complementary))
+    scored = got.labels != IGNORE_INDEX
+    copies = 2 if complementary else 1
+    total = (got.weights * scored).unflatten(0, (4, copies)).sum(dim=1)
+    assert torch.equal(total, torch.tensor([0.0] + [1.0] * (T - 1)).expand(4, -1))
+    assert (got.weights[scored] * level * copies == 1).all()
+
+
+def test_the_clean_half_is_scored_where_something_may_be_masked_and_asks_for_the_shift():
+    rows = clean(4, (9, 8, 5))
+    for complementary, weight in ((False, 0.5), (True, 0.25)):
+        got = by_blocks(rows, range(4), torch.full((4,), 0.3), Blocks(4, complementary, 0.5), strategies=(1, 0, 0))
+        assert got.labels.shape == got.weights.shape == got.input_ids.shape
+        assert torch.equal(got.labels[:, T:], got.input_ids[:, T:].masked_fill(~got.maskable, IGNORE_INDEX))
+        assert (got.weights[:, T:] == weight).all()
+    silent = by_blocks(rows, range(4), torch.full((4,), 0.3), Blocks(4, autoregressive_weight=0.0))
+    assert silent.labels.shape == (4, T)
+    real = silent.visibility.segment[:, T:] > 0
+    assert torch.equal(silent.visibility.limit[:, T:][real], silent.position_ids[:, T:][real])  # causal all the same
+    with pytest.raises(UserError, match="joint needs a model with logits_shift true"):
+        by_blocks(rows, range(4), torch.full((4,), 0.3), Blocks(4, autoregressive_weight=0.5), logits_shift=False)

@@ -1,5 +1,6 @@
 """Facts of the schedule of commits."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -7,9 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from CoDALanguageModel.schedule import MOST_STEPS, commit_counts, plan_commits
+from CoDALanguageModel.schedule import MOST_STEPS, commit_counts, kept_counts, plan_commits
 
 EPS = 1e-3
+
+
+def whole_plan(num_masked, *, block_length, **options):
+    """The plan of all blocks of one length."""
+    length = block_length or num_masked
+    sizes = [min(length, num_masked - first) for first in range(0, num_masked, length or 1)]
+    return tuple(itertools.chain.from_iterable(plan_commits(sizes, **options)))
 
 
 def published_counts(num_masked, steps, eps):
@@ -44,7 +52,7 @@ def test_a_plan_commits_in_every_forward_and_fills_each_block(keeps_deciding):
         for block_length in (None, 1, 4, 12, 50):
             num_blocks = math.ceil(num_masked / (block_length or num_masked))
             for steps in (num_blocks, num_blocks + 3, 64):
-                plan = plan_commits(
+                plan = whole_plan(
                     num_masked, steps=steps, block_length=block_length, eps=EPS, keeps_deciding=keeps_deciding
                 )
                 assert [commit.step for commit in plan] == sorted({commit.step for commit in plan})
@@ -59,7 +67,7 @@ def test_a_plan_commits_in_every_forward_and_fills_each_block(keeps_deciding):
 
 
 def test_steps_are_shared_evenly_between_blocks_the_first_getting_more():
-    plan = plan_commits(12, steps=14, block_length=4, eps=EPS, keeps_deciding=False)
+    plan = whole_plan(12, steps=14, block_length=4, eps=EPS, keeps_deciding=False)
     shares = (5, 5, 4)
     want, first = [], 0
     for block, share in enumerate(shares):
@@ -72,7 +80,7 @@ def test_steps_are_shared_evenly_between_blocks_the_first_getting_more():
 def test_p2_keeps_the_share_of_the_steps_done_in_exact_integers():
     for size in (1, 3, 10, 49):
         for steps in (1, 3, 7, 49, 60):
-            plan = plan_commits(size, steps=steps, block_length=None, eps=EPS, keeps_deciding=True)
+            plan = whole_plan(size, steps=steps, block_length=None, eps=EPS, keeps_deciding=True)
             kept = {i: size - math.floor(size * (1 - Fraction(i + 1, steps))) for i in range(steps)}
             want = [(i, kept[i]) for i in range(steps) if kept[i] > kept.get(i - 1, 0)]
             assert [(commit.step, commit.count) for commit in plan] == want
@@ -82,20 +90,29 @@ def test_p2_keeps_the_share_of_the_steps_done_in_exact_integers():
 def test_a_plan_costs_no_more_for_more_steps_and_commits_one_token_a_step(keeps_deciding):
     for num_masked, block_length in ((8, None), (600, None), (70, 32)):
         options = {"block_length": block_length, "eps": EPS, "keeps_deciding": keeps_deciding}
-        enough = plan_commits(num_masked, steps=3 * max(num_masked, MOST_STEPS), **options)
+        enough = whole_plan(num_masked, steps=3 * max(num_masked, MOST_STEPS), **options)
         for steps in (10**6, 2**62, 10**30):
-            assert plan_commits(num_masked, steps=steps, **options) == enough
+            assert whole_plan(num_masked, steps=steps, **options) == enough
         length = block_length or num_masked  # one step a token
-        published = plan_commits(num_masked, steps=length * math.ceil(num_masked / length), **options)
+        published = whole_plan(num_masked, steps=length * math.ceil(num_masked / length), **options)
         assert [(c.block, c.count) for c in enough] == [(c.block, c.count) for c in published]
 
 
+def test_blocks_of_any_sizes_are_planned_as_they_are_reached():
+    sizes = [3, 4, 4, 1]
+    plan = plan_commits(sizes, steps=10**9, eps=EPS, keeps_deciding=False)
+    assert [commit.count for commit in next(plan)] == [c for c in commit_counts(3, MOST_STEPS, EPS) if c]
+    assert [sum(commit.count for commit in block) for block in plan] == sizes[1:]
+    long = plan_commits(range(1, 10**9), steps=10**9, eps=EPS, keeps_deciding=False)
+    assert [[commit.block for commit in next(long)] for _ in range(2)] == [[0], [1]]
+
+
 def test_plans_that_are_kept_are_few():
-    for function in (commit_counts, plan_commits):
+    for function in (commit_counts, kept_counts):
         assert function.cache_info().maxsize <= 64
 
 
 def test_more_blocks_than_steps_are_refused():
     with pytest.raises(ValueError, match="12 masked tokens in blocks of block_length=4 are 3 blocks, got steps=2"):
-        plan_commits(12, steps=2, block_length=4, eps=EPS, keeps_deciding=False)
-    assert plan_commits(0, steps=2, block_length=4, eps=EPS, keeps_deciding=False) == ()
+        whole_plan(12, steps=2, block_length=4, eps=EPS, keeps_deciding=False)
+    assert whole_plan(0, steps=2, block_length=4, eps=EPS, keeps_deciding=False) == ()

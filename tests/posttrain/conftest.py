@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,19 @@ def model_dir(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def block_dirs(model_dir, tmp_path_factory) -> dict[int, Path]:
+    """The same weights as models that attend by blocks, of one token and of four, by the size of the blocks."""
+    folders = {}
+    for size in (1, 4):
+        folders[size] = tmp_path_factory.mktemp(f"blocks_of_{size}")
+        shutil.copytree(model_dir, folders[size], dirs_exist_ok=True)
+        config = json.loads((model_dir / "config.json").read_text())
+        config |= {"attention": "block_causal", "block_size": size, "block_origin": "answer" if size > 1 else "text"}
+        (folders[size] / "config.json").write_text(json.dumps(config))
+    return folders
 
 
 def toy_rows(count: int, first: int = 0) -> list[dict[str, str]]:

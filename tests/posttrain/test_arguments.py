@@ -193,12 +193,31 @@ def test_a_path_in_a_file_must_be_text():
 
 def test_rows_longer_than_the_models_context_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "CoDA", "max_position_embeddings": 512}')
-    host = {"model_name_or_path": str(tmp_path)}
-    check_model_folder({**host, "cutoff_len": 512})
+    host, masked = {"model_name_or_path": str(tmp_path)}, parse_diffusion(None)
+    check_model_folder({**host, "cutoff_len": 512}, masked)
+    check_model_folder(host)  # to be merged or identified alone
     with pytest.raises(ValueError, match="at most the model's max_position_embeddings=512, got 2048"):
-        check_model_folder(host)
+        check_model_folder(host, masked)
     with pytest.raises(ValueError, match="cutoff_len must be a whole number >= 1, got 0"):
-        check_model_folder({**host, "cutoff_len": 0})
+        check_model_folder({**host, "cutoff_len": 0}, masked)
+
+
+def test_the_objective_is_one_of_the_models_attention_and_shift(tmp_path):
+    host = {"model_name_or_path": str(tmp_path), "cutoff_len": 8}
+    cases = {
+        '{"model_type": "CoDA"}': {"masked"},
+        '{"model_type": "CoDA", "attention": "block_causal", "block_size": 4}': {"block", "joint"},
+        '{"model_type": "CoDA", "attention": "block_causal", "block_size": 4, "logits_shift": false}': {"block"},
+    }
+    for text, allowed in cases.items():
+        (tmp_path / "config.json").write_text(text)
+        for objective in ("masked", "block", "joint"):
+            settings = parse_diffusion({"objective": objective})
+            if objective in allowed:
+                check_model_folder(host, settings)
+            else:
+                with pytest.raises(ValueError, match=rf"objective must be .*, got '{objective}'; save_hf_model.py"):
+                    check_model_folder(host, settings)
 
 
 def test_an_export_needs_an_adapter_and_a_folder_of_its_own(tmp_path):

@@ -31,7 +31,7 @@ def rows(width: int = 24, tail_tokens: int = 0) -> curriculum.Rows:
 def noise(batch: curriculum.Rows, share: float, t: float = 1.0, span: int = 1):
     return curriculum.noise(
         batch, torch.full((2,), t), share=share, seed=0, sample_ids=batch.sample_ids.tolist(), span_probability=1.0,
-        span_lengths=[span], mask_token_id=MASK, pad_token_id=PAD,
+        span_lengths=[span], t_min=0.001, mask_token_id=MASK, pad_token_id=PAD,
     )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_both_trainers_mask_the_same_sample_in_the_same_way():
     )
     everything, nothing = torch.ones(4, 24, dtype=torch.bool), torch.zeros(4, 24, dtype=torch.bool)
     batch = curriculum.Rows(ids, everything, nothing, nothing, torch.tensor(sample_ids))
-    spans = {"span_probability": 0.5, "span_lengths": (2, 4)}
+    spans = {"span_probability": 0.5, "span_lengths": (2, 4), "t_min": 0.001}
     tuned = curriculum.noise(
         batch, t, share=1.0, seed=5, sample_ids=sample_ids, **spans, mask_token_id=MASK, pad_token_id=PAD
     )

@@ -1,5 +1,7 @@
 """What a run does, observed from outside: one process trains several tiny runs, each test reads one fact."""
 
+import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -10,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from coda_posttrain.__main__ import main
 
@@ -67,10 +69,15 @@ for argv in commands:
 """
 
 
-def odd_settings() -> dict[str, dict]:
-    """Two epochs with a short last step, once for each denominator of the loss."""
+def odd_settings(block_dirs) -> dict[str, dict]:
+    """Two epochs with a short last step, once for each denominator of the loss, and once by blocks with all options."""
     changes = {"dataset": "odd", "max_steps": -1, "num_train_epochs": 2, "diffusion.prompt_annealing_epochs": 1.5}
-    return {name: {**changes, "diffusion.normalize": name} for name in ("maskable", "row", "padded")}
+    by_blocks = {"model_name_or_path": block_dirs[4], "diffusion.objective": "joint", "diffusion.complementary": "true"}
+    by_blocks |= {"diffusion.autoregressive_weight": 0.5, "diffusion.span_probability": 0.5}
+    return {
+        **{name: {**changes, "diffusion.normalize": name} for name in ("maskable", "row", "padded")},
+        "joint": {**changes, **by_blocks},
+    }
 
 
 def settings(model_dir, data_dir, **changes) -> list[str]:
@@ -103,7 +110,7 @@ def eval_losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, model_dir, data_dir, environment) -> Path:
+def runs(tmp_path_factory, model_dir, block_dirs, data_dir, environment) -> Path:
     """One process: a full run, its resumption, evaluations, accumulation, annealing, LoRA and its merge."""
     out = tmp_path_factory.mktemp("runs")
     make = lambda name, **changes: [  # noqa: E731
@@ -127,8 +134,10 @@ def runs(tmp_path_factory, model_dir, data_dir, environment) -> Path:
                "diffusion.normalize": "padded", "diffusion.overlong": "drop", "cutoff_len": 96,
                "diffusion.span_probability": "[0.25,0.5,0.75]", "diffusion.span_lengths": "[4,8,16,32]"},
         ),
-        *(make(f"odd_{name}", **changes) for name, changes in odd_settings().items()),
+        *(make(f"odd_{name}", **changes) for name, changes in odd_settings(block_dirs).items()),
         make("lora", **lora),
+        make("block_lora", **lora, **{"model_name_or_path": block_dirs[4], "diffusion.objective": "block"}),
+        make("autoregressive", **evaluate | {"model_name_or_path": block_dirs[1], "diffusion.objective": "block"}),
         [
             "export", str(out / "merge.yaml"), f"model_name_or_path={model_dir}",
             f"adapter_name_or_path={out / 'lora'}", f"export_dir={out / 'merged'}",
@@ -172,6 +181,37 @@ def test_evaluation_loss_repeats_and_ignores_the_batch_size(runs):
     last = eval_losses(runs / "full")[-1]
     results = [json.loads((runs / name / "eval_results.json").read_text()) for name in ("eval_5", "eval_12")]
     assert [result["eval_loss"] for result in results] == pytest.approx([last, last], rel=1e-6)
+
+
+def test_blocks_of_one_are_evaluated_as_the_autoregressive_model_is(runs, block_dirs, data_dir):
+    tokenizer = AutoTokenizer.from_pretrained(block_dirs[1])
+    config = json.loads((block_dirs[1] / "config.json").read_text())
+    names = [field.name for field in dataclasses.fields(Qwen3Config)]
+    twin = Qwen3ForCausalLM(Qwen3Config(**{name: config[name] for name in names if name in config})).eval()
+    twin.load_state_dict(load_file(block_dirs[1] / "model.safetensors"), strict=False)
+    twin.tie_weights()
+    loss, count = 0.0, 0
+    for line in (data_dir / "held_out.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        chat = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
+        render = functools.partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
+        prompt, ids = render(chat[:1], add_generation_prompt=True), render(chat)
+        with torch.no_grad():
+            logits = twin(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1]
+        target = torch.tensor(ids[len(prompt) :])
+        loss += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+        count += len(target)
+    result = json.loads((runs / "autoregressive" / "eval_results.json").read_text())
+    assert result["eval_loss"] == pytest.approx(loss / count, rel=1e-5)
+
+
+def test_a_model_by_blocks_learns_with_adapters_and_keeps_its_attention(runs):
+    losses = eval_losses(runs / "block_lora")
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.01
+    assert json.loads((runs / "odd_joint" / "config.json").read_text())["block_size"] == 4
+    lines = train_lines(runs / "odd_joint")
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in train_lines(runs / "odd_row")]
 
 
 def test_accumulation_equals_the_whole_batch_in_loss_and_gradient(runs):
@@ -249,24 +289,30 @@ def test_checkpoint_loads_elsewhere_with_remote_code(runs, environment, tmp_path
 
 
 @pytest.fixture(scope="module")
-def pairs(runs, model_dir, data_dir, environment) -> Path:
+def pairs(runs, model_dir, block_dirs, data_dir, environment) -> Path:
     """The runs of `odd_settings` again, in two processes, and one with sharded weights."""
     few = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 5}
     few |= {"save_strategy": "steps", "save_steps": 2}
     commands = [
         ["train", str(CONFIG), *settings(model_dir, data_dir, output_dir=runs / f"pair_{name}", **changes, **few)]
-        for name, changes in odd_settings().items()
+        for name, changes in odd_settings(block_dirs).items()
     ]
     resumed = {
-        **odd_settings()["row"],
+        **odd_settings(block_dirs)["row"],
         **few,
         "resume_from_checkpoint": runs / "pair_row/checkpoint-4",
         "output_dir": runs / "pair_resumed",
     }
     commands.append(["train", str(CONFIG), *settings(model_dir, data_dir, **resumed)])
     if DEEPSPEED.is_dir():
-        sharded = {**odd_settings()["row"], **few, "deepspeed": ZERO3, "output_dir": runs / "pair_zero3"}
-        commands.append(["train", str(CONFIG), *settings(model_dir, data_dir, **sharded)])
+        for name in ("row", "joint"):
+            sharded = {
+                **odd_settings(block_dirs)[name],
+                **few,
+                "deepspeed": ZERO3,
+                "output_dir": runs / f"zero3_{name}",
+            }
+            commands.append(["train", str(CONFIG), *settings(model_dir, data_dir, **sharded)])
     (runs / "pairs.py").write_text(PAIR_DRIVER)
     path = os.pathsep.join([environment["PYTHONPATH"], str(DEEPSPEED)])
     result = subprocess.run(
@@ -286,10 +332,10 @@ def assert_equal_runs(together: Path, alone: Path) -> None:
     assert eval_losses(together) == pytest.approx(eval_losses(alone), rel=1e-4)
 
 
-@pytest.mark.parametrize("normalize", ["maskable", "row", "padded"])
-def test_two_processes_equal_one_in_every_step_of_an_epoch(pairs, normalize):
-    assert len(train_lines(pairs / f"odd_{normalize}")) == 6  # 8, 8 and 5 of 21 rows, twice
-    assert_equal_runs(pairs / f"pair_{normalize}", pairs / f"odd_{normalize}")
+@pytest.mark.parametrize("name", ["maskable", "row", "padded", "joint"])
+def test_two_processes_equal_one_in_every_step_of_an_epoch(pairs, name):
+    assert len(train_lines(pairs / f"odd_{name}")) == 6  # 8, 8 and 5 of 21 rows, twice
+    assert_equal_runs(pairs / f"pair_{name}", pairs / f"odd_{name}")
 
 
 def test_a_resumed_run_of_two_processes_ends_bit_identical(pairs):
@@ -303,7 +349,8 @@ def test_a_resumed_run_of_two_processes_ends_bit_identical(pairs):
 def test_weights_sharded_over_processes_train_as_one_process_does(pairs):
     if not DEEPSPEED.is_dir():
         pytest.skip(f"no DeepSpeed in {DEEPSPEED}: test.sh installs it")
-    assert_equal_runs(pairs / "pair_zero3", pairs / "odd_row")
+    for name in ("row", "joint"):
+        assert_equal_runs(pairs / f"zero3_{name}", pairs / f"odd_{name}")
 
 
 def test_the_conditioned_share_follows_optimizer_steps(pairs):

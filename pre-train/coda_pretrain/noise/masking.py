@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.noise import CleanRows, NoisedRows, draw_rows, noise_rows
+from CoDALanguageModel.noise import (
+    Blocks,
+    CleanRows,
+    DoubledRows,
+    DrawnRows,
+    NoisedRows,
+    draw_rows,
+    noise_blocks,
+    noise_rows,
+    spread_levels,
+)
 
 from ..data.mixture import Sample
 from .strategies import MaskingProbabilities
@@ -35,7 +45,7 @@ def noise_samples(
     span_lengths: Sequence[int],
     tokens: TokenFacts,
 ) -> NoisedRows:
-    """Noise some rows.
+    """Noise some rows, for a model of full attention.
 
     Args:
         samples: the clean rows, all of one length T.
@@ -49,6 +59,39 @@ def noise_samples(
     Raises:
         UserError: the numbers of samples, ids and levels differ.
     """
+    rows, drawn = _draw(samples, sample_ids, t, seed, strategies, span_lengths)
+    return noise_rows(rows, t, drawn, **tokens._asdict())
+
+
+def noise_samples_by_blocks(
+    samples: Sequence[Sample],
+    sample_ids: Sequence[int],
+    t: Tensor,
+    *,
+    blocks: Blocks,
+    t_min: float | None,
+    seed: int,
+    strategies: MaskingProbabilities,
+    span_lengths: Sequence[int],
+    tokens: TokenFacts,
+) -> DoubledRows:
+    """Noise some rows as `noise_samples` does, for a model that attends by `blocks`.
+
+    With `t_min` each block gets a level of its own, from there on (`spread_levels`); without, it keeps that of its row.
+    """
+    rows, drawn = _draw(samples, sample_ids, t, seed, strategies, span_lengths)
+    levels = t if t_min is None else spread_levels(t, rows.segment_ids, blocks, t_min=t_min)
+    return noise_blocks(rows, levels, drawn, blocks, **tokens._asdict())
+
+
+def _draw(
+    samples: Sequence[Sample],
+    sample_ids: Sequence[int],
+    t: Tensor,
+    seed: int,
+    strategies: MaskingProbabilities,
+    span_lengths: Sequence[int],
+) -> tuple[CleanRows, DrawnRows]:
     if not len(samples) == len(sample_ids) == len(t):
         raise UserError(
             f"samples, sample_ids and t must be equally many, got {len(samples)}, {len(sample_ids)}, {len(t)}"
@@ -58,5 +101,4 @@ def noise_samples(
     )
     num_real = (segment_ids > 0).sum(dim=1).tolist()
     drawn = draw_rows(seed, sample_ids, num_real, input_ids.shape[1], strategies=strategies, span_lengths=span_lengths)
-    rows = CleanRows(input_ids, segment_ids)
-    return noise_rows(rows, t, drawn, **tokens._asdict())
+    return CleanRows(input_ids, segment_ids), drawn

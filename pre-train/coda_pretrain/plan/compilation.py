@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from CoDALanguageModel.attention_coda import Visibility
 from CoDALanguageModel.errors import UserError
 
 from ..config import RunConfig
@@ -162,14 +163,17 @@ def _compile(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _batch(config: RunConfig) -> dict[str, np.ndarray]:
     """A batch of the shapes and types of the run's."""
-    shape = (config.global_batch_size, config.seq_len)
+    rows, length = config.global_batch_size * config.rows_per_sample, config.seq_len
+    shape = (rows, 2 * length if config.by_blocks else length)
     ids = np.zeros(shape, dtype=np.int64)
+    labels = ids if config.objective == "joint" else ids[:, :length]
     return {
         "noised_ids": ids,
-        "labels": ids,
-        "loss_weights": np.zeros(shape[0], dtype=np.float32),
+        "labels": labels,
+        "loss_weights": np.zeros(labels.shape if config.by_blocks else rows, dtype=np.float32),
         "position_ids": np.broadcast_to(np.arange(shape[1]), shape),
         "segment_ids": ids,
+        **(dict.fromkeys(Visibility._fields[1:], ids) if config.by_blocks else {}),
     }
 
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+from CoDALanguageModel.attention_coda import full
 from CoDALanguageModel.diffusion import LOSS_CHUNK_ELEMENTS
 from CoDALanguageModel.errors import UserError
 
@@ -77,19 +78,26 @@ def memory_per_chip(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, 
     for name, state in state_tensors(optimizer, shards).items():
         kind = name.rpartition(".")[2]
         states[kind] = states.get(kind, 0) + FLOAT32 * state.numel()
-    rows, xla = config.rows_per_micro_batch // (data * fsdp), config.hardware.backend == "xla"
+    samples, xla = config.rows_per_micro_batch // (data * fsdp), config.hardware.backend == "xla"
+    rows, by_blocks = samples * config.rows_per_sample, config.by_blocks
+    length = 2 * config.seq_len if by_blocks else config.seq_len
+    labelled = length if config.objective == "joint" else config.seq_len  # positions of a row that may be scored
+    scored = math.ceil(masked_share * rows * config.seq_len) + rows * (labelled - config.seq_len)
     part = _slice_of_shape(shape, tensor)
-    chunk = max(1, LOSS_CHUNK_ELEMENTS // (shape.vocab_size * (config.rows_per_micro_batch if xla else 1)))
+    rows_at_once = config.rows_per_micro_batch * config.rows_per_sample
+    chunk = max(1, LOSS_CHUNK_ELEMENTS // (shape.vocab_size * (rows_at_once if xla else 1)))
     passes = [
         bytes_of_passes(
             _with_layers(part, layers),
             rows=rows,
-            seq_len=config.seq_len,
-            scored=rows * config.seq_len if xla else math.ceil(masked_share * rows * config.seq_len),
+            seq_len=length,
+            labelled=labelled,
+            scored=rows * labelled if xla else scored,
             chunk_rows=chunk * rows if xla else chunk,
             remat=bool(config.hardware.remat),
             bf16=config.hardware.precision == "bf16",
             cast_cache=not xla,
+            doubled=by_blocks,
         )
         for layers in (2, 3)
     ]
@@ -105,8 +113,9 @@ def memory_per_chip(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, 
         gathered=_gathered_bytes(part) if fsdp > 1 else 0,
         activations=kept,
         working=max(*peaks, update, kept) - kept,
-        attention_mask=rows * config.seq_len**2 if needs_mask else 0,
-        batch=2 * 4 * INT64 * rows * config.seq_len,  # ids, labels, positions, segments; of the next part as well
+        attention_mask=rows * length**2 if needs_mask else 0,
+        # Ids, positions, segments, labels, and what makes a rule of segments; of the next part as well.
+        batch=2 * INT64 * rows * ((3 + 3 * by_blocks) * length + labelled),
     )
 
 
@@ -246,14 +255,18 @@ def bytes_of_passes(
     *,
     rows: int,
     seq_len: int,
+    labelled: int,
     scored: int,
     chunk_rows: int,
     remat: bool,
     bf16: bool,
     cast_cache: bool = True,
+    doubled: bool = False,
 ) -> Passes:
     """Count forward and backward pass of a model of `shape` on fake tensors.
 
+    `seq_len` is the length of a row, and `labelled` the positions of it that may be scored: the half of a row by
+    blocks, whose hidden states are then chosen between its copies.
     The loss runs as in `CoDALanguageModel.diffusion`: on `scored` positions, `chunk_rows` at a time, each chunk
     again in the backward pass. `cast_cache`: weights in bf16 live until autocast ends, as eager torch has it.
     """
@@ -268,11 +281,17 @@ def bytes_of_passes(
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         ids = torch.zeros(rows, seq_len, dtype=torch.long)
+        targets = ids[:, :labelled]
         scored = min(scored, MAX_CHUNKS * chunk_rows)
         with LiveBytes() as count:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16, cache_enabled=cast_cache):
-                hidden, _ = model.model(ids, position_ids=ids, segment_ids=ids)
-                parts = (x.flatten(0, 1)[:scored].split(chunk_rows) for x in (hidden, ids))
+                hidden, _ = model.model(ids, position_ids=ids, visibility=full(ids))
+                if doubled:
+                    half = seq_len // 2
+                    scoring = torch.where(ids[:, :half, None] > 0, hidden[:, half:], hidden[:, :half])
+                    hidden = torch.cat([scoring, hidden[:, half:]], dim=1) if labelled > half else scoring
+                    del scoring
+                parts = (x.flatten(0, 1)[:scored].split(chunk_rows) for x in (hidden, targets))
                 chunks = list(zip(*parts, strict=True))
                 if len(chunks) == 1:
                     loss = chunk_loss(*chunks[0])

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from ..devices.chips import CHIPS
 from ..devices.config import HardwareConfig
 from ..noise.strategies import MaskingConfig
 from ..plain_data import from_dict, merge
-from ..watch.flops import Work, forward_flops, training_flops
+from ..watch.flops import BlockShape, Work, doubled_pairs, forward_flops, training_flops
 from .compilation import GIB, compile_step, print_compilation
 
 logger = logging.getLogger(__name__)
@@ -89,31 +89,42 @@ class RowWork(NamedTuple):
     source: str
 
 
-def expected_row(config: RunConfig, document_tokens: int | None) -> RowWork:
-    """The work of an average row: from `document_tokens`, else from rows of the data, else one document a row."""
+def expected_row(config: RunConfig, document_tokens: int | None, blocks: BlockShape | None = None) -> RowWork:
+    """The work of an average row of data: from `document_tokens`, else from rows of it, else one document a row.
+
+    By blocks it is the work of the doubled row, or of both with complementary masks, with the blocks that a run ends
+    with.
+    """
     length = config.seq_len
-    pairs, source = float(length**2), "one document per row (the data cannot be read)"
+
+    def pairs_of(document: int) -> float:
+        return float(document**2 if blocks is None else doubled_pairs(document, blocks))
+
+    pairs, source = pairs_of(length), "one document per row (the data cannot be read)"
     if document_tokens is not None:
-        pairs, source = float(length * min(document_tokens, length)), f"documents of {document_tokens} tokens"
+        document = min(document_tokens, length)
+        pairs, source = length / document * pairs_of(document), f"documents of {document_tokens} tokens"
     else:
         try:
-            pairs = _pairs_of_data(config)
+            pairs = _pairs_of_data(config, pairs_of)
             source = f"documents as in {DATA_ROWS} rows of the data"
         except (OSError, UserError) as error:
             logger.info("the data cannot be read: %s", error)
     prefix, truncate = _mean_strategies(config.masking)
-    masked = (1 + config.masking.t_min) / 2 * (1 - prefix / 2 - truncate / 2)
-    work = Work(length * (1 - truncate / 2), pairs * (1 - truncate * 2 / 3), length * masked)
-    return RowWork(work, masked, source)
+    maskable = 1 - prefix / 2 - truncate / 2
+    masked = maskable * (0.5 if config.blocks.complementary else (1 + config.masking.t_min) / 2)
+    copies = 2 if config.by_blocks else 1
+    scored = masked + (maskable if config.objective == "joint" else 0.0)
+    work = Work(copies * length * (1 - truncate / 2), pairs * (1 - truncate * 2 / 3), length * scored)
+    return RowWork(work.scaled(config.rows_per_sample), masked, source)
 
 
-def _pairs_of_data(config: RunConfig) -> float:
+def _pairs_of_data(config: RunConfig, pairs_of: Callable[[int], float]) -> float:
     from ..data.mixture import Mixture
-    from ..watch.flops import work_of_batch
 
     mixture = Mixture(config.data, seq_len=config.seq_len, seed=config.seed)
-    segments = np.stack([mixture.sample(i).segment_ids for i in range(min(DATA_ROWS, mixture.num_samples))])
-    return work_of_batch(segments, np.full_like(segments, -1)).attended_pairs / len(segments)
+    rows = [mixture.sample(i).segment_ids for i in range(min(DATA_ROWS, mixture.num_samples))]
+    return sum(pairs_of(int(length)) for row in rows for length in np.bincount(row)[1:]) / len(rows)
 
 
 def _mean_strategies(masking: MaskingConfig) -> tuple[float, float]:
@@ -148,7 +159,7 @@ def model_shape(config: RunConfig) -> tuple[Any, str]:
     """
     from CoDALanguageModel import CoDAConfig
 
-    from ..train.start import coda_config, load_tokenizer_folder
+    from ..train.start import change_facts, coda_config, load_tokenizer_folder
 
     model = config.model
     if model.config is not None:
@@ -156,9 +167,11 @@ def model_shape(config: RunConfig) -> tuple[Any, str]:
             return coda_config(model.config, load_tokenizer_folder(model.tokenizer)), "model.config"
         ids = dict.fromkeys(("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"), 0)
         return CoDAConfig(**{**ids, **model.config}), "model.config (no tokenizer here: its vocab_size as given)"
+    shape, source = CoDAConfig(), "the published 1.7B model (no model.init_from here)"
     if (Path(model.init_from or "") / "config.json").is_file():
-        return CoDAConfig.from_pretrained(model.init_from), f"model.init_from {model.init_from}"
-    return CoDAConfig(), "the published 1.7B model (no model.init_from here)"
+        shape, source = CoDAConfig.from_pretrained(model.init_from), f"model.init_from {model.init_from}"
+    change_facts(shape, model.changed_facts)
+    return shape, source
 
 
 def make_plan(
@@ -169,14 +182,16 @@ def make_plan(
     Raises:
         UserError: the mesh, the rows or the model do not fit the machine.
     """
+    from ..train.start import blocks_of
     from .memory import memory_per_chip
 
     shape, shape_source = model_shape(config)
+    blocks = blocks_of(config, shape)
     try:
         mesh = config.hardware.mesh.shape(device.chips)
     except UserError as error:
         raise UserError(f"{error}; hardware.mesh.data=1 hardware.mesh.fsdp=-1 would fit {device.name}") from error
-    row = expected_row(config, document_tokens)
+    row = expected_row(config, document_tokens, blocks)
     memory = {}
     for name, remat in (("remat", True), ("no_remat", False)):
         changed = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, remat=remat))
@@ -198,7 +213,10 @@ def make_plan(
         "precision": config.hardware.precision,
         "optimizer": config.optimizer.name,
         "micro_batches": config.global_batch_size // config.rows_per_micro_batch,
-        "rows_at_a_time": config.rows_per_micro_batch // (mesh[0] * mesh[1]),
+        "objective": config.objective,
+        "block_size": None if blocks is None else blocks.size,
+        "row_length": config.seq_len * (2 if config.by_blocks else 1),
+        "rows_at_a_time": config.rows_per_micro_batch * config.rows_per_sample // (mesh[0] * mesh[1]),
         "memory": memory,
         "configured": configured,
         "memory_of_chip": capacity,
@@ -248,7 +266,9 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     for name, value in {
         "model": plan["model"],
         "mesh": f"{mesh} = {plan['chips']} chips of {plan['chip']}",
-        "rows": f"{plan['rows_at_a_time']:g} per {together} at a time, {plan['micro_batches']} parts per step",
+        "objective": plan["objective"] + (f", blocks of {plan['block_size']}" if plan["block_size"] else ""),
+        "rows": f"{plan['rows_at_a_time']:g} of {plan['row_length']} positions per {together} at a time, "
+        f"{plan['micro_batches']} parts per step",
         "work": f"{plan['flops_per_step']:.3g} operations per step ({shares}); {plan['documents']}",
         "assumed MFU": f"{plan['assumed_mfu']:.0%} of {plan['peak_tflops_per_chip']:g} TFLOP/s per chip (--mfu)",
         "speed": f"{plan['tokens_per_s']:,.0f} tokens/s, {plan['step_s']:.2f} s per step",

@@ -33,6 +33,11 @@ def assemble(config: RunConfig, model: nn.Module, backend: Backend) -> Assembly:
     parameters = dict(model.named_parameters())
     optimizer = build_optimizer(config.optimizer, parameters, backend)
     functions = StepFunctions(
-        model, optimizer, max_grad_norm=config.max_grad_norm, ema_decay=config.optimizer.ema_decay, backend=backend
+        model,
+        optimizer,
+        max_grad_norm=config.max_grad_norm,
+        ema_decay=config.optimizer.ema_decay,
+        doubled=config.by_blocks,
+        backend=backend,
     )
     return Assembly(parameters, optimizer, functions)

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from CoDALanguageModel.attention_coda import widening
-from CoDALanguageModel.noise import NoisedRows, deal_levels
+from CoDALanguageModel.attention_coda import Visibility, widening
+from CoDALanguageModel.noise import Blocks, DoubledRows, NoisedRows, deal_levels
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
-from ..noise.masking import TokenFacts, noise_samples
+from ..noise.masking import TokenFacts, noise_samples, noise_samples_by_blocks
 from .annealing import visible_ahead
 
 Batch = dict[str, np.ndarray]
@@ -55,6 +55,31 @@ def batch_of(rows: NoisedRows, t: Tensor, *, global_batch_size: int) -> Batch:
     }
 
 
+def batch_of_doubled(rows: DoubledRows, *, global_batch_size: int) -> Batch:
+    """What a step is given of some rows by blocks, B' of them: one, or two with complementary masks, per row of data.
+
+    Returns:
+        `noised_ids` (B', 2 T) int64, the noisy and the clean copy; `labels` (B', T), or (B', 2 T) where the clean copy
+        is scored too; `loss_weights` of the shape of `labels`, float32, over the denominator of `batch_of`;
+        `position_ids` and `segment_ids` (B', 2 T) int64, and the integers that make the latter a rule of
+        `attention_coda`. Shapes do not depend on the size of the blocks.
+    """
+    denominator = global_batch_size * (rows.input_ids.shape[1] // 2)
+    return {
+        "noised_ids": rows.input_ids.numpy(),
+        "labels": rows.labels.numpy(),
+        "loss_weights": (rows.weights.double() / denominator).float().numpy(),
+        "position_ids": rows.position_ids.numpy(),
+        "segment_ids": rows.visibility.segment.numpy(),
+        **rule_arrays(rows.visibility),
+    }
+
+
+def rule_arrays(rule: Visibility) -> Batch:
+    """What makes `segment_ids` a rule, by name; (B, T) int each."""
+    return {name: fact.numpy() for name, fact in rule._asdict().items() if name != "segment"}
+
+
 class Batches:
     """The rows that this process feeds into the steps of a run. Step s reads samples `[s * B, (s + 1) * B)`."""
 
@@ -66,9 +91,10 @@ class Batches:
         rows: Sequence[int],
         num_steps: int,
         tokens: TokenFacts,
+        blocks: Blocks | None = None,
     ) -> None:
         self._config, self._mixture, self._rows, self._num_steps = config, mixture, rows, num_steps
-        self._tokens = tokens
+        self._tokens, self._blocks = tokens, blocks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[Batch]] | None = None
 
@@ -85,28 +111,38 @@ class Batches:
         num_steps = self._config.model.attention_annealing_steps
         return visible_ahead(step, num_steps=num_steps, seq_len=self._config.seq_len)
 
+    def blocks(self, step: int) -> Blocks | None:
+        """The blocks of a step; None for a model of full attention."""
+        if self._blocks is None:
+            return None
+        return self._blocks._replace(size=self._config.blocks.size_at(step, self._blocks.size))
+
     def make(self, step: int) -> Batch:
-        """Read and noise this process's rows of one step; see `batch_of` for the arrays.
+        """Read and noise this process's rows of one step; see `batch_of` and `batch_of_doubled` for the arrays.
 
         While attention widens there are three more, which make `segment_ids` a rule of `attention_coda`.
         """
         size, seed, masking = self._config.global_batch_size, self._config.seed, self._config.masking
         ids = [step * size + row for row in self._rows]
         t = deal_levels(seed, step, size, masking.t_min)[list(self._rows)]
-        rows = noise_samples(
+        samples, settings = (
             self._mixture.samples(ids),
-            ids,
-            t,
-            seed=seed,
-            strategies=masking.at(self.progress(step), self.epoch(step)),
-            span_lengths=masking.span_lengths,
-            tokens=self._tokens,
+            {
+                "seed": seed,
+                "strategies": masking.at(self.progress(step), self.epoch(step)),
+                "span_lengths": masking.span_lengths,
+                "tokens": self._tokens,
+            },
         )
+        blocks = self.blocks(step)
+        if blocks is not None:
+            doubled = noise_samples_by_blocks(samples, ids, t, blocks=blocks, t_min=masking.t_min, **settings)
+            return batch_of_doubled(doubled, global_batch_size=size)
+        rows = noise_samples(samples, ids, t, **settings)
         batch = batch_of(rows, t, global_batch_size=size)
         ahead = self.visible_ahead(step)
         if ahead is not None:
-            rule = widening(rows.segment_ids, torch.full((len(ids),), ahead))
-            batch |= {name: fact.numpy() for name, fact in rule._asdict().items() if name != "segment"}
+            batch |= rule_arrays(widening(rows.segment_ids, torch.full((len(ids),), ahead)))
         return batch
 
     def get(self, step: int) -> Batch:

@@ -22,9 +22,10 @@ from CoDALanguageModel.conversion import (
 )
 from CoDALanguageModel.diffusion import named_rng
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.noise import Blocks
 from CoDALanguageModel.weight_files import check_tokenizer, refuse_not_finite
 
-from ..config import ModelConfig
+from ..config import ModelConfig, RunConfig
 from ..data.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def load_tokenizer_folder(folder: str, *, complete: bool = False) -> PreTrainedT
 
 
 def initial_model(config: ModelConfig, *, seed: int) -> CoDALanguageModel:
-    """Build the network on the CPU in float32, in training mode. Its attention is bidirectional, whatever it was.
+    """Build the network on the CPU in float32, in training mode. Of what an autoregressive one was, its weights stay.
 
     Raises:
         UserError: a missing folder, a folder of another model type, unknown fields, or ids that the tokenizer does
@@ -80,6 +81,7 @@ def initial_model(config: ModelConfig, *, seed: int) -> CoDALanguageModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(named_rng("initial weights", seed).integers(2**63)))
             model = CoDALanguageModel(shape)
+    change_facts(model.config, config.changed_facts)
     _check_tokens(model.config, tokenizer, config.tokenizer)
     return model.float().train()
 
@@ -156,6 +158,48 @@ def _check_tokens(config: CoDAConfig, tokenizer: PreTrainedTokenizerBase, folder
             f"model.tokenizer {folder!r} has {len(tokenizer)} tokens, more than the model's vocab_size "
             f"{config.vocab_size}"
         )
+
+
+def change_facts(config: CoDAConfig, facts: dict[str, Any]) -> None:
+    """Give the model other attention than its folder says.
+
+    Raises:
+        UserError: the facts do not go together.
+    """
+    if facts.get("attention") == "full":
+        facts = {"block_size": None, "block_origin": "text", "causal_context": False, **facts}
+    checked = CoDAConfig(**{**config.to_dict(), **facts}) if facts else config
+    for name in facts:
+        setattr(config, name, getattr(checked, name))
+
+
+def blocks_of(config: RunConfig, model: CoDAConfig) -> Blocks | None:
+    """The blocks that a run ends with; None for a model of full attention. `joint` makes its context causal.
+
+    Raises:
+        UserError: the objective is not one of the model's attention, or blocks do not fit the rows.
+    """
+    if config.by_blocks != model.has_blocks:
+        remedy = "objective 'block' or 'joint'" if model.has_blocks else "model.attention=block_causal and a block_size"
+        raise UserError(
+            f"objective {config.objective!r} needs a model with attention "
+            f"{'block_causal' if config.by_blocks else 'full'!r}, got {model.attention!r}: set {remedy}"
+        )
+    if not config.by_blocks:
+        return None
+    assert model.block_size is not None, "CoDAConfig checks"
+    if model.block_size > config.seq_len:
+        raise UserError(f"the model's block_size must be at most seq_len {config.seq_len}, got {model.block_size}")
+    config.blocks.check_growth(model.block_size)
+    if config.objective == "joint":
+        if not model.logits_shift:
+            raise UserError(
+                "objective 'joint' needs a model with logits_shift true: without it no row scores the token after it; "
+                "take objective 'block'"
+            )
+        model.causal_context = True
+    weight = config.blocks.autoregressive_weight or (0.0 if model.causal_context else None)
+    return Blocks(model.block_size, config.blocks.complementary, weight)
 
 
 def check_shards(shards: dict[str, Any], config: CoDAConfig, tokenizer_dir: str) -> None:

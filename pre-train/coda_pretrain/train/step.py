@@ -54,8 +54,20 @@ class StepFunctions:
         *,
         max_grad_norm: float | None,
         ema_decay: float | None = None,
+        doubled: bool = False,
         backend: Backend,
     ) -> None:
+        """Bind them.
+
+        Args:
+            model: placed by the backend.
+            optimizer: of its weights.
+            max_grad_norm: see `RunConfig`.
+            ema_decay: see `OptimizerConfig`.
+            doubled: whether rows are `[noisy; clean]`.
+            backend: the machine.
+        """
+        self._doubled = doubled
         self.model, self.optimizer = model, optimizer
         self._parameters = list(model.parameters())
         self._max_grad_norm, self._ema_decay, self._backend = max_grad_norm, ema_decay, backend
@@ -155,7 +167,8 @@ class StepFunctions:
     def _put(self, part: Batch, graph: str) -> dict[str, Tensor]:
         arrays = {name: part[name] for name in (*DEVICE_ARRAYS, *RULE_ARRAYS) if name in part}
         # With the dimensions of the others: a vector cannot be split over two axes of a mesh.
-        arrays["loss_weights"] = np.broadcast_to(part["loss_weights"][:, None], part["labels"].shape)
+        weights = part["loss_weights"]
+        arrays["loss_weights"] = np.broadcast_to(weights.reshape(len(weights), -1), part["labels"].shape)
         batch = self._backend.to_device(arrays)
         if self._backend.traces_steps:
             shapes = {name: f"{list(tensor.shape)} {tensor.dtype}" for name, tensor in batch.items()}
@@ -186,7 +199,7 @@ class StepFunctions:
         inputs = {name: batch[name] for name in MODEL_INPUTS}
         inputs["visibility"] = Visibility(batch["segment_ids"], *(batch.get(name) for name in RULE_ARRAYS))
         with self._backend.autocast():
-            return self.model(batch["noised_ids"], **inputs).loss
+            return self.model(batch["noised_ids"], doubled=self._doubled, **inputs).loss
 
     def _accumulate_gradients(self, batch: dict[str, Tensor]) -> Tensor:
         loss = self._forward(batch)

@@ -36,7 +36,7 @@ from .assembly import assemble
 from .batches import Batch, Batches, split_rows
 from .learning_rate import learning_rate
 from .optim import set_step_count, state_tensors
-from .start import check_shards, initial_model
+from .start import blocks_of, check_shards, initial_model
 from .step import StepResult
 from .validation import Evaluation, held_out_identities
 
@@ -80,6 +80,7 @@ class Trainer:
         # 3 the model, on the CPU: shape and tokens must fit the data and the checkpoint before anything is placed
         self.backend.prepare_kernel(config.model.attn_implementation)
         model = initial_model(config.model, seed=config.seed)
+        blocks = blocks_of(config, model.config)
         self.model_config = model.config
         if resume_from is not None:
             check_same_model(model.config.to_dict(), resume_from)
@@ -99,8 +100,10 @@ class Trainer:
         num_parts = config.global_batch_size // config.rows_per_micro_batch
         rows = self.backend.rows_for_process(config.global_batch_size, num_parts)
         tokens = TokenFacts(model.config.mask_token_id, model.config.pad_token_id, model.config.logits_shift)
-        self.batches = Batches(config, mixture, rows=rows, num_steps=self.num_steps, tokens=tokens)
-        self.evaluation = Evaluation(config, rows=rows, tokens=tokens) if config.evaluation.every is not None else None
+        self.batches = Batches(config, mixture, rows=rows, num_steps=self.num_steps, tokens=tokens, blocks=blocks)
+        self.evaluation = None
+        if config.evaluation.every is not None:
+            self.evaluation = Evaluation(config, rows=rows, tokens=tokens, blocks=blocks)
         keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
         self._saver = Saver(self.checkpoints, backend=self.backend, keep=keep, asynchronous=asynchronous)
         self._saved_step = self.state.step  # of the newest checkpoint; 0 needs none
@@ -112,7 +115,8 @@ class Trainer:
             rank=self.backend.rank,
             finished_steps=self.state.step,
         )
-        self._utilization = UtilizationMeter(peak_flops(self.backend), model.config, config.global_batch_size)
+        step_rows = config.global_batch_size * config.rows_per_sample
+        self._utilization = UtilizationMeter(peak_flops(self.backend), model.config, step_rows)
 
     def train(self) -> TrainState:
         """Train to the last step, or until SIGTERM comes; either way a checkpoint of the last complete step is saved.
@@ -220,11 +224,11 @@ class Trainer:
         seconds = time.perf_counter() - started
         state.add_to_row(
             loss=result.loss,
-            masked_share=float(np.mean(batch["labels"] != IGNORE_INDEX)),
+            masked_share=float(np.mean(batch["labels"][:, : config.seq_len] != IGNORE_INDEX)),
             seconds=seconds,
             data_wait_s=data_wait_s,
         )
-        self._utilization.add(batch, seconds)
+        self._utilization.add(batch, seconds, self.batches.blocks(state.step - 1))
         if reporter is not None:
             reporter.step(state.step)
         if self._is_due(config.metrics.every) or state.step == self.num_steps:
@@ -266,6 +270,9 @@ class Trainer:
             **{f"{name}_probability": value for name, value in probabilities._asdict().items()},
             "skipped_steps": state.skipped_steps,
         }
+        blocks = self.batches.blocks(step)
+        if blocks is not None:
+            row["block_size"] = blocks.size
         ahead = self.batches.visible_ahead(step)
         if ahead is not None:
             row["visible_ahead"] = ahead

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from CoDALanguageModel.noise import deal_levels
+from CoDALanguageModel.noise import Blocks, deal_levels
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
-from ..noise.masking import TokenFacts, noise_samples
+from ..noise.masking import TokenFacts, noise_samples, noise_samples_by_blocks
 from ..noise.strategies import MaskingConfig
-from .batches import Batch, batch_of
+from .batches import Batch, batch_of, batch_of_doubled
 
 NOISE_SEED = 0
 """Fixed, so that losses of runs with different seeds or masking compare."""
@@ -37,10 +37,14 @@ class Evaluation:
     """The held-out batches of a run, for one process. Noise is plain: no prefix, truncation or spans.
 
     The noise levels of all rows are one stratified draw, and rows of neighbouring levels share a batch, so that the
-    loss of a batch is the loss of its part of [t_min, 1] and the mean over all batches is the loss itself.
+    loss of a batch is the loss of its part of [t_min, 1] and the mean over all batches is the loss itself. By blocks
+    all blocks of a row have its level; masks are single ones, blocks are the model's from the first step on, and the
+    loss is that of the noisy copy alone, so that runs compare whatever they add to it.
     """
 
-    def __init__(self, config: RunConfig, *, rows: Sequence[int], tokens: TokenFacts) -> None:
+    def __init__(
+        self, config: RunConfig, *, rows: Sequence[int], tokens: TokenFacts, blocks: Blocks | None = None
+    ) -> None:
         """Open the held-out shards.
 
         Raises:
@@ -48,6 +52,9 @@ class Evaluation:
         """
         assert config.evaluation.data is not None, "EvaluationConfig checks that data is given"
         self._config, self._rows, self._tokens = config, rows, tokens
+        if blocks is not None:
+            blocks = Blocks(blocks.size, autoregressive_weight=0.0 if blocks.is_joint else None)
+        self._blocks = blocks
         self._mixture = Mixture(config.evaluation.data, seq_len=config.seq_len, seed=NOISE_SEED)
         whole_batches = self._mixture.num_samples // config.global_batch_size
         self.num_batches = max(1, min(config.evaluation.batches, whole_batches))
@@ -60,16 +67,19 @@ class Evaluation:
         size, plain = self._config.global_batch_size, MaskingConfig()
         samples = [self._samples_by_level[index * size + row] for row in self._rows]
         t = self._levels[samples]
-        rows = noise_samples(
+        clean, settings = (
             [self._mixture.sample(sample) for sample in samples],
-            samples,
-            t,
-            seed=NOISE_SEED,
-            strategies=plain.at(0.0, 0),
-            span_lengths=plain.span_lengths,  # of a plain run, so that their validation noise is that of all
-            tokens=self._tokens,
+            {
+                "seed": NOISE_SEED,
+                "strategies": plain.at(0.0, 0),
+                "span_lengths": plain.span_lengths,  # of a plain run, so that their validation noise is that of all
+                "tokens": self._tokens,
+            },
         )
-        return batch_of(rows, t, global_batch_size=size)
+        if self._blocks is not None:
+            doubled = noise_samples_by_blocks(clean, samples, t, blocks=self._blocks, t_min=None, **settings)
+            return batch_of_doubled(doubled, global_batch_size=size)
+        return batch_of(noise_samples(clean, samples, t, **settings), t, global_batch_size=size)
 
     def losses(self, batch_losses: list[float]) -> dict[str, float]:
         """`eval_loss` and the loss of each part of the noise levels, such as `eval_loss_t0.00-0.25`.

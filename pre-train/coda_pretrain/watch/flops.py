@@ -1,8 +1,9 @@
 """The arithmetic that training needs: one side of MFU; the other is `devices.chips`. Free of torch and of devices.
 
 Counted are the multiply-adds of the matrix products that the objective asks for, two operations each: attention over
-the pairs of one document in both directions (nothing is halved, unlike with a causal mask), the head on masked
-positions only, three times the forward pass for a training step. Not counted: padding, recomputed activations, norms,
+the pairs that see each other (all of a document in both directions, or those of its blocks), the head on scored
+positions only, three times the forward pass for a training step. Rows by blocks hold each token twice, and both copies
+go through the layers. Not counted: padding, recomputed activations, norms,
 and work that a kernel does without need, such as pairs of different documents or logits of clean positions.
 """
 
@@ -25,26 +26,51 @@ class ModelShape(Protocol):
     head_dim: int
 
 
+class BlockShape(Protocol):
+    """What the count needs of `CoDALanguageModel.noise.Blocks`."""
+
+    size: int
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the clean copy attends causally."""
+
+
 class Work(NamedTuple):
     """What a batch asks of the network."""
 
     tokens: float  # positions that hold a token
-    attended_pairs: float  # (query, key) pairs: the sum of the squared lengths of all documents
-    scored: float  # masked positions, whose logits the loss needs
+    attended_pairs: float  # (query, key) pairs: with full attention the sum of the squared lengths of all documents
+    scored: float  # positions whose logits the loss needs
 
     def scaled(self, factor: float) -> "Work":
         """`factor` times as much work."""
         return Work(*(factor * value for value in self))
 
 
-def work_of_batch(segment_ids: np.ndarray, labels: np.ndarray) -> Work:
+def pairs_of_document(length: int, block_size: int) -> int:
+    """(query, key) pairs of a document whose positions see their block and those before it."""
+    whole, rest = divmod(length, block_size)
+    return block_size**2 * whole * (whole + 1) // 2 + rest * length
+
+
+def doubled_pairs(length: int, blocks: BlockShape) -> int:
+    """(query, key) pairs of both copies: a noisy block sees as many positions as its clean twin."""
+    context = 1 if blocks.is_joint else blocks.size
+    return pairs_of_document(length, blocks.size) + pairs_of_document(length, context)
+
+
+def work_of_batch(segment_ids: np.ndarray, labels: np.ndarray, blocks: BlockShape | None = None) -> Work:
     """Count the work of noised rows.
 
     Args:
         segment_ids: (B, T) int, 1, 2, ... for the documents of a row, 0 at padding.
         labels: (B, T) int, negative where nothing is scored.
+        blocks: of rows `[noisy; clean]`.
     """
-    pairs = sum(int((np.bincount(row)[1:].astype(np.int64) ** 2).sum()) for row in segment_ids)
+    halves = segment_ids if blocks is None else segment_ids[:, : segment_ids.shape[1] // 2]
+    lengths = [int(length) for row in halves for length in np.bincount(row)[1:]]
+    pairs = sum(length**2 if blocks is None else doubled_pairs(length, blocks) for length in lengths)
     return Work(int((segment_ids > 0).sum()), pairs, int((labels >= 0).sum()))
 
 

@@ -15,11 +15,12 @@ import yaml
 
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.noise import Blocks
 from CoDALanguageModel.run_files import read_rows
 
 from ..config import RunConfig
 from ..data.mixture import Mixture
-from ..noise.masking import TokenFacts, noise_samples
+from ..noise.masking import TokenFacts, noise_samples, noise_samples_by_blocks
 from ..noise.strategies import MaskingConfig
 from ..plain_data import from_dict
 
@@ -83,7 +84,9 @@ def draw_run(run: Path) -> plt.Figure:
         for axis, function in zip(curves, draw, strict=True):
             function(axis, records)
             axis.set_xlabel("step")
-        _draw_masks([figure.add_subplot(grid[2, 3 * i : 3 * i + 3]) for i in range(4)], config)
+        sizes = [record["block_size"] for record in records if "block_size" in record]
+        panels = [figure.add_subplot(grid[2, 3 * i : 3 * i + 3]) for i in range(4)]
+        _draw_masks(panels, config, sizes[-1] if sizes else None)
     return figure
 
 
@@ -158,36 +161,42 @@ def _legend_or_note(axis: Axes, has_lines: bool, note: str, **options: Any) -> N
         axis.text(0.5, 0.5, note, ha="center", va="center", transform=axis.transAxes, color="gray")
 
 
-def states_of_rows(config: RunConfig, strategy: dict[str, float]) -> np.ndarray:
+def states_of_rows(config: RunConfig, strategy: dict[str, float], block_size: int | None = None) -> np.ndarray:
     """(rows, positions) of CLEAN, MASKED and PADDING: the first rows of the data, noised with one strategy alone.
 
-    Row i has the noise level (i + 1) / (rows + 1), from nearly clean to nearly masked.
+    Row i has the noise level (i + 1) / (rows + 1), from nearly clean to nearly masked; by blocks that is where the
+    levels of its blocks start, and shown is the noisy copy.
 
     Raises:
         UserError: the data cannot be read.
     """
     mixture = Mixture(config.data, seq_len=config.seq_len, seed=config.seed)
     ids = list(range(min(SHOWN_ROWS, mixture.num_samples)))
-    rows = noise_samples(
-        [mixture.sample(i) for i in ids],
-        ids,
-        torch.arange(1, len(ids) + 1) / (len(ids) + 1),
-        seed=config.seed,
-        strategies=MaskingConfig(**strategy).at(0.0, 0),
-        span_lengths=config.masking.span_lengths,
-        tokens=TokenFacts(mask_token_id=-1, pad_token_id=0),  # only where masked tokens are is shown
-    )
-    unmasked = torch.where(rows.segment_ids > 0, CLEAN, PADDING)
-    return torch.where(rows.labels != IGNORE_INDEX, MASKED, unmasked).numpy()
+    samples, t = [mixture.sample(i) for i in ids], torch.arange(1, len(ids) + 1) / (len(ids) + 1)
+    settings = {
+        "seed": config.seed,
+        "strategies": MaskingConfig(**strategy).at(0.0, 0),
+        "span_lengths": config.masking.span_lengths,
+        "tokens": TokenFacts(mask_token_id=-1, pad_token_id=0),  # only where masked tokens are is shown
+    }
+    if block_size is None:
+        rows = noise_samples(samples, ids, t, **settings)
+        segment_ids, labels = rows.segment_ids, rows.labels
+    else:
+        t_min = config.masking.t_min
+        doubled = noise_samples_by_blocks(samples, ids, t, blocks=Blocks(block_size), t_min=t_min, **settings)
+        segment_ids, labels = doubled.visibility.segment[:, : config.seq_len], doubled.labels
+    unmasked = torch.where(segment_ids > 0, CLEAN, PADDING)
+    return torch.where(labels != IGNORE_INDEX, MASKED, unmasked).numpy()
 
 
-def _draw_masks(axes: list[Axes], config: RunConfig) -> None:
+def _draw_masks(axes: list[Axes], config: RunConfig, block_size: int | None) -> None:
     for axis, (title, strategy) in zip(axes, STRATEGIES.items(), strict=True):
         axis.set_title(title, fontsize=9)
         axis.grid(False)
         axis.set_yticks([])
         try:
-            states = states_of_rows(config, strategy)
+            states = states_of_rows(config, strategy, block_size)
         except (OSError, UserError):
             axis.text(0.5, 0.5, "the data is not here", ha="center", va="center", transform=axis.transAxes)
             continue
@@ -200,7 +209,8 @@ def _draw_masks(axes: list[Axes], config: RunConfig) -> None:
             interpolation="nearest",
         )
         axis.set_xlabel(f"position (of {config.seq_len})")
-    axes[0].set_ylabel("rows, t grows downwards")
+    by_blocks = f"rows, noisy copy, blocks of {block_size}"
+    axes[0].set_ylabel("rows, t grows downwards" if block_size is None else by_blocks)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in STATE_COLORS]
     # Below the panel: inside it would cover rows.
     axes[-1].legend(
