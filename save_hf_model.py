@@ -168,11 +168,19 @@ def check_input(num_ids: int, width: int = 16) -> Tensor:
 
 
 @torch.no_grad()
-def check_source(source: torch.nn.Module, model: CoDALanguageModel, family: Family) -> Agreement:
+def check_source(
+    source: torch.nn.Module, model: CoDALanguageModel, family: Family, block_size: int | None = None
+) -> Agreement:
     """Compare the logits of transformers' own network with those of its CoDA twin, both float32.
 
     The network of a published family is told who may attend to whom by a mask, its twin by the configuration. The twin
     of an autoregressive model is given a causal mask, unless its configuration says just that.
+
+    Args:
+        source: the network.
+        model: its twin.
+        family: of the network.
+        block_size: tokens per block that the twin must have; None is full attention.
 
     Raises:
         UserError: they differ.
@@ -183,9 +191,9 @@ def check_source(source: torch.nn.Module, model: CoDALanguageModel, family: Fami
         place = torch.arange(ids.shape[1])
     else:
         ids, rule = masked_input(model), f"the attention of {family.title}"
-        place = torch.arange(ids.shape[1]) // (model.config.block_size or ids.shape[1])
+        place = torch.arange(ids.shape[1]) // (block_size or ids.shape[1])
     allowed = (place[:, None] >= place).expand(len(ids), 1, -1, -1)
-    knows_rule = model.config.block_size == 1 or not family.is_autoregressive
+    knows_rule = block_size == 1 or not family.is_autoregressive
     found = model(input_ids=ids, attention_mask=None if knows_rule else allowed).logits[..., :vocab_size]
     expected = source(input_ids=ids, attention_mask=None if family.is_autoregressive else allowed).logits
     seen = Agreement.of(found, expected)
@@ -404,7 +412,7 @@ def convert(
             settings["eos_token_id"] = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
         model = build_model(source, tokenizer, settings)
         if family is not None:
-            check_source(source, model, family)
+            check_source(source, model, family, settings.get("block_size"))
         del source
         round_weights(model, stored if dtype == "auto" else DTYPES[dtype])
         model.generation_config = decoding_defaults(model.config)

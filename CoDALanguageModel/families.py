@@ -122,7 +122,8 @@ class Family:
             return {"attention": "full", "logits_shift": self.logits_shift}
         key = self.block_size_key
         stated = None if key is None else values.get(key)
-        block_size = _settled("block_size", stated, block_size, f"{key} in config.json says") or self.block_size
+        block_size = _settled("block_size", stated, block_size, f"{key} in config.json says")
+        block_size = self.block_size if block_size is None else block_size
         if block_size is None:
             raise UserError(
                 "block_size must be given with --block_size, the number of tokens per block that the model was trained "

@@ -89,7 +89,7 @@ CHAPTERS = {
     "plain_data": set(),
     "places": set(),
     "data": {"places", "plain_data"},
-    "noise": {"data"},
+    "noise": {"data", "plain_data"},
     "devices": {"plain_data"},
     "config": {"data", "noise", "devices", "plain_data"},
     "checkpoints": {"config", "devices", "places", "plain_data"},

@@ -125,7 +125,8 @@ class CoDAEvalModel(HostedLM):
 
     Args:
         pretrained: a CoDA folder or Hub name, or a loaded model.
-        mc_num: masked inputs per likelihood; a continuation with at most that many mask patterns is exact.
+        mc_num: masked inputs per likelihood; a continuation, or block of it, with at most that many mask patterns is
+            exact.
         seed: base of all draws; by default the torch seed of `--seed`. Each answer's own seed is made from this
             one, the task, the document and the repeat, and from nothing else.
         **kwargs: any setting of `DiffusionGenerationConfig` that is not withheld here, which then wins over
@@ -261,7 +262,17 @@ class CoDAEvalModel(HostedLM):
         base = torch.initial_seed() if self.seed is None else self.seed
         content = json.dumps([base, request.task_name, self._identity(request), repeat])
         seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:7])
-        return _Job(index, repeat, ids, gap, settings, until, seed)
+        job = _Job(index, repeat, ids, gap, settings, until, seed)
+        if gap is None or gap.start < gap.stop:
+            try:  # before any answer is made
+                Row(self._request(job), 0, self.model.config, self.codec.decode)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+        return job
+
+    def _request(self, job: _Job) -> Request:
+        """A job as the model room takes it."""
+        return Request(ids=job.ids, settings=self.model.generation_config.merged(job.settings), seed=job.seed)
 
     @staticmethod
     def _identity(request: Instance) -> str:
@@ -309,8 +320,7 @@ class CoDAEvalModel(HostedLM):
         while waiting or running:
             while waiting and len(running) < int(self.batch_size):
                 job = waiting.popleft()
-                settings = self.model.generation_config.merged(job.settings)
-                row = decoding.admit(Request(ids=job.ids, settings=settings, seed=job.seed))
+                row = decoding.admit(self._request(job))
                 running[row] = _Running(job, row, self._reader(job, row.config))
             started = time.monotonic()
             progress = decoding.step()
@@ -345,6 +355,8 @@ class CoDAEvalModel(HostedLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Lower bounds on log p(continuation | context), in nats; never to be compared with autoregressive values.
+
+        Blocks of one token are the exception: they have log p itself.
 
         The second value, whether greedy decoding would give the continuation, is always False: it would cost as many
         forward passes as the continuation has tokens.

@@ -110,8 +110,8 @@ class DiffusionArguments:
     complementary: bool = False
     """Objectives by blocks: every row twice, with masks that complement each other; it doubles the rows of a step."""
 
-    autoregressive_weight: float = 1.0
-    """Objective `joint`: weight of the autoregressive loss."""
+    autoregressive_weight: float | None = None
+    """Objective `joint` alone, which needs it: weight of the autoregressive loss."""
 
     t_min: tuple[float, ...] = (0.001,)
     """Smallest noise level drawn, one value or one per epoch (the list is repeated when there are more epochs)."""
@@ -159,7 +159,6 @@ class DiffusionArguments:
         _check_numbers("span_probability", self.span_probability, "numbers in [0, 1]", lambda v: 0.0 <= v <= 1.0)
         _check_numbers("span_lengths", self.span_lengths, "whole numbers >= 1", lambda v: v >= 1, whole=True)
         _check_numbers("prompt_annealing_epochs", (self.prompt_annealing_epochs,), "a number >= 0", lambda v: v >= 0)
-        _check_numbers("autoregressive_weight", (self.autoregressive_weight,), "a number >= 0", lambda v: v >= 0)
         _check_numbers("tail_tokens", (self.tail_tokens,), "a whole number >= 0", lambda v: v >= 0, whole=True)
         _check_numbers("eval_seed", (self.eval_seed,), "a whole number >= 0", lambda v: v >= 0, whole=True)
         for name, allowed in (
@@ -173,6 +172,14 @@ class DiffusionArguments:
                 raise UserError(f"diffusion.{name} must be true or false, got {getattr(self, name)!r}")
         if self.complementary and self.objective == "masked":
             raise UserError("diffusion.complementary needs diffusion.objective block or joint, got 'masked'")
+        weight = self.autoregressive_weight
+        if (weight is None) == (self.objective == "joint"):
+            raise UserError(
+                "diffusion.autoregressive_weight must be given with diffusion.objective joint and only with it, got "
+                f"objective {self.objective!r} and {weight}"
+            )
+        if weight is not None:
+            _check_numbers("autoregressive_weight", (weight,), "a number > 0", lambda v: v > 0)
 
 
 def _check_numbers(name: str, values: Sequence[Any], allowed: str, holds: Any, whole: bool = False) -> None:

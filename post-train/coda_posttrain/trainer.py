@@ -526,8 +526,7 @@ def blocks_of(model_config: CoDAConfig, diffusion: DiffusionArguments) -> Blocks
             f"diffusion.objective {diffusion.objective!r} needs an attention kernel that knows who may attend to whom, "
             f"one of {', '.join(sorted(RULE_KERNELS))} (flash_attn: sdpa), got {kernel!r}"
         )
-    weight = diffusion.autoregressive_weight if diffusion.objective == "joint" else None
-    return Blocks(model_config.block_size, diffusion.complementary, weight)
+    return Blocks(model_config.block_size, diffusion.complementary, diffusion.autoregressive_weight)
 
 
 def counted_tokens(noised: NoisedRows | DoubledRows, rows: curriculum.Rows) -> Tensor:

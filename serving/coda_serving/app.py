@@ -53,6 +53,8 @@ class ModelLimits(Protocol):
 
     context_length: int
     document_start_id: int | None
+    attention: str
+    block_size: int | None
     stop: tuple[str, ...]
     """Stop strings of requests that name none: those of the model folder's `generation_config.json`."""
 
@@ -122,6 +124,8 @@ def _model_routes(service: Service) -> APIRouter:
         id=settings.public_name,
         created=int(time.time()),
         max_model_len=service.limits.context_length,
+        attention=service.limits.attention,
+        block_size=service.limits.block_size,
         defaults=settings.decoding | ({"stop": list(service.limits.stop)} if service.limits.stop else {}),
     )
 

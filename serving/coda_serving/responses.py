@@ -124,6 +124,10 @@ class ModelCard(BaseModel):
     owned_by: str = "coda"
     max_model_len: int
     """Context in tokens. Extension, as in vLLM."""
+    attention: str
+    """`full` or `block_causal`, which fills no gap whose right side is in a later block. Extension."""
+    block_size: int | None
+    """Tokens of a block with block-causal attention. Extension."""
     defaults: dict[str, Any]
     """What holds for a request that does not say otherwise, by the names of its fields. Extension."""
 

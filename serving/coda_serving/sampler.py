@@ -1,5 +1,6 @@
 """The model behind the server: loading it, and rows of it that are denoised. The only module that knows tensors."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -59,6 +60,8 @@ class ModelSampler:
         self.context_length: int = config.max_position_embeddings
         self.num_token_ids: int = config.num_token_ids
         self.document_start_id: int | None = config.document_start_id
+        self.attention: str = config.attention
+        self.block_size: int | None = config.block_size
 
     @classmethod
     def load(cls, model_name: str, *, device: str, dtype: str) -> "ModelSampler":
@@ -82,11 +85,13 @@ class ModelSampler:
     def defaults(self) -> dict[str, object]:
         """What the model folder's `generation_config.json` decides, by the server's names.
 
-        A saved file holds every setting: what it only repeats of the model room's own defaults decides nothing.
+        A saved file holds every setting: what it only repeats of the model room's own defaults decides nothing. A
+        model with blocks takes its own ones, and by default a step for each token, however long an answer is.
         """
         config = self._model.generation_config
         decided = ((setting, getattr(config, setting.name)) for setting in DECODING)
-        return {setting.api: value for setting, value in decided if value != setting.default}
+        blocks = {"block_length": None, "steps": self.context_length} if self.block_size is not None else {}
+        return blocks | {setting.api: value for setting, value in decided if value != setting.default}
 
     def check(self, request: CanvasRequest) -> None:
         """Refuse a canvas that could not be denoised.
@@ -105,7 +110,13 @@ class ModelSampler:
             raise UserError(
                 f"prompt ids must be in [0, {self.num_token_ids}) and not the mask token {self.mask_token_id}"
             )
-        Row(self.canvas(request), 0, self._model.config, None)
+        try:
+            Row(self.canvas(request), 0, self._model.config, None)
+        except UserError as error:
+            if request.suffix_ids is None:
+                raise
+            self.check(dataclasses.replace(request, suffix_ids=None))  # something else may be at fault
+            raise UserError(f"suffix cannot be used: {error}") from error
 
     def start(self) -> "Rows":
         """Nothing yet, which rows may join."""

@@ -1,9 +1,9 @@
 """save_hf_model.py on folders of published families: fake checkpoints in the layout that each family has."""
 
+import dataclasses
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import save_hf_model
 from CoDALanguageModel import CoDALanguageModel
 from save_hf_model import convert, main
 
@@ -46,7 +47,7 @@ QWEN_CONFIG = {
 QWEN3_CONFIG = QWEN_CONFIG | {"head_dim": HEAD_DIM, "attention_bias": False}
 
 
-@dataclass
+@dataclasses.dataclass
 class Fake:
     """A small checkpoint as a family publishes it, and what has to come of it."""
 
@@ -59,7 +60,7 @@ class Fake:
     expected: dict
     """Fields of the configuration that is made."""
 
-    flags: dict = field(default_factory=dict)
+    flags: dict = dataclasses.field(default_factory=dict)
     """What the folder does not say."""
 
     names_mask: bool = False
@@ -68,7 +69,7 @@ class Fake:
     has_mask: bool = True
     """Whether the tokenizer defines it at all."""
 
-    generation: dict = field(default_factory=dict)
+    generation: dict = dataclasses.field(default_factory=dict)
     """Of generation_config.json."""
 
     layout: str = "qwen"
@@ -461,3 +462,137 @@ def test_an_adapter_trains_on_a_family_as_on_every_model(made_of):
         loss.backward()
         optimizer.step()
     assert loss.item() < base - 0.1
+
+
+@pytest.mark.parametrize("wrong", [{"attention": "full", "block_size": None}, {"block_size": 8}])
+def test_a_model_that_attends_otherwise_than_its_family_is_not_written(wrong, tmp_path, monkeypatch):
+    write_fake(tmp_path / "source", FAKES["sdar"])
+    build = save_hf_model.build_model
+    monkeypatch.setattr(save_hf_model, "build_model", lambda source, tokenizer, s: build(source, tokenizer, s | wrong))
+    with pytest.raises(ValueError, match="differ from the source's under the attention of SDAR; nothing written"):
+        convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False)
+
+
+REFUSED = {
+    # the family, what its config.json says otherwise (None: nothing), what is asked for, the error
+    "no attention": ("a2d-qwen3 mdlm", {}, {}, "attention must be given with --attention, full or block_causal"),
+    "blocks of full": ("Dream", {}, {"block_size": 4}, "go with --attention block_causal alone, got block_size 4"),
+    "other attention": (
+        "Dream",
+        {},
+        {"attention": "block_causal"},
+        "--attention must be full, as the Dream family has",
+    ),
+    "full of blocks": (
+        "sdar",
+        {},
+        {"attention": "full"},
+        "--attention must be block_causal, as the SDAR family has, got",
+    ),
+    "no block size": ("sdar", {"block_size": None}, {}, "--block_size, .* its config.json has no block_size"),
+    "no bd_size": ("Fast_dLLM_Qwen", {"bd_size": None}, {}, "--block_size, .* its config.json has no bd_size"),
+    "other block size": (
+        "sdar",
+        {},
+        {"block_size": 8},
+        "--block_size must be 4, as block_size in config.json says, got 8",
+    ),
+    "bad block size": ("sdar", {"block_size": "4"}, {}, r"block_size must be in \[1, max_position_embeddings=128\]"),
+    "other origin": (
+        "sdar",
+        {},
+        {"block_origin": "answer"},
+        "--block_origin must be text, as the SDAR family has, got",
+    ),
+    "Dream of blocks": ("Dream", {"block_size": 32}, {}, "block_size in config.json must be absent for a Dream model"),
+    "dlm_type": (
+        "Efficient-DLM",
+        {"dlm_type": "x"},
+        {},
+        "dlm_type in config.json must be one of llada, dream, got 'x'",
+    ),
+    "layer norm": (
+        "llada",
+        {"layer_norm_type": "default"},
+        {},
+        "layer_norm_type in config.json must be 'rms' for a LLa",
+    ),
+    "biases": (
+        "llada",
+        {"include_bias": True},
+        {},
+        "include_bias in config.json must be False for a LLaDA model, got Tr",
+    ),
+    "experts": ("llada", {"num_experts": 64}, {}, "num_experts must be absent .* got 64: experts have no place here"),
+    "images": ("Dream", {"vision_config": {"a": 1}}, {}, "vision_config must be absent .* images have no place here"),
+    "windows": (
+        "sdar",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        {},
+        "windows must be",
+    ),
+    "rope": (
+        "sdar",
+        {"rope_scaling": {"type": "mrope"}},
+        {},
+        "rope_type in config.json must be one of default, linear",
+    ),
+    "no theta": ("sdar", {"rope_theta": None}, {}, "config.json of a SDAR model must hold rope_theta"),
+    "no width": ("llada", {"d_model": None}, {}, "config.json of a LLaDA model must hold d_model"),
+    "quantised": ("sdar", {"quantization_config": {"quant_method": "gptq"}}, {}, "says quant_method 'gptq'"),
+    "other mask": (
+        "Dream",
+        {},
+        {"mask_token": "<|im_end|>"},
+        r"--mask_token must be '<\|mask\|>' \(id 259\), as config",
+    ),
+    "mask without row": (
+        "sdar",
+        {"mask_token_id": 400},
+        {},
+        "the mask token has the id 400, as config.json says: .* 288",
+    ),
+    "mask gone": (
+        "Fast_dLLM_Qwen",
+        {},
+        {"tokenizer_dir": "bare"},
+        "has the id 151665, as it is published: the tokenizer",
+    ),
+    "mask unknown": (
+        "a2d-llama bd3lm",
+        {},
+        {"tokenizer_dir": "bare", "attention": "full"},
+        "--mask_token must name the",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_represented_or_is_not_known_is_refused_by_name(case, tmp_path, monkeypatch):
+    name, changes, asked, message = REFUSED[case]
+    fake = FAKES[name]
+    write_fake(tmp_path / "source", fake, without=[key for key, value in changes.items() if value is None], **changes)
+    if "tokenizer_dir" in asked:
+        (tmp_path / "bare").mkdir()
+        make_tokenizer(dataclasses.replace(fake, has_mask=False, names_mask=False), tmp_path / "bare")
+        asked = asked | {"tokenizer_dir": str(tmp_path / "bare")}
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail(f"asked: {text}"))
+    with pytest.raises(ValueError, match=message) as caught:
+        convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False, **asked)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("sdar", "Dream", "4 missing keys: .*k_norm.weight.* 6 unexpected keys: .*k_proj.bias"),
+        ("Dream", "sdar", "6 missing keys: .*k_proj.bias.* 4 unexpected keys: .*k_norm.weight"),
+        ("llada", "a2d-llama bd3lm", "mismatched keys: .*k_proj.weight"),
+        ("sdar", "llada", "missing keys: .*unexpected keys: .*model.transformer.blocks"),
+    ],
+)
+def test_weights_of_another_family_are_refused_by_name(name, other, message, tmp_path):
+    write_fake(tmp_path / "source", FAKES[name], weights=make_weights(FAKES[other]))
+    with pytest.raises(ValueError, match=f"source' do not fit its config.json: .*{message}"):
+        convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False, **FAKES[name].flags)

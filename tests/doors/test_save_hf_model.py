@@ -136,6 +136,73 @@ def test_autoregressive_families_keep_their_logits_under_a_causal_mask(family, t
     assert model.config.tie_word_embeddings == source.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_of_one_are_the_autoregressive_model_itself(family, tmp_path):
+    source = make_autoregressive(tmp_path / "source", family)
+    asked = {"attention": "block_causal", "block_size": 1}
+    made = convert(str(tmp_path / "source"), str(tmp_path / "coda"), check=False, **asked)
+    assert (made.config.attention, made.config.block_size, made.config.logits_shift) == ("block_causal", 1, True)
+    model = CoDALanguageModel.from_pretrained(tmp_path / "coda").eval()
+    ids = torch.arange(40).view(2, 20) * 5 + 3
+    assert (logits_of(model, ids)[..., :259] - logits_of(source, ids)).abs().max() < 1e-5
+
+
+def test_larger_blocks_of_an_autoregressive_model_see_themselves_and_what_is_before_them(tmp_path):
+    source = make_autoregressive(tmp_path / "source", "qwen2")
+    asked = {"attention": "block_causal", "block_size": 4, "block_origin": "answer"}
+    model = convert(str(tmp_path / "source"), str(tmp_path / "coda"), check=False, **asked).eval()
+    ids, block = torch.arange(40).view(2, 20) * 5 + 3, torch.arange(20) // 4
+    allowed = (block[:, None] >= block).expand(2, 1, -1, -1)
+    assert (logits_of(model, ids)[..., :259] - logits_of(source, ids, attention_mask=allowed)).abs().max() < 1e-5
+    assert model.config.block_origin == "answer"
+
+
+def test_a_qwen2_folder_with_a_mask_token_attends_to_everything_and_is_shifted(tmp_path):
+    tokenizer = make_tokenizer([*CHATML, "[M]"])  # as Open-dCoder is published
+    tokenizer.add_special_tokens({"mask_token": "[M]"})
+    source = make_autoregressive(tmp_path / "source", "qwen2", tokenizer=tokenizer)
+    model = convert(str(tmp_path / "source"), str(tmp_path / "coda"), check=False).eval()
+    assert (model.config.mask_token_id, model.config.attention, model.config.logits_shift) == (3, "full", True)
+    ids = torch.arange(40).view(2, 20) * 5 + 3
+    everything = torch.ones(2, 1, 20, 20, dtype=torch.bool)
+    assert (logits_of(model, ids) - logits_of(source, ids, attention_mask=everything)).abs().max() < 1e-5
+
+
+BLOCKS = {"attention": "block_causal", "block_size": 8, "block_origin": "answer", "logits_shift": False}
+
+
+def test_a_coda_folder_keeps_its_blocks_contract_and_ends(tmp_path):
+    make_export(tmp_path / "export", eos_token_id=[2, 0], **BLOCKS)
+    for asked in ({}, {"attention": "block_causal", "block_size": 8, "block_origin": "answer"}):
+        model = convert(str(tmp_path / "export"), str(tmp_path / "made"), check=False, overwrite=True, **asked)
+        assert {name: getattr(model.config, name) for name in BLOCKS} == BLOCKS
+        assert model.config.eos_token_id == model.generation_config.eos_token_id == [2, 0]
+    for name, value in {"attention": "full", "block_size": 4, "block_origin": "text"}.items():
+        with pytest.raises(ValueError, match=f"--{name} must be .*, as config.json says, got {value}"):
+            convert(str(tmp_path / "export"), str(tmp_path / "other"), **{name: value})
+    make_export(tmp_path / "full")
+    with pytest.raises(ValueError, match="--block_size must be None, as config.json says, got 4"):
+        convert(str(tmp_path / "full"), str(tmp_path / "other"), block_size=4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"attention": "block_causal"}, "block_size must be given with --block_size"),
+        ({"block_size": 4}, "go with --attention block_causal alone, got block_size 4"),
+        ({"block_origin": "answer"}, "go with --attention block_causal alone, .* block_origin 'answer'"),
+        ({"attention": "block_causal", "block_size": 0}, r"block_size must be in \[1, max_position_embeddings=128\]"),
+        ({"attention": "block_causal", "block_size": 129}, "block_size must be in .* got 129"),
+        ({"attention": "causal", "block_size": 4}, "attention must be one of full, block_causal, got 'causal'"),
+    ],
+)
+def test_blocks_that_cannot_be_are_refused(asked, message, tmp_path):
+    make_autoregressive(tmp_path / "source")
+    with pytest.raises(ValueError, match=message):
+        convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False, **asked)
+    assert os.listdir(tmp_path) == ["source"]
+
+
 def test_sharded_folder_with_large_logits_converts_from_the_command_line_and_loads_alone(tmp_path):
     source = make_loud(make_autoregressive(tmp_path / "source", "qwen3", tie_word_embeddings=False), 40.0)
     (tmp_path / "source/model.safetensors").unlink()
@@ -525,7 +592,8 @@ def test_command_line_flags_are_stable(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     usage = capsys.readouterr().out
-    for flag in ("--checkpoint_dir", "--output_dir", "--tokenizer", "--dtype", "--mask_token", "--overwrite"):
+    flags = ("--checkpoint_dir", "--output_dir", "--tokenizer", "--dtype", "--mask_token", "--overwrite")
+    for flag in (*flags, "--attention", "--block_size", "--block_origin"):
         assert flag in usage
 
 

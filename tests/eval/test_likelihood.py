@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from coda_eval.likelihood import bound_log_likelihoods, combine, plan_masks
+from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 
 VOCAB, LENGTH, CONTEXT, MASK = 3, 4, [5], 4
 
@@ -17,7 +19,7 @@ class TableModel:
     """A masked model whose conditionals all come from one table of probabilities over VOCAB ** LENGTH texts."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(mask_token_id=MASK, logits_shift=True)
+    config = SimpleNamespace(mask_token_id=MASK, logits_shift=True, has_blocks=False)
 
     def __init__(self):
         table = np.random.default_rng(0).random((VOCAB,) * LENGTH)
@@ -90,17 +92,103 @@ def test_all_masks_are_enumerated_exactly_when_they_fit():
         plan_masks(0, 128, rng)
 
 
-def test_bounds_do_not_depend_on_the_batch(model_dir):
-    from CoDALanguageModel import CoDALanguageModel
+SHAPE = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
 
-    model = CoDALanguageModel.from_pretrained(model_dir).eval()
+
+@pytest.fixture
+def make_model():
+    """Give a function that makes a tiny random model and counts the inputs that it scores, in `num_inputs`."""
+
+    def make(**changes):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            ids = {"mask_token_id": 59, "pad_token_id": 58, "bos_token_id": None, "eos_token_id": 57}
+            model = CoDALanguageModel(CoDAConfig(**SHAPE, **ids, **changes)).eval()
+        model.num_inputs = 0
+
+        def count(module, args, kwargs):
+            module.num_inputs += len(kwargs["input_ids"])
+
+        model.register_forward_pre_hook(count, with_kwargs=True)
+        return model
+
+    return make
+
+
+def draw(*lengths):
     rng = np.random.default_rng(3)
-    pairs = [(rng.integers(4, 300, n).tolist(), rng.integers(4, 300, m).tolist()) for n, m in ((3, 2), (20, 5), (7, 9))]
-    together = bound_log_likelihoods(model, pairs, mc_num=32, seed=1, batch_size=50, max_length=512)
-    alone = [bound_log_likelihoods(model, [p], mc_num=32, seed=1, batch_size=1, max_length=512)[0] for p in pairs]
+    return [rng.integers(4, 50, length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("blocks", [{}, {"attention": "block_causal", "block_size": 5}])
+def test_bounds_do_not_depend_on_the_batch(make_model, blocks):
+    model = make_model(**blocks)
+    texts = draw(3, 2, 20, 5, 7, 9)
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    together = bound_log_likelihoods(model, pairs, mc_num=16, seed=1, batch_size=50, max_length=64)
+    alone = [bound_log_likelihoods(model, [p], mc_num=16, seed=1, batch_size=1, max_length=64)[0] for p in pairs]
     for one, other in zip(together, alone, strict=True):
         assert one.nats == pytest.approx(other.nats, abs=1e-4)
-    assert [bound.stderr > 0 for bound in together] == [False, False, True]
+    assert [bound.stderr > 0 for bound in together] == [False, True, True]
+
+
+@torch.no_grad()
+def mean_over_orders(model, text, block, position_block, shift):
+    """Mean log-probability of the tokens of one block over all orders, by a mask of (query, key) pairs written out."""
+    allowed = torch.tensor(
+        [[position_block[k] <= position_block[q] for k in range(len(text))] for q in range(len(text))]
+    )
+    sums = []
+    for order in itertools.permutations(block):
+        ids, total = torch.tensor([text]), 0.0
+        ids[0, list(block)] = model.config.mask_token_id
+        for place in order:
+            logits = model(input_ids=ids, attention_mask=allowed[None, None]).logits
+            total += float(logits[0, place - shift].log_softmax(dim=-1)[text[place]])
+            ids[0, place] = text[place]
+        sums.append(total)
+    return sum(sums) / len(sums)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize(
+    ("size", "origin", "blocks"),
+    [
+        (3, "text", [[5], [6, 7, 8], [9, 10]]),
+        (3, "answer", [[5, 6, 7], [8, 9]]),
+        (16, "text", [[5, 6, 7, 8]]),
+    ],
+)
+def test_likelihood_with_blocks_is_the_mean_over_orders_of_each_block_behind_clean_ones(
+    make_model, size, origin, blocks, shift
+):
+    model = make_model(attention="block_causal", block_size=size, block_origin=origin, logits_shift=shift).double()
+    text = draw(blocks[-1][-1] + 1)[0]
+    start = 5 % size if origin == "answer" else 0
+    numbers = [(place - start) // size for place in range(len(text))]
+    expected = sum(mean_over_orders(model, text, block, numbers, shift) for block in blocks)
+    model.num_inputs = 0
+    (bound,) = bound_log_likelihoods(model, [(text[:5], text[5:])], mc_num=15, seed=0, batch_size=4, max_length=64)
+    assert bound.nats == pytest.approx(expected, abs=1e-5)
+    assert bound.stderr == 0.0
+    assert model.num_inputs == 2 ** max(map(len, blocks)) - 1
+
+
+def test_likelihood_with_blocks_of_one_token_is_that_of_the_autoregressive_model(make_model):
+    model = make_model(attention="block_causal", block_size=1, logits_shift=True)
+    twin = Qwen3ForCausalLM(Qwen3Config(**SHAPE, rope_parameters=dict(model.config.rope_parameters))).eval()
+    twin.load_state_dict(model.state_dict())
+    texts = draw(1, 7, 20, 5)
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    bounds = bound_log_likelihoods(model, pairs, mc_num=1, seed=0, batch_size=2, max_length=64)
+    assert model.num_inputs == 2
+    for (context, continuation), bound in zip(pairs, bounds, strict=True):
+        with torch.no_grad():
+            logits = twin(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
+        expected = logits.log_softmax(dim=-1)[torch.arange(len(continuation)), continuation].sum()
+        assert bound.nats == pytest.approx(float(expected), abs=1e-5)
+        assert bound.stderr == 0.0
 
 
 def test_texts_are_never_cut():

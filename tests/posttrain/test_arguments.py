@@ -43,6 +43,9 @@ def test_unknown_diffusion_key_names_the_nearest_known_one():
         ("tail_tokens", 1.5),
         ("normalize", "tokens"),
         ("overlong", True),
+        ("objective", "blocks"),
+        ("complementary", 1),
+        ("autoregressive_weight", 0.5),
         ("eval_seed", -1),
     ],
 )
@@ -212,7 +215,8 @@ def test_the_objective_is_one_of_the_models_attention_and_shift(tmp_path):
     for text, allowed in cases.items():
         (tmp_path / "config.json").write_text(text)
         for objective in ("masked", "block", "joint"):
-            settings = parse_diffusion({"objective": objective})
+            weight = {"autoregressive_weight": 1} if objective == "joint" else {}
+            settings = parse_diffusion({"objective": objective, **weight})
             if objective in allowed:
                 check_model_folder(host, settings)
             else:

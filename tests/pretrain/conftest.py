@@ -185,3 +185,50 @@ def train_in_process(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
         return [json.loads(line) for line in lines]
 
     return train
+
+
+DRIVER = """
+import json, os, signal, sys
+import torch
+import torch.distributed as dist
+from coda_pretrain.config import RunConfig
+from coda_pretrain.plain_data import from_dict
+
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+torch.set_num_threads(1)
+if world > 1:
+    dist.init_process_group("gloo")
+from coda_pretrain.train.trainer import Trainer
+
+for run in json.loads(sys.argv[1]):
+    trainer = Trainer(from_dict(RunConfig, run["config"]))
+    step = trainer._step
+    def signalled(reporter, trainer=trainer, step=step, run=run):
+        if run.get("stop") and rank == world - 1 and trainer.state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(reporter)
+    trainer._step = signalled
+    trainer.train()
+    trainer.close()
+if world > 1:
+    dist.destroy_process_group()
+os._exit(0)
+"""
+"""Trains the given configurations one after the other; a run with `stop` gets SIGTERM in its third step, on the last
+rank only."""
+
+
+@pytest.fixture
+def drive(tmp_path: Path) -> Callable[..., None]:
+    """A function that trains several runs (`config`, and `stop` as `DRIVER` reads it) in one launch of processes."""
+
+    def drive(runs: list[dict[str, Any]], *, num_processes: int = 1, environment: dict[str, str] | None = None) -> None:
+        driver = tmp_path / "driver.py"
+        driver.write_text(DRIVER)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+        command = [sys.executable, *(launcher if num_processes > 1 else []), str(driver), json.dumps(runs)]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"} | (environment or {})
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-6000:]
+
+    return drive

@@ -105,6 +105,33 @@ def test_the_loss_does_not_depend_on_parts_and_a_resumed_run_goes_on_at_its_bloc
     assert [row["block_size"] for row in rows_of(resumed)] == [1, 1, 2, 2, 4, 4]
 
 
+def test_every_backend_gives_the_same_losses_with_one_compilation_while_the_block_grows(tmp_path, run_config, drive):
+    def runs(name, hardware):
+        complementary = {"blocks": {"complementary": True, "growth_steps": 4}}
+        configs = {
+            "block": merge(merge(run_config, BLOCK), {"blocks": {"growth_steps": 4}}),
+            "joint": merge(merge(run_config, JOINT), complementary),
+        }
+        for kind, config in configs.items():
+            folder = {"output_dir": str(tmp_path / f"{name}-{kind}")}
+            yield {"config": {**config, **folder, **({"hardware": hardware[kind]} if hardware else {})}}
+
+    for run in runs("one", None):
+        trained(run["config"])
+    drive(list(runs("pair", None)), num_processes=2)
+    mesh = {"backend": "xla", "mesh": {"data": 1, "fsdp": 2, "tensor": 2}}
+    hardware = {"block": {**mesh, "layers": "scan", "remat": True, "loss_chunk": 12}, "joint": mesh}
+    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=4"
+    drive(list(runs("mesh", hardware)), environment={"CPU_NUM_DEVICES": "4", "XLA_FLAGS": flags})
+    for kind in ("block", "joint"):
+        rows = {name: rows_of({"output_dir": str(tmp_path / f"{name}-{kind}")}) for name in ("one", "pair", "mesh")}
+        for name in ("pair", "mesh"):
+            want = [row["loss"] for row in rows["one"]]
+            assert [row["loss"] for row in rows[name]] == pytest.approx(want, abs=1e-5), (name, kind)
+        assert [row["block_size"] for row in rows["mesh"]] == [1, 1, 2, 2, 4, 4]
+        assert [row["compile_count"] for row in rows["mesh"]] == [1] * 6
+
+
 def test_validation_has_one_level_per_row_and_the_blocks_of_the_model(run_config, shards_dir):
     held_out = {"every": 1, "batches": 2, "data": {"sources": [{"path": str(shards_dir / "validation")}]}}
     config = merge(merge(run_config, JOINT), {"evaluation": held_out})
@@ -153,7 +180,7 @@ def test_settings_that_contradict_are_refused_before_a_model_is_built(run_config
     [
         (
             {"objective": "block"},
-            "objective 'block' needs a model with attention 'block_causal', got 'full': set model.attention=block_",
+            "objective 'block' needs a model with attention 'block_causal', got 'full': set model.attention=bloc",
         ),
         (
             {"model": {"config": BLOCKS}},

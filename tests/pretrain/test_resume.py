@@ -26,35 +26,6 @@ HARDWARE = {
 }
 STOPPED = 3
 
-DRIVER = """
-import json, os, signal, sys
-import torch
-import torch.distributed as dist
-from coda_pretrain.config import RunConfig
-from coda_pretrain.plain_data import from_dict
-
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-torch.set_num_threads(1)
-if world > 1:
-    dist.init_process_group("gloo")
-from coda_pretrain.train.trainer import Trainer
-
-for run in json.loads(sys.argv[1]):
-    trainer = Trainer(from_dict(RunConfig, run["config"]))
-    step = trainer._step
-    def signalled(reporter, trainer=trainer, step=step, run=run):
-        if run["stop"] and rank == world - 1 and trainer.state.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(reporter)
-    trainer._step = signalled
-    trainer.train()
-    trainer.close()
-if world > 1:
-    dist.destroy_process_group()
-os._exit(0)
-"""
-"""Trains the given configurations one after the other; one may get SIGTERM in its third step, on the last rank only."""
-
 KILLED = """
 import json, os, random, signal, sys, time
 import torch
@@ -110,20 +81,6 @@ print(json.dumps(report), flush=True)
 os._exit(0)
 """
 """Kills twenty runs, half of them at a random moment and half at a random file operation, and starts each again."""
-
-
-@pytest.fixture
-def drive(tmp_path):
-    def drive(runs, *, num_processes=1, environment=None):
-        driver = tmp_path / "driver.py"
-        driver.write_text(DRIVER)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        command = [sys.executable, *(launcher if num_processes > 1 else []), str(driver), json.dumps(runs)]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", **(environment or {})}
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-6000:]
-
-    return drive
 
 
 def trained_here(run):

@@ -78,6 +78,35 @@ def test_a_run_starts_from_an_autoregressive_folder_and_reports_its_loss(tmp_pat
     assert AutoTokenizer.from_pretrained(tmp_path / "export").mask_token_id == exported.config.mask_token_id == 257
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_that_grows_from_one_begins_at_the_autoregressive_loss_exactly(tmp_path, run_config, family):
+    """The loss of the first step is the model's own: over its tokens, as `labels` gives it, not over all positions."""
+    source = autoregressive_folder(tmp_path / "source", family)
+    model = {"init_from": str(tmp_path / "source"), "tokenizer": str(tmp_path / "source"), "config": None}
+    model |= {"attention": "block_causal", "block_size": 8, "block_origin": "answer"}
+    run = {"objective": "block", "blocks": {"growth_steps": 3}, "model": model, "max_steps": 1, "masking": None}
+    config = merge(run_config, {**run, "schedule": {"warmup_steps": 0}})
+    config["masking"] = {}
+    trainer = Trainer(from_dict(RunConfig, config))
+    batch = trainer.batches.make(0)
+    trainer.train()
+    trainer.close()
+    ids, segments = (torch.from_numpy(batch[name][:, 32:]) for name in ("noised_ids", "segment_ids"))
+    total = 0.0
+    with torch.no_grad():
+        for row, segment in zip(ids, segments, strict=True):
+            for number in range(1, int(segment.max()) + 1):
+                text = row[segment == number][None]
+                if text.shape[1] > 1:
+                    total += float(source(text, labels=text).loss) * (text.shape[1] - 1)
+    rows = read_rows(trainer.output_dir / "metrics.jsonl")
+    assert rows[0]["initial_loss"] == pytest.approx(total / (8 * 32), abs=1e-5)
+    assert rows[1]["block_size"] == 1
+    assert export_main(["--checkpoint_dir", str(tmp_path / "run"), "--output_dir", str(tmp_path / "export")]) == 0
+    exported = CoDALanguageModel.from_pretrained(tmp_path / "export").config
+    assert (exported.attention, exported.block_size, exported.block_origin) == ("block_causal", 8, "answer")
+
+
 def test_the_row_of_step_0_is_written_once(tmp_path, run_config):
     autoregressive_folder(tmp_path / "source", "qwen3")
     model = {"init_from": str(tmp_path / "source"), "tokenizer": str(tmp_path / "source"), "config": None}

@@ -58,6 +58,8 @@ class FakeSampler:
     eos_token_ids: frozenset[int] = frozenset({EOS})
     context_length: int = 2000
     document_start_id: int | None = DOCUMENT_START
+    attention: str = "full"
+    block_size: int | None = None
     stop: tuple[str, ...] = ()
     batches: list[list[CanvasRequest]] = field(default_factory=list)
     """Requests that took their first step together."""

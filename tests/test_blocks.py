@@ -1,0 +1,208 @@
+"""A folder of a model with attention by blocks gives the same answers in the model room, in evaluation and served."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+
+from coda_eval.harness import CoDAEvalModel
+from coda_serving.__main__ import check_defaults
+from coda_serving.app import Service, build_app
+from coda_serving.engine import Engine
+from coda_serving.metrics import Metrics
+from coda_serving.sampler import ModelSampler
+from coda_serving.scheduler import Scheduler
+from coda_serving.settings import ServerSettings
+from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+from CoDALanguageModel.answers import AnswerReader, end_ids
+from CoDALanguageModel.prompts import Codec
+from CoDALanguageModel.tools.sample import parse, run
+
+PROMPTS = ["x", "def add(a, b):\n    return", "def add(a, b):\n    return a", "for x in range(10):\n    " * 3]
+NO_BYTES = [*range(4, 8), *range(102, 228), *range(229, 264)]
+"""Tokens that are not seen in the text, or no more than another one."""
+SHARED = {"steps": 12, "suppress_tokens": NO_BYTES}
+GREEDY = {"temperature": 0.0, "alg_temp": None, "max_new_tokens": 22, **SHARED}
+ASKED = {"temperature": 0, "alg_temp": "none", "max_tokens": 22, **SHARED}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["shifted", "same-position"])
+def folder(request, chatml_tokenizer, tmp_path_factory):
+    tokenizer = chatml_tokenizer
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = CoDALanguageModel(
+            CoDAConfig(
+                vocab_size=304,
+                num_token_ids=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                max_position_embeddings=256,
+                initializer_range=0.5,
+                mask_token_id=tokenizer.mask_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                attention="block_causal",
+                block_size=4,
+                logits_shift=request.param,
+            )
+        )
+    where = tmp_path_factory.mktemp("blocks") / "model"
+    model.save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return where
+
+
+@pytest.fixture(scope="module")
+def codec(folder):
+    return Codec.load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def expected(folder, codec):
+    """The model room's answer to each prompt alone, and what it cost."""
+    model = CoDALanguageModel.from_pretrained(folder).eval()
+    answers = []
+    for prompt in PROMPTS:
+        ids = codec.encode_text(prompt)
+        output = model.diffusion_generate(torch.tensor([ids]), return_dict_in_generate=True, **GREEDY)
+        reader = AnswerReader(
+            decode=codec.decode,
+            mask_token_id=model.config.mask_token_id,
+            eos_token_ids=end_ids(model.config, model.generation_config),
+            prompt_ids=ids,
+        )
+        reading = reader.read(output.sequences[0, len(ids) :].tolist())
+        answers.append(SimpleNamespace(text=reading.text, num_tokens=reading.num_tokens, cost=output.cost.as_dict()))
+    assert len({answer.text for answer in answers}) == len(PROMPTS)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def ask(folder, codec):
+    """Give a function that has a server around the folder answer requests that come at once."""
+
+    def ask_all(bodies, path="/v1/completions"):
+        settings = ServerSettings(model_name=str(folder), _env_file=None)
+        sampler, metrics = ModelSampler.load(str(folder), device="cpu", dtype="float32"), Metrics()
+        settings = check_defaults(settings, sampler)
+        scheduler = Scheduler(max_queue=64, max_batch_size=16, max_batch_tokens=32768)
+        engine = Engine(sampler, codec.decode, scheduler, step_timeout_s=60, metrics=metrics)
+        app = build_app(Service(settings=settings, engine=engine, encoder=codec, limits=sampler, metrics=metrics))
+
+        async def inner():
+            async with app.router.lifespan_context(app):
+                transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+                async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+                    calls = (client.post(path, json=body) if body else client.get(path) for body in bodies)
+                    return await asyncio.gather(*calls)
+
+        return asyncio.run(inner())
+
+    return ask_all
+
+
+def test_sample_prints_the_answer(folder, chatml_tokenizer, expected, capsys):
+    model = CoDALanguageModel.from_pretrained(folder).eval()
+    words = [f"--{name}={json.dumps(value)}" for name, value in GREEDY.items()]
+    for prompt, answer in zip(PROMPTS, expected, strict=True):
+        run(*parse(["--model", "m", "--raw", "--quiet", "--prompt", prompt, *words]), chatml_tokenizer, model)
+        assert capsys.readouterr().out == answer.text + "\n"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_evaluation_gets_the_answer_and_its_cost(folder, expected, batch_size):
+    model = CoDAEvalModel(str(folder), device="cpu", batch_size=batch_size, **GREEDY)
+    asked = [
+        SimpleNamespace(args=(prompt, {"until": []}), doc={"task_id": prompt}, task_name="t", doc_id=0, repeats=1)
+        for prompt in PROMPTS
+    ]
+    for given, answer in zip(model.generate_until(asked, True), expected, strict=True):
+        assert (given, given.new_tokens) == (answer.text, answer.num_tokens)
+        assert given.forwards == given.cost["forwards"]
+        assert given.cost["tokens_committed"] == answer.cost["tokens_committed"]
+        if batch_size == 1:
+            assert given.cost == answer.cost
+
+
+def test_the_server_gives_the_answer_in_company_streamed_and_several_times(ask, codec, expected):
+    alone = [ask([{"prompt": prompt, **ASKED}])[0] for prompt in PROMPTS[:2]]
+    shared = {"temperature": 0.8, "seed": 5, "n": 3}
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    bodies = [{"prompt": prompt, **ASKED} for prompt in PROMPTS]
+    bodies += [{"prompt": PROMPTS[2], **ASKED, **shared}, {"prompt": PROMPTS[0], **ASKED, **streamed}]
+    *together, several, stream = ask(bodies)
+    for response, answer in zip([*alone, *together], [*expected[:2], *expected], strict=True):
+        (choice,), usage = response.json()["choices"], response.json()["usage"]
+        assert choice["text"] == answer.text
+        assert usage["completion_tokens"] == answer.num_tokens
+        assert usage["forwards"] == answer.cost["forwards"]
+    each = ask([{"prompt": PROMPTS[2], **ASKED, **shared, "n": 1, "seed": 5 + i} for i in range(3)])
+    texts = [choice["text"] for choice in several.json()["choices"]]
+    assert texts == [response.json()["choices"][0]["text"] for response in each]
+    assert len(set(texts)) == 3
+    events = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: {")]
+    pieces = [choice["text"] for event in events for choice in event["choices"]]
+    assert "".join(pieces) == expected[0].text
+    assert len([piece for piece in pieces if piece]) > 1
+    assert events[-1]["usage"]["prompt_tokens"] == len(codec.encode_text(PROMPTS[0]))
+
+
+def test_the_server_stops_at_a_string_and_needs_no_steps_for_an_answer_of_any_length(ask, expected):
+    stop = expected[0].text[4:6]
+    stopped, long = ask([{"prompt": PROMPTS[0], **ASKED, "stop": stop}, {"prompt": "x", "max_tokens": 200, "seed": 1}])
+    assert stopped.json()["choices"][0]["text"] == expected[0].text[: expected[0].text.index(stop)]
+    assert stopped.json()["usage"]["forwards"] < expected[0].cost["forwards"]
+    assert long.status_code == 200
+
+
+def test_the_server_fills_a_gap_in_the_last_block_and_says_which_models_fill_others(ask):
+    filled, refused, other = ask(
+        [
+            {"prompt": "a", "suffix": "b", "max_tokens": 2},
+            {"prompt": "a", "suffix": "b", "max_tokens": 9},
+            {"prompt": "a", "suffix": "b", "max_tokens": 9, "steps": 1},
+        ]
+    )
+    assert filled.json()["usage"]["completion_tokens"] <= 2
+    assert filled.status_code == 200
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "suffix")
+    for words in ("later block", "block_size=4", "attention 'full'"):
+        assert words in error["message"]
+    assert (other.status_code, other.json()["error"]["param"]) == (400, "steps")
+
+
+def test_the_server_says_how_the_model_attends(ask):
+    (card,) = ask([None], "/v1/models")[0].json()["data"]
+    assert (card["attention"], card["block_size"]) == ("block_causal", 4)
+    assert (card["defaults"]["block_length"], card["defaults"]["steps"]) == (None, 256)
+
+
+def test_a_gap_whose_right_side_is_invisible_fails_the_task_before_any_answer(folder, monkeypatch):
+    model = CoDAEvalModel(str(folder), device="cpu", **GREEDY)
+    asked = [
+        SimpleNamespace(
+            args=("", {"until": []}),
+            doc={"task_id": name, "infill_prefix": "a", "infill_middle": "xy", "infill_suffix": behind}
+            | {"infill_tokens": 2},
+            task_name="gaps",
+            doc_id=0,
+            repeats=1,
+        )
+        for name, behind in (("near", "b"), ("far", "b = c"))
+    ]
+    assert model.generate_until(asked[:1], True)[0].new_tokens <= 2
+    monkeypatch.setattr(model, "_answered", lambda jobs: pytest.fail("an answer was begun"))
+    with pytest.raises(
+        ValueError, match="task gaps, document far: the gap at token 1 .* later block .* attention 'full'"
+    ):
+        model.generate_until(asked, True)
