@@ -145,8 +145,11 @@ class BlockScorer(Scorer):
             self.cache.bind([self.texts[row] for row in self._rows(step)], keep)
             num_stored = max(span.stored for span in spans)
         before = torch.arange(num_stored, device=ids.device).expand(len(spans), -1)
-        size, answer_start = self.model.config.block_size, canvas.take(self.answer_start, step)
-        block = block_numbers(torch.cat([before, position], dim=1), size, answer_start)  # (R, K)
+        every = torch.cat([before, position], dim=1)  # (R, K)
+        if self.model.config.causal_context:
+            block = torch.minimum(every, start)  # each token before the block that is decoded is one of its own
+        else:
+            block = block_numbers(every, self.model.config.block_size, canvas.take(self.answer_start, step))
         is_key = torch.cat([before < stored, is_new], dim=1)
         query = _clean(torch.ones_like(position), block[:, num_stored:])
         allowed = may_attend([x.unsqueeze(2) for x in query], [x.unsqueeze(1) for x in _clean(is_key.long(), block)])

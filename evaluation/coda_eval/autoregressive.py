@@ -164,11 +164,11 @@ class AutoregressiveModel(HostedLM):
 
     @cached_property
     def _fill_tokens(self) -> FillTokens:
-        """The fill-in-the-middle tokens that the tokenizer has and the model has rows for."""
+        """The fill-in-the-middle tokens that the tokenizer has and the model knows."""
         known = self.tokenizer.get_vocab()
-        rows = self.model.get_input_embeddings().num_embeddings
+        num_ids = self.model.get_input_embeddings().num_embeddings
         for tokens in FILL_TOKENS:
-            if all(known.get(token, rows) < rows for token in tokens[:3]):
+            if all(known.get(token, num_ids) < num_ids for token in tokens[:3]):
                 logger.info("gaps are filled with %s, %s and %s", *tokens[:3])
                 return tokens
         kinds = ", ".join(tokens.prefix for tokens in FILL_TOKENS)

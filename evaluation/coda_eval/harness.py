@@ -45,7 +45,7 @@ _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion
 
 def generation_settings() -> set[str]:
     """Decoding settings that model_args, --gen_kwargs and task files may hold."""
-    return {row.name for row in offered("evaluation")}
+    return {setting.name for setting in offered("evaluation")}
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], place: str) -> None:
