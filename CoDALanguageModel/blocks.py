@@ -140,7 +140,7 @@ class BlockScorer(Scorer):
         is_new = is_real & (position >= stored)
         num_stored = 0
         if self.cache is not None:
-            is_first = [place not in step.places[:i] for i, place in enumerate(step.places)]
+            is_first = [row not in step.places[:i] for i, row in enumerate(step.places)]
             keep = is_new & (position < start) & torch.tensor(is_first, device=ids.device)[:, None]
             self.cache.bind([self.texts[row] for row in self._rows(step)], keep)
             num_stored = max(span.stored for span in spans)

@@ -39,8 +39,8 @@ class Decoding:
 
     Rows share forward passes whatever their settings are, save that rows with a cache, rows that speculate and all
     others need passes of different kinds. A step is one pass for each kind that is present; two with a cache, where
-    some rows refresh it; and on a CPU, where padding costs as much as text, one for rows of like lengths each. A row
-    that ends is not computed again.
+    some rows refresh it; and one for rows of like lengths each on a CPU, where padding costs as much as text, and with
+    attention by blocks, where some rows compute a prompt and others a block. A row that ends is not computed again.
 
     Args:
         model: a `CoDALanguageModel` in evaluation mode.
