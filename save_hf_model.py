@@ -159,7 +159,9 @@ def load_tokenizer(folder: Path, gguf: dict[str, str], family: Family | None = N
     if family is None or family.is_autoregressive:
         return AutoTokenizer.from_pretrained(folder, **gguf)
     is_whole = (folder / "tokenizer.json").is_file()
-    return (PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer).from_pretrained(folder)
+    tokenizer = (PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer).from_pretrained(folder)
+    tokenizer.init_kwargs.pop("auto_map", None)  # which names that code, and would be written into the new folder
+    return tokenizer
 
 
 def check_input(num_ids: int, width: int = 16) -> Tensor:
@@ -360,7 +362,8 @@ def read_family(
     for name, value in asked.items():
         stated = values.get(name, getattr(CoDAConfig, name))
         if value not in (None, stated):
-            raise UserError(f"--{name} must be {stated}, as config.json says, got {value}")
+            allowed = "left out" if stated is None else stated
+            raise UserError(f"--{name} must be {allowed}, as config.json says, got {value}")
     return None, values, {}
 
 
@@ -406,7 +409,8 @@ def convert(
         ends: list[int] = []
         if family is not None and not family.is_autoregressive:
             mask_token = find_mask_token(family, values, tokenizer, num_rows, mask_token)
-            ends = published_ends(source_dir, values, tokenizer.pad_token_id)
+        if family is not None and (settings["attention"] != "full" or not family.is_autoregressive):
+            ends = published_ends(source_dir, source.config.to_dict() if gguf else values, tokenizer.pad_token_id)
         complete_tokenizer(tokenizer, mask_token)
         if ends:
             settings["eos_token_id"] = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))

@@ -167,12 +167,13 @@ class CoDAConfig(PreTrainedConfig):
                 f"block_size must be in [1, max_position_embeddings={longest}] with attention 'block_causal', "
                 f"got {size!r}"
             )
-        if not self.has_blocks and (size is not None or self.block_origin != "text" or self.causal_context):
+        if not self.has_blocks and (size is not None or self.block_origin != "text"):
             raise UserError(
-                "block_size, block_origin and causal_context say nothing with attention 'full': leave them out or set "
-                f"attention to 'block_causal', got block_size {size!r}, block_origin {self.block_origin!r} and "
-                f"causal_context {self.causal_context}"
+                "block_size and block_origin say nothing with attention 'full': leave them out or set attention to "
+                f"'block_causal', got block_size {size!r} and block_origin {self.block_origin!r}"
             )
+        if self.causal_context and not self.has_blocks:
+            raise UserError("causal_context true says nothing with attention 'full': leave it out")
 
 
 CoDAConfig.register_for_auto_class()

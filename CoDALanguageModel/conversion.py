@@ -22,7 +22,7 @@ from .families import AUTOREGRESSIVE_TYPES, family_of
 from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from .modeling_coda import CoDALanguageModel
 from .prompts import CHATML_TEMPLATE
-from .weight_files import check_weights, refuse_not_finite, weight_files
+from .weight_files import check_weights, read_json, refuse_not_finite, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -73,28 +73,23 @@ def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, to
             shape or not finite.
     """
     check_weights(folder, gguf.get("gguf_file"))
-    names: dict[str, str] = {}
+    arguments: dict[str, Any] = dict(gguf)
     if gguf:
         config = _gguf_config(folder, gguf)
     else:
-        values, _ = PreTrainedConfig.get_config_dict(folder)
+        values = read_json(folder / "config.json")
         if values.get("model_type") == CoDAConfig.model_type:
             model = CoDALanguageModel.from_pretrained(folder, dtype=torch.float32)
             refuse_not_finite(model.named_parameters(), str(folder))
             return model.eval(), _stored_dtype(model.config, folder)
         family = family_of(values)
         config = AutoConfig.from_pretrained(folder) if family.is_autoregressive else family.config(values)
-        names = {re.escape(part): own for part, own in family.weights.items()}
+        arguments["config"] = config
+        arguments["key_mapping"] = {re.escape(part): own for part, own in family.weights.items()}
     coda_config_of(config)  # refuse before the weights are read
     # Mismatched sizes are let through here to be named with the other faults below.
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        key_mapping=names,
-        **gguf,
+        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
     )
     # A GGUF file also holds tables that its loader turns into buffers; they are no weights.
     kinds = ("missing_keys", "mismatched_keys") if gguf else ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -31,8 +31,11 @@ NEEDED_KEYS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
     "rms_norm_eps rope_theta"
 ).split()
-# What transformers writes into a config.json of its own accord.
-BOOKKEEPING = ("model_type", "auto_map", "architectures", "transformers_version", "_name_or_path")
+# What a config.json says of the program that wrote it and not of the network.
+BOOKKEEPING = (
+    *("model_type", "auto_map", "architectures", "transformers_version", "_name_or_path"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class Family:
     """As in config.json."""
 
     backbone: str
-    """The type of transformers' own class that computes the same: one of `AUTOREGRESSIVE_TYPES`."""
+    """Type of transformers' own class that computes the same: one of `AUTOREGRESSIVE_TYPES`."""
 
     marks: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json, with their values, that tell this family from others of its `model_type`."""
@@ -83,7 +86,7 @@ class Family:
 
     @property
     def is_autoregressive(self) -> bool:
-        """Whether the weights know no mask token: attention and blocks are then the caller's choice."""
+        """Whether the type is that of autoregressive models: attention and blocks are then the caller's choice."""
         return self.model_type == self.backbone and not self.marks
 
     def settings(
@@ -247,9 +250,8 @@ FAMILIES = (
             "layer_norm_type": ("rms",),
             "activation_type": ("silu",),
             "rope": (True,),
-            "include_bias": (False,),
             **dict.fromkeys(
-                "alibi attention_layer_norm bias_for_layer_norm include_qkv_bias input_emb_norm "
+                "alibi attention_layer_norm bias_for_layer_norm include_bias include_qkv_bias input_emb_norm "
                 "multi_query_attention scale_logits".split(),
                 (False, None),
             ),
@@ -323,6 +325,7 @@ def find_mask_token(
     """
     vocabulary = tokenizer.get_vocab()
     texts = {token_id: text for text, token_id in vocabulary.items()}
+    largest = max(texts)
     named = next((text for text in (tokenizer.mask_token, family.mask_token, asked) if text in vocabulary), None)
     if values.get("mask_token_id") is not None:
         mask_id, who = values["mask_token_id"], "config.json says"
@@ -330,15 +333,16 @@ def find_mask_token(
         mask_id, who = vocabulary[named], "the tokenizer says"
     else:
         mask_id, who = family.mask_token_id, "it is published"
+        texts.pop(mask_id, None)  # a token of that id has another text, so that it belongs to another vocabulary
     if mask_id is None:
         raise UserError(f"--mask_token must name the mask token that the {family.title} model was trained with")
     text = texts.get(mask_id)
-    if text is None and mask_id == max(texts) + 1:
+    if text is None and mask_id == len(vocabulary) == largest + 1:  # where a token that is added comes
         text = family.mask_token or asked
     if text is None or mask_id >= num_rows:
         raise UserError(
             f"the mask token has the id {mask_id}, as {who}: the tokenizer must define it and the model have a row for "
-            f"it, got ids up to {max(texts)} and {num_rows} rows. Pass the model's own tokenizer with --tokenizer"
+            f"it, got ids up to {largest} and {num_rows} rows. Pass the model's own tokenizer with --tokenizer"
         )
     if asked not in (None, text):
         raise UserError(f"--mask_token must be {text!r} (id {mask_id}), as {who}, got {asked!r}")
@@ -348,7 +352,8 @@ def find_mask_token(
 def published_ends(folder: Path, values: Mapping[str, Any], pad_token_id: int | None) -> list[int]:
     """Ids that end an answer in a published folder: its end tokens, and its padding.
 
-    Masked-diffusion models fill the rest of a canvas with padding, so that it has to be a token like others.
+    Masked-diffusion models fill the rest of a canvas with padding, and autoregressive ones end documents with it, so
+    that it has to be a token like others.
 
     Args:
         folder: the published one.

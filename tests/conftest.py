@@ -68,3 +68,39 @@ def train_tokenizer():
 @pytest.fixture(scope="session")
 def chatml_tokenizer():
     return train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def ask_server():
+    """Give a function that has a server of a model's folder answer requests that come at once, in this process."""
+    import asyncio
+
+    import httpx
+
+    from coda_serving.__main__ import check_defaults
+    from coda_serving.app import Service, build_app
+    from coda_serving.engine import Engine
+    from coda_serving.metrics import Metrics
+    from coda_serving.sampler import ModelSampler
+    from coda_serving.scheduler import Scheduler
+    from coda_serving.settings import ServerSettings
+    from CoDALanguageModel.prompts import Codec
+
+    def ask_all(folder, bodies, path="/v1/completions"):
+        sampler, metrics = ModelSampler.load(str(folder), device="cpu", dtype="float32"), Metrics()
+        settings = check_defaults(ServerSettings(model_name=str(folder), _env_file=None), sampler)
+        scheduler = Scheduler(max_queue=64, max_batch_size=16, max_batch_tokens=32768)
+        codec = Codec.load(str(folder))
+        engine = Engine(sampler, codec.decode, scheduler, step_timeout_s=60, metrics=metrics)
+        app = build_app(Service(settings=settings, engine=engine, encoder=codec, limits=sampler, metrics=metrics))
+
+        async def inner():
+            async with app.router.lifespan_context(app):
+                transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+                async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+                    calls = (client.post(path, json=body) if body else client.get(path) for body in bodies)
+                    return await asyncio.gather(*calls)
+
+        return asyncio.run(inner())
+
+    return ask_all

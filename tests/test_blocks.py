@@ -1,21 +1,13 @@
 """A folder of a model with attention by blocks gives the same answers in the model room, in evaluation and served."""
 
-import asyncio
+import functools
 import json
 from types import SimpleNamespace
 
-import httpx
 import pytest
 import torch
 
 from coda_eval.harness import CoDAEvalModel
-from coda_serving.__main__ import check_defaults
-from coda_serving.app import Service, build_app
-from coda_serving.engine import Engine
-from coda_serving.metrics import Metrics
-from coda_serving.sampler import ModelSampler
-from coda_serving.scheduler import Scheduler
-from coda_serving.settings import ServerSettings
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.answers import AnswerReader, end_ids
 from CoDALanguageModel.prompts import Codec
@@ -87,27 +79,9 @@ def expected(folder, codec):
 
 
 @pytest.fixture(scope="module")
-def ask(folder, codec):
+def ask(folder, ask_server):
     """Give a function that has a server around the folder answer requests that come at once."""
-
-    def ask_all(bodies, path="/v1/completions"):
-        settings = ServerSettings(model_name=str(folder), _env_file=None)
-        sampler, metrics = ModelSampler.load(str(folder), device="cpu", dtype="float32"), Metrics()
-        settings = check_defaults(settings, sampler)
-        scheduler = Scheduler(max_queue=64, max_batch_size=16, max_batch_tokens=32768)
-        engine = Engine(sampler, codec.decode, scheduler, step_timeout_s=60, metrics=metrics)
-        app = build_app(Service(settings=settings, engine=engine, encoder=codec, limits=sampler, metrics=metrics))
-
-        async def inner():
-            async with app.router.lifespan_context(app):
-                transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-                async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
-                    calls = (client.post(path, json=body) if body else client.get(path) for body in bodies)
-                    return await asyncio.gather(*calls)
-
-        return asyncio.run(inner())
-
-    return ask_all
+    return functools.partial(ask_server, folder)
 
 
 def test_sample_prints_the_answer_and_keeps_its_steps(folder, chatml_tokenizer, expected, capsys, tmp_path):

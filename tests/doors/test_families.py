@@ -14,6 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import save_hf_model
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.answers import AnswerReader
+from CoDALanguageModel.families import family_of, find_mask_token
+from CoDALanguageModel.prompts import Codec
 from save_hf_model import convert, main
 
 LAYERS, WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, ROWS = 2, 32, 48, 4, 2, 16, 128, 288
@@ -285,7 +288,7 @@ def make_tokenizer(fake, folder):
             tokenizer_object=tokenizer, eos_token=TOKENS[END], pad_token=TOKENS[END], **named
         ).save_pretrained(folder)
         config = json.loads((folder / "tokenizer_config.json").read_text())
-        config |= {"tokenizer_class": "Qwen2Tokenizer"}
+        config |= {"tokenizer_class": "Qwen2Tokenizer", "auto_map": {"AutoTokenizer": [None, "own_code.OwnTokenizer"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -394,7 +397,7 @@ def test_a_family_has_its_logits_attention_and_contract(made):
 
 def test_its_tokenizer_names_the_mask_and_ends_that_the_model_has(made):
     fake, _, folder = made
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert (tokenizer.mask_token, tokenizer.mask_token_id) == (fake.mask, MASK)
     assert tokenizer.eos_token_id == END_TURN
     assert tokenizer.pad_token_id == END
@@ -448,6 +451,13 @@ def test_the_command_makes_a_checked_folder_in_half_precision(tmp_path, capsys, 
     assert {w.dtype for w in load_file(tmp_path / "made/model.safetensors").values()} == {torch.bfloat16}
 
 
+def test_a_folder_that_names_no_number_format_keeps_that_of_its_weights(tmp_path):
+    fake = FAKES["llada"]
+    weights = {name: weight.bfloat16() for name, weight in make_weights(fake).items()}
+    write_fake(tmp_path / "source", fake, weights=weights, attn_implementation="flash_attention_2")
+    assert convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False).dtype == torch.bfloat16
+
+
 def test_an_adapter_trains_on_a_family_as_on_every_model(made_of):
     fake, _, folder = made_of("Fast_dLLM_Qwen")
     model = CoDALanguageModel.from_pretrained(folder)
@@ -462,6 +472,41 @@ def test_an_adapter_trains_on_a_family_as_on_every_model(made_of):
         loss.backward()
         optimizer.step()
     assert loss.item() < base - 0.1
+
+
+def test_a_published_mask_is_added_in_its_place_and_never_another_token_of_its_id(tmp_path):
+    fake = dataclasses.replace(FAKES["Fast_dLLM_Qwen"], has_mask=False)
+    make_tokenizer(fake, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    family = family_of(fake.config)
+    following = dataclasses.replace(family, mask_token_id=MASK)
+    assert find_mask_token(following, fake.config, tokenizer, ROWS, None) == "|<MASK>|"
+    for taken_or_far in (END_TURN, MASK + 1):
+        other = dataclasses.replace(family, mask_token_id=taken_or_far)
+        with pytest.raises(ValueError, match=f"has the id {taken_or_far}, as it is published: the tokenizer must"):
+            find_mask_token(other, fake.config, tokenizer, ROWS, None)
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_the_server_gives_the_answers_of_the_model(name, made_of, ask_server):
+    folder = made_of(name)[2]
+    model, codec = CoDALanguageModel.from_pretrained(folder).eval(), Codec.load(str(folder))
+    no_bytes = [*range(94, 256)]  # which are no whole characters
+    shared = {"steps": 12, "suppress_tokens": no_bytes}
+    prompts = ["x", "def add(a, b):\n    return a + b"]
+    asked = [{"prompt": text, "max_tokens": 20, "temperature": 0, "alg_temp": "none", **shared} for text in prompts]
+    for text, response in zip(prompts, ask_server(folder, asked), strict=True):
+        ids = codec.encode_text(text)
+        output = model.diffusion_generate(
+            torch.tensor([ids]), max_new_tokens=20, temperature=0.0, alg_temp=None, **shared
+        )
+        ends = frozenset({END_TURN, END})
+        reader = AnswerReader(decode=codec.decode, mask_token_id=MASK, eos_token_ids=ends, prompt_ids=ids)
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"][0]["text"] == reader.read(output[0, len(ids) :].tolist()).text
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 8}
+    (response,) = ask_server(folder, [chat], "/v1/chat/completions")
+    assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize("wrong", [{"attention": "full", "block_size": None}, {"block_size": 8}])
@@ -521,7 +566,7 @@ REFUSED = {
         "llada",
         {"include_bias": True},
         {},
-        "include_bias in config.json must be False for a LLaDA model, got Tr",
+        "include_bias in config.json must be False, absent for a LLaDA",
     ),
     "experts": ("llada", {"num_experts": 64}, {}, "num_experts must be absent .* got 64: experts have no place here"),
     "images": ("Dream", {"vision_config": {"a": 1}}, {}, "vision_config must be absent .* images have no place here"),

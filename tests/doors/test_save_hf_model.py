@@ -145,6 +145,10 @@ def test_blocks_of_one_are_the_autoregressive_model_itself(family, tmp_path):
     model = CoDALanguageModel.from_pretrained(tmp_path / "coda").eval()
     ids = torch.arange(40).view(2, 20) * 5 + 3
     assert (logits_of(model, ids)[..., :259] - logits_of(source, ids)).abs().max() < 1e-5
+    assert model.config.eos_token_id == [2, 0]  # the end of a turn, and of a document as in the source's config
+    text = model.diffusion_generate(ids[:1], max_new_tokens=16, steps=16, temperature=0.0, alg_temp=None)
+    wanted = source.generate(ids[:1], max_new_tokens=16, do_sample=False, eos_token_id=[0, 2], pad_token_id=0)
+    assert text[0, : wanted.shape[1]].tolist() == wanted[0].tolist()
 
 
 def test_larger_blocks_of_an_autoregressive_model_see_themselves_and_what_is_before_them(tmp_path):
@@ -168,7 +172,13 @@ def test_a_qwen2_folder_with_a_mask_token_attends_to_everything_and_is_shifted(t
     assert (logits_of(model, ids) - logits_of(source, ids, attention_mask=everything)).abs().max() < 1e-5
 
 
-BLOCKS = {"attention": "block_causal", "block_size": 8, "block_origin": "answer", "logits_shift": False}
+BLOCKS = {
+    "attention": "block_causal",
+    "block_size": 8,
+    "block_origin": "answer",
+    "causal_context": True,
+    "logits_shift": False,
+}
 
 
 def test_a_coda_folder_keeps_its_blocks_contract_and_ends(tmp_path):
@@ -181,7 +191,7 @@ def test_a_coda_folder_keeps_its_blocks_contract_and_ends(tmp_path):
         with pytest.raises(ValueError, match=f"--{name} must be .*, as config.json says, got {value}"):
             convert(str(tmp_path / "export"), str(tmp_path / "other"), **{name: value})
     make_export(tmp_path / "full")
-    with pytest.raises(ValueError, match="--block_size must be None, as config.json says, got 4"):
+    with pytest.raises(ValueError, match="--block_size must be left out, as config.json says, got 4"):
         convert(str(tmp_path / "full"), str(tmp_path / "other"), block_size=4)
 
 

@@ -20,6 +20,7 @@ from CoDALanguageModel.attention_coda import (
     full,
     layer_mask,
     places,
+    rule_of,
     widening,
 )
 
@@ -122,6 +123,14 @@ def test_blocks_begin_at_the_text_or_at_its_answer():
         [0, 0, 0, 0, 1, 1, 1, 1, 2],
     ]
     assert block_starts(place, 4, starts)[1].tolist() == [-1, -1, -1, 3, 3, 3, 3, 7, 7]
+
+
+def test_a_causal_context_is_read_token_by_token(tiny_config):
+    blocks = {"attention": "block_causal", "block_size": 4}
+    place = places(SEGMENTS)
+    by_block, by_token = (rule_of(tiny_config(**blocks, causal_context=x), SEGMENTS, place) for x in (False, True))
+    assert torch.equal(by_token.mask(), causal(SEGMENTS).mask())
+    assert not torch.equal(by_block.mask(), by_token.mask())
 
 
 @torch.no_grad()

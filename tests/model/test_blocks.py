@@ -43,8 +43,9 @@ def block_model(make_model):
     """Give a function that makes a tiny model with blocks, in float64: the last bit of a product must not decide."""
     made = {}
 
-    def make(shift=True, origin="text", size=4, seed=0):
+    def make(shift=True, origin="text", size=4, seed=0, causal=False):
         changes = {"logits_shift": shift, "block_origin": origin, "block_size": size, "seed": seed}
+        changes["causal_context"] = causal
         key = tuple(changes.items())
         if key not in made:
             made[key] = make_model(attention="block_causal", **changes).double()
@@ -54,7 +55,7 @@ def block_model(make_model):
 
 
 def decode(model, requests, rng=None, **changes):
-    """Decode requests, joining at random steps if there is a generator, and note all logits.
+    """Decode requests, joining and some leaving at random steps if there is a generator, and note all logits.
 
     Returns:
         The rows in the order of the requests, and {(request, step, position of the text): logits}.
@@ -81,8 +82,12 @@ def decode(model, requests, rng=None, **changes):
                 )
                 rows.append(decoding.admit(request))
                 number[rows[-1]] = i
+            if rng is not None and decoding.rows and rng.random() < 0.04:
+                decoding.drop(rng.choice(decoding.rows))
             for record in decoding.step():
                 assert record.error is None
+    for lane in decoding._lanes.values():
+        assert not lane.scorer.texts  # nothing is kept of what has left
     return rows, logits
 
 
@@ -118,22 +123,28 @@ def outcome(row):
     return row.text_ids(), row.reason, row.end, row.num_steps
 
 
-@pytest.mark.parametrize(("shift", "origin"), CONTRACTS)
-@pytest.mark.parametrize("size", [1, 4, 6])
-def test_cached_decoding_in_company_equals_recomputing_alone(block_model, shift, origin, size, monkeypatch):
+@pytest.mark.parametrize(
+    ("shift", "origin", "size", "causal"),
+    [(*contract, size, False) for size in (1, 4, 6) for contract in CONTRACTS] + [(True, "answer", 4, True)],
+)
+def test_cached_decoding_in_company_equals_recomputing_alone(block_model, shift, origin, size, causal, monkeypatch):
     """Every regime and order in one batch of ragged rows that join at random steps, to rounding."""
     if size == 4:  # prompts and blocks in passes of their own
         monkeypatch.setattr("CoDALanguageModel.scoring.TOKENS_OF_A_PASS", 4)
         monkeypatch.setattr("CoDALanguageModel.blocks.LEAST_SHARED", 1)  # texts share what they happen to share
-    model = block_model(shift, origin, size)
+    if size == 6:  # prompts in several parts
+        monkeypatch.setattr("CoDALanguageModel.blocks.LONGEST_PART", 5)
+    model = block_model(shift, origin, size, causal=causal)
     rng = random.Random(size)
     requests = [draw_request(rng, model, regime) for regime in REGIMES]
     requests += [Request(ids=requests[0].ids, attention_mask=requests[0].attention_mask, settings=r.settings, seed=7)
                  for r in requests[1:3]]  # fmt: skip
     together, scores = decode(model, requests, rng)
     compared = 0
-    for i, request in enumerate(requests):
-        row = together[i]
+    assert sum(row.is_finished for row in together) > len(requests) / 2
+    for i, (row, request) in enumerate(zip(together, requests, strict=True)):
+        if not row.is_finished:  # it was dropped
+            continue
         (alone,), own = decode(model, [request], kv_cache="none", speculate=0)
         assert (row.config.kv_cache, alone.config.kv_cache) == ("exact", "none")
         assert outcome(row) == outcome(alone), request
@@ -173,7 +184,9 @@ def training_logits(model, ids, noisy, shift):
     length, size = ids.shape[1], model.config.block_size
     place = torch.arange(length)
     is_clean = torch.arange(2 * length)[None] >= length
-    rule = block_causal(torch.ones(1, 2 * length, dtype=torch.long), (place // size).repeat(2)[None], is_clean)
+    start = place // size * size
+    block = torch.cat([start, place if model.config.causal_context else start])
+    rule = block_causal(torch.ones(1, 2 * length, dtype=torch.long), block[None], is_clean)
     logits = model(torch.cat([noisy, ids], dim=1), position_ids=place.repeat(2)[None], visibility=rule).logits[0]
     if not shift:
         return logits[:length]
@@ -182,10 +195,10 @@ def training_logits(model, ids, noisy, shift):
     return logits[rows.clamp(min=0)]
 
 
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(("shift", "causal"), [(False, False), (True, False), (True, True)])
 @torch.no_grad()
-def test_logits_under_the_training_mask_are_those_of_cached_decoding(block_model, tokens, shift):
-    model = block_model(shift, size=4)
+def test_logits_under_the_training_mask_are_those_of_cached_decoding(block_model, tokens, shift, causal):
+    model = block_model(shift, size=4, causal=causal)
     prompt = tokens(6, seed=3).tolist()
     settings = DiffusionGenerationConfig(max_new_tokens=14, steps=100, eos_early_stop=False, alg="entropy")
     (row,), logits = decode(model, [Request(ids=prompt, settings=settings)])
@@ -283,6 +296,20 @@ def test_answers_to_one_prompt_store_and_compute_it_once(block_model, tokens):
         while decoding.rows:
             decoding.step()
         assert alone.ids == row.ids
+
+
+def test_a_long_prompt_is_computed_in_parts_of_whole_blocks(block_model, tokens, monkeypatch):
+    monkeypatch.setattr("CoDALanguageModel.blocks.LONGEST_PART", 10)
+    config = DiffusionGenerationConfig(max_new_tokens=4, steps=4)
+    for origin, prompt, want in (("text", 31, [8, 8, 16]), ("answer", 33, [9, 8, 4, 16]), ("text", 9, [12])):
+        model, widths = block_model(False, origin, 4), []
+        hook = model.model.register_forward_hook(lambda module, args, output, to=widths: to.append(output[0].shape[1]))
+        decoding = Decoding(model)
+        row = decoding.admit(Request(ids=tokens(prompt).tolist(), settings=config))
+        decoding.step()
+        hook.remove()
+        assert widths == want
+        assert row.cost.tokens_evaluated == sum(want)
 
 
 def test_candidate_lengths_of_a_gap_share_the_text_left_of_it(block_model, tokens):

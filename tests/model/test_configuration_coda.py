@@ -119,6 +119,7 @@ def test_auto_map_names_the_classes_that_a_saved_folder_carries(tiny_config):
             {"block_origin": "answer"},
             "say nothing with attention 'full'.* got block_size None and block_origin 'answer'",
         ),
+        ({"causal_context": True}, "causal_context true says nothing with attention 'full'"),
         ({"num_token_ids": 73}, r"num_token_ids must be in \[1, vocab_size=72\], got 73"),
     ],
 )

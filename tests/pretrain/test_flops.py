@@ -6,6 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from coda_pretrain.devices.chips import CHIPS, chip_of_gpu
 from coda_pretrain.watch.flops import Work, forward_flops, training_flops, work_of_batch
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+from CoDALanguageModel.attention_coda import block_starts, doubled, places
+from CoDALanguageModel.noise import Blocks
 
 SHAPE = {
     "vocab_size": 320,
@@ -45,6 +47,18 @@ def test_documents_attend_to_themselves_and_padding_is_no_work():
     segment_ids = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 3, 4, 5, 6]])
     labels = np.array([[-100, 7, -100, -100, 7, -100], [-100] * 6])
     assert work_of_batch(segment_ids, labels) == Work(5 + 6, 9 + 4 + 6, 2)
+
+
+def test_by_blocks_every_pair_that_may_attend_is_counted_once():
+    halves = torch.tensor([[1] * 7 + [2] * 4 + [0], [1] * 12])
+    place = places(halves)
+    for blocks in (Blocks(4), Blocks(4, True, 0.5), Blocks(1), Blocks(16)):
+        rule = doubled(halves, place, block_starts(place, blocks.size), causal_context=blocks.is_joint)
+        labels = torch.full_like(rule.segment, -100)
+        labels[:, 3] = 7
+        real = rule.segment > 0
+        pairs = int((rule.mask()[:, 0] & real[:, :, None] & real[:, None]).sum())
+        assert work_of_batch(rule.segment.numpy(), labels.numpy(), blocks) == Work(2 * 23, pairs, 2)
 
 
 def test_the_published_model_needs_six_operations_a_weight_and_twelve_a_pair():

@@ -13,7 +13,7 @@ from coda_pretrain.devices import layers
 from coda_pretrain.devices.kernels import register_segment_attention
 from coda_pretrain.devices.layers import LayerScan, keep_inputs_on_host, keep_only_inputs
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
-from CoDALanguageModel.attention_coda import block_causal, causal, full, widening
+from CoDALanguageModel.attention_coda import block_causal, causal, doubled, full, widening
 from CoDALanguageModel.modeling_coda import LAYER_LOOPS
 
 
@@ -70,6 +70,7 @@ def test_the_segment_kernel_and_the_scan_evaluate_every_rule(monkeypatch):
         causal(segments),
         widening(segments, torch.tensor([2, 5])),
         block_causal(segments, places % 6 // 2, places >= 6),
+        doubled(segments[:, :6], places[:, :6], places[:, :6] // 2 * 2, causal_context=True),
     )
     monkeypatch.setattr(layers, "Scan", SimpleNamespace(apply=loop))
     monkeypatch.setattr(LayerScan, "_trace", lambda self, carry, weights: (self._run_one,))

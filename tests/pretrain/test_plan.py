@@ -8,9 +8,11 @@ import torch
 from coda_pretrain.__main__ import main
 from coda_pretrain.config import RunConfig
 from coda_pretrain.plain_data import from_dict, merge
+from coda_pretrain.plan import compilation
 from coda_pretrain.plan.memory import memory_per_chip, weight_shards
 from coda_pretrain.plan.plan import Device, expected_row, make_plan, parse_device
 from coda_pretrain.train.trainer import Trainer
+from coda_pretrain.watch.flops import doubled_pairs, work_of_batch
 from CoDALanguageModel import CoDAConfig
 
 LARGER = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "head_dim": 32}
@@ -30,10 +32,20 @@ def highest_allocation(path):
     return max(totals) - (totals[0] - memory[0]["Bytes"])
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_memory_is_what_torch_allocates_within_a_tenth(tmp_path, run_config, remat):
+BLOCKS = {"attention": "block_causal", "block_size": 8}
+BY_BLOCKS = {
+    "masked": {},
+    "block": {"objective": "block", "blocks": {"complementary": True}, "model": {"config": BLOCKS}},
+    "joint": {"objective": "joint", "blocks": {"autoregressive_weight": 1.0}, "model": {"config": BLOCKS}},
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "remat"), [("masked", False), ("masked", True), ("block", True), ("joint", False)]
+)
+def test_memory_is_what_torch_allocates_within_a_tenth(tmp_path, run_config, objective, remat):
     changes = {"model": {"config": LARGER}, "hardware": {"remat": remat}, "global_batch_size": 16, "seq_len": 64}
-    config = from_dict(RunConfig, merge(run_config, changes))
+    config = from_dict(RunConfig, merge(merge(run_config, changes), BY_BLOCKS[objective]))
     trainer = Trainer(config)
     trainer._step(None)  # what is allocated once and kept is there
     batch = trainer.batches.make(1)
@@ -44,7 +56,7 @@ def test_memory_is_what_torch_allocates_within_a_tenth(tmp_path, run_config, rem
     trainer.close()
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     measured = highest_allocation(tmp_path / "trace.json")
-    share = float((batch["labels"] != -100).mean())
+    share = float((batch["labels"][:, :64] != -100).mean())
     memory = memory_per_chip(config, trainer.model_config, (1, 1, 1), masked_share=share)
     assert memory.activations + memory.working + memory.attention_mask == pytest.approx(measured, rel=0.1)
     weights = [p for p in trainer.parameters.values()]
@@ -88,6 +100,35 @@ def test_documents_are_read_from_the_data_and_masking_shortens_the_work(run_conf
     masked = expected_row(from_dict(RunConfig, {**run_config, "masking": table_3}), 16)
     assert masked.masked_share == pytest.approx(0.5005 * 0.9)
     assert masked.work.tokens == pytest.approx(32 * 0.95)
+
+
+@pytest.mark.parametrize("objective", ["block", "joint"])
+@pytest.mark.parametrize("masking", [{"t_min": 0.001}, {"prefix_probability": 0.3}])
+def test_the_work_by_blocks_is_that_of_the_doubled_rows(run_config, objective, masking):
+    config = merge({**run_config, "masking": masking}, BY_BLOCKS[objective])
+    trainer = Trainer(from_dict(RunConfig, config))
+    blocks, copies = trainer.batches.blocks(0), trainer.config.rows_per_sample
+    works = [trainer.batches.make(step) for step in range(4)]
+    trainer.close()
+    works = [work_of_batch(batch["segment_ids"], batch["labels"], blocks) for batch in works]
+    row = expected_row(trainer.config, None, blocks)
+    for name in ("tokens", "attended_pairs", "scored"):
+        measured = sum(getattr(work, name) for work in works) / 32
+        assert getattr(row.work, name) == pytest.approx(measured, rel=0.12), name
+    assert expected_row(trainer.config, 16, blocks).work.attended_pairs == copies * 2 * doubled_pairs(16, blocks)
+    plan = planned(config)
+    assert (plan["block_size"], plan["row_length"], plan["rows_at_a_time"]) == (8, 64, 8 * copies)
+    assert plan["tokens"] == 6 * 8 * 32  # of the data
+
+
+@pytest.mark.parametrize("objective", BY_BLOCKS)
+def test_the_batch_that_is_compiled_has_the_arrays_of_a_run(run_config, objective):
+    config = merge(run_config, BY_BLOCKS[objective])
+    trainer = Trainer(from_dict(RunConfig, config))
+    trainer.close()
+    made = {name: array for name, array in trainer.batches.make(0).items() if name != "t"}
+    arrays = compilation._batch(trainer.config)
+    assert {n: (a.shape, a.dtype) for n, a in arrays.items()} == {n: (a.shape, a.dtype) for n, a in made.items()}
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def test_the_masks_shown_are_those_of_the_strategies(run_config):
     assert (truncated[:, -1] == PADDING).all()
     prefixed = states_of_rows(config, {"prefix_probability": 1.0})
     assert (prefixed == MASKED).mean() < (plain == MASKED).mean()
+    by_blocks = states_of_rows(config, {}, 8)
+    assert by_blocks.shape == plain.shape
+    assert ((by_blocks == PADDING) == (plain == PADDING)).all()
+    masked = (by_blocks == MASKED).mean(axis=1)  # each row has levels of all kinds
+    assert masked.max() < (plain == MASKED).mean(axis=1).max()
 
 
 def test_unknown_numbers_are_left_out_of_a_curve():

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from CoDALanguageModel.errors import UserError
 
-from ..plain_data import require_range
-
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
@@ -32,10 +30,10 @@ class BlockConfig:
         Raises:
             UserError: one is out of its range.
         """
-        if self.autoregressive_weight is not None:
-            require_range("blocks.autoregressive_weight", self.autoregressive_weight, above=0.0)
-        if self.growth_steps is not None:
-            require_range("blocks.growth_steps", self.growth_steps, at_least=1)
+        if self.autoregressive_weight is not None and not self.autoregressive_weight > 0.0:
+            raise UserError(f"blocks.autoregressive_weight must be > 0, got {self.autoregressive_weight}")
+        if self.growth_steps is not None and self.growth_steps < 1:
+            raise UserError(f"blocks.growth_steps must be >= 1, got {self.growth_steps}")
 
     def size_at(self, step: int, block_size: int) -> int:
         """Tokens per block at a step.
