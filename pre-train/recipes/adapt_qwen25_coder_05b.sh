@@ -4,9 +4,9 @@
 #
 #   bash pre-train/recipes/adapt_qwen25_coder_05b.sh masked|block [--dry_run] [key=value ...]
 #
-# CODA_BACKBONE_DIR is the folder of Qwen/Qwen2.5-Coder-0.5B: its weights start the run, and
-# the mask token is added to its tokenizer. Before, for NAME = fine-code and opencoder-annealing (the first command prints
-# the second one in full):
+# CODA_BACKBONE_DIR is the folder of Qwen/Qwen2.5-Coder-0.5B: its weights start the run, and the mask
+# token is added to its tokenizer. Before, for NAME = fine-code and opencoder-annealing (the first command prints the
+# second one in full):
 #
 #   python -m coda_pretrain download pre-train/configs/data/NAME.yaml --output corpora
 #   python -m coda_pretrain data --input corpora/NAME/... --tokenizer CODA_BACKBONE_DIR --output CODA_DATA_DIR/NAME
@@ -26,4 +26,5 @@
 #   bash evaluation/lm_eval/eval_infilling.sh MODEL_DIR
 #   TASKS=coda_humaneval bash evaluation/lm_eval/eval_mbpp_humaneval.sh MODEL_DIR
 #   TASKS=coda_humaneval_10 TEMPERATURE=0.8 bash evaluation/lm_eval/eval_mbpp_humaneval.sh MODEL_DIR
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../run_recipe.sh" adapt gpu adapt_qwen25_coder_05b "${1:-}" micro_batch_size=16 "${@:2}"
+CODA_PROCESSES=1 exec bash "$(dirname "${BASH_SOURCE[0]}")/../run_recipe.sh" adapt gpu adapt_qwen25_coder_05b "${1:-}" \
+    micro_batch_size=16 "${@:2}"
