@@ -159,7 +159,9 @@ def load_tokenizer(folder: Path, gguf: dict[str, str], family: Family | None = N
     if family is None or family.is_autoregressive:
         return AutoTokenizer.from_pretrained(folder, **gguf)
     is_whole = (folder / "tokenizer.json").is_file()
-    return (PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer).from_pretrained(folder)
+    tokenizer = (PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer).from_pretrained(folder)
+    tokenizer.init_kwargs.pop("auto_map", None)  # which names that code, and would be written into the new folder
+    return tokenizer
 
 
 def check_input(num_ids: int, width: int = 16) -> Tensor:

@@ -19,6 +19,9 @@ from .scoring import Scorer, Scores, even_parts, merge
 LEAST_SHARED = 32
 """Tokens at the start of two texts for which it pays to look."""
 
+LONGEST_PART = 2048
+"""Tokens of a prompt that a pass computes: the mask of a whole long one would have its length squared."""
+
 
 class Span(NamedTuple):
     """What a pass computes of a row: positions [first, last) of its text."""
@@ -68,17 +71,27 @@ class BlockScorer(Scorer):
             else:
                 leaders.append(row)
         self.texts.update((row, self.cache.open()) for row in leaders)
-        due: dict[Row, Span] = {}
-        for _, parent, shared in followers:
-            stored = self.cache.length(self.texts[parent])
-            if stored < shared and (parent not in due or due[parent].last < shared):
-                due[parent] = Span(stored, shared, stored, shared)
-        if due:
-            step = self.canvas.next_step([self.canvas.rows.index(row) for row in due])
-            ids = self.canvas.take(self.canvas.ids, step)
-            self.forward(step, ids, torch.zeros_like(ids, dtype=torch.bool), list(due.values()))
+        due = {parent: max(n for _, other, n in followers if other is parent) for _, parent, _ in followers}
+        self._store(due)
         for row, parent, shared in followers:
             self.texts[row] = self.cache.open(self.texts[parent], shared)
+        self._store({row: row.whole_blocks(len(row.prefix) - LONGEST_PART) for row in rows})
+
+    def _store(self, due: dict[Row, int]) -> None:
+        """Compute and store the first tokens of texts, as many as `due` says, where they are not stored."""
+        size = self.model.config.block_size
+        while True:
+            spans = {}
+            for row, end in due.items():
+                stored = self.cache.length(self.texts[row])
+                if stored < end:
+                    end = min(end, row.whole_blocks(stored + max(LONGEST_PART, size)))
+                    spans[row] = Span(stored, end, stored, end)
+            if not spans:
+                return
+            step = self.canvas.next_step([self.canvas.rows.index(row) for row in spans])
+            ids = self.canvas.take(self.canvas.ids, step)
+            self.forward(step, ids, torch.zeros_like(ids, dtype=torch.bool), list(spans.values()))
 
     def release(self, row: Row) -> None:
         """A row has left: its keys and values are free."""

@@ -1,7 +1,7 @@
-"""The decoding settings, one row each.
+"""The decoding settings, one entry each.
 
 The configuration class and its checks, the server's environment variables and request fields, `coda_eval`'s names, the
-shell's flags and the tables in the READMEs (`tools.tables`) are made from the rows. Free of torch, so that a wrong
+shell's flags and the tables in the READMEs (`tools.tables`) are made from the table. Free of torch, so that a wrong
 setting is told before anything is loaded. Not here: what a setting does (`generation_coda` and below).
 """
 
@@ -177,7 +177,7 @@ _FOLDER = {"server": "a fact of the model's folder"}
 _RESULT = dict.fromkeys(DOORS, "what comes back is for the program to decide")
 
 # fmt: off
-SETTINGS: dict[str, Setting] = {row.name: row for row in (
+SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (
     # how much, and in which order
     Setting(
         name="max_new_tokens", kind=int, default=128, least=0, api="max_tokens", served=256,
@@ -347,13 +347,13 @@ SETTINGS: dict[str, Setting] = {row.name: row for row in (
 # fmt: on
 """The table, by name."""
 
-TOKEN_IDS = tuple(name for name, row in SETTINGS.items() if row.withheld is _FOLDER)
+TOKEN_IDS = tuple(name for name, setting in SETTINGS.items() if setting.withheld is _FOLDER)
 """Settings that are facts of a model."""
 
 
 def offered(door: str) -> list[Setting]:
     """Settings that may be given at one of `DOORS`."""
-    return [row for row in SETTINGS.values() if door not in row.withheld]
+    return [setting for setting in SETTINGS.values() if door not in setting.withheld]
 
 
 def refuse_unknown(keys: Iterable[str], door: str | None = None) -> None:
@@ -379,9 +379,9 @@ def check_together(values: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming both.
     """
-    rules = [name for name, row in SETTINGS.items() if row.regime == "parallel" and values[name] is not None]
+    rules = [name for name, setting in SETTINGS.items() if setting.regime == "parallel" and values[name] is not None]
     if len(rules) > 1:
-        every = ", ".join(name for name, row in SETTINGS.items() if row.regime == "parallel")
+        every = ", ".join(name for name, setting in SETTINGS.items() if setting.regime == "parallel")
         raise UserError(f"set at most one of {every}, got {' and '.join(rules)}")
     if values["alg"] == "p2" and values["remask"] is not None:
         raise UserError("remask cannot be used with alg 'p2', which masks tokens again by itself")
@@ -417,7 +417,8 @@ class DecodingSettings:
 
     def __init__(self, **given: Any) -> None:
         refuse_unknown(given)
-        vars(self).update({name: row.checked(given.get(name, row.default)) for name, row in SETTINGS.items()})
+        values = {name: given.get(name, setting.default) for name, setting in SETTINGS.items()}
+        vars(self).update({name: SETTINGS[name].checked(value) for name, value in values.items()})
         check_together(vars(self))
 
     def __setattr__(self, name: str, value: Any) -> None:

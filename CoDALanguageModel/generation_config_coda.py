@@ -16,7 +16,7 @@ METADATA = ("_commit_hash", "_from_model_config", "_original_object_hash", "tran
 
 def _arguments() -> str:
     """The table as the arguments of a docstring."""
-    texts = (f"{row.name}: {row.says}; {row.allowed}." for row in SETTINGS.values())
+    texts = (f"{setting.name}: {setting.says}; {setting.allowed}." for setting in SETTINGS.values())
     return "\n".join(textwrap.fill(t, 120, initial_indent=" " * 8, subsequent_indent=" " * 12) for t in texts).lstrip()
 
 
@@ -43,15 +43,15 @@ class DiffusionGenerationConfig(GenerationConfig):
         # Settings of autoregressive decoding may stand in a file as null: they are unset.
         settings = {key: value for key, value in kwargs.items() if value is not None or key in SETTINGS}
         refuse_unknown(key for key in settings if key not in METADATA)
-        for key, row in SETTINGS.items():
-            settings.setdefault(key, row.default)
+        for key, setting in SETTINGS.items():
+            settings.setdefault(key, setting.default)
             setattr(self, key, settings[key])
         super().__init__(**settings)
 
     @property
     def parallel_rule(self) -> str | None:
         """The parallel rule that is set, if any."""
-        rules = (name for name, row in SETTINGS.items() if row.regime == "parallel")
+        rules = (name for name, setting in SETTINGS.items() if setting.regime == "parallel")
         return next((name for name in rules if getattr(self, name) is not None), None)
 
     @property
@@ -67,8 +67,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         """
         # A setting of autoregressive decoding that was set as an attribute would otherwise have no effect, silently.
         refuse_unknown(k for k, value in vars(self).items() if value is not None and k not in METADATA and k[0] != "_")
-        for name, row in SETTINGS.items():
-            setattr(self, name, row.checked(getattr(self, name)))
+        for name, setting in SETTINGS.items():
+            setattr(self, name, setting.checked(getattr(self, name)))
         check_together(vars(self))
 
     def check_vocabulary(self, vocab_size: int) -> None:

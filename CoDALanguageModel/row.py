@@ -270,12 +270,17 @@ class Row:
 
     def shared_with(self, other: "Row") -> int:
         """Tokens at the start of both prompts whose keys and values are the same, in whole blocks of the model."""
-        size, ahead = self.model_config.block_size, -self.answer_start % self.model_config.block_size
-        if ahead != -other.answer_start % size:
+        if (self.answer_start - other.answer_start) % self.model_config.block_size:
             return 0
         pairs = zip(self.prefix, other.prefix, strict=False)
         equal = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.prefix), len(other.prefix)))
-        return max(0, (equal + ahead) // size * size - ahead)
+        return self.whole_blocks(equal)
+
+    def whole_blocks(self, length: int) -> int:
+        """As many of the first `length` tokens as are whole blocks of the model."""
+        size = self.model_config.block_size
+        ahead = -self.answer_start % size
+        return max(0, (length + ahead) // size * size - ahead)
 
     @cached_property
     def prefix(self) -> list[int]:

@@ -317,6 +317,7 @@ def blocks_of(size: int, repeats: int) -> dict[str, Any]:
             "cached": lambda: blocks.diffusion_generate(x, **settings),
         },
         repeats,
+        warm_up=False,  # minutes each
     )
     results = {name: row["result"] for name, row in rows.items()}
     same = (results["recomputed"].sequences == results["cached"].sequences).float().mean().item()

@@ -55,8 +55,8 @@ def build_canvas(options: argparse.Namespace, codec: Codec, model: Any) -> tuple
     return GappedText(codec.encode_chat([{"role": "user", "content": options.prompt}]), []), []
 
 
-def _told(row: Setting) -> str:
-    text = f"{row.name}: {row.says}; {row.allowed} ({row.default})"
+def _told(setting: Setting) -> str:
+    text = f"{setting.name}: {setting.says}; {setting.allowed} ({setting.default})"
     return textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="      ")
 
 

@@ -24,39 +24,39 @@ def _table(*rows: tuple[str, ...]) -> str:
 
 
 def _all_settings() -> str:
-    def cells(row: Setting) -> tuple[str, ...]:
-        return f"`{row.name}`", f"`{_shown(row.default)}`", row.allowed, row.regime, row.says
+    def cells(setting: Setting) -> tuple[str, ...]:
+        return f"`{setting.name}`", f"`{_shown(setting.default)}`", setting.allowed, setting.regime, setting.says
 
     return _table(("setting", "default", "allowed", "regime", "meaning"), *map(cells, SETTINGS.values()))
 
 
 def _server() -> str:
-    def cells(row: Setting) -> tuple[str, ...]:
-        default = "unset" if row.name == "seed" else _shown(row.served_default)
-        return f"`{row.api.upper()}`", f"`{row.api}`", f"`{default}`", row.regime, row.says
+    def cells(setting: Setting) -> tuple[str, ...]:
+        default = "unset" if setting.name == "seed" else _shown(setting.served_default)
+        return f"`{setting.api.upper()}`", f"`{setting.api}`", f"`{default}`", setting.regime, setting.says
 
     return _table(("variable", "field", "default", "regime", "effect"), *map(cells, offered("server")))
 
 
 def _withheld(door: str) -> str:
     reasons: dict[str, list[str]] = {}
-    for row in SETTINGS.values():
-        if door in row.withheld:
-            reasons.setdefault(row.withheld[door], []).append(f"`{row.name}`")
+    for setting in SETTINGS.values():
+        if door in setting.withheld:
+            reasons.setdefault(setting.withheld[door], []).append(f"`{setting.name}`")
     return textwrap.fill("; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items()) + ".", 120)
 
 
 def _environment() -> str:
     lines = []
-    for row in offered("server"):
-        allowed = f" ({', '.join(row.choices)})" if row.choices else ""
-        value = row.served_default
-        if row.name == "seed":
+    for setting in offered("server"):
+        allowed = f" ({', '.join(setting.choices)})" if setting.choices else ""
+        value = setting.served_default
+        if setting.name == "seed":
             lines += ["# Unset: 0 at temperature 0, else a fresh seed per request.", "SEED="]
             continue
-        lines += textwrap.wrap(f"{row.says[0].upper()}{row.says[1:]}{allowed}.", 120, initial_indent="# ",
+        lines += textwrap.wrap(f"{setting.says[0].upper()}{setting.says[1:]}{allowed}.", 120, initial_indent="# ",
                                subsequent_indent="# ")  # fmt: skip
-        lines.append(f"{row.api.upper()}={'' if value is None else value}")
+        lines.append(f"{setting.api.upper()}={'' if value is None else value}")
     return "\n".join(lines)
 
 

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from coda_eval import session
-from coda_eval.hosted import HostedLM, answer_record, on_device, place
+from coda_eval.hosted import ChatPrompt, HostedLM, answer_record, on_device, place
 from coda_eval.programs import Answer
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import Codec
@@ -137,6 +138,29 @@ class AutoregressiveModel(HostedLM):
             )
         return _Prompt(index, repeat, ids, tail, settings, self._fill_ends if is_gap else frozenset(self._end_ids()))
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation with what `encode_prompt` needs; where the codec or the template refuses it, lm-eval's own."""
+        if self.codec is not None and self.backend == "causal":
+            try:
+                prompt = super().apply_chat_template(chat_history, add_generation_prompt)
+                self.encode_prompt(prompt)
+                return prompt
+            except UserError as error:
+                logger.warning("a conversation is encoded as lm-eval does, control tokens in its texts too: %s", error)
+        return HFLM.apply_chat_template(self, chat_history, add_generation_prompt)
+
+    def tok_batch_encode(
+        self, strings: Sequence[str], padding_side: str = "left", left_truncate_len: int | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of prompts, (B, T) int64; those of a conversation come from the codec."""
+        if self.add_bos_token is not None or not all(isinstance(string, ChatPrompt) for string in strings):
+            return super().tok_batch_encode(list(strings), padding_side, left_truncate_len, **kwargs)
+        ids, real = on_device(list(map(self.encode_prompt, strings)), self.tokenizer.pad_token_id, torch.device("cpu"))
+        if left_truncate_len and ids.shape[1] > left_truncate_len:
+            logger.warning("prompts of %d tokens lose all but their last %d", ids.shape[1], left_truncate_len)
+            ids, real = ids[:, -left_truncate_len:], real[:, -left_truncate_len:]
+        return ids, real
+
     def _ends_header(self, text: str) -> bool:
         """Whether a prompt ends in the chat template's own opening of an answer, which models know as it is."""
         return bool(self._header) and text.endswith(self._header)
@@ -164,11 +188,11 @@ class AutoregressiveModel(HostedLM):
 
     @cached_property
     def _fill_tokens(self) -> FillTokens:
-        """The fill-in-the-middle tokens that the tokenizer has and the model has rows for."""
+        """The fill-in-the-middle tokens that the tokenizer has and the model knows."""
         known = self.tokenizer.get_vocab()
-        rows = self.model.get_input_embeddings().num_embeddings
+        num_ids = self.model.get_input_embeddings().num_embeddings
         for tokens in FILL_TOKENS:
-            if all(known.get(token, rows) < rows for token in tokens[:3]):
+            if all(known.get(token, num_ids) < num_ids for token in tokens[:3]):
                 logger.info("gaps are filled with %s, %s and %s", *tokens[:3])
                 return tokens
         kinds = ", ".join(tokens.prefix for tokens in FILL_TOKENS)
@@ -242,10 +266,10 @@ class AutoregressiveModel(HostedLM):
     # Text of tokens
 
     @cached_property
-    def _codec(self) -> Codec | None:
+    def codec(self) -> Codec | None:
         """The house's codec, or None for a tokenizer whose pieces of text do not join."""
         try:
-            return Codec(self.tokenizer)
+            return Codec(self.tokenizer, self.chat_template_args)
         except UserError as error:
             logger.info("pieces of text are encoded after a mark: %s", error)
             return None
@@ -264,8 +288,8 @@ class AutoregressiveModel(HostedLM):
         Raises:
             UserError: the tokenizer does not give the text back.
         """
-        if self._codec is not None:
-            return self._codec.encode_text(text, joins=True)
+        if self.codec is not None:
+            return self.codec.encode_text(text, joins=True)
         marked = self._as_text(_MARK + text)
         ids = marked[len(self._anchor) :]
         if marked[: len(self._anchor)] != self._anchor or self.decode(ids) != text:

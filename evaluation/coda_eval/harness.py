@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from coda_eval import session
-from coda_eval.hosted import HostedLM, answer_record, place
+from coda_eval.hosted import ChatPrompt, HostedLM, answer_record, place
 from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
 from CoDALanguageModel import CoDALanguageModel
@@ -45,7 +45,7 @@ _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion
 
 def generation_settings() -> set[str]:
     """Decoding settings that model_args, --gen_kwargs and task files may hold."""
-    return {row.name for row in offered("evaluation")}
+    return {setting.name for setting in offered("evaluation")}
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], place: str) -> None:
@@ -56,27 +56,6 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], place: str) -> No
                 raise UserError(f"{name} cannot be set in {place}: {SETTINGS[name].withheld['evaluation']}")
             hint = did_you_mean(name, sorted(known))
             raise UserError(f"unknown setting {name!r} in {place}{hint} (known: {', '.join(sorted(known))})")
-
-
-class ChatPrompt(str):
-    """What lm-eval holds as the text of a prompt: a conversation as the template writes it, and the conversation.
-
-    lm-eval hands strings from `apply_chat_template` to the model, in which control tokens and what looks like them
-    can no longer be told apart. The messages travel along, also through copies, files and other processes.
-    """
-
-    messages: list[dict[str, str]]
-    continues: bool
-    """Whether the last message is the beginning of the answer."""
-
-    def __new__(cls, text: str, messages: Sequence[dict[str, str]], continues: bool) -> "ChatPrompt":
-        """A string that knows the messages."""
-        prompt = super().__new__(cls, text)
-        prompt.messages, prompt.continues = list(messages), continues
-        return prompt
-
-    def __getnewargs__(self) -> tuple[str, list[dict[str, str]], bool]:
-        return str(self), self.messages, self.continues
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,21 +142,6 @@ class CoDAEvalModel(HostedLM):
         self.codec = Codec(self.tokenizer, self.chat_template_args)
 
     # Prompts
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as lm-eval shows and keeps it, with what `encode_prompt` needs.
-
-        Raises:
-            UserError: the template refuses the messages, a system message for example.
-        """
-        continues = not add_generation_prompt
-        return ChatPrompt(self.codec.render(chat_history, continues), chat_history, continues)
-
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of a prompt: control tokens stand only where the chat template puts them."""
-        if isinstance(prompt, ChatPrompt):
-            return self.codec.encode_chat(prompt.messages, continue_final_message=prompt.continues)
-        return self.codec.encode_text(prompt)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from coda_eval.programs import Answer
 from CoDALanguageModel.answers import end_ids
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.prompts import Codec
 
 CACHE_LIES = (
     "lm-eval's cache of answers knows a prompt by its text alone: another checkpoint, seed or number of steps would "
@@ -22,12 +24,35 @@ CACHE_LIES = (
 _HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
+class ChatPrompt(str):
+    """What lm-eval holds as the text of a prompt: a conversation as the template writes it, and the conversation.
+
+    lm-eval hands strings from `apply_chat_template` to the model, in which control tokens and what looks like them
+    can no longer be told apart. The messages travel along, also through copies, files and other processes.
+    """
+
+    messages: list[dict[str, str]]
+    continues: bool
+    """Whether the last message is the beginning of the answer."""
+
+    def __new__(cls, text: str, messages: Sequence[dict[str, str]], continues: bool) -> "ChatPrompt":
+        """A string that knows the messages."""
+        prompt = super().__new__(cls, text)
+        prompt.messages, prompt.continues = list(messages), continues
+        return prompt
+
+    def __getnewargs__(self) -> tuple[str, list[dict[str, str]], bool]:
+        return str(self), self.messages, self.continues
+
+
 class HostedLM(HFLM):
     """lm-eval's Hugging Face model, which knows its rank also without GPUs and has no cache.
 
     Raises:
         UserError: `pretrained` is not a path or a model, or the processes do not see each other.
     """
+
+    codec: Codec
 
     def __init__(self, pretrained: Any, **kwargs: Any) -> None:
         if isinstance(pretrained, (int, float, tuple, list, dict, set, bool)) or pretrained is None:
@@ -53,6 +78,21 @@ class HostedLM(HFLM):
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {self.world_size} process(es), so that "
                 "every process would do all the work: set USE_TORCH_XLA=false, and without GPUs ACCELERATE_USE_CPU=true"
             )
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as lm-eval shows and keeps it, with what `encode_prompt` needs.
+
+        Raises:
+            UserError: the template refuses the messages, a system message for example.
+        """
+        continues = not add_generation_prompt
+        return ChatPrompt(self.codec.render(chat_history, continues), chat_history, continues)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Token ids of a prompt: control tokens stand only where the chat template puts them."""
+        if isinstance(prompt, ChatPrompt):
+            return self.codec.encode_chat(prompt.messages, continue_final_message=prompt.continues)
+        return self.codec.encode_text(prompt)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Refuse lm-eval's cache.

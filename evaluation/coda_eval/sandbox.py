@@ -78,7 +78,7 @@ class Program:
     candidate: str
     tests: str
     setup: str = ""
-    """Source that stands before the tests on their side: helpers that they need and no candidate may replace."""
+    """Code that stands before the tests on their side: helpers that they need and no candidate may replace."""
 
     called: tuple[str, ...] = ()
     """Names that are the candidate's although `setup` or the builtins have them."""

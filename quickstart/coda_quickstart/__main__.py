@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--config_dir", type=Path, help="settings of the stages (default: quickstart/configs)")
     run.add_argument("--fresh", action="store_true", help="remove the run folder and start over")
     run.add_argument("--serve", action="store_true", help="leave the server running at the end")
+    run.add_argument("--compare", action="store_true", help="also train and score a model that attends by blocks")
     data = commands.add_parser("data", help="corpus, tokenizer, instruction set and held-out problems")
     data.add_argument("--config", type=Path, required=True)
     data.add_argument("--output_dir", type=Path, required=True)
@@ -78,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
     configs = (arguments.config_dir or REPOSITORY / "quickstart" / "configs").resolve()
     # Room processes are single and share no cores; the tokenizers' own threads would fight with the workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stages = build_stages(REPOSITORY, run_dir, configs, _yaml(configs / "eval.yaml"))
+    stages = build_stages(REPOSITORY, run_dir, configs, _yaml(configs / "eval.yaml"), compare=arguments.compare)
     seconds = Runner(run_dir, REPOSITORY, show=_show).run(stages)
     (run_dir / "times.json").write_text(json.dumps(seconds, indent=2) + "\n")
     for answer in json.loads((run_dir / "answers.json").read_text()):

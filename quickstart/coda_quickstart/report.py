@@ -12,10 +12,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import pandas
 import torch
 import transformers
 
 from coda_quickstart.pictures import denoising_html, denoising_text, loss_curves_svg, masking_html, masking_text
+from coda_quickstart.stages import BLOCKS
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import wilson_interval
 from CoDALanguageModel.run_files import read_rows
@@ -29,6 +31,7 @@ TIME_TITLES = {
     "convert": "Hugging Face folder",
     "sft": "fine-tuning",
     "evaluate": "evaluation",
+    "parallel": "evaluation, several tokens a step",
     "denoise": "one answer step by step",
     "serve": "server and two requests",
 }
@@ -100,6 +103,40 @@ def training_table(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_comparison(run_dir: Path, times: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Full attention and attention by blocks on the held-out problems, by one and by several tokens a step.
+
+    Returns:
+        A row for each: model, decoding, score, n, low, high, tokens_per_forward, seconds_per_answer, training_s. None
+        without the model by blocks.
+
+    Raises:
+        FileNotFoundError: it was trained and not yet scored.
+    """
+    rows: list[dict[str, Any]] = []
+    if not (run_dir / BLOCKS / "model" / "config.json").is_file():
+        return rows
+    for model, folder, suffix in (("full attention", run_dir, ""), ("by blocks", run_dir / BLOCKS, f"_{BLOCKS}")):
+        for decoding, file in (("one token a step", "scores.json"), ("several", "parallel.json")):
+            cards = json.loads((folder / file).read_text())
+            card = next(c for c in cards if (c["task"], c["metric"]) == ("quickstart_problems", "pass@1"))
+            cost, (low, high) = card["cost"], card["wilson95"]
+            rows.append(
+                {
+                    "model": model,
+                    "decoding": decoding,
+                    "score": card["score"],
+                    "n": card["n"],
+                    "low": low,
+                    "high": high,
+                    "tokens_per_forward": cost["tokens_committed"] / cost["rows_evaluated"],
+                    "seconds_per_answer": cost["generation_s"] / cost["answers"],
+                    "training_s": sum(times.get(f"{name}{suffix}", 0.0) for name in ("pretrain", "midtrain", "sft")),
+                }
+            )
+    return rows
+
+
 def write_report(run_dir: Path) -> str:
     """Write report.html, report.md and summary.json.
 
@@ -116,10 +153,11 @@ def write_report(run_dir: Path) -> str:
         answers = json.loads((run_dir / "answers.json").read_text())
         config = json.loads((run_dir / "model" / "config.json").read_text())
         data = json.loads((run_dir / "data" / "summary.json").read_text())
+        comparison = read_comparison(run_dir, times)
     except FileNotFoundError as error:
         raise UserError(f"the report needs all stages; missing: {error.filename}") from error
     config["parameters"] = num_parameters(run_dir / "model" / "model.safetensors")
-    summary = {"scores": scores, "training": training, "times_s": times, "data": data}
+    summary = {"scores": scores, "training": training, "times_s": times, "data": data, "comparison": comparison}
     summary |= {"parameters": config["parameters"], "machine": machine()}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     tables = markdown_tables(summary)
@@ -129,6 +167,7 @@ def write_report(run_dir: Path) -> str:
     (run_dir / "losses.svg").write_text(svg, encoding="utf-8")
     page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         scores=_score_rows(scores),
+        comparison=_comparison_html(comparison),
         headline=f"{100 * scores[0]['share']:.1f} %",
         headline_detail=f"{scores[0]['passed']} of {scores[0]['count']} held-out problems",
         total_minutes=f"{sum(times.values()) / 60:.1f} min",
@@ -164,6 +203,9 @@ def markdown_tables(summary: Mapping[str, Any]) -> str:
     for row in summary["scores"]:
         interval = f"{100 * row['low']:.1f} - {100 * row['high']:.1f} %"
         lines.append(f"| {row['name']} | {100 * row['share']:.1f} % | {interval} | {row['count']} |")
+    if summary["comparison"]:
+        lines += ["", f"| {' | '.join(COMPARED)} |", "|---|---|---:|---|---:|---:|---:|"]
+        lines += [f"| {' | '.join(_compared_cells(row))} |" for row in summary["comparison"]]
     lines += ["", "| training | steps | tokens | tokens/s | loss | validation loss |", "|---|---:|---:|---:|---:|---:|"]
     for row in summary["training"]:
         validation = "" if row["validation_loss"] is None else f"{row['validation_loss']:.2f}"
@@ -171,7 +213,7 @@ def markdown_tables(summary: Mapping[str, Any]) -> str:
         cells = (row["stage"], row["steps"], f"{row['tokens']:,}", speed, f"{row['loss']:.2f}", validation)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "| stage | seconds |", "|---|---:|"]
-    lines += [f"| {TIME_TITLES.get(name, name)} | {seconds:.0f} |" for name, seconds in summary["times_s"].items()]
+    lines += [f"| {_time_title(name)} | {seconds:.0f} |" for name, seconds in summary["times_s"].items()]
     lines += [f"| **all** | **{sum(summary['times_s'].values()):.0f}** |"]
     lines += ["", f"{summary['parameters'] / 1e6:.2f} M parameters; {summary['machine']}."]
     return "\n".join(lines)
@@ -209,6 +251,26 @@ def _score_rows(scores: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+COMPARED = ("model", "decoding", "pass@1", "95 % interval", "tokens/forward", "seconds/answer", "training, s")
+
+
+def _compared_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    interval = f"{100 * row['low']:.1f} - {100 * row['high']:.1f} %"
+    numbers = (f"{row['tokens_per_forward']:.2f}", f"{row['seconds_per_answer']:.3f}", f"{row['training_s']:.0f}")
+    return row["model"], row["decoding"], f"{100 * row['score']:.1f} %", interval, *numbers
+
+
+def _comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    table = pandas.DataFrame([_compared_cells(row) for row in rows], columns=COMPARED)
+    return (
+        "<h2>Full attention and attention by blocks</h2>\n<p>Two models of the same shape, data and number of training "
+        "tokens, on the held-out problems. Rows by blocks hold every text twice, so their training takes longer.</p>\n"
+        f"<div class=panel>{table.to_html(index=False, border=0)}</div>"
+    )
+
+
 def _training_rows(training: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(
         f"<tr><td>{row['stage']}</td><td class=n>{row['steps']}</td><td class=n>{row['tokens']:,}</td>"
@@ -218,10 +280,15 @@ def _training_rows(training: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _time_title(name: str) -> str:
+    title = TIME_TITLES.get(name.removesuffix(f"_{BLOCKS}"), name)
+    return f"{title}, by blocks" if name.endswith(f"_{BLOCKS}") else title
+
+
 def _time_rows(times: Mapping[str, float]) -> str:
     longest = max(times.values(), default=1.0) or 1.0
     return "\n".join(
-        f"<tr><td>{TIME_TITLES.get(name, name)}</td><td class=n>{seconds:.0f} s</td>"
+        f"<tr><td>{_time_title(name)}</td><td class=n>{seconds:.0f} s</td>"
         f"<td class=wide><span class=bar style='width:{100 * seconds / longest:.1f}%'></span></td></tr>"
         for name, seconds in times.items()
     )

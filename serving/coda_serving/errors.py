@@ -50,7 +50,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 SHUTTING_DOWN = ApiError(503, "the server is shutting down", code="server_shutting_down")
 """For requests that the end of the server cuts off."""
 
-FIELDS_OF_BODIES = {row.api for row in offered("server")}.union(
+FIELDS_OF_BODIES = {setting.api for setting in offered("server")}.union(
     "content include_obfuscation include_usage max_completion_tokens messages model n name prompt role stop stream "
     "stream_options suffix text type".split()
 )

@@ -70,23 +70,23 @@ BOUNDS = {"temperature": {"le": 2}, "top_k": {"ge": -1}}
 """OpenAI's range, and other servers' way to say all."""
 
 
-def _field(row: Setting) -> Any:
+def _field(setting: Setting) -> Any:
     """The type of a setting in a request."""
 
     def or_none(value: Any, check: Any) -> Any:
-        return value if row.optional and value == NONE else check(value)
+        return value if setting.optional and value == NONE else check(value)
 
     def describe(schema: dict[str, Any]) -> None:
-        schema["anyOf"] += [{"const": NONE}] if row.optional else []
+        schema["anyOf"] += [{"const": NONE}] if setting.optional else []
 
-    about = Field(description=row.says, json_schema_extra=describe)
-    return Annotated[typed(row, **BOUNDS.get(row.api, {})) | None, WrapValidator(or_none), about]
+    about = Field(description=setting.says, json_schema_extra=describe)
+    return Annotated[typed(setting, **BOUNDS.get(setting.api, {})) | None, WrapValidator(or_none), about]
 
 
 DecodingFields = create_model(
     "DecodingFields",
     __base__=StrictModel,
-    **{row.api: (_field(row), None) for row in DECODING},  # type: ignore[call-overload]
+    **{setting.api: (_field(setting), None) for setting in DECODING},  # type: ignore[call-overload]
 )
 """A field for each of `DECODING`; null means the server's default."""
 
@@ -140,7 +140,8 @@ class SamplingRequest(DecodingFields):
     @property
     def decoding(self) -> dict[str, Any]:
         """The settings of `DECODING` that the request gives, by their names here."""
-        given = {row.api: row.read(value) for row in DECODING if (value := getattr(self, row.api)) is not None}
+        values = ((setting, getattr(self, setting.api)) for setting in DECODING)
+        given = {setting.api: setting.read(value) for setting, value in values if value is not None}
         if given.get("top_k") in (-1, 0):
             given["top_k"] = None
         return given

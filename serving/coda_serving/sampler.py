@@ -89,9 +89,9 @@ class ModelSampler:
         model with blocks takes its own ones, and by default a step for each token, however long an answer is.
         """
         config = self._model.generation_config
-        decided = ((row, getattr(config, row.name)) for row in DECODING)
+        decided = ((setting, getattr(config, setting.name)) for setting in DECODING)
         blocks = {"block_length": None, "steps": self.context_length} if self.block_size is not None else {}
-        return blocks | {row.api: value for row, value in decided if value != row.default}
+        return blocks | {setting.api: value for setting, value in decided if value != setting.default}
 
     def check(self, request: CanvasRequest) -> None:
         """Refuse a canvas that could not be denoised.

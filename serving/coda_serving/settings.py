@@ -23,44 +23,44 @@ MAX_SEED = 2**63 - 1
 """Largest seed a request or `SEED` may name."""
 
 
-DECODING = tuple(row for row in offered("server") if row.name != "seed")
+DECODING = tuple(setting for setting in offered("server") if setting.name != "seed")
 """Settings of a request and of the environment; the seed of a server is another matter, see `SEED`."""
 
 
-def typed(row: Setting, **bounds: Any) -> Any:
+def typed(setting: Setting, **bounds: Any) -> Any:
     """The pydantic type of a setting's values, with its bounds, or narrower ones."""
     kinds = {list: Annotated[list[int], Field(fail_fast=True)]}
-    kind = Literal[row.choices] if row.choices else kinds.get(row.kind, row.kind)
-    bounds = {"ge": row.least, "gt": row.above, "le": row.most, "lt": row.below} | bounds
-    if row.kind is int:
+    kind = Literal[setting.choices] if setting.choices else kinds.get(setting.kind, setting.kind)
+    bounds = {"ge": setting.least, "gt": setting.above, "le": setting.most, "lt": setting.below} | bounds
+    if setting.kind is int:
         bounds["le"] = bounds["le"] or LARGEST_INTEGER
-    if row.api == "max_tokens":
+    if setting.api == "max_tokens":
         bounds["ge"] = 1
     known: dict[str, Any] = {name: value for name, value in bounds.items() if value is not None}
-    known |= {"allow_inf_nan": False} if row.kind is float else {}
+    known |= {"allow_inf_nan": False} if setting.kind is float else {}
     return Annotated[kind, Field(**known)]
 
 
-def _variable(row: Setting) -> Any:
+def _variable(setting: Setting) -> Any:
     """The type of a setting in the environment: also `none`, and JSON for what is no number or word."""
 
     def read(value: Any) -> Any:
-        value = row.read(value)
-        if row.kind not in (list, dict) or not isinstance(value, str):
+        value = setting.read(value)
+        if setting.kind not in (list, dict) or not isinstance(value, str):
             return value
         try:
             return json.loads(value)
         except json.JSONDecodeError as error:
             raise UserError("must be JSON") from error
 
-    kind = typed(row) | None if row.optional else typed(row)
-    return Annotated[kind, NoDecode, BeforeValidator(read), Field(description=row.says)]
+    kind = typed(setting) | None if setting.optional else typed(setting)
+    return Annotated[kind, NoDecode, BeforeValidator(read), Field(description=setting.says)]
 
 
 DecodingDefaults = create_model(
     "DecodingDefaults",
     __base__=BaseSettings,
-    **{row.api: (_variable(row), row.served_default) for row in DECODING},  # type: ignore[call-overload]
+    **{setting.api: (_variable(setting), setting.served_default) for setting in DECODING},  # type: ignore[call-overload]
 )
 """A field for each of `DECODING`."""
 
@@ -172,7 +172,7 @@ class ServerSettings(DecodingDefaults):
     @property
     def decoding(self) -> dict[str, Any]:
         """The decoding defaults by the names of a request."""
-        return {row.api: getattr(self, row.api) for row in DECODING}
+        return {setting.api: getattr(self, setting.api) for setting in DECODING}
 
     def options(self, given: dict[str, Any] | None = None) -> DecodingSettings:
         """How an answer is denoised; its length and seed stand apart.
@@ -184,7 +184,9 @@ class ServerSettings(DecodingDefaults):
             UserError: a value or a combination is not allowed.
         """
         values = self.decoding | (given or {})
-        return DecodingSettings(**{row.name: values[row.api] for row in DECODING if row.api != "max_tokens"})
+        return DecodingSettings(
+            **{setting.name: values[setting.api] for setting in DECODING if setting.api != "max_tokens"}
+        )
 
     def refuse_approximate(self, options: DecodingSettings) -> None:
         """Hold requests to `ALLOW_APPROXIMATE`.

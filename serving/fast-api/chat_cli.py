@@ -197,24 +197,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--api-key", help="key of the server; by default the variable API_KEY")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for an answer")
     group = parser.add_argument_group("decoding settings", "by default the server's; none turns one off that can be")
-    for row in offered("server"):
-        flag = f"--{row.api.replace('_', '-')}"
-        group.add_argument(flag, type=partial(read_setting, row), metavar=row.kind.__name__.upper(), help=row.says)
+    for setting in offered("server"):
+        flag = f"--{setting.api.replace('_', '-')}"
+        kind = setting.kind.__name__.upper()
+        group.add_argument(flag, type=partial(read_setting, setting), metavar=kind, help=setting.says)
     return parser.parse_args(arguments)
 
 
-def read_setting(row: Setting, text: str) -> object:
+def read_setting(setting: Setting, text: str) -> object:
     """A setting's value as the request wants it; the server checks what may hold.
 
     Raises:
         argparse.ArgumentTypeError: the text is no number, or no JSON where the setting takes no word.
     """
-    if row.read(text) is None or row.kind is str:
-        return text.lower() if row.read(text) is None else text
+    if setting.read(text) is None or setting.kind is str:
+        return text.lower() if setting.read(text) is None else text
     try:
-        return row.kind(text) if row.kind in (int, float) else json.loads(text)
+        return setting.kind(text) if setting.kind in (int, float) else json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"invalid {row.kind.__name__} value: {text!r}") from error
+        raise argparse.ArgumentTypeError(f"invalid {setting.kind.__name__} value: {text!r}") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -231,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
         max_retries=0,
     )
 
-    names = [row.api for row in offered("server")]
+    names = [setting.api for setting in offered("server")]
     failed = False
     try:
         model = args.model or next(iter(client.models.list())).id

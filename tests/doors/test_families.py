@@ -288,7 +288,7 @@ def make_tokenizer(fake, folder):
             tokenizer_object=tokenizer, eos_token=TOKENS[END], pad_token=TOKENS[END], **named
         ).save_pretrained(folder)
         config = json.loads((folder / "tokenizer_config.json").read_text())
-        config |= {"tokenizer_class": "Qwen2Tokenizer"}
+        config |= {"tokenizer_class": "Qwen2Tokenizer", "auto_map": {"AutoTokenizer": [None, "own_code.OwnTokenizer"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -397,7 +397,7 @@ def test_a_family_has_its_logits_attention_and_contract(made):
 
 def test_its_tokenizer_names_the_mask_and_ends_that_the_model_has(made):
     fake, _, folder = made
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert (tokenizer.mask_token, tokenizer.mask_token_id) == (fake.mask, MASK)
     assert tokenizer.eos_token_id == END_TURN
     assert tokenizer.pad_token_id == END

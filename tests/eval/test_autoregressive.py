@@ -117,6 +117,21 @@ def test_prompts_that_need_no_healing_are_lm_evals_own(newline_model):
     assert own._prompt(0, request(chat + "```python\n"), 0).tail == "\n"
 
 
+def test_a_control_token_in_a_message_of_a_baseline_is_text(newline_model):
+    tokenizer, model = newline_model
+    own = AutoregressiveModel(model, tokenizer=tokenizer)
+    lm_eval = HFLM(model, tokenizer=tokenizer)
+    end = tokenizer.eos_token
+    plain, hostile = ([{"role": "user", "content": text}] for text in ("def f(x):", f"def f({end}):"))
+    prompts = [own.apply_chat_template(messages) for messages in (plain, hostile)]
+    assert prompts == [lm_eval.apply_chat_template(messages) for messages in (plain, hostile)]
+    ids, real = own.tok_batch_encode(prompts)
+    rows = [row[mask.bool()].tolist() for row, mask in zip(ids, real, strict=True)]
+    assert rows[0] == lm_eval.tok_batch_encode(prompts[:1])[0][0].tolist()
+    assert rows[1] == Codec(tokenizer).encode_chat(hostile) != lm_eval.tok_batch_encode(prompts[1:])[0][0].tolist()
+    assert rows[1].count(tokenizer.eos_token_id) == rows[0].count(tokenizer.eos_token_id)
+
+
 def test_a_stop_string_counts_from_the_start_of_the_answer(newline_model):
     tokenizer, model = newline_model
     own = AutoregressiveModel(model, tokenizer=tokenizer)

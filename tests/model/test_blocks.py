@@ -55,7 +55,7 @@ def block_model(make_model):
 
 
 def decode(model, requests, rng=None, **changes):
-    """Decode requests, joining at random steps if there is a generator, and note all logits.
+    """Decode requests, joining and some leaving at random steps if there is a generator, and note all logits.
 
     Returns:
         The rows in the order of the requests, and {(request, step, position of the text): logits}.
@@ -82,8 +82,12 @@ def decode(model, requests, rng=None, **changes):
                 )
                 rows.append(decoding.admit(request))
                 number[rows[-1]] = i
+            if rng is not None and decoding.rows and rng.random() < 0.04:
+                decoding.drop(rng.choice(decoding.rows))
             for record in decoding.step():
                 assert record.error is None
+    for lane in decoding._lanes.values():
+        assert not lane.scorer.texts  # nothing is kept of what has left
     return rows, logits
 
 
@@ -128,6 +132,8 @@ def test_cached_decoding_in_company_equals_recomputing_alone(block_model, shift,
     if size == 4:  # prompts and blocks in passes of their own
         monkeypatch.setattr("CoDALanguageModel.scoring.TOKENS_OF_A_PASS", 4)
         monkeypatch.setattr("CoDALanguageModel.blocks.LEAST_SHARED", 1)  # texts share what they happen to share
+    if size == 6:  # prompts in several parts
+        monkeypatch.setattr("CoDALanguageModel.blocks.LONGEST_PART", 5)
     model = block_model(shift, origin, size, causal=causal)
     rng = random.Random(size)
     requests = [draw_request(rng, model, regime) for regime in REGIMES]
@@ -135,8 +141,10 @@ def test_cached_decoding_in_company_equals_recomputing_alone(block_model, shift,
                  for r in requests[1:3]]  # fmt: skip
     together, scores = decode(model, requests, rng)
     compared = 0
-    for i, request in enumerate(requests):
-        row = together[i]
+    assert sum(row.is_finished for row in together) > len(requests) / 2
+    for i, (row, request) in enumerate(zip(together, requests, strict=True)):
+        if not row.is_finished:  # it was dropped
+            continue
         (alone,), own = decode(model, [request], kv_cache="none", speculate=0)
         assert (row.config.kv_cache, alone.config.kv_cache) == ("exact", "none")
         assert outcome(row) == outcome(alone), request
@@ -288,6 +296,20 @@ def test_answers_to_one_prompt_store_and_compute_it_once(block_model, tokens):
         while decoding.rows:
             decoding.step()
         assert alone.ids == row.ids
+
+
+def test_a_long_prompt_is_computed_in_parts_of_whole_blocks(block_model, tokens, monkeypatch):
+    monkeypatch.setattr("CoDALanguageModel.blocks.LONGEST_PART", 10)
+    config = DiffusionGenerationConfig(max_new_tokens=4, steps=4)
+    for origin, prompt, want in (("text", 31, [8, 8, 16]), ("answer", 33, [9, 8, 4, 16]), ("text", 9, [12])):
+        model, widths = block_model(False, origin, 4), []
+        hook = model.model.register_forward_hook(lambda module, args, output, to=widths: to.append(output[0].shape[1]))
+        decoding = Decoding(model)
+        row = decoding.admit(Request(ids=tokens(prompt).tolist(), settings=config))
+        decoding.step()
+        hook.remove()
+        assert widths == want
+        assert row.cost.tokens_evaluated == sum(want)
 
 
 def test_candidate_lengths_of_a_gap_share_the_text_left_of_it(block_model, tokens):

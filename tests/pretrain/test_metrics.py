@@ -60,7 +60,7 @@ def test_without_a_terminal_rows_become_log_lines_and_the_tracker_gets_them(tmp_
 
 def test_mfu_is_the_work_of_all_rows_over_time_and_peak():
     shape = CoDAConfig()
-    meter = UtilizationMeter(2e15, shape, global_batch_size=4)
+    meter = UtilizationMeter(2e15, shape, step_rows=4)
     segment_ids, labels = np.ones((2, 8), dtype=np.int64), np.full((2, 8), 5)
     meter.add({"segment_ids": segment_ids, "labels": labels}, seconds=0.5)  # half of the rows are another process's
     meter.add({"segment_ids": segment_ids, "labels": labels}, seconds=1.5)

@@ -85,6 +85,11 @@ def test_the_row_of_step_0_is_written_once(tmp_path, run_config):
     ("content", "message"),
     [
         ({"model_type": "gpt2"}, "must be a folder of type CoDA, qwen3, qwen2, llama, got model_type 'gpt2'"),
+        ({"model_type": "sdar"}, "is of the SDAR family: convert it with save_hf_model.py"),
+        (
+            {"model_type": "qwen3", "dlm_type": "llada"},
+            "is of the Efficient-DLM family: convert it with save_hf_model.py",
+        ),
         (None, "no model folder"),
     ],
 )

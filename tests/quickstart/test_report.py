@@ -83,3 +83,22 @@ def test_a_missing_stage_is_named(run_dir):
 def test_without_samples_there_is_no_report(tmp_path):
     with pytest.raises(ValueError, match="no samples_.*run the evaluation first"):
         report.read_scores(tmp_path)
+
+
+def test_two_models_are_compared_on_the_same_problems(run_dir):
+    assert report.read_comparison(run_dir, {}) == []
+    (run_dir / "blocks" / "model").mkdir(parents=True)
+    (run_dir / "blocks" / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="the report needs all stages; missing: .*scores.json"):
+        report.write_report(run_dir)
+    cost = {"answers": 10, "generation_s": 5.0, "tokens_committed": 300, "rows_evaluated": 200}
+    card = {"task": "quickstart_problems", "metric": "pass@1", "score": 0.9, "n": 10, "wilson95": [0.6, 0.98]}
+    for folder in (run_dir, run_dir / "blocks"):
+        for file in ("scores.json", "parallel.json"):
+            (folder / file).write_text(json.dumps([{**card, "cost": cost}]))
+    (run_dir / "times.json").write_text(json.dumps({"pretrain": 50.0, "pretrain_blocks": 90.0, "sft_blocks": 20.0}))
+    tables = report.write_report(run_dir)
+    assert "| full attention | one token a step | 90.0 % | 60.0 - 98.0 % | 1.50 | 0.500 | 50 |" in tables
+    assert "| by blocks | several | 90.0 % | 60.0 - 98.0 % | 1.50 | 0.500 | 110 |" in tables
+    assert "| pre-training and export, by blocks | 90 |" in tables
+    assert "attention by blocks" in (run_dir / "report.html").read_text()

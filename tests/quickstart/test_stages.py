@@ -12,9 +12,18 @@ from coda_quickstart.stages import build_stages
 CONFIGS = REPOSITORY / "quickstart" / "configs"
 
 
-@pytest.fixture
-def stages(tmp_path):
-    return build_stages(REPOSITORY, tmp_path, CONFIGS, yaml.safe_load((CONFIGS / "eval.yaml").read_text()))
+@pytest.fixture(params=[False, True], ids=["loop", "compare"])
+def stages(tmp_path, request):
+    settings = yaml.safe_load((CONFIGS / "eval.yaml").read_text())
+    return build_stages(REPOSITORY, tmp_path, CONFIGS, settings, compare=request.param)
+
+
+def test_a_comparison_adds_stages_and_changes_none(tmp_path):
+    settings = yaml.safe_load((CONFIGS / "eval.yaml").read_text())
+    loop, both = (build_stages(REPOSITORY, tmp_path, CONFIGS, settings, compare=compare) for compare in (False, True))
+    assert both[: len(loop)] == loop
+    assert len({stage.name for stage in both}) == len(both)
+    assert {stage.name for stage in both[len(loop) :]} >= {"pretrain_blocks", "sft_blocks", "evaluate_blocks"}
 
 
 def test_every_input_is_a_file_of_the_repository_or_written_by_an_earlier_stage(stages, tmp_path):
@@ -29,7 +38,7 @@ def test_rooms_are_only_called_by_command_line(stages):
     modules = [command[2] for stage in stages for command in stage.commands if command[1] == "-m"]
     assert {"coda_pretrain", "coda_eval"} <= set(modules)
     scripts = [Path(command[1]).name for stage in stages for command in stage.commands if command[1] != "-m"]
-    assert scripts == ["save_hf_model.py", "run_sft.sh"]
+    assert scripts in (["save_hf_model.py", "run_sft.sh"], 2 * ["save_hf_model.py", "run_sft.sh"])
 
 
 def test_a_stage_removes_no_file_of_another_stage(stages):
@@ -63,10 +72,13 @@ def test_the_instruction_set_is_as_large_as_promised():
 def test_the_pretraining_room_accepts_the_configs(stages, capsys):
     from coda_pretrain.config import load_config
 
-    for name in ("pretrain", "midtrain"):
-        command = next(stage for stage in stages if stage.name == name).commands[0]
-        config = load_config([command[4]], list(command[5:]))
-        assert config.output_dir.endswith(name)
+    for stage in stages:
+        name = stage.name.removesuffix("_blocks")
+        if name in ("pretrain", "midtrain"):
+            command = stage.commands[0]
+            config = load_config([command[4]], list(command[5:]))
+            assert config.output_dir.endswith(name)
+            assert config.objective == ("block" if stage.name.endswith("_blocks") else "masked")
 
 
 def test_the_evaluation_room_gets_a_folder_of_any_name(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ A folder is a CoDA one or an autoregressive Qwen3, Qwen2 or Llama one, whose wei
 the mask and pad tokens it lacks.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from CoDALanguageModel.conversion import (
 )
 from CoDALanguageModel.diffusion import named_rng
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.families import FAMILIES, family_of
 from CoDALanguageModel.noise import Blocks
-from CoDALanguageModel.weight_files import check_tokenizer, refuse_not_finite
+from CoDALanguageModel.weight_files import check_tokenizer, read_json, refuse_not_finite
 
 from ..config import ModelConfig, RunConfig
 from ..data.tokenization import load_tokenizer
@@ -90,12 +90,19 @@ def _type_of(folder: str) -> str:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"model.init_from: no model folder (with a config.json) at {folder!r}")
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    supported = (CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES)
-    if model_type not in supported:
+    values = read_json(path)
+    model_type, supported = values.get("model_type"), (CoDAConfig.model_type, *AUTOREGRESSIVE_TYPES)
+    if model_type not in (*supported, *(family.model_type for family in FAMILIES)):
         raise UserError(
             f"model.init_from {folder!r} must be a folder of type {', '.join(supported)}, got model_type {model_type!r}"
         )
+    if model_type != CoDAConfig.model_type:
+        family = family_of(values)
+        if not family.is_autoregressive:
+            raise UserError(
+                f"model.init_from {folder!r} is of the {family.title} family: convert it with save_hf_model.py, and "
+                "start from what that makes"
+            )
     return model_type
 
 

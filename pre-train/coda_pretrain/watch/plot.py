@@ -41,14 +41,15 @@ SHOWN_ROWS = 12
 SHOWN_POSITIONS = 256  # where single tokens have to be told apart
 CLEAN, MASKED, PADDING = 0, 1, 2
 STATE_COLORS = ("#dbe6f5", "#2f5fa8", "#f2f2f2")
-SMOOTHED_SHARE = 0.03  # of the rows, the length of the average that curves are drawn with
+SMOOTHED_SHARE = 0.03  # of the records, the length of the average that curves are drawn with
 
-Rows = list[dict[str, Any]]
+Records = list[dict[str, Any]]
+"""Lines of `metrics.jsonl`."""
 
 
-def series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have a number under `key`."""
-    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the records that have a number under `key`."""
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return np.array(steps), np.array(values, dtype=float)
 
@@ -62,8 +63,8 @@ def draw_run(run: Path) -> plt.Figure:
     metrics, settings = run / "metrics.jsonl", run / "config.yaml"
     if not metrics.is_file() or not settings.is_file():
         raise UserError(f"RUN must be the output_dir of a run, with metrics.jsonl and config.yaml; got {str(run)!r}")
-    rows = read_rows(metrics)
-    if not rows:
+    records = read_rows(metrics)
+    if not records:
         raise UserError(f"{metrics} holds no rows yet")
     config = from_dict(RunConfig, yaml.safe_load(settings.read_text(encoding="utf-8")))
     style = {
@@ -75,58 +76,58 @@ def draw_run(run: Path) -> plt.Figure:
     }
     with plt.rc_context(style):
         figure = plt.figure(figsize=(12, 10), layout="constrained")
-        figure.suptitle(f"{run.resolve().name}: step {rows[-1]['step']:,}", fontsize=13, fontweight="bold")
+        figure.suptitle(f"{run.resolve().name}: step {records[-1]['step']:,}", fontsize=13, fontweight="bold")
         grid = figure.add_gridspec(3, 12)
         curves = [figure.add_subplot(grid[0, 4 * i : 4 * i + 4]) for i in range(3)]
         curves += [figure.add_subplot(grid[1, 4 * i : 4 * i + 4]) for i in range(3)]
         draw = (_draw_loss, _draw_loss_by_level, _draw_rate, _draw_speed, _draw_strategies, _draw_step_time)
         for axis, function in zip(curves, draw, strict=True):
-            function(axis, rows)
+            function(axis, records)
             axis.set_xlabel("step")
-        sizes = [row["block_size"] for row in rows if "block_size" in row]
+        sizes = [record["block_size"] for record in records if "block_size" in record]
         panels = [figure.add_subplot(grid[2, 3 * i : 3 * i + 3]) for i in range(4)]
         _draw_masks(panels, config, sizes[-1] if sizes else None)
     return figure
 
 
-def _line(axis: Axes, rows: Rows, key: str, label: str | None = None, **style: Any) -> bool:
-    steps, values = series(rows, key)
+def _line(axis: Axes, records: Records, key: str, label: str | None = None, **style: Any) -> bool:
+    steps, values = series(records, key)
     if len(steps):
         axis.plot(steps, values, label=label, marker="." if len(steps) < 12 else None, **style)
     return bool(len(steps))
 
 
-def _draw_loss(axis: Axes, rows: Rows) -> None:
-    steps, losses = series(rows, "loss")
+def _draw_loss(axis: Axes, records: Records) -> None:
+    steps, losses = series(records, "loss")
     axis.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
     smoothed = pd.Series(losses).ewm(alpha=1 / max(1.0, SMOOTHED_SHARE * len(losses))).mean()
     axis.plot(steps, smoothed, color="C0", label="training")
-    _line(axis, rows, "eval_loss", "validation", color="C1", linewidth=2)
+    _line(axis, records, "eval_loss", "validation", color="C1", linewidth=2)
     axis.set_title("loss, nats per token")
     axis.legend(frameon=False)
 
 
-def _draw_loss_by_level(axis: Axes, rows: Rows) -> None:
-    keys = sorted({key for row in rows for key in row if re.fullmatch(r"eval_loss_t[\d.]+-[\d.]+", key)})
+def _draw_loss_by_level(axis: Axes, records: Records) -> None:
+    keys = sorted({key for record in records for key in record if re.fullmatch(r"eval_loss_t[\d.]+-[\d.]+", key)})
     for key, color in zip(keys, plt.get_cmap("viridis")(np.linspace(0, 0.9, max(len(keys), 1))), strict=False):
-        _line(axis, rows, key, key.removeprefix("eval_loss_t"), color=color)
+        _line(axis, records, key, key.removeprefix("eval_loss_t"), color=color)
     axis.set_title("validation loss by noise level t")
     _legend_or_note(axis, bool(keys), "no evaluation by noise level", ncols=2)
 
 
-def _draw_rate(axis: Axes, rows: Rows) -> None:
-    _line(axis, rows, "learning_rate", color="C2")
+def _draw_rate(axis: Axes, records: Records) -> None:
+    _line(axis, records, "learning_rate", color="C2")
     axis.set_title("learning rate")
     axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
-def _draw_speed(axis: Axes, rows: Rows) -> None:
-    _line(axis, rows, "tokens_per_s", "tokens/s", color="C3")
+def _draw_speed(axis: Axes, records: Records) -> None:
+    _line(axis, records, "tokens_per_s", "tokens/s", color="C3")
     axis.set_title("tokens per second")
     axis.set_ylim(bottom=0)
-    if any(row.get("mfu") is not None for row in rows):
+    if any(record.get("mfu") is not None for record in records):
         right = axis.twinx()
-        _line(right, rows, "mfu", "MFU", color="C4", linestyle="--")
+        _line(right, records, "mfu", "MFU", color="C4", linestyle="--")
         right.set_ylim(0, None)
         right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         right.grid(False)
@@ -136,17 +137,18 @@ def _draw_speed(axis: Axes, rows: Rows) -> None:
         axis.set_title("tokens per second, MFU")
 
 
-def _draw_strategies(axis: Axes, rows: Rows) -> None:
+def _draw_strategies(axis: Axes, records: Records) -> None:
     for name, key in (("S1", "prefix"), ("S2", "truncate"), ("S3", "span")):
-        _line(axis, rows, f"{key}_probability", name, drawstyle="steps-post", linestyle="--" if name == "S2" else "-")
+        style = "--" if name == "S2" else "-"
+        _line(axis, records, f"{key}_probability", name, drawstyle="steps-post", linestyle=style)
     axis.set_title("share of rows with each strategy")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
 
 
-def _draw_step_time(axis: Axes, rows: Rows) -> None:
-    _line(axis, rows, "step_s", "step", color="C5")
-    _line(axis, rows, "data_wait_s", "waiting for data", color="C6")
+def _draw_step_time(axis: Axes, records: Records) -> None:
+    _line(axis, records, "step_s", "step", color="C5")
+    _line(axis, records, "data_wait_s", "waiting for data", color="C6")
     axis.set_title("seconds per step")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
