@@ -102,6 +102,27 @@ def test_a_run_cannot_start_from_another_kind_of_folder(run_config, tmp_path, co
         Trainer(from_dict(RunConfig, merge(run_config, {"model": {"init_from": str(folder), "config": None}})))
 
 
+def test_a_folder_may_be_given_other_attention_than_it_has(tmp_path, run_config, tokenizer_dir):
+    fields, tokenizer = run_config["model"]["config"], load_tokenizer_folder(str(tokenizer_dir))
+    blocks = {"attention": "block_causal", "block_size": 4, "block_origin": "answer", "causal_context": True}
+    for name, facts in (("full", {}), ("blocks", blocks)):
+        CoDALanguageModel(coda_config({**fields, **facts}, tokenizer)).save_pretrained(tmp_path / name)
+
+    def start(folder, **facts):
+        start = {"init_from": str(tmp_path / folder), "config": None, **facts}
+        config = initial_model(from_dict(RunConfig, merge(run_config, {"model": start})).model, seed=0).config
+        return config.attention, config.block_size, config.block_origin, config.causal_context
+
+    assert start("blocks") == ("block_causal", 4, "answer", True)
+    assert start("blocks", block_size=8) == ("block_causal", 8, "answer", True)
+    assert start("blocks", attention="full") == ("full", None, "text", False)
+    assert start("full", attention="block_causal", block_size=2) == ("block_causal", 2, "text", False)
+    with pytest.raises(ValueError, match="block_size must be in .* got None"):
+        start("full", attention="block_causal")
+    with pytest.raises(ValueError, match="say nothing with attention 'full'.* got block_size 2"):
+        start("full", block_size=2)
+
+
 def test_a_folder_with_broken_weights_starts_no_run(run_config, tmp_path, tokenizer_dir):
     config = merge(run_config, {"model": {"init_from": str(tmp_path / "start"), "config": None}})
     model = from_dict(RunConfig, config).model
