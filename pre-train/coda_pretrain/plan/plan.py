@@ -113,7 +113,8 @@ def expected_row(config: RunConfig, document_tokens: int | None, blocks: BlockSh
             logger.info("the data cannot be read: %s", error)
     prefix, truncate = _mean_strategies(config.masking)
     maskable = 1 - prefix / 2 - truncate / 2
-    masked = maskable * (0.5 if config.blocks.complementary else (1 + config.masking.t_min) / 2)
+    level = 1.0 if blocks is not None and blocks.size == 1 else (1 + config.masking.t_min) / 2
+    masked = maskable * (0.5 if config.blocks.complementary else level)
     copies = 2 if config.by_blocks else 1
     scored = masked + (maskable if config.objective == "joint" else 0.0)
     work = Work(copies * length * (1 - truncate / 2), pairs * (1 - truncate * 2 / 3), length * scored)
