@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from .attention_coda import Visibility, block_starts, doubled, places
 from .diffusion import IGNORE_INDEX, corrupt, named_rng, scored_by, stratified_noise_levels
@@ -214,6 +215,34 @@ class Blocks(NamedTuple):
         return self.autoregressive_weight is not None
 
 
+def blocks_to_train(
+    model: PreTrainedConfig, *, complementary: bool = False, autoregressive_weight: float | None = None
+) -> Blocks:
+    """The blocks that a model with attention by blocks is trained with.
+
+    An autoregressive loss makes a causal context a fact of its configuration: it must be decoded behind such a one too.
+    A model that has one already keeps it without that loss.
+
+    Args:
+        model: configuration of the model.
+        complementary: see `Blocks`.
+        autoregressive_weight: objective `joint`: weight of the next token's cross-entropy; None for objective `block`.
+
+    Raises:
+        UserError: an autoregressive loss without shifted logits.
+    """
+    if autoregressive_weight is None:
+        autoregressive_weight = 0.0 if model.causal_context else None
+    elif not model.logits_shift:
+        raise UserError(
+            "objective 'joint' needs a model with logits_shift true: without it no row scores the token after it, and "
+            "the clean half has nothing to learn; take objective 'block'"
+        )
+    else:
+        model.causal_context = True
+    return Blocks(model.block_size, complementary, autoregressive_weight)
+
+
 def spread_levels(
     t: Tensor, segment_ids: Tensor, blocks: Blocks, *, t_min: float, answer_start: Tensor | None = None
 ) -> Tensor:
@@ -291,14 +320,9 @@ def noise_blocks(
         logits_shift: of the model's configuration.
 
     Raises:
-        UserError: an autoregressive loss without the shift, under which no row of the clean half scores the next token.
         ValueError: a shape does not fit `rows`.
     """
-    if blocks.is_joint and not logits_shift:
-        raise UserError(
-            "objective joint needs a model with logits_shift true: without it no row scores the token after it, and "
-            "the clean half has nothing to learn; take objective block"
-        )
+    assert logits_shift or not blocks.autoregressive_weight, "`blocks_to_train` refuses it"
     if blocks.size == 1:
         t = torch.full_like(t, 0.5 if blocks.complementary else 1.0)
     tokens = {"mask_token_id": mask_token_id, "pad_token_id": pad_token_id, "logits_shift": logits_shift}

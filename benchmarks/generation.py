@@ -14,8 +14,10 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from published_sampler import published_generate
@@ -23,6 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+from CoDALanguageModel.cache import PagedCache
+from CoDALanguageModel.decoder import Decoding
+from CoDALanguageModel.row import Request
 from CoDALanguageModel.schedule import commit_counts
 
 HERE = Path(__file__).parent
@@ -330,6 +335,127 @@ def blocks_of(size: int, repeats: int) -> dict[str, Any]:
     return {"rows": rows, "facts": facts, "goal": goal}
 
 
+class PaddedCache:
+    """Keys and values of texts in rows of one length, which is known: what pages are measured against."""
+
+    def __init__(self, num_rows: int, width: int):
+        self.stores: tuple[dict[int, torch.Tensor], ...] = ({}, {})
+        self.shape = num_rows, width
+        self.lengths: list[int] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all rows of all layers."""
+        return sum(x.nbytes for store in self.stores for x in store.values())
+
+    def open(self) -> int:
+        """Begin a text."""
+        self.lengths.append(0)
+        return len(self.lengths) - 1
+
+    def close(self, text: int) -> None:
+        """Let a text go."""
+
+    def length(self, text: int) -> int:
+        """Stored tokens."""
+        return self.lengths[text]
+
+    def bind(self, texts: list[int], keep: torch.Tensor) -> "PaddedCache":
+        """See `PagedCache`."""
+        self.texts, self.longest = texts, max(self.lengths[text] for text in texts)
+        row, self.column = keep.nonzero(as_tuple=True)
+        self.row, before = row, keep.cumsum(dim=1)[row, self.column] - 1
+        self.place = before + torch.tensor([self.lengths[text] for text in texts])[row]
+        for text, count in zip(texts, keep.sum(dim=1).tolist(), strict=True):
+            self.lengths[text] += count
+        return self
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, ...]:
+        """See `PagedCache`."""
+        given = []
+        for store, fresh in zip(self.stores, (keys, values), strict=True):
+            num_rows, num_heads, width, head_dim = fresh.shape
+            if layer_idx not in store:
+                store[layer_idx] = fresh.new_zeros(self.shape[0], num_heads, self.shape[1], head_dim)
+            kept, rows = store[layer_idx], torch.tensor(self.texts)
+            kept[rows[self.row], :, self.place] = fresh[self.row, :, self.column]
+            whole = fresh.new_empty(num_rows, num_heads, self.longest + width, head_dim)
+            for i, text in enumerate(self.texts):
+                whole[i, :, : self.longest] = kept[text, :, : self.longest]
+            whole[:, :, self.longest :] = fresh
+            given.append(whole)
+        return tuple(given)
+
+
+RAGGED = [round(128 * 8 ** (i / 15)) for i in range(16)]
+"""Tokens of 16 texts, from 128 to 1024."""
+
+
+def ragged_peak(is_paged: bool) -> dict[str, Any]:
+    """Tokens, seconds and peaks of a run in a process of its own: bytes of the cache, and all above the weights."""
+    model = random_model(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        mask_token_id=4095,
+        pad_token_id=4094,
+        bos_token_id=4093,
+        eos_token_id=4093,
+        num_token_ids=4093,
+        attention="block_causal",
+        block_size=4,
+    )
+    settings = model.generation_config.merged({"max_new_tokens": 32, "steps": 16, "eos_early_stop": False})
+    peak = 0
+
+    class Watched(PagedCache if is_paged else PaddedCache):
+        def update(self, *arguments: Any) -> Any:
+            nonlocal peak
+            given = super().update(*arguments)
+            peak = max(peak, self.num_bytes)
+            return given
+
+    texts = [prompts(model, 1, length - 32, seed=length)[0].tolist() for length in RAGGED]
+    make = Watched if is_paged else partial(Watched, len(RAGGED), max(RAGGED))
+    with mock.patch("CoDALanguageModel.blocks.PagedCache", make):
+        decoding = Decoding(model)
+        rows = [decoding.admit(Request(ids=ids, settings=settings)) for ids in texts]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before, start = resident("VmRSS"), time.perf_counter()
+    while decoding.rows:
+        decoding.step()
+    seconds, above = time.perf_counter() - start, resident("VmHWM") - before
+    return {"ids": [row.ids for row in rows], "seconds": seconds, "cache": peak, "above": above}
+
+
+def resident(name: str) -> int:
+    """Memory of this process in bytes, now (`VmRSS`) or at most (`VmHWM`)."""
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def case_ragged(repeats: int) -> dict[str, Any]:
+    """16 texts of 128 to 1,024 tokens, each 1.15 times the one before, 32 new; blocks of 4, hidden 512, 8 layers.
+
+    Keys and values in pages against rows of one length, each in a process of its own.
+    """
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        padded, paged = pool.map(ragged_peak, (False, True), chunksize=1)
+    rows = {
+        name: {"median_s": run["seconds"], "speedup": float("nan"), "result": run["ids"]}  # memory is what is compared
+        for name, run in (("padded", padded), ("paged", paged))
+    }
+    tokens = [[a == b for a, b in zip(*ids, strict=True)] for ids in zip(padded["ids"], paged["ids"], strict=True)]
+    facts = {"equal tokens": sum(map(sum, tokens)) / sum(map(len, tokens))}
+    for what, name in (("keys and values", "cache"), ("all memory above the weights", "above")):
+        facts |= {f"peak of {what}, MB, {n}": run[name] / 1e6 for n, run in (("padded", padded), ("paged", paged))}
+        facts[f"peak of {what}, paged to padded"] = paged[name] / padded[name]
+    return {"rows": rows, "facts": facts, "goal": "peak of keys and values <= 0.6x, identical tokens"}
+
+
 def exponent(x: list[int], y: list[float]) -> float:
     """Slope of the least-squares line through (log x, log y)."""
     logs = torch.tensor([x, y], dtype=torch.float64).log()
@@ -346,6 +472,7 @@ CASES = {
     "length": case_length,
     "blocks_4": case_blocks_4,
     "blocks_32": case_blocks_32,
+    "ragged": case_ragged,
 }
 
 

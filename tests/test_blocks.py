@@ -84,12 +84,18 @@ def ask(folder, ask_server):
     return functools.partial(ask_server, folder)
 
 
-def test_sample_prints_the_answer(folder, chatml_tokenizer, expected, capsys):
+def test_sample_prints_the_answer_and_keeps_its_steps(folder, chatml_tokenizer, expected, capsys, tmp_path):
     model = CoDALanguageModel.from_pretrained(folder).eval()
     words = [f"--{name}={json.dumps(value)}" for name, value in GREEDY.items()]
+    shared = ["--model", "m", "--raw", "--quiet"]
     for prompt, answer in zip(PROMPTS, expected, strict=True):
-        run(*parse(["--model", "m", "--raw", "--quiet", "--prompt", prompt, *words]), chatml_tokenizer, model)
+        run(*parse([*shared, "--prompt", prompt, *words]), chatml_tokenizer, model)
         assert capsys.readouterr().out == answer.text + "\n"
+    run(*parse([*shared, "--prompt", "x", "--history", str(tmp_path / "h.jsonl"), *words]), chatml_tokenizer, model)
+    frames = list(map(json.loads, (tmp_path / "h.jsonl").read_text().splitlines()))
+    assert [len(frame["ids"]) for frame in frames] == [23] * len(frames)
+    assert (frames[0]["masks_left"], frames[-1]["masks_left"]) == (22, 0)
+    assert len(frames) == expected[0].cost["forwards"] + 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -201,17 +201,12 @@ def markdown_tables(summary: Mapping[str, Any]) -> str:
     """Scores, training and times as Markdown tables."""
     lines = ["| benchmark | score | 95 % interval | n |", "|---|---:|---|---:|"]
     for row in summary["scores"]:
-        interval = f"{100 * row['low']:.1f} - {100 * row['high']:.1f} %"
-        lines.append(f"| {row['name']} | {100 * row['share']:.1f} % | {interval} | {row['count']} |")
+        lines.append(f"| {row['name']} | {100 * row['share']:.1f} % | {_interval(row)} | {row['count']} |")
     if summary["comparison"]:
         lines += ["", f"| {' | '.join(COMPARED)} |", "|---|---|---:|---|---:|---:|---:|"]
         lines += [f"| {' | '.join(_compared_cells(row))} |" for row in summary["comparison"]]
     lines += ["", "| training | steps | tokens | tokens/s | loss | validation loss |", "|---|---:|---:|---:|---:|---:|"]
-    for row in summary["training"]:
-        validation = "" if row["validation_loss"] is None else f"{row['validation_loss']:.2f}"
-        speed = f"{row['tokens_per_s']:,.0f}"
-        cells = (row["stage"], row["steps"], f"{row['tokens']:,}", speed, f"{row['loss']:.2f}", validation)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [f"| {' | '.join(_training_cells(row))} |" for row in summary["training"]]
     lines += ["", "| stage | seconds |", "|---|---:|"]
     lines += [f"| {_time_title(name)} | {seconds:.0f} |" for name, seconds in summary["times_s"].items()]
     lines += [f"| **all** | **{sum(summary['times_s'].values()):.0f}** |"]
@@ -240,12 +235,16 @@ def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in (*names, "num_key_value_heads", "head_dim", "vocab_size")}
 
 
+def _interval(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['low']:.1f} - {100 * row['high']:.1f} %"
+
+
 def _score_rows(scores: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(
         f"<tr><td>{html.escape(row['name'])}</td><td class=n>{100 * row['share']:.1f} %</td>"
         f"<td><span class=range><i style='left:{100 * row['low']:.1f}%;width:{100 * (row['high'] - row['low']):.1f}%'>"
         f"</i><b style='left:{100 * row['share']:.1f}%'></b></span></td>"
-        f"<td class=n>{100 * row['low']:.1f} - {100 * row['high']:.1f} %</td>"
+        f"<td class=n>{_interval(row)}</td>"
         f"<td class=n>{row['passed']} / {row['count']}</td></tr>"
         for row in scores
     )
@@ -255,9 +254,8 @@ COMPARED = ("model", "decoding", "pass@1", "95 % interval", "tokens/forward", "s
 
 
 def _compared_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    interval = f"{100 * row['low']:.1f} - {100 * row['high']:.1f} %"
     numbers = (f"{row['tokens_per_forward']:.2f}", f"{row['seconds_per_answer']:.3f}", f"{row['training_s']:.0f}")
-    return row["model"], row["decoding"], f"{100 * row['score']:.1f} %", interval, *numbers
+    return row["model"], row["decoding"], f"{100 * row['score']:.1f} %", _interval(row), *numbers
 
 
 def _comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -271,13 +269,14 @@ def _comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _training_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    validation = "" if row["validation_loss"] is None else f"{row['validation_loss']:.2f}"
+    numbers = (str(row["steps"]), f"{row['tokens']:,}", f"{row['tokens_per_s']:,.0f}", f"{row['loss']:.2f}", validation)
+    return row["stage"], *numbers
+
+
 def _training_rows(training: Sequence[Mapping[str, Any]]) -> str:
-    return "\n".join(
-        f"<tr><td>{row['stage']}</td><td class=n>{row['steps']}</td><td class=n>{row['tokens']:,}</td>"
-        f"<td class=n>{row['tokens_per_s']:,.0f}</td><td class=n>{row['loss']:.2f}</td>"
-        f"<td class=n>{'' if row['validation_loss'] is None else format(row['validation_loss'], '.2f')}</td></tr>"
-        for row in training
-    )
+    return "\n".join(f"<tr><td>{'</td><td class=n>'.join(_training_cells(row))}</td></tr>" for row in training)
 
 
 def _time_title(name: str) -> str:

@@ -39,6 +39,14 @@ def test_instruct_answers_pass_in_every_usual_form(oracle, evaluate, form):
     assert results["pass@1,run"] == 1.0
 
 
+def test_ten_answers_to_a_problem_give_pass_at_1_and_at_10(oracle, evaluate):
+    number = itertools.count()
+    one_in_ten = oracle(lambda answer: answer if next(number) % 10 == 3 else "    pass\n")
+    results, samples = evaluate(one_in_ten, "coda_humaneval_10", limit=2)
+    assert [len(sample["filtered_resps"][0]) for sample in samples] == [10, 10]
+    assert (results["pass@1,run"], results["pass@10,run"]) == (pytest.approx(0.1), 1.0)
+
+
 def _humaneval() -> list[dict]:
     from coda_eval.data import _packaged_humaneval
 

@@ -20,6 +20,14 @@ def test_speculation_agrees_and_a_parallel_rule_saves_passes(model, tokens):
     assert summarise(compare(model, prompts, {**shared, "threshold": 0.05}))["speedup_forwards"] > 1
 
 
+def test_recomputed_blocks_agree_with_cached_ones_and_cost_more(make_model, tokens):
+    model = make_model(attention="block_causal", block_size=4)
+    settings = {"max_new_tokens": 12, "steps": 12, "kv_cache": "none"}
+    summary = summarise(compare(model, [tokens(9).tolist(), tokens(20, seed=1).tolist()], settings))
+    assert summary["token_agreement"] == 1.0
+    assert summary["speedup_tokens_evaluated"] < 0.5
+
+
 def test_distances_count_edits_and_equal_places():
     assert edit_distance([1, 2, 3], [1, 3]) == 1
     assert edit_distance([], [4, 5]) == 2

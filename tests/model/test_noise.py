@@ -8,7 +8,16 @@ import torch
 
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.noise import Blocks, CleanRows, deal_levels, draw_rows, noise_blocks, noise_rows, spread_levels
+from CoDALanguageModel.noise import (
+    Blocks,
+    CleanRows,
+    blocks_to_train,
+    deal_levels,
+    draw_rows,
+    noise_blocks,
+    noise_rows,
+    spread_levels,
+)
 
 MASK, PAD, T = 299, 0, 24
 STRATEGIES = {"plain": (0, 0, 0), "S1": (1, 0, 0), "S2": (0, 1, 0), "S3": (0, 0, 1), "all": (0.3, 0.3, 0.5)}
@@ -177,7 +186,7 @@ def test_blocks_of_one_token_have_one_level_which_weighs_each_token_once(complem
     assert (got.weights[scored] * level * copies == 1).all()
 
 
-def test_the_clean_half_is_scored_where_something_may_be_masked_and_asks_for_the_shift():
+def test_the_clean_half_is_scored_where_something_may_be_masked():
     rows = clean(4, (9, 8, 5))
     for complementary, weight in ((False, 0.5), (True, 0.25)):
         got = by_blocks(rows, range(4), torch.full((4,), 0.3), Blocks(4, complementary, 0.5), strategies=(1, 0, 0))
@@ -188,5 +197,15 @@ def test_the_clean_half_is_scored_where_something_may_be_masked_and_asks_for_the
     assert silent.labels.shape == (4, T)
     real = silent.visibility.segment[:, T:] > 0
     assert torch.equal(silent.visibility.limit[:, T:][real], silent.position_ids[:, T:][real])  # causal all the same
-    with pytest.raises(UserError, match="joint needs a model with logits_shift true"):
-        by_blocks(rows, range(4), torch.full((4,), 0.3), Blocks(4, autoregressive_weight=0.5), logits_shift=False)
+
+
+def test_an_autoregressive_loss_makes_a_causal_context_a_fact_of_the_model(tiny_config):
+    model = tiny_config(attention="block_causal", block_size=4)
+    assert blocks_to_train(model) == Blocks(4)
+    assert not model.causal_context
+    assert blocks_to_train(model, complementary=True, autoregressive_weight=0.5) == Blocks(4, True, 0.5)
+    assert model.causal_context
+    assert blocks_to_train(model) == Blocks(4, autoregressive_weight=0.0)  # and it stays one without that loss
+    unshifted = tiny_config(attention="block_causal", block_size=4, logits_shift=False)
+    with pytest.raises(UserError, match="objective 'joint' needs a model with logits_shift true"):
+        blocks_to_train(unshifted, autoregressive_weight=0.5)

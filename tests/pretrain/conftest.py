@@ -13,9 +13,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from coda_pretrain.data.shards import ShardWriter, build_manifest
 
@@ -232,3 +241,33 @@ def drive(tmp_path: Path) -> Callable[..., None]:
         assert done.returncode == 0, done.stderr[-6000:]
 
     return drive
+
+
+FAMILIES = {
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+}
+SHAPE = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def autoregressive_folder(folder: Path, family: str) -> Any:
+    """A model with random weights, and a byte-level tokenizer without mask and pad tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    model_class, config_class, changes = FAMILIES[family]
+    torch.manual_seed(0)
+    source = model_class(config_class(**{**SHAPE, **changes})).eval()
+    source.save_pretrained(folder)
+    return source

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import re
@@ -11,9 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from coda_pretrain.__main__ import main
+from coda_pretrain.checkpoints.export import main as export_main
 from coda_pretrain.config import RunConfig, load_config
 from coda_pretrain.plain_data import from_dict
+from coda_pretrain.train.trainer import Trainer
 from coda_pretrain.watch.metrics import read_rows
+from CoDALanguageModel import CoDALanguageModel
+
+from .conftest import autoregressive_folder
 
 SETTINGS = {
     "CODA_DATA_DIR": "/data dir",
@@ -24,6 +31,8 @@ SETTINGS = {
 }
 STAGES = ("pretrain", "midtrain")
 TABLE_3 = ((0.01, 0.01, 0.05), (0.05, 0.05, 0.10), (0.10, 0.10, 0.15), (0.15, 0.15, 0.20), (0.20, 0.20, 0.25))
+ADAPTED = {"adapt_qwen25_coder_05b": "qwen2", "adapt_smollm2_135m": "llama"}
+"""Recipes of an adaptation, and the kind of their backbone."""
 DEVICES = {"v4_1024": 512, "v4_512": 256, "v5p_64": 32, "v5e_8": 8, "h100_8": 8}
 TPUS = ("v4_1024", "v4_512", "v5p_64", "v5e_8")
 
@@ -87,7 +96,7 @@ def test_every_yaml_is_tested_and_starts_with_a_command(repo):
     found = sorted((repo / "pre-train" / "configs").rglob("*.yaml"))
     files = [file for file in found if file.parent.name != "data"]  # those describe data sets
     sharding = {"fsdp", "fsdp_tensor"}  # test_sharding
-    assert {file.stem for file in files} == {*STAGES, *DEVICES, "cpu", "gpu", *sharding}
+    assert {file.stem for file in files} == {*STAGES, "adapt", "adapt_block", *DEVICES, "cpu", "gpu", *sharding}
     for file in files:
         first = file.read_text().splitlines()[0]
         assert re.match(r"# (bash pre-train/|python -m coda_pretrain |torchrun .* -m coda_pretrain )", first), file
@@ -184,9 +193,74 @@ def test_every_recipe_trains_on_its_mesh_scaled_down(repo, tmp_path, run_config,
         assert all(math.isfinite(row["loss"]) and row["mfu"] > 0 for row in rows)
 
 
-def test_the_recipes_are_those_of_the_two_stages(repo):
+def test_the_recipes_are_those_of_the_two_stages_and_of_the_backbones_that_are_adapted(repo):
     names = {path.stem for path in (repo / "pre-train" / "recipes").iterdir()}
-    assert names == {"ckpt_consolidation", *(f"{stage}_{machine}" for stage in STAGES for machine in DEVICES)}
+    stages = {f"{stage}_{machine}" for stage in STAGES for machine in DEVICES}
+    assert names == {"ckpt_consolidation", *stages, *ADAPTED}
+
+
+@pytest.mark.parametrize("objective", ["masked", "block"])
+@pytest.mark.parametrize("recipe", ADAPTED)
+def test_an_adaptation_trains_and_exports_its_backbone_scaled_down(repo, tmp_path, run_config, recipe, objective):
+    backbone = tmp_path / "backbone"
+    autoregressive_folder(backbone, ADAPTED[recipe])
+    settings = {"CODA_DATA_DIR": "/data dir", "CODA_OUTPUT_DIR": str(tmp_path), "CODA_BACKBONE_DIR": str(backbone)}
+    script = repo / "pre-train" / "recipes" / f"{recipe}.sh"
+    result = run_script(script, objective, "--dry_run", "max_steps=4", **settings)
+    assert result.returncode == 0, result.stderr
+    plain = yaml.safe_load(result.stdout)
+    assert plain["output_dir"] == str(tmp_path / f"{recipe}_{objective}")
+    assert plain["model"]["tokenizer"] == plain["model"]["init_from"] == str(backbone)
+    assert plain["global_batch_size"] % plain["micro_batch_size"] == 0
+    assert {source["path"] for source in plain["data"]["sources"]} <= {
+        path.stem for path in (repo / "pre-train" / "configs" / "data").iterdir()
+    }
+    assert (plain["objective"], plain["blocks"]["growth_steps"]) == (
+        objective,
+        {"masked": None, "block": 2000}[objective],
+    )
+    plain |= {name: run_config[name] for name in ("seq_len", "global_batch_size", "data", "hardware", "metrics")}
+    plain |= {"micro_batch_size": 4, "schedule": {**plain["schedule"], "warmup_steps": 2}}
+    plain["model"]["attn_implementation"] = "sdpa"
+    plain["blocks"]["growth_steps"] = 5 if objective == "block" else None
+    plain["checkpoint"]["folder"] = None
+    trainer = Trainer(from_dict(RunConfig, plain))
+    trainer.train()
+    trainer.close()
+    rows = [row for row in read_rows(trainer.output_dir / "metrics.jsonl") if "loss" in row]
+    assert [row.get("block_size") for row in rows] == ([1, 2, 4, 8] if objective == "block" else [None] * 4)
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    export = tmp_path / "export"
+    assert export_main(["--checkpoint_dir", str(trainer.output_dir), "--output_dir", str(export)]) == 0
+    exported = CoDALanguageModel.from_pretrained(export).config
+    assert exported.block_size == {"masked": None, "block": 32}[objective]
+    assert exported.logits_shift
+
+
+@pytest.mark.parametrize("recipe", ADAPTED)
+def test_an_adaptation_is_planned_with_the_shape_of_its_backbone(repo, tmp_path, recipe, capsys, monkeypatch):
+    """By the command that the recipe names."""
+    monkeypatch.chdir(repo)
+    backbone = tmp_path / "backbone"
+    source = autoregressive_folder(backbone, ADAPTED[recipe])
+    text = (repo / "pre-train" / "recipes" / f"{recipe}.sh").read_text()
+    command = re.search(r"python -m coda_pretrain (plan .*?micro_batch_size=\d+)", text, re.DOTALL)[1]
+    words = command.replace("\\\n#", "").replace("CODA_BACKBONE_DIR", str(backbone)).split()
+    block = ["--config", "pre-train/configs/adapt_block.yaml"]
+    plans = []
+    for more in ([], block):
+        assert main([*words, *more, "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    weights = sum(parameter.numel() for parameter in source.parameters())
+    assert [plan["memory"]["remat"]["weights"] for plan in plans] == [4 * weights] * 2
+    assert [plan["objective"] for plan in plans] == ["masked", "block"]
+    assert plans[1]["days"] > plans[0]["days"]
+
+
+def test_an_adaptation_asks_for_its_objective(repo):
+    result = run_script(repo / "pre-train" / "recipes" / "adapt_smollm2_135m.sh", "--dry_run", **SETTINGS)
+    assert result.returncode == 2
+    assert "run_recipe.sh adapt MACHINE NAME masked|block" in result.stderr
 
 
 def test_a_missing_setting_is_named(repo):

@@ -4,17 +4,7 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from coda_pretrain.checkpoints.export import main as export_main
 from coda_pretrain.config import RunConfig
@@ -24,34 +14,7 @@ from coda_pretrain.train.trainer import Trainer
 from coda_pretrain.watch.metrics import read_rows
 from CoDALanguageModel import CoDALanguageModel
 
-FAMILIES = {
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
-    "llama": (LlamaForCausalLM, LlamaConfig, {}),
-}
-SHAPE = {
-    "vocab_size": 272,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
-def autoregressive_folder(folder, family):
-    """A model with random weights, and a byte-level tokenizer without mask and pad tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-    model_class, config_class, changes = FAMILIES[family]
-    torch.manual_seed(0)
-    source = model_class(config_class(**{**SHAPE, **changes})).eval()
-    source.save_pretrained(folder)
-    return source
+from .conftest import FAMILIES, SHAPE, autoregressive_folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,6 +100,27 @@ def test_a_run_cannot_start_from_another_kind_of_folder(run_config, tmp_path, co
         (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         Trainer(from_dict(RunConfig, merge(run_config, {"model": {"init_from": str(folder), "config": None}})))
+
+
+def test_a_folder_may_be_given_other_attention_than_it_has(tmp_path, run_config, tokenizer_dir):
+    fields, tokenizer = run_config["model"]["config"], load_tokenizer_folder(str(tokenizer_dir))
+    blocks = {"attention": "block_causal", "block_size": 4, "block_origin": "answer", "causal_context": True}
+    for name, facts in (("full", {}), ("blocks", blocks)):
+        CoDALanguageModel(coda_config({**fields, **facts}, tokenizer)).save_pretrained(tmp_path / name)
+
+    def start(folder, **facts):
+        start = {"init_from": str(tmp_path / folder), "config": None, **facts}
+        config = initial_model(from_dict(RunConfig, merge(run_config, {"model": start})).model, seed=0).config
+        return config.attention, config.block_size, config.block_origin, config.causal_context
+
+    assert start("blocks") == ("block_causal", 4, "answer", True)
+    assert start("blocks", block_size=8) == ("block_causal", 8, "answer", True)
+    assert start("blocks", attention="full") == ("full", None, "text", False)
+    assert start("full", attention="block_causal", block_size=2) == ("block_causal", 2, "text", False)
+    with pytest.raises(ValueError, match="block_size must be in .* got None"):
+        start("full", attention="block_causal")
+    with pytest.raises(ValueError, match="say nothing with attention 'full'.* got block_size 2"):
+        start("full", block_size=2)
 
 
 def test_a_folder_with_broken_weights_starts_no_run(run_config, tmp_path, tokenizer_dir):

@@ -37,6 +37,7 @@ PLACEHOLDERS = {"output_dir": UNNAMED, "model": {"tokenizer": UNNAMED}}
 TPU_UNITS = {"v4": 2, "v5p": 2, "v5e": 1, "v5litepod": 1, "v6e": 1}
 """What a chip adds to the number in the name of a slice: v4 and v5p count cores, of which a chip has two."""
 
+TOKEN_IDS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
 DEFAULT_MFU = 0.4
 DATA_ROWS = 32  # read to learn how long documents are
 
@@ -112,7 +113,8 @@ def expected_row(config: RunConfig, document_tokens: int | None, blocks: BlockSh
             logger.info("the data cannot be read: %s", error)
     prefix, truncate = _mean_strategies(config.masking)
     maskable = 1 - prefix / 2 - truncate / 2
-    masked = maskable * (0.5 if config.blocks.complementary else (1 + config.masking.t_min) / 2)
+    level = 1.0 if blocks is not None and blocks.size == 1 else (1 + config.masking.t_min) / 2
+    masked = maskable * (0.5 if config.blocks.complementary else level)
     copies = 2 if config.by_blocks else 1
     scored = masked + (maskable if config.objective == "joint" else 0.0)
     work = Work(copies * length * (1 - truncate / 2), pairs * (1 - truncate * 2 / 3), length * scored)
@@ -157,19 +159,22 @@ def model_shape(config: RunConfig) -> tuple[Any, str]:
     Raises:
         UserError: the fields or the folder do not describe a model.
     """
+    from transformers import AutoConfig
+
     from CoDALanguageModel import CoDAConfig
+    from CoDALanguageModel.conversion import coda_config_of
 
     from ..train.start import change_facts, coda_config, load_tokenizer_folder
 
-    model = config.model
+    model, no_ids = config.model, dict.fromkeys(TOKEN_IDS, 0)
     if model.config is not None:
         if Path(model.tokenizer).is_dir():
             return coda_config(model.config, load_tokenizer_folder(model.tokenizer)), "model.config"
-        ids = dict.fromkeys(("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"), 0)
-        return CoDAConfig(**{**ids, **model.config}), "model.config (no tokenizer here: its vocab_size as given)"
+        return CoDAConfig(**{**no_ids, **model.config}), "model.config (no tokenizer here: its vocab_size as given)"
     shape, source = CoDAConfig(), "the published 1.7B model (no model.init_from here)"
     if (Path(model.init_from or "") / "config.json").is_file():
-        shape, source = CoDAConfig.from_pretrained(model.init_from), f"model.init_from {model.init_from}"
+        own, source = AutoConfig.from_pretrained(model.init_from), f"model.init_from {model.init_from}"
+        shape = own if isinstance(own, CoDAConfig) else CoDAConfig(**{**coda_config_of(own), **no_ids})
     change_facts(shape, model.changed_facts)
     return shape, source
 

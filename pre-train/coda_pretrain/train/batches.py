@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from CoDALanguageModel.attention_coda import Visibility, widening
+from CoDALanguageModel.attention_coda import Visibility, places, widening
 from CoDALanguageModel.noise import Blocks, DoubledRows, NoisedRows, deal_levels
 
 from ..config import RunConfig
@@ -21,22 +21,13 @@ from .annealing import visible_ahead
 Batch = dict[str, np.ndarray]
 
 
-def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
-    """(B, T) int64: place of each token in its segment, from 0; 0 in padding. `segment_ids` is (B, T) int."""
-    places = np.arange(segment_ids.shape[1])[None, :]
-    is_start = np.ones(segment_ids.shape, dtype=bool)
-    is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    start_places = np.maximum.accumulate(np.where(is_start, places, 0), axis=1)
-    return np.where(segment_ids > 0, places - start_places, 0).astype(np.int64)
-
-
 def batch_of(rows: NoisedRows, t: Tensor, *, global_batch_size: int) -> Batch:
     """What a step is given of some rows of its global batch.
 
     Returns:
         `noised_ids` (B, T) int64; `labels` (B, T) int64, the clean id where masked and -100 elsewhere;
         `loss_weights` (B,) float32, `1 / (t * global_batch_size * T)`; `position_ids` (B, T) int64, from 0 in
-        each segment; `segment_ids` (B, T) int64, 0 at padding; `t` (B,) float32.
+        each segment, 0 at padding; `segment_ids` (B, T) int64, 0 at padding; `t` (B,) float32.
 
         The sum of weighted cross-entropies over all processes and micro-batches is the loss of the report (equation 6,
         weight 1/t over B * T of the global batch): its denominator is a constant, so parts add up without
@@ -49,7 +40,7 @@ def batch_of(rows: NoisedRows, t: Tensor, *, global_batch_size: int) -> Batch:
         "loss_weights": (1.0 / (levels.astype(np.float64) * global_batch_size * segment_ids.shape[1])).astype(
             np.float32
         ),
-        "position_ids": segment_positions(segment_ids),
+        "position_ids": places(rows.segment_ids).masked_fill(rows.segment_ids == 0, 0).numpy(),
         "segment_ids": segment_ids,
         "t": levels,
     }

@@ -22,7 +22,7 @@ from CoDALanguageModel.conversion import (
 from CoDALanguageModel.diffusion import named_rng
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.families import FAMILIES, family_of
-from CoDALanguageModel.noise import Blocks
+from CoDALanguageModel.noise import Blocks, blocks_to_train
 from CoDALanguageModel.weight_files import check_tokenizer, read_json, refuse_not_finite
 
 from ..config import ModelConfig, RunConfig
@@ -198,15 +198,8 @@ def blocks_of(config: RunConfig, model: CoDAConfig) -> Blocks | None:
     if model.block_size > config.seq_len:
         raise UserError(f"the model's block_size must be at most seq_len {config.seq_len}, got {model.block_size}")
     config.blocks.check_growth(model.block_size)
-    if config.objective == "joint":
-        if not model.logits_shift:
-            raise UserError(
-                "objective 'joint' needs a model with logits_shift true: without it no row scores the token after it; "
-                "take objective 'block'"
-            )
-        model.causal_context = True
-    weight = config.blocks.autoregressive_weight or (0.0 if model.causal_context else None)
-    return Blocks(model.block_size, config.blocks.complementary, weight)
+    own = config.blocks
+    return blocks_to_train(model, complementary=own.complementary, autoregressive_weight=own.autoregressive_weight)
 
 
 def check_shards(shards: dict[str, Any], config: CoDAConfig, tokenizer_dir: str) -> None:
