@@ -65,7 +65,7 @@ class UtilizationMeter:
             shape: the model's.
             step_rows: rows that go through the model in a step, over all processes.
         """
-        self._peak, self._shape, self._step_rows = peak, shape, global_batch_size
+        self._peak, self._shape, self._step_rows = peak, shape, step_rows
         self._flops = self._seconds = 0.0
 
     def add(self, batch: dict[str, np.ndarray], seconds: float, blocks: BlockShape | None = None) -> None:
