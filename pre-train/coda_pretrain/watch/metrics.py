@@ -57,15 +57,15 @@ class Tracker(Protocol):
 class UtilizationMeter:
     """MFU of the steps since the last row: operations a second that training needs, over the peak of all devices."""
 
-    def __init__(self, peak: float | None, shape: ModelShape, global_batch_size: int) -> None:
+    def __init__(self, peak: float | None, shape: ModelShape, step_rows: int) -> None:
         """Start at no steps.
 
         Args:
             peak: operations a second of all devices together; None where it is not known.
             shape: the model's.
-            global_batch_size: rows that go through the model in a step, over all processes.
+            step_rows: rows that go through the model in a step, over all processes.
         """
-        self._peak, self._shape, self._global_batch_size = peak, shape, global_batch_size
+        self._peak, self._shape, self._step_rows = peak, shape, step_rows
         self._flops = self._seconds = 0.0
 
     def add(self, batch: dict[str, np.ndarray], seconds: float, blocks: BlockShape | None = None) -> None:
@@ -73,7 +73,7 @@ class UtilizationMeter:
         if self._peak is None:
             return
         work = work_of_batch(batch["segment_ids"], batch["labels"], blocks)
-        self._flops += training_flops(self._shape, work) * self._global_batch_size / len(batch["labels"])
+        self._flops += training_flops(self._shape, work) * self._step_rows / len(batch["labels"])
         self._seconds += seconds
 
     def mfu(self) -> float | None:
