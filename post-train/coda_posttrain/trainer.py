@@ -33,7 +33,7 @@ from CoDALanguageModel import CoDAConfig
 from CoDALanguageModel.attention_coda import RULE_KERNELS, Visibility
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.noise import Blocks, DoubledRows, NoisedRows, deal_levels
+from CoDALanguageModel.noise import Blocks, DoubledRows, NoisedRows, blocks_to_train, deal_levels
 
 from . import curriculum
 from .arguments import CUTOFF_LEN, DiffusionArguments, check_length, check_objective
@@ -205,7 +205,9 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
             "logits_shift": model_config.logits_shift,
             "from_answer": model_config.block_origin == "answer",
         }
-        self.blocks = blocks_of(model_config, diffusion)
+        self.blocks = blocks_of(
+            model_config, diffusion, is_adapter=kwargs["finetuning_args"].finetuning_type in ("lora", "oft")
+        )
         self.tail_token_id = tokenizer.pad_token_id if diffusion.tail == "pad" else tokenizer.eos_token_id
         # The Trainer overwrites these with the tokenizer's, which has one end token where the model may have several.
         self.model_token_ids = {name: getattr(model_config, name, None) for name in TOKEN_ID_NAMES}
@@ -512,11 +514,16 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
             remove(written)
 
 
-def blocks_of(model_config: CoDAConfig, diffusion: DiffusionArguments) -> Blocks | None:
+def blocks_of(model_config: CoDAConfig, diffusion: DiffusionArguments, *, is_adapter: bool) -> Blocks | None:
     """How rows are noised by blocks; None for a model of full attention.
 
+    Args:
+        model_config: of the model; objective `joint` makes its context causal.
+        diffusion: our settings.
+        is_adapter: whether an adapter is trained, whose base keeps its configuration.
+
     Raises:
-        UserError: the model's attention kernel knows no rules.
+        UserError: the model's attention kernel knows no rules, or an adapter would need another configuration.
     """
     if not model_config.has_blocks:
         return None
@@ -526,7 +533,16 @@ def blocks_of(model_config: CoDAConfig, diffusion: DiffusionArguments) -> Blocks
             f"diffusion.objective {diffusion.objective!r} needs an attention kernel that knows who may attend to whom, "
             f"one of {', '.join(sorted(RULE_KERNELS))} (flash_attn: sdpa), got {kernel!r}"
         )
-    return Blocks(model_config.block_size, diffusion.complementary, diffusion.autoregressive_weight)
+    if diffusion.objective == "joint" and is_adapter and not model_config.causal_context:
+        raise UserError(
+            "diffusion.objective 'joint' makes a causal context a fact of the model's configuration, which an adapter "
+            "does not carry: tune all weights (finetuning_type: full), or take objective 'block'"
+        )
+    return blocks_to_train(
+        model_config,
+        complementary=diffusion.complementary,
+        autoregressive_weight=diffusion.autoregressive_weight,
+    )
 
 
 def counted_tokens(noised: NoisedRows | DoubledRows, rows: curriculum.Rows) -> Tensor:

@@ -145,6 +145,12 @@ def runs(tmp_path_factory, model_dir, block_dirs, data_dir, environment) -> Path
     ]  # fmt: skip
     refused = [
         make("refused", accelerator_config="{even_batches: false}", eval_strategy="no", eval_dataset="null"),
+        make(
+            "refused",
+            **lora,
+            **{"model_name_or_path": block_dirs[4], "diffusion.objective": "joint"},
+            **{"diffusion.autoregressive_weight": 1},
+        ),
     ]
     merge = {"template": "qwen3_nothink", "finetuning_type": "lora", "infer_dtype": "float32"}
     (out / "merge.yaml").write_text(yaml.safe_dump(merge))
@@ -209,7 +215,9 @@ def test_a_model_by_blocks_learns_with_adapters_and_keeps_its_attention(runs):
     losses = eval_losses(runs / "block_lora")
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.01
-    assert json.loads((runs / "odd_joint" / "config.json").read_text())["block_size"] == 4
+    saved = json.loads((runs / "odd_joint" / "config.json").read_text())
+    assert (saved["block_size"], saved["causal_context"]) == (4, True)
+    assert "which an adapter does not carry" in (runs / "refused_1.txt").read_text()
     lines = train_lines(runs / "odd_joint")
     assert [line["tokens"] for line in lines] == [line["tokens"] for line in train_lines(runs / "odd_row")]
 
