@@ -110,7 +110,7 @@ class Speculation(Stepwise):
             step = canvas.next_step([place], [ahead])
             window = canvas.window(step, ids)
             kept = window[0, scores.column]
-            if int(kept.sum()) < int(window.sum()):  # a new block: nothing is known about it yet
+            if not 0 < int(kept.sum()) == int(window.sum()):  # a new block: nothing is known about it yet
                 break
             decision = self.decide(step, ids, Scores(scores.row[kept], scores.column[kept], scores.logits[kept]))
             columns = decision.chosen[0].nonzero().squeeze(1)

@@ -179,6 +179,18 @@ def test_a_pass_computes_the_block_and_what_is_not_stored(block_model, tokens):
         assert sum(width > size + 1 for width in widths[1:]) <= 10 // size + 1
 
 
+def test_nothing_is_drafted_behind_the_canvas(block_model, tokens):
+    """A draft that ends the next block too meets one that the canvas does not hold yet."""
+    settings = DiffusionGenerationConfig(max_new_tokens=40, steps=100, speculate=7, eos_early_stop=False, alg="origin")
+    decoding, drafted = Decoding(block_model(size=4)), []
+    rows = [decoding.admit(Request(ids=tokens(6).tolist(), settings=settings, seed=seed)) for seed in range(8)]
+    while decoding.rows:
+        decoding.step()
+        drafted += [len(columns) for row in rows for columns, _ in row.drafts]
+    assert drafted
+    assert 0 not in drafted
+
+
 def training_logits(model, ids, noisy, shift):
     """Logits of each position under the mask of block diffusion, of rows [noisy; clean]."""
     length, size = ids.shape[1], model.config.block_size
