@@ -115,7 +115,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             step_callback: called after each pass with the whole (B, T + max_new_tokens) canvas and the number of
                 passes so far; False stops the decoding. The canvas is not to be changed.
             logits_processor: transformers' processors, called with the (N, T + max_new_tokens) canvases and the
-                (N, V) scores of the positions that are being filled.
+                (N, V) scores of the positions that are being filled; at padding they see masks.
             tokenizer: turns ids into text; needed with `stop_strings`.
             **overrides: settings that replace those of the configuration, see `DiffusionGenerationConfig`.
 

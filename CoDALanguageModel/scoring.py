@@ -254,6 +254,9 @@ class Scorer:
     def _process(self, step: Step, ids: Tensor, scores: Scores) -> Scores:
         """Apply each row's biases, processors and bans to fresh logits."""
         parts = self.canvas.parts(step)
+        if not self.canvas.is_unpadded:  # what stands at padding is no text: a processor sees a mask there
+            padding = self.canvas.take(self.canvas.attention_mask, step) == 0
+            ids = torch.where(padding, self.canvas.take(self.canvas.mask_ids, step), ids)
         for positions in parts:
             row = self.canvas.rows[step.places[positions[0]]]
             part = scores if len(parts) == 1 else scores.of_rows(positions, len(step.places))

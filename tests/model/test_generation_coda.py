@@ -231,6 +231,26 @@ def test_a_hole_of_padding_inside_a_prompt_changes_nothing(exact_models, tokens)
     )
 
 
+@pytest.mark.parametrize("padded_with", [EOS, 5, PAD])
+def test_what_stands_at_padding_is_not_repeated(model, tokens, padded_with):
+    """Some families pad with the token that ends an answer, which a penalty of padding would keep from coming."""
+    prompt, seen = tokens(1, 6), []
+
+    def note(ids, scores):
+        seen.append(ids[:, :3].unique().tolist())
+        return scores
+
+    options = {"max_new_tokens": 8, "steps": 8, "repetition_penalty": 5.0, "logit_bias": {str(padded_with): 2.0}}
+    options |= {"output_scores": True, "return_dict_in_generate": True, "eos_early_stop": False}
+    padded = torch.cat([torch.full((1, 3), padded_with), prompt], dim=1)
+    want = model.diffusion_generate(prompt, **options)
+    mask = (torch.arange(9) >= 3).long()[None]
+    got = model.diffusion_generate(padded, mask, logits_processor=[note], **options)
+    assert got.sequences[:, 3:].tolist() == want.sequences.tolist()
+    torch.testing.assert_close(got.scores[:, 3:], want.scores, atol=1e-4, rtol=0)
+    assert {token for ids in seen for token in ids} == {MASK}
+
+
 def test_an_unshifted_model_scores_each_position_by_its_own_row(make_model, tokens):
     model = make_model(logits_shift=False)
     prompt = torch.cat([tokens(1, 4), torch.tensor([[MASK]])], dim=1)
