@@ -363,7 +363,10 @@ def read_family(
         stated = values.get(name, getattr(CoDAConfig, name))
         if value not in (None, stated):
             allowed = "left out" if stated is None else stated
-            raise UserError(f"--{name} must be {allowed}, as config.json says, got {value}")
+            raise UserError(
+                f"--{name} must be {allowed}, as config.json says, got {value}: a CoDA model is adapted to other "
+                f"attention by training, with model.{name} beside model.init_from in pre-training"
+            )
     return None, values, {}
 
 

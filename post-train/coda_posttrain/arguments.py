@@ -380,8 +380,8 @@ def check_objective(diffusion: DiffusionArguments, attention: str, logits_shift:
     if diffusion.objective not in allowed:
         raise UserError(
             f"diffusion.objective must be {' or '.join(allowed)} for a model with attention {attention!r} and "
-            f"logits_shift {str(logits_shift).lower()}, got {diffusion.objective!r}; save_hf_model.py converts a model "
-            "to another attention"
+            f"logits_shift {str(logits_shift).lower()}, got {diffusion.objective!r}; pre-training adapts a CoDA model "
+            "to another attention (model.attention), and save_hf_model.py --attention an autoregressive one"
         )
 
 

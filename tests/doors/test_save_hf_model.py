@@ -188,7 +188,8 @@ def test_a_coda_folder_keeps_its_blocks_contract_and_ends(tmp_path):
         assert {name: getattr(model.config, name) for name in BLOCKS} == BLOCKS
         assert model.config.eos_token_id == model.generation_config.eos_token_id == [2, 0]
     for name, value in {"attention": "full", "block_size": 4, "block_origin": "text"}.items():
-        with pytest.raises(ValueError, match=f"--{name} must be .*, as config.json says, got {value}"):
+        message = f"--{name} must be .*, as config.json says, got {value}: .* model.{name} beside"
+        with pytest.raises(ValueError, match=message):
             convert(str(tmp_path / "export"), str(tmp_path / "other"), **{name: value})
     make_export(tmp_path / "full")
     with pytest.raises(ValueError, match="--block_size must be left out, as config.json says, got 4"):

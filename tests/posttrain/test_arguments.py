@@ -220,7 +220,7 @@ def test_the_objective_is_one_of_the_models_attention_and_shift(tmp_path):
             if objective in allowed:
                 check_model_folder(host, settings)
             else:
-                with pytest.raises(ValueError, match=rf"objective must be .*, got '{objective}'; save_hf_model.py"):
+                with pytest.raises(ValueError, match=rf"must be .*, got '{objective}'; pre-training.*model.attention"):
                     check_model_folder(host, settings)
 
 
