@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -172,6 +173,11 @@ class DiffusionArguments:
                 raise UserError(f"diffusion.{name} must be true or false, got {getattr(self, name)!r}")
         if self.complementary and self.objective == "masked":
             raise UserError("diffusion.complementary needs diffusion.objective block or joint, got 'masked'")
+        if self.complementary and max(self.t_min) >= 0.5:
+            raise UserError(
+                "diffusion.t_min must be below 0.5 with diffusion.complementary, whose levels lie between t_min and "
+                f"1 - t_min, got {list(self.t_min)}"
+            )
         weight = self.autoregressive_weight
         if (weight is None) == (self.objective == "joint"):
             raise UserError(
@@ -179,7 +185,7 @@ class DiffusionArguments:
                 f"objective {self.objective!r} and {weight}"
             )
         if weight is not None:
-            _check_numbers("autoregressive_weight", (weight,), "a number > 0", lambda v: v > 0)
+            _check_numbers("autoregressive_weight", (weight,), "a finite number > 0", lambda v: 0 < v < math.inf)
 
 
 def _check_numbers(name: str, values: Sequence[Any], allowed: str, holds: Any, whole: bool = False) -> None:

@@ -328,6 +328,11 @@ class RunConfig:
                 "blocks.autoregressive_weight must be given with objective joint and only with it, "
                 f"got objective {self.objective!r} and {weight}"
             )
+        if self.blocks.complementary and self.masking.t_min >= 0.5:
+            raise UserError(
+                "masking.t_min must be below 0.5 with blocks.complementary, whose levels lie between it and 1 - t_min, "
+                f"got {self.masking.t_min}"
+            )
         if not self.by_blocks:
             return
         if self.model.attention_annealing_steps is not None:

@@ -168,6 +168,14 @@ def test_validation_has_one_level_per_row_and_the_blocks_of_the_model(run_config
         ),
         ({"model": {"attention": "block_causal"}}, "give model.config.attention instead, got 'block_causal'"),
         ({"objective": "block", "blocks": {"growth_steps": 0}}, "blocks.growth_steps must be >= 1, got 0"),
+        (
+            {"objective": "joint", "blocks": {"autoregressive_weight": float("inf")}},
+            "blocks.autoregressive_weight must be a finite number > 0, got inf",
+        ),
+        (
+            {"objective": "block", "blocks": {"complementary": True}, "masking": {"t_min": 0.5}},
+            "masking.t_min must be below 0.5 with blocks.complementary, .*, got 0.5",
+        ),
     ],
 )
 def test_settings_that_contradict_are_refused_before_a_model_is_built(run_config, changes, message):

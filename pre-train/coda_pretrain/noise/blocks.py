@@ -4,6 +4,7 @@ Free of torch, so that a configuration is checked in a moment. Not here: the row
 (`CoDALanguageModel.noise.noise_blocks`), and the block size that a run ends with, which is the model's.
 """
 
+import math
 from dataclasses import dataclass
 
 from CoDALanguageModel.errors import UserError
@@ -30,8 +31,9 @@ class BlockConfig:
         Raises:
             UserError: one is out of its range.
         """
-        if self.autoregressive_weight is not None and not self.autoregressive_weight > 0.0:
-            raise UserError(f"blocks.autoregressive_weight must be > 0, got {self.autoregressive_weight}")
+        weight = self.autoregressive_weight
+        if weight is not None and not 0.0 < weight < math.inf:
+            raise UserError(f"blocks.autoregressive_weight must be a finite number > 0, got {weight}")
         if self.growth_steps is not None and self.growth_steps < 1:
             raise UserError(f"blocks.growth_steps must be >= 1, got {self.growth_steps}")
 
