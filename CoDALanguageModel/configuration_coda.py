@@ -161,6 +161,9 @@ class CoDAConfig(PreTrainedConfig):
         for name, allowed in (("attention", ATTENTIONS), ("block_origin", BLOCK_ORIGINS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("logits_shift", "causal_context"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} must be true or false, got {getattr(self, name)!r}")
         size, longest = self.block_size, self.max_position_embeddings
         if self.has_blocks and (type(size) is not int or not 1 <= size <= longest):
             raise UserError(

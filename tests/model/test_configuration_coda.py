@@ -108,6 +108,11 @@ def test_auto_map_names_the_classes_that_a_saved_folder_carries(tiny_config):
         ({"mask_token_id": None}, "mask_token_id must be .* got None"),
         ({"pad_token_id": -1}, r"pad_token_id must be in \[0, vocab_size=72\), got -1"),
         ({"eos_token_id": [65, 99]}, r"eos_token_id must be in \[0, vocab_size=72\), got 99"),
+        ({"logits_shift": None}, "logits_shift must be true or false, got None"),
+        (
+            {"attention": "block_causal", "block_size": 4, "causal_context": "yes"},
+            "causal_context must be true or false",
+        ),
         ({"attention": "causal"}, "attention must be one of full, block_causal, got 'causal'"),
         ({"attention": "block_causal"}, r"block_size must be in \[1, max_position_embeddings=128\] .* got None"),
         ({"attention": "block_causal", "block_size": 129}, "block_size must be in .* got 129"),
