@@ -6,8 +6,9 @@ import torch
 
 from coda_posttrain import curriculum
 from coda_pretrain.data.mixture import Sample
-from coda_pretrain.noise.masking import TokenFacts, noise_samples
+from coda_pretrain.noise.masking import TokenFacts, noise_samples, noise_samples_by_blocks
 from coda_pretrain.noise.strategies import MaskingProbabilities
+from CoDALanguageModel.noise import Blocks
 
 MASK, PAD, END = 99, 0, 7
 
@@ -51,6 +52,29 @@ def test_both_trainers_mask_the_same_sample_in_the_same_way():
     assert (packed.labels != -100).any()
     for one, other in zip(packed, tuned, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("blocks", [Blocks(4), Blocks(4, True), Blocks(5, True, 0.5)])
+def test_both_trainers_noise_the_same_sample_by_blocks_in_the_same_way(blocks):
+    strategies, t, sample_ids = MaskingProbabilities(0, 0, 0.5), torch.tensor([0.3, 0.8, 0.5, 0.6]), [0, 3, 17, 9]
+    ids, ones = torch.arange(96).reshape(4, 24) % 50 + 10, np.ones(24, dtype=np.int32)
+    common = {"seed": 5, "span_lengths": (2, 4), "blocks": blocks, "t_min": 0.01}
+    packed = noise_samples_by_blocks(
+        [Sample(row.numpy(), ones) for row in ids], sample_ids, t, strategies=strategies, tokens=TokenFacts(MASK, PAD),
+        **common,
+    )  # fmt: skip
+    everything, nothing = torch.ones(4, 24, dtype=torch.bool), torch.zeros(4, 24, dtype=torch.bool)
+    batch = curriculum.Rows(ids, everything, nothing, nothing, torch.tensor(sample_ids))
+    tuned = curriculum.noise(
+        batch, t, share=1.0, sample_ids=sample_ids, span_probability=0.5, mask_token_id=MASK, pad_token_id=PAD, **common
+    )
+    assert (packed.labels != -100).any()
+    for one, other in zip((*packed.visibility, *packed), (*tuned.visibility, *tuned), strict=True):
+        assert isinstance(one, tuple) or torch.equal(one, other)
+
+
+def test_blocks_can_begin_at_the_last_answer():
+    assert curriculum.last_answer(rows()).tolist() == [[6], [18]]
 
 
 def test_conditioned_share_grows_linearly_over_the_annealing_epochs():
