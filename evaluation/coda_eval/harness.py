@@ -95,6 +95,7 @@ class _Running:
         answer = Answer(reading.text)
         answer.new_tokens, answer.generation_s = reading.num_tokens, round(self.seconds, 4)
         answer.forwards, answer.cost = self.row.cost.forwards, self.row.cost.as_dict()
+        answer.seed = self.job.seed
         return answer
 
 

@@ -6,14 +6,16 @@ refusals, the folder that no two runs share, one model for all tasks, and the ac
 
 import argparse
 import contextlib
+import dataclasses
 import glob
 import json
 import logging
+import numbers
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,18 @@ from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
 from coda_eval import session
 from coda_eval.hosted import CACHE_LIES, HostedLM, answer_record
+from coda_eval.programs import Answer, Judged
+from coda_eval.records import Record, write_records
+from coda_eval.report import write_scores
 from CoDALanguageModel.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 AUTOREGRESSIVE = {"hf": "coda_hf", "hf-auto": "coda_hf", "huggingface": "coda_hf"}
 """lm-eval's names of Hugging Face models, and the model of ours that runs them."""
+
+SCORES = "scores.json"
+"""The score cards in a run's folder."""
 
 NO_SEEDS = (None, None, None, None)
 
@@ -120,7 +128,7 @@ def claim_folder(output_path: str | None) -> Path | None:
     if not output_path:
         return None
     output = Path(output_path)
-    folder = output.parent if output.suffix == ".json" else output
+    folder = _folder_of(output)
     if not _speaks():
         return output  # the first process looks for all: its answers may already be there
     if found := [*results_in(output), *sorted(folder.glob("answers_rank*.jsonl"))]:
@@ -214,7 +222,7 @@ def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM
         samples=config.samples,
         check_integrity=config.check_integrity,
         write_out=config.write_out,
-        log_samples=config.log_samples,
+        log_samples=True,  # the records are made of them
         evaluation_tracker=tracker,
         system_instruction=config.system_instruction,
         apply_chat_template=config.apply_chat_template,
@@ -232,10 +240,15 @@ def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM
     if results is None:  # another rank writes
         return
     results["config"]["model"] = tracker.general_config_tracker.model_source = config.model
-    samples = results.pop("samples", None)
+    samples = results.pop("samples")
     if config.show_config:
         print(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
-    _write(config, tracker, results, samples)
+    folder = _folder_of(Path(config.output_path)) if config.output_path else None
+    if folder:
+        write_records(folder, [r for task, of_task in samples.items() for r in records_of(task, of_task)])
+    _write(config, tracker, results, samples)  # lm-eval changes the samples
+    if folder:
+        write_scores(results_in(Path(config.output_path)), folder / SCORES)
     for host in loggers:
         host.post_init(results)
         host.log_eval_result()
@@ -268,8 +281,14 @@ def _write(
 
 def _count_samples(output: Path, name: str) -> int:
     """Lines of the samples files of a task and date."""
-    folder = output.parent if output.suffix == ".json" else output
-    return sum(path.read_bytes().count(b"\n") for path in folder.rglob(f"samples_{glob.escape(name)}.jsonl"))
+    return sum(
+        path.read_bytes().count(b"\n") for path in _folder_of(output).rglob(f"samples_{glob.escape(name)}.jsonl")
+    )
+
+
+def _folder_of(output: Path) -> Path:
+    """The run's folder: the output itself, or where it is to lie."""
+    return output.parent if output.suffix == ".json" else output
 
 
 def _speaks() -> bool:
@@ -293,7 +312,7 @@ def _has_gaps(task: Any) -> bool:
 def _answers_folder(output: Path | None) -> Iterator[Path]:
     """The folder for answers: that of the output, or a temporary one that stays where a task failed."""
     if output is not None:
-        yield output.parent if output.suffix == ".json" else output
+        yield _folder_of(output)
         return
     folder = Path(tempfile.mkdtemp(prefix="coda-eval-answers-"))
     try:
@@ -303,3 +322,35 @@ def _answers_folder(output: Path | None) -> Iterator[Path]:
             folder.rmdir()
         raise
     shutil.rmtree(folder)
+
+
+def records_of(task: str, samples: Iterable[dict[str, Any]]) -> list[Record]:
+    """The records of a task from lm-eval's samples; of several filters the first one counts."""
+    samples = list(samples)
+    of_first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    return [r for sample in sorted(of_first, key=lambda s: s["doc_id"]) for r in _records_of_document(task, sample)]
+
+
+def _records_of_document(task: str, sample: dict[str, Any]) -> Iterable[Record]:
+    document = sample["doc"] if isinstance(sample["doc"], dict) else {}
+    prompt = str(sample["arguments"][0][0])
+    where = {"task": task, "task_id": document.get("task_id", sample["doc_id"]), "doc_id": sample["doc_id"]}
+    nothing = {field.name: None for field in dataclasses.fields(Record)}
+    score = next((sample[name] for name in sample["metrics"] if isinstance(sample[name], numbers.Real)), None)
+    score = None if score is None else float(score)
+    if not isinstance(sample["resps"][0][0], str):  # likelihoods: a request for each choice
+        yield Record(**nothing | where | {"prompt": prompt, "repeat": 0, "score": score})
+        return
+    answers = [answer for answer in sample["resps"][0] if not getattr(answer, "surplus", False)]
+    entries = sample["filtered_resps"][0]
+    for repeat, answer in enumerate(answers):
+        entry = entries[repeat] if isinstance(entries, list) and len(entries) == len(answers) else None
+        facts = nothing | {"score": score}
+        if isinstance(entry, Judged):
+            facts |= {name: entry.fields.get(name) for name in ("status", "error", "seconds", "cpu_seconds")}
+            facts |= {"program": entry.program, "score": float(entry.fields["status"] == "passed")}
+        spent = Answer.cost_of(answer)
+        cost = None if spent["cost"] is None else {**spent["cost"], "generation_s": spent["generation_s"]}
+        facts |= {"new_tokens": spent["new_tokens"], "forwards": spent["forwards"], "cost": cost}
+        facts |= {"seed": getattr(answer, "seed", None), "answer": str(answer), "prompt": prompt, "repeat": repeat}
+        yield Record(**facts | where)

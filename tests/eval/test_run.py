@@ -1,5 +1,6 @@
 """What can be known is checked before the model loads; a task that fails stops no other; no two runs share a folder."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -12,6 +13,8 @@ from lm_eval.tasks import TaskManager
 
 from coda_eval import programs
 from coda_eval.__main__ import TASKS, main
+from coda_eval.records import Record, read_records
+from coda_eval.report import score_cards
 from CoDALanguageModel.errors import UserError
 
 ROW = {
@@ -231,7 +234,7 @@ def test_a_second_run_never_mixes_with_the_first(evaluation, stub, data_dir):
     write_rows(data_dir, ROW)
     assert evaluation() == ""
     first = {path: path.read_bytes() for path in evaluation.output.rglob("*.*")}
-    assert len(first) == 2  # results and answers
+    assert len(first) == 4  # results, answers, records and score cards
     assert "holds results of an earlier run" in evaluation()
     assert stub.built == 1
     assert {path: path.read_bytes() for path in evaluation.output.rglob("*.*")} == first
@@ -275,3 +278,38 @@ def test_the_diffusion_model_writes_its_answers_as_it_makes_them(evaluation, mod
     assert [answer["task_id"] for answer in answers] == ["q/0", "q/1", "g/0"]
     assert all(answer["forwards"] >= 1 and answer["generation_s"] > 0 for answer in answers)
     assert set(results_of(evaluation.output)) == {"quickstart_problems", "quickstart_infill"}
+    records = read_records(evaluation.output)
+    assert [(r.task, r.task_id, r.repeat) for r in records] == [
+        ("quickstart_problems", "q/0", 0),
+        ("quickstart_problems", "q/1", 0),
+        ("quickstart_infill", "g/0", 0),
+    ]
+    assert [r.answer for r in records] == [answer["answer"] for answer in answers]
+    assert all(r.score == 0.0 and r.status == "failed" and r.seed >= 0 and r.cost["generation_s"] > 0 for r in records)
+    assert records[0].program == records[0].answer
+    assert records[0].cpu_seconds is not None
+    assert records[2].program is None
+    cards = json.loads((evaluation.output / "scores.json").read_text())
+    assert [(card["task"], card["metric"], card["n"]) for card in cards] == [
+        ("quickstart_problems", "pass@1", 2),
+        ("quickstart_infill", "exact_match", 1),
+        ("quickstart_infill", "exact_match_raw", 1),
+    ]
+    assert cards == score_cards(evaluation.output)
+
+
+def test_records_with_an_unknown_or_a_missing_field_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no records.jsonl in"):
+        read_records(tmp_path)
+    fields = {field.name: None for field in dataclasses.fields(Record)}
+    for rows, message in (
+        ([fields, fields | {"scores": 1}], r"records.jsonl: line 2 has an unknown field 'scores'.*score"),
+        ([{name: None for name in fields if name != "seed"}], "line 1 lacks seed"),
+        ([[]], "line 1 must be a JSON object"),
+    ):
+        (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(UserError, match=message):
+            read_records(tmp_path)
+    (tmp_path / "records.jsonl").write_text(json.dumps(fields)[:-3])
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        read_records(tmp_path)
