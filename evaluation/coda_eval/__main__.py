@@ -15,6 +15,8 @@ TASKS = Path(__file__).with_name("tasks")
 
 
 COMMANDS = {
+    "compare": "comparison",
+    "leaderboard": "leaderboard",
     "report": "report",
 }
 """Commands of our own, and the module of this package whose `main(argv)` runs each."""

@@ -1,0 +1,157 @@
+"""`python -m coda_eval leaderboard DIR...`: the score cards of many runs in one table, as Markdown and as a web page.
+
+What others have published (`published.json`, each table with its source) stands in tables of its own: their prompts,
+tests and settings are not ours.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from coda_eval.comparison import markdown_table, read_cards, shown, shown_interval
+from CoDALanguageModel.errors import UserError
+
+Column = tuple[str, str]
+"""Task and metric."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A score of a run."""
+
+    score: float
+    interval: tuple[float, float] | None
+    """95 %: Wilson's for shares, else the bootstrap's, where the card has one."""
+
+    documents: int | None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the score is a share."""
+        return 0.0 <= self.score <= 1.0
+
+    @property
+    def text(self) -> str:
+        """The score as it is shown."""
+        return shown(self.score, self.bounded)
+
+    @property
+    def details(self) -> str:
+        """Interval and number of documents as they are shown."""
+        bounds = self.interval and shown_interval(self.interval, self.bounded)
+        return ", ".join(filter(None, [bounds, self.documents and f"n = {self.documents}"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A run."""
+
+    model: str
+    folder: str
+    settings: str
+    isolation: str
+    cells: dict[Column, Cell]
+    tokens_per_forward: float | None
+
+
+@cache
+def published() -> list[dict[str, Any]]:
+    """Tables that others have published, each with its source, columns and rows; scores in percent."""
+    return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+
+
+def read_rows(folders: Sequence[Path]) -> list[Row]:
+    """The runs in and below folders, each once.
+
+    Raises:
+        UserError: one holds no run.
+    """
+    rows = {}
+    for folder in folders:
+        found = sorted(path.parent for path in folder.rglob("scores.json"))
+        if not found:
+            raise UserError(f"no scores.json in or below {str(folder)!r}: give folders of runs, their --output_path")
+        rows |= {run.resolve(): _row(run) for run in found}
+    return list(rows.values())
+
+
+def _row(folder: Path) -> Row:
+    """The run in `folder`."""
+    cards = read_cards(folder)
+    if not cards:
+        raise UserError(f"{folder / 'scores.json'} holds no score")
+    settings = cards[0]["settings"]
+    given = settings.get("model_args")
+    given = dict(given) if isinstance(given, dict) else {"model_args": given} if given else {}
+    name = str(given.pop("pretrained", settings.get("model")))
+    spent = {card["task"]: card["cost"] for card in cards if card.get("cost")}.values()
+    tokens, forwards = (sum(cost.get(name) or 0 for cost in spent) for name in ("new_tokens", "forwards"))
+    return Row(
+        model=Path(name).name if Path(name).is_absolute() or name.startswith(".") else name,
+        folder=str(folder),
+        settings=", ".join(f"{key}={value}" for key, value in given.items()),
+        isolation=", ".join(dict.fromkeys(str(card["isolation"]) for card in cards if card.get("isolation"))),
+        cells={(card["task"], card["metric"]): _cell(card) for card in cards},
+        tokens_per_forward=tokens / forwards if forwards else None,
+    )
+
+
+def _cell(card: dict[str, Any]) -> Cell:
+    interval = card.get("wilson95") or card.get("bootstrap95")
+    return Cell(score=card["score"], interval=interval and tuple(interval), documents=card.get("n"))
+
+
+def columns_of(rows: Sequence[Row]) -> list[Column]:
+    """Every task and metric, in the order in which they are met."""
+    return list(dict.fromkeys(column for row in rows for column in row.cells))
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The leaderboard as Markdown."""
+    columns = columns_of(rows)
+    lines = []
+    for row in rows:
+        cells = [row.cells.get(column) for column in columns]
+        scores = [
+            "" if cell is None else f"{cell.text} {cell.details and f'({cell.details})'}".strip() for cell in cells
+        ]
+        tokens = "" if row.tokens_per_forward is None else f"{row.tokens_per_forward:.2f}"
+        lines.append([row.model, *scores, tokens, row.settings, row.isolation, row.folder])
+    names = [f"{task} {metric}" for task, metric in columns]
+    header = ["model", *names, "tokens per forward pass", "settings", "isolation", "run"]
+    parts = ["# Leaderboard\n", "## Measured\n", markdown_table(header, lines)]
+    for table in published():
+        body = [[name, *("" if one is None else f"{one:.1f}" for one in row)] for name, row in table["rows"].items()]
+        parts += [f"## Published, not measured here: {table['title']}\n", f"{table['source']}. {table['says']}\n"]
+        parts.append(markdown_table(["model", *table["columns"]], body))
+    return "\n".join(parts)
+
+
+def as_html(rows: Sequence[Row]) -> str:
+    """The leaderboard as a web page that needs no other file."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("leaderboard.html").read_text(encoding="utf-8"))
+    return template.render(rows=rows, columns=columns_of(rows), published=published())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the leaderboard as Markdown, and write what `--output` asks for."""
+    parser = argparse.ArgumentParser(prog="python -m coda_eval leaderboard", description="One table of many runs.")
+    parser.add_argument("folders", metavar="DIR", type=Path, nargs="+", help="folder of a run, or of several")
+    parser.add_argument("--output", type=Path, nargs="+", default=[], help="files to write: .md or .html")
+    args = parser.parse_args(argv)
+    for path in args.output:
+        if path.suffix not in (".md", ".html"):
+            parser.error(f"--output must end in .md or .html, got {str(path)!r}")
+    rows = read_rows(args.folders)
+    text = as_markdown(rows)
+    for path in args.output:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text if path.suffix == ".md" else as_html(rows), encoding="utf-8")
+    print(text, end="")
