@@ -62,8 +62,6 @@ def _evaluate() -> None:
     from lm_eval.__main__ import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    import coda_eval.autoregressive
-    import coda_eval.harness  # noqa: F401  both register models
     from coda_eval.run import run
 
     setup_logging()

@@ -11,15 +11,10 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
 from coda_eval.programs import Answer
+from coda_eval.session import CACHE_LIES
 from CoDALanguageModel.answers import end_ids
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import Codec
-
-CACHE_LIES = (
-    "lm-eval's cache of answers knows a prompt by its text alone: another checkpoint, seed or number of steps would "
-    "get the old answers, and the samples of one problem would become one"
-)
-"""Why `use_cache` is refused."""
 
 _HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 

@@ -7,14 +7,19 @@ Without one (lm-eval used as a library) answers are not written and every rank i
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 Result = TypeVar("Result")
+
+CACHE_LIES = (
+    "lm-eval's cache of answers knows a prompt by its text alone: another checkpoint, seed or number of steps would "
+    "get the old answers, and the samples of one problem would become one"
+)
+"""Why `use_cache` is refused."""
 
 
 class TaskFailed(RuntimeError):
@@ -73,7 +78,8 @@ def agree(work: Callable[[], Result]) -> Result:
     Raises:
         TaskFailed: `work` failed on some rank.
     """
-    if not _current or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    dist = _ranks()
+    if not _current or dist is None or dist.get_world_size() == 1:
         return work()
     failure, result = None, None
     try:
@@ -90,5 +96,11 @@ def agree(work: Callable[[], Result]) -> Result:
 
 def wait() -> None:
     """Wait for the other ranks: a process that ends in an error takes those down that still write results."""
-    if dist.is_available() and dist.is_initialized():
+    if dist := _ranks():
         dist.barrier()
+
+
+def _ranks() -> Any:
+    """torch.distributed, where the ranks have met: whoever made them meet has imported it."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
