@@ -449,18 +449,18 @@ class DecodingSettings:
         return {name: value for name, value in vars(self).items() if name not in TOKEN_IDS}
 
 
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
+def parse_settings(pairs: list[str], door: str = "shell") -> dict[str, Any]:
     """Decoding settings from `key=value` words; values are JSON, or text where they are not.
 
     Raises:
-        UserError: a word has no value, or names no setting of the shell.
+        UserError: a word has no value, or names no setting of the door.
     """
     settings = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign:
             raise UserError(f"settings are given as key=value, got {pair!r}")
-        refuse_unknown([key], "shell")
+        refuse_unknown([key], door)
         try:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -18,6 +19,7 @@ COMMANDS = {
     "compare": "comparison",
     "leaderboard": "leaderboard",
     "report": "report",
+    "sweep": "sweep",
 }
 """Commands of our own, and the module of this package whose `main(argv)` runs each."""
 
@@ -47,30 +49,35 @@ def main() -> None:
         if name in COMMANDS:
             importlib.import_module(f"coda_eval.{COMMANDS[name]}").main(rest)
         else:
-            _evaluate()
+            _evaluate(sys.argv[1:])
     except UserError as error:
         if os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
             raise SystemExit(f"coda_eval: error: {error}") from error
         raise
 
 
-def _evaluate() -> None:
-    """Parse lm-eval's arguments and run its command."""
+def lm_eval_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """What lm-eval reads from arguments that begin with a command of its own."""
     # Read by accelerate when it is first imported. With torch_xla installed, it would otherwise run several processes
     # as if each were alone; evaluation runs on CPU and GPU.
     os.environ.setdefault("USE_TORCH_XLA", "false")
     from lm_eval.__main__ import HarnessCLI
     from lm_eval.utils import setup_logging
 
+    setup_logging()
+    sys.argv[1:] = argv
+    return add_our_tasks(HarnessCLI().parse_args())
+
+
+def _evaluate(argv: Sequence[str]) -> None:
+    """Run a command of lm-eval's, `run` in our way."""
+    args = lm_eval_arguments(argv)
     from coda_eval.run import run
 
-    setup_logging()
-    cli = HarnessCLI()
-    args = add_our_tasks(cli.parse_args())
     if args.command == "run":
         run(args)
     else:
-        cli.execute(args)
+        args.func(args)
 
 
 if __name__ == "__main__":

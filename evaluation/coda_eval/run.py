@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,18 @@ def run(args: argparse.Namespace) -> None:
         UserError: something is wrong that can be known before a model is loaded, or the model refuses its settings.
         SystemExit: tasks failed; the message names them, and the others are scored.
     """
+    config = read_config(args)
+    output = claim_folder(config.output_path)
+    manager, names = check_tasks(config)
+    run_tasks(config, output, manager, names, load_model(config))
+
+
+def read_config(args: argparse.Namespace) -> EvaluatorConfig:
+    """What lm-eval's arguments of `run` ask for.
+
+    Raises:
+        UserError: lm-eval or `refuse_caches` refuses it.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as lm-eval's own command
     try:
         config = EvaluatorConfig.from_cli(args)
@@ -75,17 +87,34 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(str(error)) from error
     config.model = AUTOREGRESSIVE.get(config.model, config.model)
     refuse_caches(config)
-    output = claim_folder(config.output_path)
-    manager, names = check_tasks(config)
+    return config
+
+
+def load_model(config: EvaluatorConfig) -> LM:
+    """The model, loaded.
+
+    Raises:
+        UserError: it cannot be loaded, or refuses its settings.
+    """
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
     if config.seed:
         set_torch_seed(config.seed[2])  # rows that a tokenizer adds to the embeddings are drawn
     try:
-        model = get_model(config.model).create_from_arg_obj(config.model_args, sizes)
+        return get_model(config.model).create_from_arg_obj(config.model_args, sizes)
     except UserError:
         raise
     except (OSError, ValueError) as error:  # a name that is neither a folder nor on the Hub, or a broken file
         raise UserError(f"the model could not be loaded: {error}") from error
+
+
+def run_tasks(
+    config: EvaluatorConfig, output: Path | None, manager: TaskManager, names: Sequence[str], model: LM
+) -> None:
+    """Run tasks one by one, in the folder that was claimed for them.
+
+    Raises:
+        SystemExit: tasks failed; the message names them, and the others are scored.
+    """
     if config.model not in OURS:
         keep_answers(model)
     failed: dict[str, str] = {}
@@ -97,12 +126,12 @@ def run(args: argparse.Namespace) -> None:
                 if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, session.TaskFailed):
                     raise  # the other ranks do not know of it: going on alone would leave them waiting
                 expected = isinstance(error.__cause__ or error, (UserError, session.TaskFailed))
-                if _speaks() or not expected:
+                if speaks() or not expected:
                     logger.error("%s failed: %s", name, error, exc_info=not expected)
                 failed[name] = f"{type(error).__name__}: {error}"
         if failed:
             session.wait()
-            if not _speaks():
+            if not speaks():
                 raise SystemExit(1)
             account = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
             kept = f"; {state.answers} answers are kept in {state.file()}" if state.answers else ""
@@ -142,7 +171,7 @@ def claim_folder(output_path: str | None) -> Path | None:
         return None
     output = Path(output_path)
     folder = _folder_of(output)
-    if not _speaks():
+    if not speaks():
         return output  # the first process looks for all: its answers may already be there
     if found := [*results_in(output), *sorted(folder.glob("answers_rank*.jsonl"))]:
         raise UserError(
@@ -306,7 +335,7 @@ def _folder_of(output: Path) -> Path:
     return output.parent if output.suffix == ".json" else output
 
 
-def _speaks() -> bool:
+def speaks() -> bool:
     """Whether this process writes the results."""
     return os.environ.get("RANK", "0") == "0"
 
