@@ -15,6 +15,7 @@ TASKS = Path(__file__).with_name("tasks")
 
 
 COMMANDS = {
+    "judge": "judge",
     "report": "report",
 }
 """Commands of our own, and the module of this package whose `main(argv)` runs each."""
@@ -66,6 +67,11 @@ def _evaluate() -> None:
 
     setup_logging()
     cli = HarnessCLI()
+    cli._subparsers.choices["run"].add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --output_path: answers that its journal has are not made again",
+    )
     args = add_our_tasks(cli.parse_args())
     if args.command == "run":
         run(args)
