@@ -30,23 +30,28 @@ def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> t
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def bootstrap_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the mean of documents' values: percentiles of the means of drawn sets of documents.
+def bootstrap_interval(
+    values: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of a mean over documents, from means of documents drawn anew with replacement.
 
-    Source: Efron 1979, "Bootstrap methods: another look at the jackknife". How often each distinct value is drawn is
-    drawn at once, which has the same distribution as drawing documents and does not depend on their order.
+    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13. It is empty where all values are
+    the same, which says nothing of other documents.
 
     Args:
-        values: one value per document; of differences the interval is the paired one.
-        seed: of the draws.
-        resamples: sets to draw.
+        values: one score for each document; the mean over its answers where it has several.
+        level: share of the means that lie between the bounds.
+        resamples: number of means.
+        seed: of the draws; the interval is the same for the same seed.
 
     Raises:
-        UserError: there are no values, or fewer than one set is to be drawn.
+        UserError: there are no values, or level or resamples is out of range.
     """
-    if not len(values) or resamples < 1:
-        raise UserError(f"values must not be empty and resamples positive, got {len(values)} and {resamples}")
-    distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=resamples)
-    low, high = np.quantile(drawn @ distinct / len(values), (0.025, 0.975))
+    if not values or not 0.0 < level < 1.0 or resamples < 1:
+        raise UserError(
+            f"values, level in (0, 1) and resamples >= 1 are needed, got {len(values)}, {level}, {resamples}"
+        )
+    scores, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
+    means = [scores[rng.integers(len(scores), size=len(scores))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1.0 - level) / 2, (1.0 + level) / 2])
     return float(low), float(high)

@@ -17,6 +17,7 @@ TASKS = Path(__file__).with_name("tasks")
 
 COMMANDS = {
     "compare": "comparison",
+    "judge": "judge",
     "leaderboard": "leaderboard",
     "report": "report",
     "sweep": "sweep",
@@ -66,7 +67,13 @@ def lm_eval_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
     setup_logging()
     sys.argv[1:] = argv
-    return add_our_tasks(HarnessCLI().parse_args())
+    cli = HarnessCLI()
+    cli._subparsers.choices["run"].add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --output_path: answers that its journal has are not made again",
+    )
+    return add_our_tasks(cli.parse_args())
 
 
 def _evaluate(argv: Sequence[str]) -> None:

@@ -8,14 +8,16 @@ import argparse
 import contextlib
 import dataclasses
 import glob
+import importlib.util
 import json
 import logging
+import math
 import numbers
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,15 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
 from coda_eval import session
-from coda_eval.programs import Answer, Judged
+from coda_eval.data import DATA_VARIABLE, problem
+from coda_eval.journal import COMMAND, FILES, Journal, code_version, digest, hash_tokenizer, hash_weights
+from coda_eval.programs import PROGRAMS, Answer, Judged, Overlap
 from coda_eval.records import Record, write_records
 from coda_eval.report import write_scores
+from CoDALanguageModel.decoding_settings import offered
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.intervals import bootstrap_interval
+from CoDALanguageModel.run_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +49,7 @@ OURS = {
     "diffllm": "coda_eval.harness:CoDAEvalModel",
     "coda_hf": "coda_eval.autoregressive:AutoregressiveModel",
 }
-"""Our models, which fill gaps and write their answers themselves. They are imported, and torch with them, when one is
+"""Our models, which fill gaps and keep their answers themselves. They are imported, and torch with them, when one is
 about to be loaded: what is wrong with a command is said in a fraction of that time."""
 
 for _name, _place in OURS.items():
@@ -55,6 +62,13 @@ AUTOREGRESSIVE = {"hf": "coda_hf", "hf-auto": "coda_hf", "huggingface": "coda_hf
 SCORES = "scores.json"
 """The score cards in a run's folder."""
 
+_COVERED = {"pretrained", "revision", "subfolder", "peft", "delta", "gguf_file", "tokenizer", "dtype", "mc_num", "seed"}
+_COVERED |= {"batch_size", "max_batch_size", "device", "device_map", "parallelize", "trust_remote_code"}
+"""Names in model_args that an identity has in another form, or that no answer depends on."""
+
+_HOSTS = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
+"""Settings of a command that say where results are published, keys to these places among them."""
+
 NO_SEEDS = (None, None, None, None)
 
 
@@ -62,23 +76,26 @@ def run(args: argparse.Namespace) -> None:
     """Check the command, load the model, then run the tasks one by one.
 
     Args:
-        args: lm-eval's parsed arguments of `run`.
+        args: lm-eval's parsed arguments of `run`, and `resume`: whether to go on with what is in the folder.
 
     Raises:
         UserError: something is wrong that can be known before a model is loaded, or the model refuses its settings.
         SystemExit: tasks failed; the message names them, and the others are scored.
     """
+    resume = vars(args).pop("resume", False)
     config = read_config(args)
-    output = claim_folder(config.output_path)
-    manager, names = check_tasks(config)
-    run_tasks(config, output, manager, names, load_model(config))
+    output = claim_folder(config.output_path, resume)
+    tasks = check_tasks(config)
+    # Before the model is loaded: whether the journal can be read, and gone on with.
+    journal = Journal(_folder_of(output), _rank(), resume=resume) if output is not None else None
+    evaluate(config, tasks, load_model(config), journal, resume)
 
 
 def read_config(args: argparse.Namespace) -> EvaluatorConfig:
     """What lm-eval's arguments of `run` ask for.
 
     Raises:
-        UserError: lm-eval or `refuse_caches` refuses it.
+        UserError: it is refused, by lm-eval or by `refuse_caches`.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as lm-eval's own command
     try:
@@ -91,7 +108,7 @@ def read_config(args: argparse.Namespace) -> EvaluatorConfig:
 
 
 def load_model(config: EvaluatorConfig) -> LM:
-    """The model, loaded.
+    """The model of a command.
 
     Raises:
         UserError: it cannot be loaded, or refuses its settings.
@@ -107,35 +124,121 @@ def load_model(config: EvaluatorConfig) -> LM:
         raise UserError(f"the model could not be loaded: {error}") from error
 
 
-def run_tasks(
-    config: EvaluatorConfig, output: Path | None, manager: TaskManager, names: Sequence[str], model: LM
+def evaluate(
+    config: EvaluatorConfig,
+    tasks: tuple[TaskManager, list[str], dict[str, Any]],
+    model: LM,
+    journal: Journal | None,
+    resume: bool,
 ) -> None:
-    """Run tasks one by one, in the folder that was claimed for them.
+    """Run the tasks of a command on its model.
+
+    Args:
+        config: the command.
+        tasks: what `check_tasks` gave.
+        model: its model.
+        journal: of the run's folder; without one answers are kept while the tasks run, and longer where one fails.
+        resume: whether to go on with what is in the journal.
+
+    Raises:
+        UserError: the run cannot be gone on with.
+        SystemExit: tasks failed; the message names them, and the others are scored.
+    """
+    manager, names, versions = tasks
+    keep_answers(model)
+    facts = facts_of(model, config, journal and journal.folder)
+    if resume and facts["identity"]["weights"] is None:
+        raise UserError(f"--resume is for coda and hf: the weights of {config.model!r} are not known by their hash")
+    command = {"arguments": dataclasses.asdict(config) | dict.fromkeys(_HOSTS, {}), "tasks": names}
+    command |= {"data": os.environ.get(DATA_VARIABLE), "versions": versions}
+    name = digest([command, facts["identity"]])
+    if journal is not None and speaks():
+        said = json.dumps({"name": name, **command, **facts}, indent=1, default=str)
+        write_whole(journal.folder / COMMAND, said + "\n")
+    with (
+        _answers_folder(journal and journal.folder) as folder,
+        Overlap() as overlap,
+        session.opened(
+            session.Session(
+                journal=journal or Journal(folder, _rank()),
+                name=name,
+                model=facts["identity"],
+                versions=versions,
+                code=code_version(),
+                judge=overlap.judge,
+            )
+        ) as state,
+    ):
+        if resume:
+            logger.info("%d answers are in %s", state.journal.found, folder)
+        run_tasks(config, manager, names, model, facts)
+        if resume:
+            unused = state.journal.found - state.journal.used
+            logger.info("%d of these answers were used by this process and %d not", state.journal.used, unused)
+
+
+def run_tasks(
+    config: EvaluatorConfig, manager: TaskManager, names: Sequence[str], model: LM, facts: Mapping[str, Any]
+) -> None:
+    """Run the tasks one by one in the present session.
 
     Raises:
         SystemExit: tasks failed; the message names them, and the others are scored.
     """
-    if config.model not in OURS:
-        keep_answers(model)
     failed: dict[str, str] = {}
-    with _answers_folder(output) as folder, session.opened(session.Session(folder=folder)) as state:
-        for name in names:
-            try:
-                run_task(config, manager, name, model)
-            except Exception as error:  # of any kind: the other tasks are still to be scored
-                if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, session.TaskFailed):
-                    raise  # the other ranks do not know of it: going on alone would leave them waiting
-                expected = isinstance(error.__cause__ or error, (UserError, session.TaskFailed))
-                if speaks() or not expected:
-                    logger.error("%s failed: %s", name, error, exc_info=not expected)
-                failed[name] = f"{type(error).__name__}: {error}"
-        if failed:
-            session.wait()
-            if not speaks():
-                raise SystemExit(1)
-            account = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
-            kept = f"; {state.answers} answers are kept in {state.file()}" if state.answers else ""
-            raise SystemExit(f"coda_eval: error: {len(failed)} of {len(names)} tasks failed: {account}{kept}")
+    for name in names:
+        try:
+            run_task(config, manager, name, model, facts)
+        except Exception as error:  # of any kind: the other tasks are still to be scored
+            if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, session.TaskFailed):
+                raise  # the other ranks do not know of it: going on alone would leave them waiting
+            expected = isinstance(error.__cause__ or error, (UserError, session.TaskFailed))
+            if speaks() or not expected:
+                logger.error("%s failed: %s", name, error, exc_info=not expected)
+            failed[name] = f"{type(error).__name__}: {error}"
+    if failed:
+        session.wait()
+        if not speaks():
+            raise SystemExit(1)
+        account = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+        journal = session.current().journal
+        kept = f"; {journal.made} answers are kept in {journal.path}" if journal.made else ""
+        raise SystemExit(f"coda_eval: error: {len(failed)} of {len(names)} tasks failed: {account}{kept}")
+
+
+def facts_of(model: LM, config: EvaluatorConfig, folder: Path | None) -> dict[str, Any]:
+    """What is known of a model: its `identity`, on which answers depend, and what else a score card says of it.
+
+    Args:
+        model: the loaded model.
+        config: the command.
+        folder: of the run; without one nothing is cited, and the weights are not hashed.
+    """
+    import torch
+
+    from coda_eval.hosted import HostedLM
+
+    given = dict(config.model_args)
+    if not isinstance(model, HostedLM):
+        identity = {"class": config.model, "arguments": given, "weights": None, "tokenizer": None}
+        return {"identity": identity, "info": {}, "chat_template": "", "world_size": model.world_size}
+    covered = {setting.name for setting in offered("evaluation")} | _COVERED
+    identity = {
+        "class": type(model).__name__,
+        "weights": hash_weights(given, folder) if folder is not None else None,
+        "tokenizer": hash_tokenizer(model.tokenizer),
+        "dtype": str(model.model.dtype),
+        "device": model.device.type,
+        "arguments": {name: value for name, value in given.items() if name not in covered},
+    }
+    is_gpu = model.device.type == "cuda"
+    return {
+        "identity": identity,
+        "info": model.get_model_info(),
+        "chat_template": model.chat_template(config.apply_chat_template) if config.apply_chat_template else "",
+        "device": torch.cuda.get_device_name(model.device) if is_gpu else model.device.type,
+        "world_size": model.world_size,
+    }
 
 
 def refuse_caches(config: EvaluatorConfig) -> None:
@@ -161,22 +264,24 @@ def results_in(output: Path) -> list[Path]:
     return sorted(output.rglob("results_*.json"))
 
 
-def claim_folder(output_path: str | None) -> Path | None:
-    """The `--output_path`: its folder is made, and holds no results yet.
+def claim_folder(output_path: str | None, resume: bool = False) -> Path | None:
+    """The `--output_path`: its folder is made, and holds no results yet, unless a run there is gone on with.
 
     Raises:
         UserError: it holds results or answers of an earlier run, or nothing can be written there.
     """
     if not output_path:
+        if resume:
+            raise UserError("--resume needs --output_path: the folder of the run to go on with")
         return None
     output = Path(output_path)
     folder = _folder_of(output)
     if not speaks():
         return output  # the first process looks for all: its answers may already be there
-    if found := [*results_in(output), *sorted(folder.glob("answers_rank*.jsonl"))]:
+    if not resume and (found := [*results_in(output), *sorted(folder.glob(FILES))]):
         raise UserError(
             f"--output_path {output_path!r} holds results of an earlier run ({found[0]}), which could not be told from "
-            "the new ones: give another folder, or remove them"
+            "the new ones: give another folder, remove them, or go on with that run by --resume"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,11 +292,11 @@ def claim_folder(output_path: str | None) -> Path | None:
     return output
 
 
-def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
+def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str], dict[str, Any]]:
     """Load every task with its problems, which also tries the sandbox that answers will run in.
 
     Returns:
-        lm-eval's index of tasks, and the tasks and groups to run by name or file.
+        lm-eval's index of tasks, the tasks and groups to run by name or file, and the versions of the tasks.
 
     Raises:
         UserError: a task is unknown, or cannot be run; every such task is named with its reason.
@@ -206,10 +311,11 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
     fills_gaps = config.model in OURS
     if not fills_gaps:
         get_model(config.model)  # refuses an unknown name
-    reasons = {}
+    reasons, versions = {}, {}
     for name in names:
         try:
             loaded = manager.load([name])["tasks"].values()
+            versions |= {task.task_name: task.VERSION for task in loaded}
         except (ValueError, OSError, ImportError) as error:  # its files, its data set on the Hub, or what it needs
             reasons[name] = str(error)
             continue
@@ -218,29 +324,35 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
     if reasons:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UserError(f"{len(reasons)} of {len(names)} tasks cannot be run: {told}")
-    return manager, list(names)
+    return manager, list(names), versions
 
 
 def keep_answers(model: LM) -> None:
-    """Have the answers of a model of lm-eval's written when it has made them."""
-    from coda_eval.hosted import answer_record  # and torch
+    """Have the answers of a model of lm-eval's written when it has made them; ours write their own, batch by batch."""
+    from coda_eval.hosted import HostedLM, known, known_likelihood  # and torch, which the model has brought
 
-    generate = model.generate_until
+    if isinstance(model, HostedLM):
+        return
 
-    def keeping(requests: list[Instance], *args: Any, **kwargs: Any) -> list[str]:
-        answers = generate(requests, *args, **kwargs)
-        repeats: Counter[int] = Counter()
-        records = []
-        for request, answer in zip(requests, answers, strict=True):
-            records.append(answer_record(request, repeats[id(request)], answer))
-            repeats[id(request)] += 1
-        session.save_answers(records)
-        return answers
+    def keeping(compute: Callable[..., list[Any]], told: Callable[[Any], dict[str, Any]]) -> Callable[..., list[Any]]:
+        def computed(requests: list[Instance], *args: Any, **kwargs: Any) -> list[Any]:
+            answers = compute(requests, *args, **kwargs)
+            repeats: Counter[int] = Counter()
+            kept = []
+            for request, answer in zip(requests, answers, strict=True):
+                kept.append((session.Asked(request=request, repeat=repeats[id(request)]), told(answer)))
+                repeats[id(request)] += 1
+            session.keep(kept)
+            return answers
 
-    model.generate_until = keeping
+        return computed
+
+    model.generate_until = keeping(model.generate_until, known)
+    model.loglikelihood = keeping(model.loglikelihood, known_likelihood)
+    model.loglikelihood_rolling = keeping(model.loglikelihood_rolling, known_likelihood)
 
 
-def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM) -> None:
+def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM, facts: Mapping[str, Any]) -> None:
     """Run a task or group and write its results, as lm-eval's own command does.
 
     Raises:
@@ -290,6 +402,7 @@ def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM
     folder = _folder_of(Path(config.output_path)) if config.output_path else None
     if folder:
         write_records(folder, [r for task, of_task in samples.items() for r in records_of(task, of_task)])
+        results["coda_eval"] = card_facts(results, samples, facts)
     _write(config, tracker, results, samples)  # lm-eval changes the samples
     if folder:
         write_scores(results_in(Path(config.output_path)), folder / SCORES)
@@ -335,9 +448,14 @@ def _folder_of(output: Path) -> Path:
     return output.parent if output.suffix == ".json" else output
 
 
+def _rank() -> int:
+    """Which of the processes this is."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def speaks() -> bool:
     """Whether this process writes the results."""
-    return os.environ.get("RANK", "0") == "0"
+    return _rank() == 0
 
 
 def _files(task: str) -> list[str]:
@@ -353,10 +471,10 @@ def _has_gaps(task: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _answers_folder(output: Path | None) -> Iterator[Path]:
-    """The folder for answers: that of the output, or a temporary one that stays where a task failed."""
-    if output is not None:
-        yield _folder_of(output)
+def _answers_folder(folder: Path | None) -> Iterator[Path]:
+    """The folder for answers: the run's, or a temporary one that stays where a task failed."""
+    if folder is not None:
+        yield folder
         return
     folder = Path(tempfile.mkdtemp(prefix="coda-eval-answers-"))
     try:
@@ -366,6 +484,63 @@ def _answers_folder(output: Path | None) -> Iterator[Path]:
             folder.rmdir()
         raise
     shutil.rmtree(folder)
+
+
+def card_facts(
+    results: Mapping[str, Any], samples: Mapping[str, list[dict[str, Any]]], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a results file says besides lm-eval's own facts, for the score cards."""
+    state = session.current()
+    levels = {m["isolation,run"] for m in results["results"].values() if "isolation,run" in m}
+    of_tasks = {}
+    for task, of_task in samples.items():
+        errors = [e for r in records_of(task, of_task) for _, e in r.likelihoods or ()]
+        of_tasks[task] = {
+            "settings": state.settings.get(task),
+            "data": digest([_whole(s["doc"]) for s in sorted(of_task, key=lambda s: s["doc_id"])]),
+            "bootstrap95": _bootstraps(results["results"][task], of_task),
+            "likelihood_stderr": _error_of(errors) if errors else None,
+        }
+    return {
+        **{name: facts["identity"].get(name) for name in ("weights", "tokenizer", "dtype")},
+        **{name: facts.get(name) for name in ("device", "world_size")},
+        "code": sorted({line["code"] for line in state.journal.answers.values() if line["run"] == state.name})
+        or [state.code],
+        "selfcheck": _selfcheck(levels),
+        "tasks": of_tasks,
+    }
+
+
+def _whole(document: Any) -> Any:
+    """A document with its tests, where they are kept apart."""
+    is_ours = isinstance(document, dict) and document.get("benchmark") in PROGRAMS
+    return [{k: v for k, v in document.items() if k != "data_dir"}, problem(document)] if is_ours else document
+
+
+def _bootstraps(metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Bootstrap intervals of those scores of a task that are means over its documents."""
+    found = {}
+    for key, score in metrics.items():
+        name, _, stage = key.partition(",")
+        values = [s[name] for s in samples if s["filter"] == stage and isinstance(s.get(name), numbers.Real)]
+        if isinstance(score, numbers.Real) and values and math.isclose(sum(values) / len(values), score):
+            found[key] = [round(bound, 6) for bound in bootstrap_interval(values)]
+    return found
+
+
+def _error_of(errors: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and largest of the known standard errors of likelihoods, in nats, and how many are not known."""
+    known_ones = [error for error in errors if error is not None]
+    mean, largest = (sum(known_ones) / len(known_ones), max(known_ones)) if known_ones else (None, None)
+    return {"mean": mean, "largest": largest, "unknown": len(errors) - len(known_ones)}
+
+
+def _selfcheck(levels: Iterable[str]) -> Any:
+    """What the self-check said last of the isolation levels that ran; None where it has not run."""
+    if importlib.util.find_spec("coda_eval.selfcheck") is None:
+        return None
+    last_result = importlib.import_module("coda_eval.selfcheck").last_result
+    return {level: last_result(level.split()[0]) for level in sorted(levels)} or None
 
 
 def records_of(task: str, samples: Iterable[dict[str, Any]]) -> list[Record]:
@@ -383,7 +558,11 @@ def _records_of_document(task: str, sample: dict[str, Any]) -> Iterable[Record]:
     score = next((sample[name] for name in sample["metrics"] if isinstance(sample[name], numbers.Real)), None)
     score = None if score is None else float(score)
     if not isinstance(sample["resps"][0][0], str):  # likelihoods: a request for each choice
-        yield Record(**nothing | where | {"prompt": prompt, "repeat": 0, "score": score})
+        values = [sample["resps"][choice][0] for choice in range(len(sample["resps"]))]
+        known_ones = [known_likelihood(value) for value in values]
+        likelihoods = [[value["nats"], value["stderr"]] for value in known_ones]
+        facts = {"prompt": prompt, "repeat": 0, "score": score, "likelihoods": likelihoods}
+        yield Record(**nothing | where | facts)
         return
     answers = [answer for answer in sample["resps"][0] if not getattr(answer, "surplus", False)]
     entries = sample["filtered_resps"][0]
