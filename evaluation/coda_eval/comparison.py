@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from coda_eval.records import Record, read_records
+from coda_eval.report import tokens_per_forward
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import bootstrap_interval
 
@@ -26,12 +27,12 @@ Key = tuple[str, str, int]
 """What an answer is known by: task, document (its id as JSON, since 1 and "1" may be two) and repeat."""
 
 RESULTS = frozenset(
-    "task metric filter score n stderr wilson95 bootstrap95 timeouts outcomes cost seconds file forwards new_tokens "
-    "tokens_per_forward generation_s answers".split()
+    "task metric filter score n stderr wilson95 bootstrap95 likelihood_stderr timeouts outcomes cost forwards "
+    "tokens_per_forward judging_s seconds file".split()
 )
 """Facts of a score card that are what came out."""
 
-OF_THE_MODEL = ("settings.model", "settings.model_args.pretrained", "model", "weights", "hashes.weights")
+OF_THE_MODEL = ("settings.model", "settings.model_args.pretrained", "hashes.weights")
 """Facts of a score card that differ because two models are compared."""
 
 
@@ -225,12 +226,14 @@ def _cost(records: Sequence[Record]) -> Cost:
     def total(values: list[Any]) -> Any:
         return None if None in values else sum(values)
 
-    tokens, forwards = total([record.new_tokens for record in records]), total([record.forwards for record in records])
+    cost: Counter[str] = Counter()
+    for record in records:
+        cost.update(record.cost or {})
     seconds = total([(record.cost or {}).get("generation_s") for record in records])
     return Cost(
-        new_tokens=tokens,
-        forwards=forwards,
-        tokens_per_forward=round(tokens / forwards, 4) if tokens is not None and forwards else None,
+        new_tokens=total([record.new_tokens for record in records]),
+        forwards=total([record.forwards for record in records]),
+        tokens_per_forward=tokens_per_forward(cost),
         seconds=None if seconds is None else round(seconds, 3),
     )
 
@@ -246,17 +249,21 @@ def _other_prompts(keys: Mapping[str, Mapping[str, list]], runs: Sequence[Mappin
 def _other_facts(cards: Sequence[Mapping[tuple[str, ...], dict[str, Any]]], tasks: set[str]) -> list[Difference]:
     """What differs in the cards of these tasks, beside scores and model; equal differences together."""
     found: dict[str, Difference] = {}
-    for place in cards[0]:
-        if place not in cards[1] or place[0] not in tasks:
+    for key in cards[0]:
+        if key not in cards[1] or key[0] not in tasks:
             continue
-        sides = [dict(_flat(side[place])) for side in cards]
-        for fact in sorted(sides[0].keys() | sides[1].keys()):
+        sides = [dict(_flat(side[key])) for side in cards]
+        facts = sides[0].keys() | sides[1].keys()
+        held = {fact.rpartition(".")[2] for fact in facts if not fact.startswith("settings.")}
+        for fact in sorted(facts):
             values = tuple(side.get(fact) for side in sides)
-            if values[0] == values[1] or fact.split(".")[0] in RESULTS or fact in OF_THE_MODEL:
+            place, _, name = fact.rpartition(".")
+            is_said = place.startswith("settings") and name in held  # by what held, beside what was typed
+            if values[0] == values[1] or fact.split(".")[0] in RESULTS or fact in OF_THE_MODEL or is_said:
                 continue
             known = found.setdefault(json.dumps([fact, values]), Difference(fact=fact, values=values, tasks=[]))
-            if place[0] not in known.tasks:
-                known.tasks.append(place[0])
+            if key[0] not in known.tasks:
+                known.tasks.append(key[0])
     return sorted(found.values(), key=lambda difference: difference.fact)
 
 

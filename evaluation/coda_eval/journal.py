@@ -22,11 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.run_files import write_whole
-from CoDALanguageModel.weight_files import weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +161,8 @@ def hash_weights(arguments: Mapping[str, Any], folder: Path | None = None) -> st
         arguments: those of lm-eval's Hugging Face models: `pretrained`, `revision`, `peft` and so on.
         folder: of a run, which keeps the hashes of files.
     """
+    from CoDALanguageModel.weight_files import weight_files  # and torch, which the model has brought
+
     revision = arguments.get("revision") or "main"
     files: list[Path] = []
     for name in ("pretrained", "peft", "delta"):
@@ -182,6 +181,8 @@ def _model_folder(name: str, revision: str, subfolder: str) -> Path:
     """A folder, or where the files of a Hub name lie after it was loaded."""
     if os.path.isdir(name):
         return Path(name, subfolder)
+    from transformers.utils import cached_file
+
     for file in ("config.json", "adapter_config.json"):
         path = cached_file(
             name,

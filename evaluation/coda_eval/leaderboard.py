@@ -6,6 +6,7 @@ tests and settings are not ours.
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from typing import Any
 import jinja2
 
 from coda_eval.comparison import markdown_table, read_cards, shown, shown_interval
+from coda_eval.report import tokens_per_forward
 from CoDALanguageModel.errors import UserError
 
 Column = tuple[str, str]
@@ -90,15 +92,16 @@ def _row(folder: Path) -> Row:
     given = settings.get("model_args")
     given = dict(given) if isinstance(given, dict) else {"model_args": given} if given else {}
     name = str(given.pop("pretrained", settings.get("model")))
-    spent = {card["task"]: card["cost"] for card in cards if card.get("cost")}.values()
-    tokens, forwards = (sum(cost.get(name) or 0 for cost in spent) for name in ("new_tokens", "forwards"))
+    spent: Counter[str] = Counter()
+    for cost in {card["task"]: card["cost"] or {} for card in cards}.values():  # of a task, not of each of its metrics
+        spent.update(cost)
     return Row(
         model=Path(name).name if Path(name).is_absolute() or name.startswith(".") else name,
         folder=str(folder),
         settings=", ".join(f"{key}={value}" for key, value in given.items()),
         isolation=", ".join(dict.fromkeys(str(card["isolation"]) for card in cards if card.get("isolation"))),
         cells={(card["task"], card["metric"]): _cell(card) for card in cards},
-        tokens_per_forward=tokens / forwards if forwards else None,
+        tokens_per_forward=tokens_per_forward(spent),
     )
 
 

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     output = claim_folder(config.output_path, resume)
     tasks = check_tasks(config)
     # Before the model is loaded: whether the journal can be read, and gone on with.
-    journal = Journal(_folder_of(output), _rank(), resume=resume) if output is not None else None
+    journal = Journal(_folder_of(output), rank(), resume=resume) if output is not None else None
     evaluate(config, tasks, load_model(config), journal, resume)
 
 
@@ -160,7 +160,7 @@ def evaluate(
         Overlap() as overlap,
         session.opened(
             session.Session(
-                journal=journal or Journal(folder, _rank()),
+                journal=journal or Journal(folder, rank()),
                 name=name,
                 model=facts["identity"],
                 versions=versions,
@@ -448,14 +448,14 @@ def _folder_of(output: Path) -> Path:
     return output.parent if output.suffix == ".json" else output
 
 
-def _rank() -> int:
+def rank() -> int:
     """Which of the processes this is."""
     return int(os.environ.get("RANK", "0"))
 
 
 def speaks() -> bool:
     """Whether this process writes the results."""
-    return _rank() == 0
+    return rank() == 0
 
 
 def _files(task: str) -> list[str]:
@@ -558,6 +558,8 @@ def _records_of_document(task: str, sample: dict[str, Any]) -> Iterable[Record]:
     score = next((sample[name] for name in sample["metrics"] if isinstance(sample[name], numbers.Real)), None)
     score = None if score is None else float(score)
     if not isinstance(sample["resps"][0][0], str):  # likelihoods: a request for each choice
+        from coda_eval.hosted import known_likelihood
+
         values = [sample["resps"][choice][0] for choice in range(len(sample["resps"]))]
         known_ones = [known_likelihood(value) for value in values]
         likelihoods = [[value["nats"], value["stderr"]] for value in known_ones]

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coda_eval.comparison import markdown_table, read_cards, shown, shown_interval
+from coda_eval.journal import Journal
 from coda_eval.records import Record, read_records
+from coda_eval.report import tokens_per_forward
 from CoDALanguageModel.decoding_settings import SETTINGS, DecodingSettings, parse_settings
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import bootstrap_interval
@@ -151,26 +153,22 @@ def run_points(points: Sequence[Point], config: "EvaluatorConfig") -> dict[str, 
     left = [point for point in points if not _is_finished(config, point, asked)]
     if not left:
         return {}
-    manager, names = run.check_tasks(config)
+    tasks = run.check_tasks(config)
     model = run.load_model(config)
     base, failed = dict(model.fixed_settings), {}
     for point in left:
         logger.info("%s: %s", point.name, point.settings)
         model.fixed_settings = {**base, **point.settings}
-        one = dataclasses.replace(
-            config,
-            model_args={**config.model_args, **point.settings},
-            output_path=str(Path(config.output_path) / point.name),
-        )
+        folder = Path(config.output_path) / point.name
+        one = dataclasses.replace(config, model_args={**config.model_args, **point.settings}, output_path=str(folder))
         try:
-            run.run_tasks(one, run.claim_folder(one.output_path), manager, names, model)
+            run.claim_folder(one.output_path, resume=True)
+            run.evaluate(one, tasks, model, Journal(folder, run.rank(), resume=True), resume=True)
         except (UserError, SystemExit) as error:
             failed[point.name] = str(error).removeprefix("coda_eval: error: ")
             logger.error("%s failed: %s", point.name, failed[point.name])
         else:
-            write_whole(
-                Path(one.output_path) / DONE, json.dumps({**asked, "settings": point.settings}, indent=2) + "\n"
-            )
+            write_whole(folder / DONE, json.dumps({**asked, "settings": point.settings}, indent=2) + "\n")
     return failed
 
 
@@ -210,8 +208,10 @@ def _measured(card: dict[str, Any], records: Sequence[Record]) -> Measured:
         if record.cost and record.cost.get("generation_s") is not None:
             seconds[record.doc_id].append(record.cost["generation_s"])
     means = [fsum(of_document) / len(of_document) for of_document in seconds.values()]
-    costs = [record for record in records if record.forwards]
-    forwards = sum(record.forwards for record in costs)
+    spent: Counter[str] = Counter()
+    for record in records:
+        spent.update(record.cost or {})
+    forwards = sum(record.forwards or 0 for record in records)
     interval = card.get("wilson95") or card.get("bootstrap95")
     return Measured(
         metric=card["metric"],
@@ -220,7 +220,7 @@ def _measured(card: dict[str, Any], records: Sequence[Record]) -> Measured:
         documents=len({record.doc_id for record in records}),
         seconds_per_answer=fsum(means) / len(means) if means else None,
         seconds_interval95=bootstrap_interval(means) if means else None,
-        tokens_per_forward=sum(record.new_tokens for record in costs) / forwards if forwards else None,
+        tokens_per_forward=tokens_per_forward(spent),
         forwards_per_answer=forwards / len(records) if forwards else None,
     )
 
@@ -362,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from coda_eval.__main__ import lm_eval_arguments
 
     args = lm_eval_arguments(["run", *rest])
+    del args.resume  # a sweep always does
     from coda_eval import run  # and lm-eval
 
     config = run.read_config(args)

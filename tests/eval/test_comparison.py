@@ -21,8 +21,11 @@ CARD = {
     "isolation": "bubblewrap",
     "task_hash": "one",
     "settings": {"model": "coda", "model_args": {"pretrained": "a", "steps": 32}},
+    "resolved": {"steps": 32, "alg": "entropy"},
+    "hashes": {"weights": "x", "data": "d"},
     "cost": {"forwards": 3},
 }
+COST = {"generation_s": 0.5, "tokens_committed": 9, "rows_evaluated": 4}
 
 
 def write_run(folder, scores, cards=(CARD,), task="t", **facts):
@@ -34,7 +37,7 @@ def write_run(folder, scores, cards=(CARD,), task="t", **facts):
             for repeat, score in enumerate(repeats):
                 status = {0: "failed", 1: "passed"}.get(score)
                 row = {"task": task, "task_id": f"q/{n}", "doc_id": n, "repeat": repeat, "score": score}
-                row |= {"status": status, "prompt": "p", "new_tokens": 8, "forwards": 4, "cost": {"generation_s": 0.5}}
+                row |= {"status": status, "prompt": "p", "new_tokens": 8, "forwards": 4, "cost": COST}
                 file.write(json.dumps(nothing | row | facts) + "\n")
     (folder / "scores.json").write_text(json.dumps(list(cards)))
     return folder
@@ -66,7 +69,7 @@ def test_a_known_pair_of_runs(tmp_path):
     assert dataclasses.asdict(task.costs[0]) == {
         "new_tokens": 64,
         "forwards": 32,
-        "tokens_per_forward": 2.0,
+        "tokens_per_forward": 2.25,
         "seconds": 4.0,
     }
     (turned,) = compare(b, a).tasks
@@ -116,15 +119,21 @@ def test_runs_of_other_documents_are_refused_or_compared_in_common(tmp_path):
 
 def test_what_differs_beside_the_model_is_named(tmp_path):
     other = CARD | {"score": 0.7, "isolation": "rlimits (not isolated)", "cost": {"forwards": 9}}
-    other["settings"] = {"model": "coda_hf", "model_args": {"pretrained": "b", "steps": 64, "alg": "p2"}}
+    other |= {"resolved": {"steps": 64, "alg": "p2"}, "hashes": {"weights": "y", "data": "e"}}
+    other["settings"] = {
+        "model": "coda_hf",
+        "model_args": {"pretrained": "b", "steps": 64, "alg": "p2", "dtype": "float32"},
+    }
     a = write_run(tmp_path / "a", singles("10"))
     b = write_run(tmp_path / "b", singles("10"), cards=[other], prompt="another")
     found = {difference.fact: difference.values for difference in compare(a, b).differences}
     assert found == {
         "prompts (2 of 2)": ("", ""),
         "isolation": ("bubblewrap", "rlimits (not isolated)"),
-        "settings.model_args.alg": (None, "p2"),
-        "settings.model_args.steps": (32, 64),
+        "hashes.data": ("d", "e"),
+        "resolved.alg": ("entropy", "p2"),
+        "resolved.steps": (32, 64),
+        "settings.model_args.dtype": (None, "float32"),
     }
     assert compare(a, write_run(tmp_path / "c", singles("11"))).differences == []
 
