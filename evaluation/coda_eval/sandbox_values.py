@@ -8,7 +8,6 @@ shared references. Runs inside the sandbox: standard library only.
 
 import builtins
 import itertools
-import re
 import struct
 import sys
 from array import array
@@ -21,7 +20,7 @@ MAX_BYTES = 1 << 31
 
 _HEAD = struct.Struct("<cQ")
 _NATURAL = struct.Struct("<Q")
-_DTYPE = re.compile(r"[<>|=](?:[biufc](?:1|2|4|8|16|32)|[SU]\d{1,6}|[mM]8(?:\[\d*[A-Za-z]{1,2}\])?)")
+_DTYPE = r"[<>|=](?:[biufc](?:1|2|4|8|16|32)|[SU]\d{1,6}|[mM]8(?:\[\d*[A-Za-z]{1,2}\])?)"
 _SHORT = 4  # lists below this length are not worth a look for a packed form
 
 CLASSES = ("int", "float", "complex", "bool", "str", "bytes", "bytearray", "list", "tuple", "dict", "set", "frozenset")
@@ -194,7 +193,7 @@ class Codec:
             put(_HEAD.pack(b"o", 0))
             self._put((block.shape, list(block.flat)), put, depth + 1)
             return True
-        if not _DTYPE.fullmatch(block.dtype.str):
+        if not _is_plain(block.dtype.str):
             return False
         put(_HEAD.pack(b"g" if scalar else b"n", 0))
         self._put((block.dtype.str, block.shape, block.tobytes()), put, depth + 1)
@@ -315,6 +314,13 @@ def _get_class(name):
     return found
 
 
+def _is_plain(dtype):
+    """Whether numpy reads this description of a type as data alone."""
+    import re  # numpy has it; without numpy a program starts sooner without it
+
+    return re.fullmatch(_DTYPE, dtype) is not None
+
+
 def _get_numpy(tag, parts):
     import numpy
 
@@ -324,7 +330,7 @@ def _get_numpy(tag, parts):
         block[:] = items
         return block.reshape(_of(tuple, shape))
     dtype, shape, data = parts
-    if not _DTYPE.fullmatch(_of(str, dtype)):
+    if not _is_plain(_of(str, dtype)):
         raise ValueError("dtype")
     block = numpy.frombuffer(_of(bytes, data), dtype=dtype).reshape(_of(tuple, shape)).copy()
     return block[()] if tag == b"g" else block

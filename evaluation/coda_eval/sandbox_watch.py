@@ -169,6 +169,8 @@ def kill(process: subprocess.Popen) -> None:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        if left:  # to end takes them a processor, which looking again would take from them
+            time.sleep(0.0005)
     process.kill()
     process.wait()
 
@@ -180,11 +182,11 @@ def _tree(pid: int) -> dict[int, list[str]]:
         parent = to_see.pop()
         try:
             states = []
-            for thread in os.listdir(f"/proc/{parent}/task"):
-                place = Path(f"/proc/{parent}/task/{thread}")
-                to_see += map(int, (place / "children").read_text(encoding="ascii").split())
-                fields = (place / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
-                states.append(fields.split()[0])
+            for thread in os.listdir(f"/proc/{parent}/task"):  # open, not Path: this runs a dozen times per program
+                with open(f"/proc/{parent}/task/{thread}/children", "rb") as file:
+                    to_see += map(int, file.read().split())
+                with open(f"/proc/{parent}/task/{thread}/stat", "rb") as file:
+                    states.append(file.read().rpartition(b")")[2].split()[0].decode("ascii"))
             found[parent] = states
         except OSError:
             continue  # gone meanwhile
