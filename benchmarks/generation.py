@@ -31,7 +31,6 @@ from CoDALanguageModel.row import Request
 from CoDALanguageModel.schedule import commit_counts
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- generation:begin -->", "<!-- generation:end -->"
 console = Console()
 
 
@@ -525,6 +524,16 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def write_results(name: str, text: str) -> None:
+    """Put a benchmark's part into `RESULTS.md`, in the place of what it put there before."""
+    results, begin, end = HERE / "RESULTS.md", f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    known = results.read_text() if results.is_file() else "# Benchmark results\n"
+    if begin not in known:
+        known += f"\n{begin}\n{end}\n"
+    block = f"{begin}\n{text}\n{end}"
+    results.write_text(re.sub(f"{re.escape(begin)}.*{re.escape(end)}", lambda _: block, known, flags=re.DOTALL))
+
+
 def main() -> None:
     """Run the cases and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -551,17 +560,12 @@ def main() -> None:
         stored.write_text(json.dumps(numbers, indent=2) + "\n")
     numbers = {name: numbers[name] for name in CASES if name in numbers}
     draw(numbers, HERE / "generation.png")
-    lines = [BEGIN, "## Decoding", "", "`python benchmarks/generation.py`; on a GPU: not measured.", ""]
+    lines = ["## Decoding", "", "`python benchmarks/generation.py`; on a GPU: not measured.", ""]
     lines += ["![speed-ups and time against length](generation.png)", ""]
     with console.capture():
         for name, case in numbers.items():
             lines += section(name, case)
-    results = HERE / "RESULTS.md"
-    text = results.read_text() if results.is_file() else f"# Benchmark results\n\n{BEGIN}\n{END}\n"
-    if BEGIN not in text:
-        text += f"\n{BEGIN}\n{END}\n"
-    block = "\n".join([*lines, END])
-    results.write_text(re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: block, text, flags=re.DOTALL))
+    write_results("generation", "\n".join(lines))
 
 
 if __name__ == "__main__":
