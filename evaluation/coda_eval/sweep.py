@@ -264,7 +264,7 @@ def draw(points: Sequence[Point], results: Mapping[str, Mapping[str, Measured]],
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     tasks = list(dict.fromkeys(task for found in results.values() for task in found))
     regimes = list(dict.fromkeys(point.regime for point in points))
@@ -305,11 +305,14 @@ def draw(points: Sequence[Point], results: Mapping[str, Mapping[str, Measured]],
         seconds.set(ylabel="seconds per answer", yscale="log")
         tokens.set(ylabel="tokens per forward pass", xlabel="steps", xscale="log")
         tokens.set_xticks(sorted({point.steps for point in points}))
-        tokens.xaxis.set_major_formatter(ScalarFormatter())
-        tokens.xaxis.set_minor_locator(NullLocator())
+        seconds.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (tokens.xaxis, seconds.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_locator(NullLocator())
         tokens.set_ylim(bottom=0)
         for axis in (score, seconds, tokens):
             axis.grid(alpha=0.3)
+    figure.align_ylabels()
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
     for path in paths:
