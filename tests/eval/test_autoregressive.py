@@ -113,7 +113,7 @@ def test_prompts_that_need_no_healing_are_lm_evals_own(newline_model):
     assert own.generate_until(asked, True) == plain
     chat = own.apply_chat_template([{"role": "user", "content": "a"}])
     assert chat.endswith("assistant\n")
-    assert own._prompt(0, request(chat), 0) is None
+    assert own._prompt(0, request(chat), 0).ids is None
     assert own._prompt(0, request(chat + "```python\n"), 0).tail == "\n"
 
 
