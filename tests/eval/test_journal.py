@@ -1,6 +1,7 @@
 """A run that is killed and gone on with gives what it would have given; nothing meets an answer to another question."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -11,10 +12,12 @@ import time
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
 from coda_eval import harness, programs, sandbox
 from coda_eval.__main__ import main
+from coda_eval.hosted import Nats
 from coda_eval.journal import Journal, code_version, hash_tokenizer, hash_weights
 from coda_eval.records import read_records
 from CoDALanguageModel import CoDALanguageModel
@@ -306,6 +309,50 @@ def test_a_process_that_is_killed_loses_no_answer_that_was_made(model_dir, data_
     assert judged(output) == judged(tmp_path / "whole")
     assert len(answer_lines(output)) == 6
     assert made >= 1
+
+
+CHOICES = """task: own_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_likelihoods_are_kept_and_judged_with_their_errors(evaluation, tmp_path, monkeypatch):
+    rows = [{"question": "x = " * n, "choices": ["1", "print(x, y, x)"], "answer": n % 2} for n in (1, 2, 3)]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    task = tmp_path / "own.yaml"
+    task.write_text(CHOICES.format(rows=tmp_path / "rows.json"))
+    # lm-eval's own thousands of files take seconds to index
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+    outputs = {count: tmp_path / str(count) for count in (1, 16)}
+    for count, output in outputs.items():
+        assert evaluation(output, tasks=str(task), mc_num=count) == ""
+    records = read_records(outputs[16])
+    assert [len(record.likelihoods) for record in records] == [2, 2, 2]
+    errors = [error for record in records for _, error in record.likelihoods]
+    assert errors[1] > errors[0] == 0.0  # of two tokens all sets are scored
+    (card,) = cards(outputs[16])
+    assert card["likelihood_stderr"] == {"mean": pytest.approx(sum(errors) / 6), "largest": max(errors), "unknown": 0}
+    (unknown,) = cards(outputs[1])
+    assert unknown["likelihood_stderr"] == {"mean": None, "largest": None, "unknown": 6}
+    assert read_records(outputs[1])[0].likelihoods[1][1] is None
+    monkeypatch.setattr(harness, "bound_log_likelihoods", lambda *args, **kwargs: pytest.fail("computed again"))
+    assert evaluation(outputs[16], "--resume", tasks=str(task), mc_num=16) == ""
+    assert read_records(outputs[16]) == records
+    assert evaluation.judge(outputs[16]) == ""
+    assert read_records(outputs[16]) == records
+
+
+def test_an_error_of_a_sum_is_that_of_its_parts_and_unknown_with_one_of_them():
+    total = sum([Nats.of(-1.0, 0.3), Nats.of(-2.0, 0.4)])
+    assert (total, total.stderr) == (-3.0, pytest.approx(0.5))
+    assert sum([Nats.of(-1.0, None), Nats.of(-2.0, 0.4)]).stderr is None
 
 
 def test_hashes_see_content_and_not_places(model_dir, tmp_path):
