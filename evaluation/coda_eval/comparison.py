@@ -381,6 +381,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output is not None and args.output.suffix not in (".json", ".md"):
         parser.error(f"--output must end in .json or .md, got {str(args.output)!r}")
+    if args.seed < 0:
+        parser.error(f"--seed must be an integer >= 0, got {args.seed}")
     comparison = compare(args.first, args.second, common=args.common, seed=args.seed, resamples=args.resamples)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)

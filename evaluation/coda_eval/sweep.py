@@ -21,7 +21,7 @@ from coda_eval.comparison import markdown_table, read_cards, shown, shown_interv
 from coda_eval.journal import Journal
 from coda_eval.records import Record, read_records
 from coda_eval.report import tokens_per_forward
-from CoDALanguageModel.decoding_settings import SETTINGS, DecodingSettings, parse_settings
+from CoDALanguageModel.decoding_settings import SETTINGS, parse_settings
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import bootstrap_interval
 from CoDALanguageModel.run_files import write_whole
@@ -107,7 +107,7 @@ def read_points(steps: str, regimes: str) -> list[Point]:
         raise UserError(f"--steps must be integers >= 1 with commas between them, got {steps!r}") from error
     found = [
         Point(regime=regime, steps=count, settings={**read_regime(regime), "steps": count})
-        for regime in regimes.split(",")
+        for regime in map(str.strip, regimes.split(","))
         for count in counts
     ]
     names = [point.name for point in found]
@@ -117,22 +117,26 @@ def read_points(steps: str, regimes: str) -> list[Point]:
 
 
 def check_points(points: Sequence[Point], given: Mapping[str, Any]) -> None:
-    """Refuse settings of points that cannot hold with each other and with those of `--model_args`.
+    """Refuse what is wrong with the points before a model is loaded.
+
+    Args:
+        points: of the sweep.
+        given: `--gen_kwargs` and `--model_args`.
 
     Raises:
-        UserError: a setting of `--model_args` belongs to the points, or a point cannot be.
+        UserError: a setting that is given belongs to the points, or a value of a point cannot hold.
     """
-    base = {name: SETTINGS[name].read(value) for name, value in given.items() if name in SETTINGS}
-    for name, value in base.items():
-        if name == "steps" or SETTINGS[name].is_approximate(value):
-            raise UserError(
-                f"{name} is set in --model_args: in a sweep --{'steps' if name == 'steps' else 'regime'} does"
-            )
+    for name, value in given.items():
+        if name == "steps" or name in SETTINGS and _changes_regime(name, SETTINGS[name].read(value)):
+            door = "steps" if name == "steps" else "regime"
+            raise UserError(f"{name} is set in --model_args or --gen_kwargs: in a sweep --{door} does")
     for point in points:
-        try:
-            DecodingSettings(**base | point.settings)
-        except UserError as error:
-            raise UserError(f"{point.name}: {error}") from error
+        for name, value in point.settings.items():
+            SETTINGS[name].checked(value)
+
+
+def _changes_regime(name: str, value: Any) -> bool:
+    return SETTINGS[name].is_approximate(value) or (name, value) in (("remask", "conf"), ("alg", "p2"))
 
 
 def run_points(points: Sequence[Point], config: "EvaluatorConfig") -> dict[str, str]:
@@ -148,26 +152,36 @@ def run_points(points: Sequence[Point], config: "EvaluatorConfig") -> dict[str, 
 
     if config.model not in ("coda", "diffllm"):
         raise UserError(f"a sweep is over decoding settings of --model coda, got --model {config.model}")
-    check_points(points, config.model_args)
+    check_points(points, {**config.gen_kwargs, **config.model_args})
     asked = _asked(config)
     left = [point for point in points if not _is_finished(config, point, asked)]
     if not left:
         return {}
     tasks = run.check_tasks(config)
     model = run.load_model(config)
+    own = model.model.generation_config
+    # What the model's folder asks for must not make every regime one.
+    exact = {name: SETTINGS[name].default for name in SETTINGS if _changes_regime(name, getattr(own, name))}
     base, failed = dict(model.fixed_settings), {}
     for point in left:
+        try:
+            own.merged({**base, **exact, **point.settings})
+        except UserError as error:
+            raise UserError(f"{point.name}: {error}") from error
+    for point in left:
         logger.info("%s: %s", point.name, point.settings)
-        model.fixed_settings = {**base, **point.settings}
+        settings = exact | point.settings
+        model.fixed_settings = base | settings
         folder = Path(config.output_path) / point.name
-        one = dataclasses.replace(config, model_args={**config.model_args, **point.settings}, output_path=str(folder))
+        one = dataclasses.replace(config, model_args=config.model_args | settings, output_path=str(folder))
         try:
             run.claim_folder(one.output_path, resume=True)
             run.evaluate(one, tasks, model, Journal(folder, run.rank(), resume=True), resume=True)
         except (UserError, SystemExit) as error:
             failed[point.name] = str(error).removeprefix("coda_eval: error: ")
             logger.error("%s failed: %s", point.name, failed[point.name])
-        else:
+            continue
+        if run.speaks():
             write_whole(folder / DONE, json.dumps({**asked, "settings": point.settings}, indent=2) + "\n")
     return failed
 
@@ -253,8 +267,11 @@ def as_markdown(
 
 def kind_of(settings: Mapping[str, Any]) -> str:
     """Whether settings may change tokens, and how: exact, cached, parallel, both, or remasking."""
-    kinds = {SETTINGS[name].regime for name, value in settings.items() if SETTINGS[name].is_approximate(value)}
-    kinds |= {"remasking"} if settings.get("remask") or settings.get("alg") == "p2" else set()
+    kinds = {
+        SETTINGS[name].regime if SETTINGS[name].is_approximate(value) else "remasking"
+        for name, value in settings.items()
+        if _changes_regime(name, value)
+    }
     return " and ".join(sorted(kinds)) or "exact"
 
 

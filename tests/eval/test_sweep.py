@@ -1,6 +1,7 @@
 """A sweep is one evaluation per point on one model: as if each were run alone, resumable, and reported together."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -58,13 +59,14 @@ def test_every_regime_meets_every_number_of_steps():
 
 def test_points_that_cannot_be_are_named_before_anything_runs():
     points = sweep.read_points("4", "exact,threshold=2")
-    with pytest.raises(UserError, match=r"steps4-threshold=2: threshold must be in \(0, 1\]"):
+    with pytest.raises(UserError, match=r"threshold must be in \(0, 1\]"):
         sweep.check_points(points, {})
     with pytest.raises(UserError, match="steps is set in --model_args"):
         sweep.check_points(points[:1], {"steps": 8})
-    with pytest.raises(UserError, match="kv_cache is set in --model_args: in a sweep --regime does"):
-        sweep.check_points(points[:1], {"kv_cache": "dual", "pretrained": "m"})
-    sweep.check_points(points[:1], {"temperature": 0.5, "pretrained": "m", "batch_size": 2})
+    for given in ({"kv_cache": "dual"}, {"remask": "conf"}, {"alg": "p2"}):
+        with pytest.raises(UserError, match="is set in --model_args or --gen_kwargs: in a sweep --regime does"):
+            sweep.check_points(points[:1], {**given, "pretrained": "m"})
+    sweep.check_points(points[:1], {"temperature": 0.5, "kv_cache": "none", "pretrained": "m", "batch_size": 2})
 
 
 def test_regimes_are_exact_cached_parallel_or_more():
@@ -142,6 +144,22 @@ def test_a_point_is_the_run_with_its_settings_and_a_failed_one_is_run_again(call
     assert answers(tmp_path / "alone") == answers(tmp_path / "sweep" / "steps8-threshold=0.3")
     assert answers(tmp_path / "alone") != answers(tmp_path / "sweep" / "steps8-exact")
     assert "was run with other limit" in call("sweep", tmp_path / "sweep", "", *arguments, "--limit", "1")
+
+
+def test_a_regime_is_what_it_says_whatever_the_folder_of_the_model_asks_for(call, tmp_path, model_dir):
+    own = tmp_path / "model"
+    shutil.copytree(model_dir, own)
+    config = json.loads((own / "generation_config.json").read_text())
+    (own / "generation_config.json").write_text(json.dumps(config | {"threshold": 0.3}))
+    words = ("--steps", "8", "--limit", "2")
+    assert call("sweep", tmp_path / "sweep", f",pretrained={own}", *words, "--regime", "exact,factor=1") == ""
+    assert call("run", tmp_path / "exact", ",steps=8", "--limit", "2") == ""
+    assert answers(tmp_path / "sweep" / "steps8-exact") == answers(tmp_path / "exact")
+    resolved = json.loads((tmp_path / "sweep" / "steps8-factor=1" / "scores.json").read_text())[0]["resolved"]
+    assert (resolved["factor"], resolved["threshold"]) == (1, None)
+    said = call("sweep", tmp_path / "other", "", *words, "--regime", "exact,refresh_window=4")
+    assert "steps8-refresh_window=4: refresh_window needs kv_cache" in said
+    assert not (tmp_path / "other" / "steps8-exact").exists()
 
 
 def test_a_sweep_needs_a_folder_and_the_diffusion_model(call, tmp_path, monkeypatch):
