@@ -213,16 +213,18 @@ def case_human_eval(options: argparse.Namespace) -> dict[str, Any]:
 
 
 EVALPLUS = """
-import sys, time, resource
+import json, sys, time, resource
 from pathlib import Path
 from evalplus.evaluate import evaluate
+took = []
 for _ in range(2):  # the first time computes what is expected
     for path in Path(sys.argv[1]).parent.glob("*eval_results.json"):
         path.unlink()
     before, start = sum(sum(resource.getrusage(k)[:2]) for k in (-1, 0)), time.perf_counter()
     evaluate("humaneval", sys.argv[1], parallel=int(sys.argv[2]), i_just_wanna_run=True)
-    after = sum(sum(resource.getrusage(k)[:2]) for k in (-1, 0))
-print("\\ntook", time.perf_counter() - start, after - before)
+    spent = sum(sum(resource.getrusage(k)[:2]) for k in (-1, 0)) - before
+    took.append({"wall_s": time.perf_counter() - start, "cpu_s": spent})
+print("\\ntook", json.dumps(took))
 """
 
 
@@ -240,12 +242,12 @@ def case_evalplus(options: argparse.Namespace) -> dict[str, Any] | None:
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"EvalPlus does not run: {done.stderr[-1000:]}")
-    wall, cpu = map(float, done.stdout.rpartition("took")[2].split())
+    first, again = json.loads(done.stdout.rpartition("took")[2])
     start = time.perf_counter()
     spent = sandboxes([program_of(*one) for one in given])
     ours = {"wall_s": time.perf_counter() - start, "cpu_s": spent}
-    totals = {"EvalPlus": {"wall_s": wall, "cpu_s": cpu}, "sandbox": ours}
-    notes = [f"{len(given)} programs; one after the other, both warm"]
+    totals = {"EvalPlus, first time": first, "EvalPlus, expected results kept": again, "sandbox": ours}
+    notes = [f"{len(given)} programs; one contender after the other"]
     return {"header": PROGRAM_HEADER, "rows": rows_of(totals, len(given)), "notes": notes, "goal": ""}
 
 
@@ -297,7 +299,7 @@ def case_startup(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def case_regimes(options: argparse.Namespace) -> dict[str, Any] | None:
-    """HumanEval with the quickstart's model, by regime: 128 tokens in blocks of 32."""
+    """The quickstart's model by regime: 128 tokens in blocks of 32."""
     model = options.run_dir / "model"
     if not model.is_dir():
         return None
@@ -400,7 +402,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--evalplus", default=sys.executable, help="a Python that has EvalPlus")
     parser.add_argument("--run_dir", type=Path, default=HERE.parent / "runs" / "quickstart", help="of quickstart.sh")
-    parser.add_argument("--task", default="coda_humaneval_instruct", help="of the case regimes")
+    parser.add_argument("--task", default="quickstart_problems", help="of the case regimes")
     parser.add_argument("--limit", type=int, help="documents of the case regimes")
     parser.add_argument("--note", default="", help="what else is to be said of the machine")
     options = parser.parse_args()

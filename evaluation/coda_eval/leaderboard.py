@@ -93,7 +93,9 @@ def _row(folder: Path) -> Row:
     given = dict(given) if isinstance(given, dict) else {"model_args": given} if given else {}
     name = str(given.pop("pretrained", settings.get("model")))
     spent: Counter[str] = Counter()
-    for cost in {card["task"]: card["cost"] or {} for card in cards}.values():  # of a task, not of each of its metrics
+    for cost in {
+        card["task"]: card.get("cost") or {} for card in cards
+    }.values():  # of a task, not of each of its metrics
         spent.update(cost)
     return Row(
         model=Path(name).name if Path(name).is_absolute() or name.startswith(".") else name,
