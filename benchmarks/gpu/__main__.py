@@ -57,7 +57,7 @@ class Worker:
         reader = threading.Thread(target=self._read, args=(report,), daemon=True)
         reader.start()
         try:
-            self.process.stdin.write(f"{seconds}\n")
+            self.process.stdin.write(f"{start + seconds}\n")
             self.process.stdin.close()
         except BrokenPipeError:
             pass  # it has ended already; its status tells
@@ -86,7 +86,7 @@ class Worker:
 
 
 def work(name: str, options: argparse.Namespace) -> None:
-    """Run a section in this process, with the time that stands on the standard input."""
+    """Run a section in this process until the time of `time.monotonic` that stands on the standard input."""
     module, _, function = SECTIONS[name][0].partition(":")
     run = getattr(importlib.import_module(module), function)
     import torch
@@ -101,7 +101,7 @@ def work(name: str, options: argparse.Namespace) -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
         torch._dynamo.config.disable = True  # compiled code for a CPU is not what is asked about
-    deadline = time.monotonic() + float(line) - STOPS_BEFORE
+    deadline = float(line) - STOPS_BEFORE
     emit({"environment": environment(device)})
     with tempfile.TemporaryDirectory() as folder:
         run(Section(device, options.tiny, options.weights, deadline, Path(folder)))

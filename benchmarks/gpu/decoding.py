@@ -207,33 +207,36 @@ def blocks(section: Section) -> None:
     length, new = (16, 8) if section.is_tiny else (512, 64)
     for batch in section.some(BATCHES):
         x = prompts(model, batch, length).to(section.device)
-        for size in (4, 32) if not section.is_tiny else (4, 8):
-            found: dict[str, torch.Tensor] = {}
-            baseline = None
+        for size in (4, 8) if section.is_tiny else (4, 32):
+            found: dict[str, Any] = {}
             for way in ("cached", "full attention, dual cache", "recomputed"):
                 with section.measurement(batch=batch, block=size, way=way) as facts:
                     section.require(20 if batch == max(BATCHES) else 10)
-                    by_blocks = not way.startswith("full")
-                    model.config.attention = "block_causal" if by_blocks else "full"
-                    model.config.block_size = size if by_blocks else None
-                    settings: dict[str, Any] = {"kv_cache": "dual", "block_length": size}
-                    if by_blocks:
-                        settings = {"kv_cache": "exact" if way == "cached" else "none"}
+                    found[way] = decode_by_blocks(section, model, x, new, size, way, facts)
+                    if "cached" in found:
+                        facts["cached_is_faster"] = facts["seconds"] / found["cached"][1]
+                        facts["tokens_equal_to_cached"] = float((found["cached"][0] == found[way][0]).float().mean())
 
-                    def run(
-                        new: int, x: torch.Tensor = x, settings: dict[str, Any] = settings
-                    ) -> Any:  # one token a step
-                        shared = {"max_new_tokens": new, "steps": new, "alg": "entropy", "eos_early_stop": False}
-                        return model.diffusion_generate(x, return_dict_in_generate=True, **shared, **settings)
 
-                    run(min(new, size))
-                    with counted(model) as work:
-                        results: list[Any] = []
-                        seconds = section.seconds(lambda: results.append(run(new)))
-                    found[way] = results[0].sequences
-                    baseline = baseline or seconds
-                    facts |= {"seconds": seconds, "tokens_per_s": batch * new / seconds, "cached_is_faster": seconds / baseline}
-                    facts |= {"ms_per_pass": 1e3 * seconds / work["passes"], **work}
-                    shares_of_ceilings(section, model, work, seconds, batch, length + new, way != "recomputed", facts)
-                    if way == "recomputed" and "cached" in found:
-                        facts["equal_tokens"] = float((found["cached"] == found[way]).float().mean())
+def decode_by_blocks(
+    section: Section, model: CoDALanguageModel, x: torch.Tensor, new: int, size: int, way: str, facts: dict[str, Any]
+) -> tuple[torch.Tensor, float]:
+    """Decode one token a step with the model made one of this way; gives the tokens and the seconds."""
+    by_blocks = not way.startswith("full")
+    model.config.attention, model.config.block_size = ("block_causal", size) if by_blocks else ("full", None)
+    settings: dict[str, Any] = {"kv_cache": "dual", "block_length": size}
+    if by_blocks:
+        settings = {"kv_cache": "exact" if way == "cached" else "none"}
+    results: list[torch.Tensor] = []
+
+    def run(new: int) -> None:
+        shared = {"max_new_tokens": new, "steps": new, "alg": "entropy", "eos_early_stop": False}
+        results.append(model.diffusion_generate(x, **shared, **settings))
+
+    run(min(new, size))
+    with counted(model) as work:
+        seconds = section.seconds(lambda: run(new))
+    facts |= {"seconds": seconds, "tokens_per_s": len(x) * new / seconds}
+    facts |= {"ms_per_pass": 1e3 * seconds / work["passes"], **work}
+    shares_of_ceilings(section, model, work, seconds, len(x), x.shape[1] + new, way != "recomputed", facts)
+    return results[-1], seconds

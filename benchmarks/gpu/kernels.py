@@ -41,6 +41,8 @@ def kernels(section: Section) -> None:
                         raise Skipped("the package flash-attn is not installed")
                     if kernel == "flash_attention_2" and precision == "fp32":
                         raise Skipped("half precision only")
+                    if kernel == "flex_attention" and not section.on_gpu:
+                        raise Skipped("it has no backward pass on a CPU")
                     section.require(12 if kernel == "flex_attention" else 2)
                     rounded = precision == "bf16"
                     key = visible, rounded

@@ -154,7 +154,6 @@ class Section:
                 a @ b
             self.rates["matmul"] = 2 * n**3 / self.seconds(lambda: a @ b, 9)
             facts["copy_gb_per_s"], facts["matmul_tflops"] = self.rates["copy"] / 1e9, self.rates["matmul"] / 1e12
-            del source, target, a, b
 
 
 class Skipped(Exception):
