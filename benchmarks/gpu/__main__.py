@@ -35,11 +35,14 @@ STOPS_BEFORE = 3.0
 class Worker:
     """A section's process. It loads its modules while the section before it works, and starts when it is told to."""
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, command: list[str]) -> None:
+        """Start the process.
+
+        Args:
+            name: of the section.
+            command: reads the time at which it must end, of `time.monotonic`, and writes log and measurements.
+        """
         self.name = name
-        command = [sys.executable, "-m", "gpu", "--worker", name]
-        command += ["--tiny"] if options.tiny else []
-        command += ["--weights", str(options.weights)] if options.weights else []
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -85,6 +88,36 @@ class Worker:
         self.process.wait()
 
 
+def command_of(name: str, options: argparse.Namespace) -> list[str]:
+    """What runs a section."""
+    command = [sys.executable, "-m", "gpu", "--worker", name]
+    command += ["--tiny"] if options.tiny else []
+    return command + (["--weights", str(options.weights)] if options.weights else [])
+
+
+def run_all(commands: dict[str, list[str]], seconds: float, report: Report) -> None:
+    """Run the sections one after another, each with its share of the time that is left."""
+    end, names = time.monotonic() + seconds, list(commands)
+    workers = [Worker(names[0], commands[names[0]])]
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        for place, name in enumerate(names):
+            worker = workers[-1]
+            if place + 1 < len(names):
+                workers.append(Worker(names[place + 1], commands[names[place + 1]]))
+            shares = [SECTIONS[later][1] for later in names[place:]]
+            limit = max((end - time.monotonic()) * shares[0] / sum(shares), 1.0)
+            report.start(name, limit)
+            worker.run(limit, report)
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
 def work(name: str, options: argparse.Namespace) -> None:
     """Run a section in this process until the time of `time.monotonic` that stands on the standard input."""
     module, _, function = SECTIONS[name][0].partition(":")
@@ -122,7 +155,6 @@ def main() -> int:
     if options.worker:
         work(options.worker, options)
         return 0
-    end = time.monotonic() + options.seconds
     names = options.sections.split(",")
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
@@ -130,26 +162,7 @@ def main() -> int:
     if options.weights and not (options.weights / "config.json").is_file():
         parser.error(f"--weights must be a folder with a config.json, got {options.weights}")
     report = Report(options.output, {name: str(value) for name, value in vars(options).items()})
-    workers = [Worker(names[0], options)]
-
-    def stop(number: int, frame: Any) -> None:
-        for worker in workers:
-            worker.kill()
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        for place, name in enumerate(names):
-            worker = workers[-1]
-            if place + 1 < len(names):
-                workers.append(Worker(names[place + 1], options))
-            shares = [SECTIONS[later][1] for later in names[place:]]
-            seconds = max((end - time.monotonic()) * shares[0] / sum(shares), 1.0)
-            report.start(name, seconds)
-            worker.run(seconds, report)
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_all({name: command_of(name, options) for name in names}, options.seconds, report)
     print(json.dumps({name: section["outcome"] for name, section in report.sections.items()}))
     return int(any(section["outcome"] != "done" for section in report.sections.values()))
 

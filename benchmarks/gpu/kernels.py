@@ -127,9 +127,10 @@ def scores_and_gradients(model: CoDALanguageModel, batch: dict[str, Any], kernel
     if "visibility" in batch:
         segments = batch["visibility"].segment
     real = torch.ones_like(batch["input_ids"]) if segments is None else segments
+    # A context for each: weights that autocast has cast without a gradient are kept to its end.
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        logits = model(**without_loss).logits[real != 0]
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-        with torch.no_grad():
-            logits = model(**without_loss).logits[real != 0]
         loss = model(**batch).loss
     loss.backward()
     gradient = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])

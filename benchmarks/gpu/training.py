@@ -112,7 +112,7 @@ def tuning_step(
     optimizer.step()
     optimizer.zero_grad()
     flops = training_flops(config, work_of_batch(segments.numpy(), noised.labels.numpy(), blocks))
-    return {"loss": float(loss), "flops": flops}
+    return {"loss": float(loss.detach()), "flops": flops}
 
 
 def told(section: Section, facts: dict[str, Any], steps: list[dict[str, Any]], tokens: int) -> None:
