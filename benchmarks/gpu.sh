@@ -12,5 +12,4 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 rooms=$root:$root/pre-train:$root/post-train:$root/benchmarks
 export PYTHONPATH=$rooms${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=true HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 USE_TORCH_XLA=0
-export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 exec "${PYTHON:-python3}" -m gpu "$@"

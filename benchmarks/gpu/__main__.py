@@ -20,10 +20,10 @@ HERE = Path(__file__).resolve().parent
 SECTIONS = {
     "kernels": ("gpu.kernels:kernels", 12),
     "invariance": ("gpu.invariance:invariance", 9),
-    "decoding": ("gpu.decoding:decoding", 22),
-    "blocks": ("gpu.decoding:blocks", 12),
+    "decoding": ("gpu.decoding:decoding", 20),
+    "blocks": ("gpu.decoding:blocks", 11),
     "sft_step": ("gpu.training:sft_step", 8),
-    "pretrain_step": ("gpu.training:pretrain_step", 15),
+    "pretrain_step": ("gpu.training:pretrain_step", 20),
     "adaptation": ("gpu.adaptation:adaptation", 22),
 }
 """Function, and share of the time, of each section; the most valuable come first. What one leaves, the later share."""
@@ -32,15 +32,24 @@ STOPS_BEFORE = 3.0
 """Seconds before it is killed at which a section stops by itself, if it looks."""
 
 
+READY = "@ready"
+"""A section's process has loaded its modules."""
+
+LONGEST_START = 60.0
+"""Seconds in which it must."""
+
+
 class Worker:
     """A section's process. It loads its modules while the section before it works, and starts when it is told to."""
 
-    def __init__(self, name: str, command: list[str]) -> None:
+    def __init__(self, name: str, command: list[str], report: Report) -> None:
         """Start the process.
 
         Args:
             name: of the section.
-            command: reads the time at which it must end, of `time.monotonic`, and writes log and measurements.
+            command: says `READY`, reads the time at which it must end, of `time.monotonic`, and writes log and
+                measurements.
+            report: takes them.
         """
         self.name = name
         self.process = subprocess.Popen(
@@ -52,13 +61,14 @@ class Worker:
             errors="replace",
             process_group=0,  # what it starts is ended with it
         )
+        self.report, self.ready = report, threading.Event()
         self.tail: deque[str] = deque(maxlen=40)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
-    def run(self, seconds: float, report: Report) -> None:
+    def run(self, seconds: float) -> None:
         """Let it work, and take what it measures; it is killed when its time is up."""
         start = time.monotonic()
-        reader = threading.Thread(target=self._read, args=(report,), daemon=True)
-        reader.start()
         try:
             self.process.stdin.write(f"{start + seconds}\n")
             self.process.stdin.close()
@@ -70,14 +80,18 @@ class Worker:
         except subprocess.TimeoutExpired:
             outcome = f"killed after {seconds:.0f} s"
         self.kill()
-        reader.join(timeout=10)
+        self._reader.join(timeout=10)
         failed = outcome != "done"
-        report.finish(self.name, outcome, time.monotonic() - start, list(self.tail) if failed else [])
+        self.report.finish(self.name, outcome, time.monotonic() - start, list(self.tail) if failed else [])
 
-    def _read(self, report: Report) -> None:
+    def _read(self) -> None:
         for line in self.process.stdout:
-            if not report.take(self.name, line.rstrip("\n")):
-                self.tail.append(line.rstrip("\n"))
+            line = line.rstrip("\n")
+            if line == READY:
+                self.ready.set()
+            elif not self.report.take(self.name, line):
+                self.tail.append(line)
+        self.ready.set()
 
     def kill(self) -> None:
         """End it and what it started."""
@@ -98,7 +112,7 @@ def command_of(name: str, options: argparse.Namespace) -> list[str]:
 def run_all(commands: dict[str, list[str]], seconds: float, report: Report) -> None:
     """Run the sections one after another, each with its share of the time that is left."""
     end, names = time.monotonic() + seconds, list(commands)
-    workers = [Worker(names[0], commands[names[0]])]
+    workers = [Worker(names[0], commands[names[0]], report)]
 
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -108,11 +122,12 @@ def run_all(commands: dict[str, list[str]], seconds: float, report: Report) -> N
         for place, name in enumerate(names):
             worker = workers[-1]
             if place + 1 < len(names):
-                workers.append(Worker(names[place + 1], commands[names[place + 1]]))
+                workers.append(Worker(names[place + 1], commands[names[place + 1]], report))
+            worker.ready.wait(LONGEST_START)
             shares = [SECTIONS[later][1] for later in names[place:]]
             limit = max((end - time.monotonic()) * shares[0] / sum(shares), 1.0)
             report.start(name, limit)
-            worker.run(limit, report)
+            worker.run(limit)
     finally:
         for worker in workers:
             worker.kill()
@@ -123,17 +138,17 @@ def work(name: str, options: argparse.Namespace) -> None:
     module, _, function = SECTIONS[name][0].partition(":")
     run = getattr(importlib.import_module(module), function)
     import torch
-    import torch._dynamo
 
     from gpu.section import Section, emit, environment
 
+    print(READY, flush=True)
     line = sys.stdin.readline()
     if not line:
         return  # the parent has gone
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
-        torch._dynamo.config.disable = True  # compiled code for a CPU is not what is asked about
+        torch.compiler.set_stance("force_eager")  # compiled code for a CPU is not what is asked about
     deadline = float(line) - STOPS_BEFORE
     emit({"environment": environment(device)})
     with tempfile.TemporaryDirectory() as folder:

@@ -72,7 +72,11 @@ def adaptation(section: Section) -> None:
     objectives = ("masked", "block") if section.left > 240 or section.is_tiny else ("masked",)
     share = section.left / len(objectives)
     for objective in objectives:
-        adapt(section, objective, source, shards, min(share, section.left), gaps, tokenizer)
+        end = time.monotonic() + min(share, section.left)
+        kernels = ("flex_attention", "sdpa") if section.on_gpu else ("sdpa",)
+        for kernel in kernels:  # the second where the first fails
+            if adapt(section, objective, source, shards, end - time.monotonic(), gaps, tokenizer, kernel):
+                break
 
 
 def shape_of(section: Section) -> dict[str, Any]:
@@ -103,21 +107,23 @@ def adapt(
     seconds: float,
     gaps: list["Gap"],
     tokenizer: PreTrainedTokenizerBase,
-) -> None:
+    kernel: str,
+) -> bool:
     """Train for so many seconds, compilation included; the rate falls to a tenth over those after the first steps.
 
-    Rows and rate are those of a short run: 64 x 1024 tokens, 3e-4, against 128 x 2048 and 1e-4 of the recipe.
+    Rows and rate are those of a short run: 64 x 1024 tokens, 3e-4, against 128 x 2048 and 1e-4 of the recipe. Says whether it went well.
     """
     deadline = time.monotonic() + seconds - (0 if section.is_tiny else 15)  # the infilling afterwards
     rows, length = (4, 64) if section.is_tiny else (64, 1024)
     files = ["adapt", "hardware/gpu", *(["adapt_block"] if objective == "block" else [])]
     changes = {
-        "output_dir": str(section.work / f"adapt-{objective}"),
+        "output_dir": str(section.work / f"adapt-{objective}-{kernel}"),
         "max_steps": RESOLUTION,
         "global_batch_size": rows,
         "micro_batch_size": rows // 2,
         "seq_len": length,
-        "model": dict(source),
+        "model": {**source, "attn_implementation": kernel},
+        "hardware": {"compile": kernel == "flex_attention"},
         "data": {"sources": [{"path": str(shards)}]},
         "optimizer": {"learning_rate": 3e-4},
         "schedule": {"warmup_steps": RESOLUTION // 20},
@@ -126,11 +132,11 @@ def adapt(
     if objective == "block":
         changes["blocks"] = {"growth_steps": 40}
         if "config" in source:  # a random model says by its shape what it attends to
-            changes["model"] = {**source, "config": {**source["config"], "attention": "block_causal", "block_size": 32}}
+            changes["model"] |= {"config": {**source["config"], "attention": "block_causal", "block_size": 32}}
             changes["model"] |= {"attention": None, "block_size": None}
     curve: list[dict[str, Any]] = []
     trainer = None
-    with section.measurement(objective=objective, rows=rows, length=length) as facts:
+    with section.measurement(objective=objective, kernel=kernel, rows=rows, length=length) as facts:
         trainer = TimedTrainer(run_config(section, files, changes))
         for step in range(3):  # which compile
             started = time.monotonic()
@@ -151,11 +157,12 @@ def adapt(
         facts |= {"steps": state.step, "tokens": state.tokens, "training_s": spent}
         facts["tokens_per_s"] = rows * length * (state.step - 3) / max(spent, 1e-6)
         facts["curve"] = curve
-    if trainer is None:
-        return
+    if trainer is None or "error" in facts:
+        return False
     if objective == "masked":
         infilling(section, partial(trained_model, trainer), gaps, tokenizer, "after")
     trainer.close()
+    return True
 
 
 def trained_model(trainer: Trainer) -> CoDALanguageModel:
@@ -223,6 +230,8 @@ def gaps_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, most: int) -> 
             if not 12 <= len(line) <= 80 or line.startswith("#"):
                 continue
             indent = lines[place][: len(lines[place]) - len(lines[place].lstrip())]
+            if indent.endswith(" "):  # which belongs to the token behind it
+                indent, line = indent[:-1], f" {line}"
             around = "".join(lines[max(0, place - 40) : place]) + indent, "\n" + "".join(lines[place + 1 : place + 30])
             left, inside, right = (tokenizer.encode(x, add_special_tokens=False) for x in (around[0], line, around[1]))
             if left and len(inside) <= LONGEST_GAP:

@@ -19,7 +19,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 0.8, "top_p": 0.95},
 }
-ALONE = 8
+ALONE = 6
 """Rows that are also decoded one by one: the first ones of each company."""
 
 

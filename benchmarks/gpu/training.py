@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from training import make_data
 from coda_posttrain import curriculum
 from coda_pretrain.config import RunConfig, read_settings
 from coda_pretrain.plain_data import from_dict, merge
+from coda_pretrain.train.start import initial_model
 from coda_pretrain.train.trainer import Trainer
 from coda_pretrain.watch.flops import training_flops, work_of_batch
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
@@ -158,7 +160,7 @@ def pretrain_step(section: Section) -> None:
 
 def train(section: Section, config: RunConfig, tokens: int, facts: dict[str, Any]) -> None:
     """Take steps of the trainer and tell of those after the first."""
-    trainer = Trainer(config)
+    trainer = trainer_on(section.device, Trainer, config)
     steps: list[dict[str, Any]] = []
     try:
         while len(steps) < 4 or (len(steps) < 13 and section.left > 25 and not section.is_tiny):
@@ -173,6 +175,17 @@ def train(section: Section, config: RunConfig, tokens: int, facts: dict[str, Any
         facts["graphs"] = trainer.backend.compile_count()
     finally:
         trainer.close()
+
+
+def trainer_on(device: torch.device, kind: type[Trainer], config: RunConfig) -> Trainer:
+    """A trainer whose random weights are drawn on the device, where that takes a moment and not half a minute."""
+
+    def drawn(*arguments: Any, **settings: Any) -> CoDALanguageModel:
+        with device:
+            return initial_model(*arguments, **settings)
+
+    with mock.patch("coda_pretrain.train.trainer.initial_model", drawn):
+        return kind(config)
 
 
 SHAPE = (

@@ -76,7 +76,7 @@ def test_a_measurement_that_fails_or_has_no_time_is_reported_and_the_next_one_is
 
 
 def test_a_section_that_fails_or_takes_too_long_keeps_what_it_measured_and_others_run(tmp_path):
-    from gpu.__main__ import run_all
+    from gpu.__main__ import READY, run_all
     from gpu.report import RECORD, Report
 
     head = (
