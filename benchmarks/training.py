@@ -46,7 +46,7 @@ OTHERS = {"memory": "training_memory.py", "reader": "training_reader.py"}
 console = Console()
 
 
-def make_data(folder: Path) -> None:
+def make_data(folder: Path, *, documents: int = 400, document_length: int = LENGTH) -> None:
     """A tokenizer folder and shards of random tokens below `folder`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -62,8 +62,8 @@ def make_data(folder: Path) -> None:
     shards.mkdir()
     rng = np.random.default_rng(0)
     with ShardWriter(shards, "train-000000", "uint16") as writer:
-        for _ in range(400):
-            writer.add([*rng.integers(300, VOCABULARY, LENGTH - 1).tolist(), 0])
+        for _ in range(documents):
+            writer.add([*rng.integers(300, VOCABULARY, document_length - 1).tolist(), 0])
         record = writer.commit()
     facts = {
         "fingerprint": "benchmark",
