@@ -111,7 +111,10 @@ def adapt(
 ) -> bool:
     """Train for so many seconds, compilation included; the rate falls to a tenth over those after the first steps.
 
-    Rows and rate are those of a short run: 64 x 1024 tokens, 3e-4, against 128 x 2048 and 1e-4 of the recipe. Says whether it went well.
+    Rows and rate are those of a short run: 64 x 1024 tokens, 3e-4, against 128 x 2048 and 1e-4 of the recipe.
+
+    Returns:
+        Whether it went well.
     """
     deadline = time.monotonic() + seconds - (0 if section.is_tiny else 15)  # the infilling afterwards
     rows, length = (4, 64) if section.is_tiny else (64, 1024)

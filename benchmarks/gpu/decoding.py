@@ -195,7 +195,6 @@ def time_pass(
         run = graph.replay
         run()
     facts["ms"] = 1e3 * section.seconds(run, 3 if section.is_tiny else 9)
-    # Row by row: all of it in float32 does not fit beside the rest.
     errors = [
         float((a.float() - b.float()).norm() / b.float().norm())
         for a, b in zip(result[:256], expected[:256], strict=True)

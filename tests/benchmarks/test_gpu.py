@@ -79,9 +79,8 @@ def test_a_section_that_fails_or_takes_too_long_keeps_what_it_measured_and_other
     from gpu.__main__ import READY, run_all
     from gpu.report import RECORD, Report
 
-    head = (
-        f"import json, sys, time; sys.stdin.readline(); say = lambda **x: print({RECORD!r} + json.dumps(x), flush=True)"
-    )
+    head = f"import json, sys, time; print({READY!r}, flush=True); sys.stdin.readline()"
+    head += f"; say = lambda **x: print({RECORD!r} + json.dumps(x), flush=True)"
     programs = {
         "kernels": "say(environment={'card': 'none'}); say(value=1); raise ValueError('no such kernel')",
         "invariance": "say(value=2); time.sleep(60)",
