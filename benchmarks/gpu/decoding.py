@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from generation import prompts
 from published_sampler import published_generate
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coda_pretrain.watch.flops import Work, forward_flops
 from CoDALanguageModel import CoDALanguageModel
@@ -203,7 +204,11 @@ def time_pass(
 
 
 def blocks(section: Section) -> None:
-    """One token a pass behind a prompt of 512: keys and values of finished blocks kept, and what that is worth."""
+    """One token a pass behind a prompt of 512: keys and values of finished blocks kept, and what that is worth.
+
+    The keys of a cached pass grow with the text, and a kernel that is planned for each shape anew is planned often:
+    the second time no shape is new, and without cuDNN's attention nothing is planned.
+    """
     section.measure_rates()
     model = section.model(torch.bfloat16)
     length, new = (16, 8) if section.is_tiny else (512, 64)
@@ -211,7 +216,7 @@ def blocks(section: Section) -> None:
         x = prompts(model, batch, length).to(section.device)
         for size in (4, 8) if section.is_tiny else (4, 32):
             found: dict[str, Any] = {}
-            for way in ("cached", "full attention, dual cache", "recomputed"):
+            for way in ("cached", "cached, again", "cached, without cuDNN", "full attention, dual cache", "recomputed"):
                 with section.measurement(batch=batch, block=size, way=way) as facts:
                     section.require(20 if batch == max(BATCHES) else 10)
                     found[way] = decode_by_blocks(section, model, x, new, size, way, facts)
@@ -225,10 +230,11 @@ def decode_by_blocks(
 ) -> tuple[torch.Tensor, float]:
     """Decode one token a step with the model made one of this way; gives the tokens and the seconds."""
     by_blocks = not way.startswith("full")
+    is_cached = way != "recomputed"
     model.config.attention, model.config.block_size = ("block_causal", size) if by_blocks else ("full", None)
     settings: dict[str, Any] = {"kv_cache": "dual", "block_length": size}
     if by_blocks:
-        settings = {"kv_cache": "exact" if way == "cached" else "none"}
+        settings = {"kv_cache": "exact" if is_cached else "none"}
     results: list[torch.Tensor] = []
 
     def run(new: int) -> None:
@@ -236,9 +242,10 @@ def decode_by_blocks(
         results.append(model.diffusion_generate(x, **shared, **settings))
 
     run(min(new, size))
-    with counted(model) as work:
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with counted(model) as work, sdpa_kernel(kernels) if way.endswith("cuDNN") else nullcontext():
         seconds = section.seconds(lambda: run(new))
     facts |= {"seconds": seconds, "tokens_per_s": len(x) * new / seconds}
     facts |= {"ms_per_pass": 1e3 * seconds / work["passes"], **work}
-    shares_of_ceilings(section, model, work, seconds, len(x), x.shape[1] + new, way != "recomputed", facts)
+    shares_of_ceilings(section, model, work, seconds, len(x), x.shape[1] + new, is_cached, facts)
     return results[-1], seconds

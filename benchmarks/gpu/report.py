@@ -1,6 +1,7 @@
 """The report of a run: JSON, Markdown and a log, written anew with each measurement."""
 
 import json
+import re
 import threading
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +12,7 @@ from CoDALanguageModel.run_files import write_whole
 RECORD = "@record "
 """In front of a line that holds a measurement as JSON; every other line of a section is log."""
 
-LONG = ("error", "skipped", "samples", "curve", "note")
+LONG = ("error", "samples", "curve", "note")
 """Facts that are no cells of a table."""
 
 
@@ -72,7 +73,8 @@ class Report:
         lines = ["# On the GPU", "", facts, ""]
         for name, section in self.sections.items():
             lines += [f"## {name}", "", f"{section['outcome']}; limit {section['limit_s']} s", ""]
-            for keys, rows in groupby(section["measurements"], key=_columns):
+            made = [row for row in section["measurements"] if "skipped" not in row]
+            for keys, rows in groupby(made, key=_columns):
                 rows = list(rows)
                 lines += [f"| {' | '.join(keys)} |", f"|{' --- |' * len(keys)}"] if keys else []
                 lines += [f"| {' | '.join(_cell(row[key]) for key in keys)} |" for row in rows] if keys else []
@@ -80,13 +82,27 @@ class Report:
                 for row in rows:
                     lines += [f"- {key}: `{_cell(row[key])}`" for key in LONG if key in row]
                 lines.append("")
+            left_out = [row for row in section["measurements"] if "skipped" in row]
+            for _, rows in groupby(left_out, key=lambda row: _NUMBER.sub("_", row["skipped"])):
+                rows = list(rows)
+                told = "; ".join(_facts(row) for row in (rows if len(rows) < 4 else [rows[0], rows[-1]]))
+                lines.append(f"- not measured, {len(rows)}: {rows[0]['skipped']} ({told})")
+            lines += [""] if left_out else []
             if section.get("tail"):
                 lines += ["```text", *section["tail"], "```", ""]
         return lines
 
 
+_NUMBER = re.compile(r"\d+")
+
+
+def _facts(row: dict[str, Any]) -> str:
+    """What was to be measured."""
+    return ", ".join(f"{key} {_cell(row[key])}" for key in _columns(row) if key not in ("peak_gib", "took_s"))
+
+
 def _columns(facts: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(key for key in facts if key not in LONG)
+    return tuple(key for key in facts if key not in (*LONG, "skipped"))
 
 
 def _cell(value: Any) -> str:
