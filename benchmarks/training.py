@@ -174,9 +174,7 @@ def report(results: dict[str, Any], rounds: int) -> list[str]:
         cells = (f"{row['median_s']:.3f}", f"{row['ratio']:.2f}", f"{row['first_step_s']:.1f}")
         table.add_row(name, *cells)
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append("| GPU: 1.7B, 8192, bf16 | not measured | | |")
     console.print(table)
-    console.print("GPU: not measured")
     lines += ["", *findings(results)]
     for line in findings(results):
         console.print(line)
