@@ -15,6 +15,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from .constraints import Lexicon
 from .errors import UserError, half_surrogate
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,11 @@ class Codec:
             return cls(tokenizer)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
+
+    @property
+    def lexicon(self) -> Lexicon:
+        """The bytes of the tokens, which constraints need."""
+        return Lexicon.of(self._tokenizer)
 
     @property
     def has_chat_template(self) -> bool:
