@@ -95,6 +95,8 @@ class SamplingRequest(DecodingFields):
     """Fields that conversations and plain texts share. Null means the server's default."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL
+    closed: ClassVar[frozenset[str]] = frozenset()
+    """Fields of other endpoints that this one has not."""
     ignored: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
     """Fields that cannot change an answer here; they are accepted, and named in the log."""
 
@@ -118,7 +120,7 @@ class SamplingRequest(DecodingFields):
             return data
         kept = {}
         for name, value in data.items():
-            if name in cls.model_fields:
+            if name in cls.model_fields and name not in cls.closed:
                 kept[name] = value
             elif name in cls.ignored:
                 logger.info("ignored request field: %s", name)
@@ -126,7 +128,7 @@ class SamplingRequest(DecodingFields):
                 if value is not None and value not in cls.neutral[name]:
                     raise invalid(f"{name} is not supported by this server", param=name, code="unsupported_field")
             else:
-                raise _unknown(name, [*cls.model_fields, *cls.ignored, *cls.neutral])
+                raise _unknown(name, [*(cls.model_fields.keys() - cls.closed), *cls.ignored, *cls.neutral])
         return kept
 
     @model_validator(mode="after")
@@ -228,8 +230,20 @@ class ChatRequest(SamplingRequest):
         return self
 
 
+Lengths = Annotated[list[Annotated[int, Field(ge=1)]], Field(fail_fast=True, min_length=1)]
+
+
+class Infill(StrictModel):
+    """`infill`: gaps to fill, several at once, of known or unknown length."""
+
+    pieces: Annotated[list[Text], Field(fail_fast=True, min_length=2)] | None = None
+    """The text around the gaps, in order. Null: prompt and suffix."""
+    lengths: Lengths | Literal["auto"] = "auto"
+    """Masks of each gap; `auto` tries several and keeps the best answer."""
+
+
 class CompletionRequest(SamplingRequest):
-    """Body of `/v1/completions`; with `suffix` the gap between prompt and suffix is filled."""
+    """Body of `/v1/completions`; with `suffix` or `infill`, gaps in a text are filled."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
         "best_of": (1,),
@@ -242,16 +256,43 @@ class CompletionRequest(SamplingRequest):
         | Annotated[list[Text], Field(fail_fast=True)]
         | TokenIds
         | Annotated[list[TokenIds], Field(fail_fast=True)]
-    )
-    """A text, several, or the same as token ids."""
+        | None
+    ) = None
+    """A text, several, or the same as token ids. Only `infill.pieces` takes its place."""
     suffix: Text | None = None
     """Text behind the gap. Null or empty: the text simply goes on."""
+    infill: Infill | None = None
+    """Gaps in a text. Extension."""
 
     @model_validator(mode="after")
     def _some_prompt(self) -> "CompletionRequest":
+        if self.infill is not None:
+            self._check_infill(self.infill)
+        if self.prompt is None and (self.infill is None or self.infill.pieces is None):
+            raise invalid("prompt: Field required", param="prompt")
         if self.prompt == []:
             raise invalid("prompt must hold at least one text, got []", param="prompt")
         return self
+
+    def _check_infill(self, infill: Infill) -> None:
+        if infill.pieces is None and self.suffix is None:
+            raise invalid("infill needs pieces, or prompt and suffix around the gap", param="infill.pieces")
+        if infill.pieces is not None and (self.prompt is not None or self.suffix is not None):
+            raise invalid("infill.pieces are the whole text: give them, or prompt and suffix", param="infill.pieces")
+        if infill.lengths == "auto":
+            return
+        num_gaps = len(infill.pieces or "..") - 1
+        if len(infill.lengths) != num_gaps:
+            raise invalid(
+                f"infill.lengths must hold one length per gap ({num_gaps}), got {len(infill.lengths)}",
+                param="infill.lengths",
+            )
+        if self.max_tokens not in (None, sum(infill.lengths)):
+            raise invalid(
+                f"max_tokens={self.max_tokens} bounds gaps of unknown length; infill.lengths are known, and make "
+                f"{sum(infill.lengths)}: give one of them",
+                param="max_tokens",
+            )
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
