@@ -353,9 +353,11 @@ def constraint_of(config: Any, vocab_size: int, lexicon: Lexicon) -> Constraint 
     """
     if config.regex is None and config.json_schema is None:
         return None
-    name, value = (
-        ("regex", config.regex) if config.regex is not None else ("json_schema", json.dumps(config.json_schema))
-    )
+    name = "regex" if config.regex is not None else "json_schema"
+    try:
+        value = config.regex if name == "regex" else json.dumps(config.json_schema)
+    except RecursionError as error:
+        raise TooLarge("json_schema cannot be used: it is nested too deeply") from error
     key = (name, value, lexicon.digest)
     with _CACHE_LOCK:
         found = _CACHE.get(key)

@@ -108,7 +108,10 @@ def of_schema(schema: Any) -> Node:
     Raises:
         UserError: names the keyword and the place of what is wrong, is not kept, or is too large.
     """
-    node = _Reader(schema).value(schema, "#", 0, ())
+    try:
+        node = _Reader(schema).value(schema, "#", 0, ())
+    except RecursionError as error:
+        raise TooLarge("json_schema: it is nested too deeply") from error
     if node is None:
         raise UserError("json_schema at #: a reference leads back to itself in every value")
     return node

@@ -24,6 +24,7 @@ from .protocol import ChatRequest, CompletionRequest
 from .replies import check_model, respond
 from .responses import CHAT, INFILL, TEXT, ChatCompletion, Completion, ModelCard, ModelList
 from .service import Service
+from .tools import completed, form_of
 
 
 def build_app(service: Service) -> FastAPI:
@@ -106,7 +107,8 @@ def _model_routes(service: Service) -> APIRouter:
     )
     async def chat(request: Request) -> Any:
         """Answer a conversation."""
-        return await respond(service, request, await read_body(request, ChatRequest), chat_canvases, CHAT)
+        body = await read_body(request, ChatRequest)
+        return await respond(service, request, body, chat_canvases, form_of(body, CHAT))
 
     @router.post(
         "/v1/completions",
@@ -117,7 +119,10 @@ def _model_routes(service: Service) -> APIRouter:
     async def complete(request: Request) -> Any:
         """Continue texts, or fill gaps: between prompt and suffix, or between the pieces of `infill`."""
         body = await read_body(request, CompletionRequest)
-        return await respond(service, request, body, completion_canvases, TEXT if body.infill is None else INFILL)
+        form = TEXT if body.infill is None else INFILL
+        return await respond(
+            service, request, body, completion_canvases, form if body.shape is None else completed(form)
+        )
 
     return router
 

@@ -112,9 +112,10 @@ SHUTTING_DOWN = ApiError(503, "the server is shutting down", code="server_shutti
 """For requests that the end of the server cuts off."""
 
 FIELDS_OF_BODIES = {setting.api for setting in offered("server")}.union(
-    "content filename include_obfuscation include_usage infill input_extra input_prefix input_suffix lengths "
-    "max_completion_tokens messages model n n_indent n_predict name pieces prompt random_seed response_fields role "
-    "stop stop_sequences stream stream_options suffix system text time type".split()
+    "arguments content description filename function id include_obfuscation include_usage infill input_extra "
+    "input_prefix input_suffix json_schema lengths parameters regex response_format strict tool_call_id tool_calls "
+    "tool_choice tools max_completion_tokens messages model n n_indent n_predict name pieces prompt random_seed "
+    "response_fields role stop stop_sequences stream stream_options suffix system text time type".split()
 )
 """Names that may stand in the path to a fault. Pydantic puts the branch of a union there too, which is no field."""
 
@@ -122,6 +123,7 @@ SEVERAL_KINDS = {
     "stop": "a string or a list of strings, none of them empty",
     "content": "a string or a list of text parts",
     "lengths": "a list of integers of at least 1, or 'auto'",
+    "tool_choice": "none, auto, required, or a function's name as {type: function, function: {name}}",
     "prompt": "a string, a list of strings, a list of token ids, or a list of lists of token ids",
     "system": "a string or a list of text blocks",
 }

@@ -62,13 +62,42 @@ class AssistantMessage(BaseModel):
     refusal: None = None
 
 
+class CalledFunction(BaseModel):
+    """What is to be called."""
+
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class ToolCall(BaseModel):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ToolCallDelta(ToolCall):
+    """A call in a stream; it comes in one piece."""
+
+    index: int
+
+
+class CallingMessage(AssistantMessage):
+    """An answer that asks for calls."""
+
+    content: str | None
+    tool_calls: list[ToolCall]
+
+
 class ChatChoice(BaseModel):
     """One of the answers of a conversation."""
 
     index: int
-    message: AssistantMessage
+    message: CallingMessage | AssistantMessage
     logprobs: None = None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_calls"]
 
 
 class ChatCompletion(Head):
@@ -84,6 +113,7 @@ class ChatDelta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -92,7 +122,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
 
 
 class ChatChunk(Head):
@@ -170,8 +200,8 @@ class Form:
     event: type[BaseModel]
     choice: Callable[[int, Answer], BaseModel]
     """An answer of a whole response, by its index."""
-    part: Callable[[int, str, FinishReason | None], BaseModel]
-    """What an event adds to an answer: text, or its end."""
+    part: Callable[[int, str, FinishReason | None], BaseModel | None]
+    """What an event adds to an answer: text, or its end; None where it adds nothing yet."""
     opening: Callable[[int], BaseModel] | None = None
     """What begins each answer of a stream, where something does."""
 

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from CoDALanguageModel.decoding_settings import DecodingSettings
 
@@ -37,6 +38,9 @@ class CanvasRequest:
 
     is_candidate: bool = False
     """Whether the answer competes with others by its score: it is then denoised to the end."""
+
+    constraint: Any = None
+    """What `ModelLimits.constraint` made of the options, where they have one."""
 
     def with_seed(self, seed: int) -> "CanvasRequest":
         """The same request with another seed."""

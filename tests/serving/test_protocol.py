@@ -33,10 +33,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_one():
     [
         {"logprobs": True},
         {"top_logprobs": 2},
-        {"tools": [{"type": "function"}]},
-        {"tool_choice": "required"},
         {"functions": [{}]},
-        {"response_format": {"type": "json_object"}},
         {"presence_penalty": 0.5},
         {"frequency_penalty": -1},
         {"modalities": ["audio"]},
