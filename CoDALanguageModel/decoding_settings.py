@@ -246,7 +246,7 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (
     ),
     Setting(
         name="regex", kind=str, default=None, optional=True, words="a regular expression", holds=_is_text,
-        withheld={"server": "the request's field is `regex`"},
+        withheld={"server": "the field is `guided_regex`"},
         says="the whole answer, or all from the first gap to the last, matches it; `diffusion_generate` then needs the "
         "tokenizer, as with `json_schema`",
     ),

@@ -113,7 +113,7 @@ SHUTTING_DOWN = ApiError(503, "the server is shutting down", code="server_shutti
 
 FIELDS_OF_BODIES = {setting.api for setting in offered("server")}.union(
     "arguments content description filename function id include_obfuscation include_usage infill input_extra "
-    "input_prefix input_suffix json_schema lengths parameters regex response_format strict tool_call_id tool_calls "
+    "input_prefix input_suffix json_schema lengths parameters guided_regex response_format strict tool_call_id tool_calls "
     "tool_choice tools max_completion_tokens messages model n n_indent n_predict name pieces prompt random_seed "
     "response_fields role stop stop_sequences stream stream_options suffix system text time type".split()
 )

@@ -201,7 +201,7 @@ class ShapedRequest(SamplingRequest):
 
     response_format: ResponseFormat | None = None
     """`json_object`: any object, nested as `CoDALanguageModel.json_schema` says; `json_schema`: by a schema."""
-    regex: NonEmptyText | None = None
+    guided_regex: NonEmptyText | None = None
     """A regular expression that the whole answer matches. Extension."""
 
     @property
@@ -212,10 +212,12 @@ class ShapedRequest(SamplingRequest):
             ApiError: both say something, or `stop` could cut the answer.
         """
         form = self.response_format
-        shape = None if self.regex is None else Shape("regex", {"regex": self.regex})
+        shape = None if self.guided_regex is None else Shape("guided_regex", {"regex": self.guided_regex})
         if form is not None and form.type != "text":
             if shape is not None:
-                raise invalid("regex and response_format exclude each other: give one of them", param="regex")
+                raise invalid(
+                    "guided_regex and response_format exclude each other: give one of them", param="guided_regex"
+                )
             schema = {"type": "object"} if form.json_schema is None else form.json_schema.get("schema", {})
             shape = Shape("response_format", {"json_schema": schema})
         return shape

@@ -35,7 +35,7 @@ CALL = re.compile(rf"{OPENING}(.*?)(?:{CLOSING}|$)", re.DOTALL)
 
 
 def shape_of(body: ChatRequest) -> Shape | None:
-    """What a conversation's answer must match: `response_format`, `regex`, or a call that is asked for.
+    """What a conversation's answer must match: `response_format`, `guided_regex`, or a call that is asked for.
 
     Raises:
         ApiError: two of them, or a tool that there is not.

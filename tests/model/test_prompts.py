@@ -64,7 +64,7 @@ def test_tools_are_written_as_the_chat_template_writes_them_and_their_control_to
     for token in ("<|im_end|>", "<|im_start|>"):
         number = qwen3_tokenizer.convert_tokens_to_ids(token)
         assert ids.count(number) == plain.count(number)
-    assert "<|im_end|>" in qwen3_tokenizer.decode(ids).partition("</tools>")[0]
+    assert "<|im_end|>" in qwen3_tokenizer.decode(ids).rpartition("</tools>")[0]
 
 
 def test_earlier_calls_are_those_of_the_template(qwen3_tokenizer):

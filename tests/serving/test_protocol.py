@@ -147,11 +147,14 @@ def test_text_parts_are_joined_and_other_parts_refused():
         chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
 
 
-def test_a_message_as_the_client_dumps_it_is_accepted_and_tool_calls_are_not():
+def test_a_message_as_the_client_dumps_it_is_accepted_with_its_calls():
     dumped = {"role": "assistant", "content": "a", "refusal": None, "audio": None, "tool_calls": None}
     assert chat(messages=[dumped]).messages[0].content == "a"
-    with pytest.raises(ApiError, match="field tool_calls is not supported"):
-        chat(messages=[dumped | {"tool_calls": [{"id": "1"}]}])
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    (message,) = chat(messages=[dumped | {"content": None, "tool_calls": [call]}]).messages
+    assert message.as_text()["content"] == '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    with pytest.raises(ApiError, match="field audio is not supported"):
+        chat(messages=[dumped | {"audio": {"id": "1"}}])
 
 
 def test_text_must_be_unicode():
