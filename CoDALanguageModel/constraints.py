@@ -28,19 +28,19 @@ from .json_schema import of_schema
 from .regular import Automaton, TooLarge, automaton, parse
 from .vocabulary import Vocabulary
 
-MAX_CELLS = 2**24
+MAX_CELLS = 2**23
 """Entries of the table of a token automaton, 2 bytes each: states times kinds of tokens."""
 
-MAX_CACHED = 2**25
+MAX_CACHED = 2**24
 """Entries of all tables that are kept."""
 
 MOST_CACHED = 64
 """Automata that are kept."""
 
-MAX_REMEMBERED = 2**14
-"""Sets and steps between them that an automaton remembers."""
+MAX_REMEMBERED = 2**25
+"""Bytes of sets, and of what they allow, that an automaton remembers."""
 
-MOST_BOUND = 4
+MOST_BOUND = 2
 """Constraints of one automaton that are kept."""
 
 NEVER = 0
@@ -201,6 +201,7 @@ class Constraint:
         reach[self._sources, self._targets] = True
         self._forth, self._back = (np.packbits(x, axis=1, bitorder="little") for x in (reach, reach.T))
         self._remembered: dict[Hashable, Any] = {}
+        self._weight = 0
         self._on: dict[torch.device, Tensor] = {}
         self.start = 1
         self.final = self._bits(np.append(tokens.accepts, [True, False]))
@@ -217,9 +218,11 @@ class Constraint:
     def _remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
         found = self._remembered.get(key)
         if found is None:
-            if len(self._remembered) >= MAX_REMEMBERED:
-                self._remembered = {}
-            found = self._remembered[key] = make()
+            found = make()
+            self._weight += 3 * self._num_bytes + (found.nbytes if isinstance(found, np.ndarray) else 200)
+            if self._weight > MAX_REMEMBERED:
+                self._remembered, self._weight = {}, 0
+            self._remembered[key] = found
         return found
 
     def after(self, states: int, kind: int | None) -> int:
@@ -358,7 +361,7 @@ def constraint_of(config: Any, vocab_size: int, lexicon: Lexicon) -> Constraint 
         value = config.regex if name == "regex" else json.dumps(config.json_schema)
     except RecursionError as error:
         raise TooLarge("json_schema cannot be used: it is nested too deeply") from error
-    key = (name, value, lexicon.digest)
+    key = (name, hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest(), lexicon.digest)
     with _CACHE_LOCK:
         found = _CACHE.get(key)
         if found is not None:

@@ -210,6 +210,7 @@ class _Reader:
             raise UserError(f"json_schema at {at}: it must be a list of at least one schema, got {_short(schemas)}")
         if choice == "allOf" and len(schemas) > 1:
             raise UserError(f"json_schema at {at}: allOf of more than one schema is not supported")
+        parts = [self.value(schema, f"{at}/{i}", depth + 1, within) for i, schema in enumerate(schemas)]
         if choice == "oneOf":
             for j, schema in enumerate(schemas):
                 i = next((i for i in range(j) if not self._are_apart(schemas[i], schema, at, depth)), None)
@@ -218,7 +219,6 @@ class _Reader:
                         f"json_schema at {at}: a value may be of both {i} and {j}, which oneOf forbids and nothing "
                         "here rules out: say anyOf, or give them different types or a property with a const of its own"
                     )
-        parts = [self.value(schema, f"{at}/{i}", depth + 1, within) for i, schema in enumerate(schemas)]
         return _alternatives(parts)
 
     def _typed(self, given: Mapping[str, Any], at: str, depth: int, within: tuple[str, ...]) -> Node | None:
@@ -255,9 +255,10 @@ class _Reader:
 
     def _object(self, given: Mapping[str, Any], at: str, depth: int, within: tuple[str, ...]) -> Node | None:
         fields, required, others = (given.get(k) for k in ("properties", "required", "additionalProperties"))
-        if not isinstance(fields, dict | None) or not isinstance(required, list | None):
-            raise UserError(f"json_schema at {at}: properties must be an object and required a list")
-        fields, required = fields or {}, required or []
+        fields, required = {} if fields is None else fields, [] if required is None else required
+        is_right = isinstance(fields, dict) and isinstance(required, list)
+        if not is_right or not all(isinstance(name, str) for name in required):
+            raise UserError(f"json_schema at {at}: properties must be an object and required a list of names")
         missing = next((name for name in required if name not in fields), None)
         if missing is not None:
             raise UserError(f"json_schema at {at}: required {_short(missing)} is none of the properties")
@@ -271,7 +272,7 @@ class _Reader:
         parts = []
         for name, schema in fields.items():
             if half_surrogate(name) is not None:
-                raise UserError(f"json_schema at {at}/properties: a name is no text")
+                raise UserError(f"json_schema at {at}/properties: a name is no Unicode text")
             self._count(len(name))
             if schema is False and name not in required:
                 continue
@@ -308,7 +309,7 @@ class _Reader:
             except UserError as error:
                 raise type(error)(f"json_schema at {at}/pattern: {error}") from error
         elif "format" in given:
-            if given["format"] not in FORMATS:
+            if not isinstance(given["format"], str) or given["format"] not in FORMATS:
                 raise UserError(
                     f"json_schema at {at}/format: it must be one of {', '.join(FORMATS)}, got {_short(given['format'])}"
                 )

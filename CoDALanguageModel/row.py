@@ -288,10 +288,11 @@ class Row:
         if not self.cells.is_completable:
             least, given = self.constraint.least, len(self.gaps)
             if given == self.config.max_new_tokens:
-                allowed = (
-                    f"max_new_tokens must be at least {least}" if given < least else "max_new_tokens must be another"
+                if given < least:
+                    raise UserError(f"max_new_tokens must be at least {least} for this {name}, got {given}")
+                raise UserError(
+                    f"max_new_tokens={given}: no text of so many tokens matches {name}, and none may end before"
                 )
-                raise UserError(f"{allowed} for this {name}, got {given}")
             raise UserError(
                 f"gaps of {given} masks cannot be filled so that all from the first to the last matches {name}; the "
                 f"shortest text of it has {least} tokens"

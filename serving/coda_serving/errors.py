@@ -113,9 +113,9 @@ SHUTTING_DOWN = ApiError(503, "the server is shutting down", code="server_shutti
 
 FIELDS_OF_BODIES = {setting.api for setting in offered("server")}.union(
     "arguments content description filename function id include_obfuscation include_usage infill input_extra "
-    "input_prefix input_suffix json_schema lengths parameters guided_regex response_format strict tool_call_id tool_calls "
-    "tool_choice tools max_completion_tokens messages model n n_indent n_predict name pieces prompt random_seed "
-    "response_fields role stop stop_sequences stream stream_options suffix system text time type".split()
+    "input_prefix input_suffix json_schema lengths parameters guided_regex response_format strict tool_call_id "
+    "tool_calls tool_choice tools max_completion_tokens messages model n n_indent n_predict name pieces prompt "
+    "random_seed response_fields role stop stop_sequences stream stream_options suffix system text time type".split()
 )
 """Names that may stand in the path to a fault. Pydantic puts the branch of a union there too, which is no field."""
 

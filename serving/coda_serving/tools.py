@@ -42,7 +42,7 @@ def shape_of(body: ChatRequest) -> Shape | None:
     """
     shape, tools = body.shape, callable_tools(body)
     choice = body.tool_choice
-    if choice not in (None, "none") and not body.tools:
+    if choice not in (None, "none", "auto") and not body.tools:
         raise invalid("tool_choice needs tools", param="tool_choice")
     if shape is not None and tools:
         raise invalid(f"{shape.param} cannot be used with tools: say tool_choice none", param=shape.param)

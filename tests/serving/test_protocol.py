@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from coda_serving.errors import ApiError
 from coda_serving.protocol import ChatRequest, CompletionRequest
+from coda_serving.tools import shape_of
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -64,6 +65,7 @@ def test_values_that_ask_for_nothing_are_accepted():
         response_format={"type": "text"},
         tool_choice="none",
     )
+    assert shape_of(chat(tools=[], tool_choice="auto")) is None
     CompletionRequest(prompt="x", echo=False, best_of=1)
 
 
