@@ -40,6 +40,9 @@ class Reading:
     end: int | None
     """Tokens up to the end of the answer, its end token or stop string included; None while it may go on."""
 
+    stop: str | None = None
+    """The stop string that ended the answer, if one did."""
+
 
 def end_ids(*sources: Any) -> frozenset[int]:
     """Ids that end an answer: end tokens, and the pad that stands behind them.
@@ -123,7 +126,8 @@ class AnswerReader:
         if cut is not None:
             start, stop_end = cut
             num = self._tokens_for(stop_end)
-            return Reading(text=shown[:start], num_tokens=num, finish_reason="stop", end=num)
+            string = shown[start:stop_end]
+            return Reading(text=shown[:start], num_tokens=num, finish_reason="stop", end=num, stop=string)
         self._searched = len(shown)
         num = len(self._ids)
         if not is_whole:

@@ -76,6 +76,32 @@ class InfillOutput:
     cost: Any
 
 
+def candidate_lengths(most: int, num_gaps: int = 1) -> list[tuple[int, ...]]:
+    """The combinations of gap lengths to try where none is known.
+
+    For one gap these are the powers of two below `most`, and `most`. Several gaps share `most` masks; each takes as
+    many of those lengths, spread evenly over them and the first and the last among them, as keeps all combinations
+    within `MAX_CANDIDATES`.
+
+    Args:
+        most: masks of all gaps together.
+        num_gaps: how many gaps.
+
+    Raises:
+        UserError: more gaps than masks, or so many gaps that no two lengths of each could be tried.
+    """
+    longest = most - num_gaps + 1
+    if longest < 1:
+        raise UserError(f"{num_gaps} gaps need at least one mask each, got {most} for all of them")
+    lengths = [*itertools.takewhile(lambda length: length < longest, (2**i for i in itertools.count())), longest]
+    each = max(count for count in range(1, MAX_CANDIDATES + 1) if count**num_gaps <= MAX_CANDIDATES)
+    if each < min(2, len(lengths)):
+        raise UserError(f"{num_gaps} gaps of unknown length have more than {MAX_CANDIDATES} combinations: give lengths")
+    if len(lengths) > each:
+        lengths = [lengths[i * (len(lengths) - 1) // (each - 1)] for i in range(each)]
+    return [each for each in itertools.product(lengths, repeat=num_gaps) if sum(each) <= most]
+
+
 def infill(
     model: Any,
     pieces: Sequence[Sequence[int]],

@@ -98,7 +98,8 @@ def ask_server():
             async with app.router.lifespan_context(app):
                 transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
                 async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
-                    calls = (client.post(path, json=body) if body else client.get(path) for body in bodies)
+                    asked = bodies if path is None else [(path, body) for body in bodies]
+                    calls = (client.post(url, json=body) if body else client.get(url) for url, body in asked)
                     return await asyncio.gather(*calls)
 
         return asyncio.run(inner())

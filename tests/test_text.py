@@ -13,7 +13,7 @@ from coda_posttrain.records import MALFORMED, Layout
 from coda_posttrain.rows import processors
 from coda_posttrain.templates import TurnEncoder
 from coda_quickstart.tokenizer import train_tokenizer
-from coda_serving import app
+from coda_serving import canvases
 from coda_serving.protocol import ChatRequest, CompletionRequest
 from coda_serving.settings import ServerSettings
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
@@ -114,7 +114,7 @@ def test_a_message_has_the_same_ids_in_every_room(tokenizer, texts, codec, evalu
             chat = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
             ids = codec.encode_chat(chat)
             assert evaluated.encode_prompt(evaluated.apply_chat_template(chat)) == ids
-            (canvas,), _ = app._chat_canvases(served, ChatRequest(messages=chat, max_tokens=1))
+            ((canvas,),), _ = canvases.chat_canvases(served, ChatRequest(messages=chat, max_tokens=1))
             assert list(canvas.prompt_ids) == ids
             answer = {"role": "assistant", "content": "ok"}
             ((source, _),) = trained.pairs([chat[-1], answer], system, "")
@@ -131,7 +131,8 @@ def test_plain_text_has_the_same_ids_in_every_room_and_comes_back(tokenizer, tex
         assert not added & set(ids)
         assert codec.decode(ids) in forms(text)
         assert evaluated.encode_prompt(text) == evaluated.tok_encode(text) == ids
-        (canvas,), _ = app._completion_canvases(served, CompletionRequest(prompt=text, max_tokens=1))
+        body = CompletionRequest(prompt=text, suffix="", max_tokens=1)  # beside a suffix, tokens for gaps are text too
+        ((canvas,),), _ = canvases.completion_canvases(served, body)
         assert list(canvas.prompt_ids) == (ids or [served.limits.document_start_id])
         if not set(codec.encode_answer(text)) & added:  # no tag that the template knows
             closing = len(trained.chat.closing)
@@ -145,7 +146,7 @@ def test_gaps_are_laid_out_the_same_in_every_room(texts, codec, evaluated, serve
         document = {"infill_prefix": before, "infill_middle": "", "infill_suffix": behind, "infill_tokens": 3}
         assert evaluated._gap(document) == (ids, gap)
         body = CompletionRequest(prompt=before, suffix=behind or None, max_tokens=3)
-        (canvas,), _ = app._completion_canvases(served, body)
+        ((canvas,),), _ = canvases.completion_canvases(served, body)
         assert [*canvas.prompt_ids, mask, mask, mask, *(canvas.suffix_ids or ())] == ids
         assert ids[gap] == [mask] * 3
         assert ids.count(mask) == 3

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -32,33 +32,10 @@ from coda_eval.journal import digest
 from coda_eval.programs import Answer
 from coda_eval.session import Asked, slot
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.fill_tokens import FILL_ENDS, FILL_TOKENS, FillTokens
 from CoDALanguageModel.prompts import Codec
 
 logger = logging.getLogger(__name__)
-
-
-class FillTokens(NamedTuple):
-    """The control tokens of one kind of model, in the order prefix, suffix, middle."""
-
-    prefix: str
-    suffix: str
-    middle: str
-    lead: str = ""
-    """Text that stands between the first token and the prefix."""
-
-
-FILL_TOKENS = (
-    FillTokens("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-    FillTokens("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    FillTokens("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
-    FillTokens("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
-    FillTokens("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", lead=" "),
-)
-"""Qwen2.5-Coder and CodeGemma; StarCoder and Granite; SantaCoder; DeepSeek-Coder; Code Llama. As each model card shows
-them, prefix first."""
-
-FILL_ENDS = ("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|file_separator|>", "<file_sep>", "\u2581<EOT>")
-"""Tokens besides the end of text after which such models go on with something else."""
 
 
 _MARK = "\u263a"  # Code Llama's own choice for this

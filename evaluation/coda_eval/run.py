@@ -86,9 +86,11 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(args)
     output = claim_folder(config.output_path, resume)
     tasks = check_tasks(config)
-    # Before the model is loaded: whether the journal can be read, and gone on with.
-    journal = Journal(_folder_of(output), rank(), resume=resume) if output is not None else None
-    evaluate(config, tasks, load_model(config), journal, resume)
+    with (
+        _answers_folder(output) as folder,
+        contextlib.closing(Journal(folder, rank(), resume=resume)) as journal,  # refused before a model is loaded
+    ):
+        evaluate(config, tasks, load_model(config), journal, resume)
 
 
 def read_config(args: argparse.Namespace) -> EvaluatorConfig:
@@ -108,7 +110,7 @@ def read_config(args: argparse.Namespace) -> EvaluatorConfig:
 
 
 def load_model(config: EvaluatorConfig) -> LM:
-    """The model of a command.
+    """The model of a command, loaded.
 
     Raises:
         UserError: it cannot be loaded, or refuses its settings.
@@ -128,7 +130,7 @@ def evaluate(
     config: EvaluatorConfig,
     tasks: tuple[TaskManager, list[str], dict[str, Any]],
     model: LM,
-    journal: Journal | None,
+    journal: Journal,
     resume: bool,
 ) -> None:
     """Run the tasks of a command on its model.
@@ -137,7 +139,7 @@ def evaluate(
         config: the command.
         tasks: what `check_tasks` gave.
         model: its model.
-        journal: of the run's folder; without one answers are kept while the tasks run, and longer where one fails.
+        journal: of the run's folder, or of a temporary one where the command has no `--output_path`.
         resume: whether to go on with what is in the journal.
 
     Raises:
@@ -146,35 +148,31 @@ def evaluate(
     """
     manager, names, versions = tasks
     keep_answers(model)
-    facts = facts_of(model, config, journal and journal.folder)
+    facts = facts_of(model, config, journal.folder if config.output_path else None)
     if resume and facts["identity"]["weights"] is None:
         raise UserError(f"--resume is for coda and hf: the weights of {config.model!r} are not known by their hash")
     command = {"arguments": dataclasses.asdict(config) | dict.fromkeys(_HOSTS, {}), "tasks": names}
     command |= {"data": os.environ.get(DATA_VARIABLE), "versions": versions}
     name = digest([command, facts["identity"]])
-    if journal is not None and speaks():
+    if config.output_path and speaks():
         said = json.dumps({"name": name, **command, **facts}, indent=1, default=str)
         write_whole(journal.folder / COMMAND, said + "\n")
-    with (
-        _answers_folder(journal and journal.folder) as folder,
-        Overlap() as overlap,
-        session.opened(
-            session.Session(
-                journal=journal or Journal(folder, rank()),
-                name=name,
-                model=facts["identity"],
-                versions=versions,
-                code=code_version(),
-                judge=overlap.judge,
-            )
-        ) as state,
-    ):
-        if resume:
-            logger.info("%d answers are in %s", state.journal.found, folder)
-        run_tasks(config, manager, names, model, facts)
-        if resume:
-            unused = state.journal.found - state.journal.used
-            logger.info("%d of these answers were used by this process and %d not", state.journal.used, unused)
+    with Overlap() as overlap:
+        state = session.Session(
+            journal=journal,
+            name=name,
+            model=facts["identity"],
+            versions=versions,
+            code=code_version(),
+            judge=overlap.judge,
+        )
+        with session.opened(state):
+            if resume:
+                logger.info("%d answers are in %s", journal.found, journal.folder)
+            run_tasks(config, manager, names, model, facts)
+            if resume:
+                unused = journal.found - journal.used
+                logger.info("%d of these answers were used by this process and %d not", journal.used, unused)
 
 
 def run_tasks(
@@ -471,10 +469,10 @@ def _has_gaps(task: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _answers_folder(folder: Path | None) -> Iterator[Path]:
-    """The folder for answers: the run's, or a temporary one that stays where a task failed."""
-    if folder is not None:
-        yield folder
+def _answers_folder(output: Path | None) -> Iterator[Path]:
+    """The folder for answers: that of the output, or a temporary one that stays where a task failed."""
+    if output is not None:
+        yield _folder_of(output)
         return
     folder = Path(tempfile.mkdtemp(prefix="coda-eval-answers-"))
     try:

@@ -6,6 +6,7 @@ comes out: `sweep.json`, a table, and the plot of score, time and tokens per for
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -176,7 +177,8 @@ def run_points(points: Sequence[Point], config: "EvaluatorConfig") -> dict[str, 
         one = dataclasses.replace(config, model_args=config.model_args | settings, output_path=str(folder))
         try:
             run.claim_folder(one.output_path, resume=True)
-            run.evaluate(one, tasks, model, Journal(folder, run.rank(), resume=True), resume=True)
+            with contextlib.closing(Journal(folder, run.rank(), resume=True)) as journal:
+                run.evaluate(one, tasks, model, journal, resume=True)
         except (UserError, SystemExit) as error:
             failed[point.name] = str(error).removeprefix("coda_eval: error: ")
             logger.error("%s failed: %s", point.name, failed[point.name])

@@ -31,6 +31,8 @@ def body_schema(model: type[BaseModel]) -> dict[str, Any]:
     """What the OpenAPI document says of a body that the route reads itself; its parts are `body_parts`."""
     schema = model.model_json_schema(ref_template=REFERENCE)
     schema.pop("$defs", None)
+    for name in getattr(model, "closed", ()):
+        del schema["properties"][name]
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from CoDALanguageModel.answers import AnswerReader, Decode, FinishReason
 
 from . import errors
+from .gaps import GapReader
 from .metrics import Metrics
 from .scheduler import CanvasRequest, Job, QueueFull, Scheduler
 
@@ -37,6 +38,14 @@ class Answer:
     forwards: int
     """Forward passes that its row took part in."""
     finish_reason: FinishReason
+    stop: str | None = None
+    """The stop string that ended it, if one did."""
+    gaps: tuple[str, ...] = ()
+    """Text of each gap, where there are several."""
+    gap_lengths: tuple[int, ...] = ()
+    """Masks that each gap had."""
+    score: float | None = None
+    """Mean log-probability of all filled tokens when they were committed, of an answer that competes by it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class RowStep(NamedTuple):
     """Forward passes that the row took part in so far."""
     error: Exception | None
     """What was wrong with this row alone."""
+    score: float | None = None
+    """Mean log-probability of the filled tokens when they were committed, of a candidate that is full."""
 
 
 class Rows(Protocol):
@@ -99,7 +110,7 @@ class _Run:
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-        self.jobs: dict[Hashable, tuple[Job, AnswerReader]] = {}
+        self.jobs: dict[Hashable, tuple[Job, AnswerReader | GapReader]] = {}
         """By the handles of their rows."""
         self.progress_s = 0.0
         """When a step was begun or finished last, on the monotonic clock."""
@@ -283,14 +294,17 @@ class Engine:
                     job.listener(Failure("the model is stuck"))
                 return
 
-    def _reader(self, request: CanvasRequest) -> AnswerReader:
-        return AnswerReader(
-            decode=self._decode,
-            mask_token_id=self._sampler.mask_token_id,
-            eos_token_ids=self._sampler.eos_token_ids,
-            prompt_ids=request.prompt_ids,
-            stop=request.stop,
-        )
+    def _reader(self, request: CanvasRequest) -> AnswerReader | GapReader:
+        def reader(prompt_ids: Sequence[int]) -> AnswerReader:
+            return AnswerReader(
+                decode=self._decode,
+                mask_token_id=self._sampler.mask_token_id,
+                eos_token_ids=self._sampler.eos_token_ids,
+                prompt_ids=prompt_ids,
+                stop=request.stop,
+            )
+
+        return GapReader(request, reader, self._decode) if request.more_gaps else reader(request.prompt_ids)
 
     def _advance(self, run: _Run, step: RowStep) -> None:
         """Show a listener what has become final; an answer that has ended leaves, whatever its canvas still holds."""
@@ -306,7 +320,7 @@ class Engine:
         if len(reading.text) > len(job.shown):
             job.listener(Delta(reading.text[len(job.shown) :]))
             job.shown = reading.text
-        if reading.finish_reason is not None:
+        if reading.finish_reason is not None and (step.is_full or not job.request.is_candidate):
             run.rows.drop(step.row)
             del run.jobs[step.row]
             self._metrics.tokens.inc(reading.num_tokens)
@@ -315,6 +329,10 @@ class Engine:
                 num_tokens=reading.num_tokens,
                 forwards=step.forwards,
                 finish_reason=reading.finish_reason,
+                stop=reading.stop,
+                gaps=reader.texts if isinstance(reader, GapReader) else (reading.text,),
+                gap_lengths=job.request.gap_lengths,
+                score=step.score,
             )
             self._finish(job, answer)
 

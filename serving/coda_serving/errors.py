@@ -1,9 +1,62 @@
 """Errors of the API, in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
 import json
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from CoDALanguageModel.decoding_settings import offered
+
+MESSAGES = "/v1/messages"
+"""Path of Anthropic's endpoint."""
+
+
+class Fault(BaseModel):
+    """What was wrong with a request, or with the server."""
+
+    message: str
+    type: str
+    param: str | None
+    """Field at fault, if one is."""
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is no success."""
+
+    error: Fault
+
+
+class MessagesFault(BaseModel):
+    """The same in Anthropic's words."""
+
+    type: str
+    message: str
+
+
+class MessagesErrorBody(BaseModel):
+    """Every answer below `/v1/messages` that is no success."""
+
+    type: Literal["error"]
+    error: MessagesFault
+
+
+STATUSES = {
+    400: "The request is at fault; `param` names the field",
+    401: "The key is missing or wrong",
+    404: "Another model than the one served",
+    413: "The body is larger than MAX_BODY_BYTES",
+    415: "The body is no plain JSON",
+    429: "MAX_QUEUE answers wait already; Retry-After says when to try again",
+    500: "The model failed; the log says why",
+    503: "The server is shutting down",
+    504: "REQUEST_TIMEOUT_S is over",
+}
+
+
+def documented(model: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
+    """What the OpenAPI document says of the errors of a route that denoises something."""
+    return {status: {"model": model, "description": says} for status, says in STATUSES.items()}
 
 
 class ApiError(Exception):
@@ -42,6 +95,14 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": _type(self.status), "param": param, "code": self.code}}
 
 
+def body_at(path: str, error: ApiError) -> dict[str, Any]:
+    """The JSON body of an error in the shape that clients of a path read: Anthropic's below `/v1/messages`."""
+    body = error.body()
+    if path == MESSAGES or path.startswith(MESSAGES + "/"):
+        return {"type": "error", "error": {"type": _anthropic_type(error.status), "message": body["error"]["message"]}}
+    return body
+
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """The client's mistake, 400."""
     return ApiError(400, message, param=param, code=code)
@@ -51,15 +112,20 @@ SHUTTING_DOWN = ApiError(503, "the server is shutting down", code="server_shutti
 """For requests that the end of the server cuts off."""
 
 FIELDS_OF_BODIES = {setting.api for setting in offered("server")}.union(
-    "content include_obfuscation include_usage max_completion_tokens messages model n name prompt role stop stream "
-    "stream_options suffix text type".split()
+    "arguments content description filename function id include_obfuscation include_usage infill input_extra "
+    "input_prefix input_suffix json_schema lengths parameters guided_regex response_format strict tool_call_id "
+    "tool_calls tool_choice tools max_completion_tokens messages model n n_indent n_predict name pieces prompt "
+    "random_seed response_fields role stop stop_sequences stream stream_options suffix system text time type".split()
 )
 """Names that may stand in the path to a fault. Pydantic puts the branch of a union there too, which is no field."""
 
 SEVERAL_KINDS = {
     "stop": "a string or a list of strings, none of them empty",
     "content": "a string or a list of text parts",
+    "lengths": "a list of integers of at least 1, or 'auto'",
+    "tool_choice": "none, auto, required, or a function's name as {type: function, function: {name}}",
     "prompt": "a string, a list of strings, a list of token ids, or a list of lists of token ids",
+    "system": "a string or a list of text blocks",
 }
 """Fields that take values of more than one kind, and which."""
 
@@ -107,3 +173,9 @@ def _cut(text: str, limit: int) -> str:
 def _type(status: int) -> str:
     names = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
     return names.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+def _anthropic_type(status: int) -> str:
+    names = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+    names |= {503: "overloaded_error", 504: "timeout_error"}
+    return names.get(status, "invalid_request_error" if status < 500 else "api_error")

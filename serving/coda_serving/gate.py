@@ -12,11 +12,15 @@ import json
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import SHUTTING_DOWN, ApiError
+from .errors import SHUTTING_DOWN, ApiError, body_at
 from .settings import ServerSettings
 
 LINGER_S = 2.0
 """Seconds for which the rest of a refused body is received and thrown away."""
+
+
+GUARDED = frozenset({"/metrics", "/v1", "/infill"})
+"""Paths that need a key, besides all below `/v1`."""
 
 
 class BodyTooLarge(Exception):
@@ -46,7 +50,7 @@ class Gate:
         headers = Headers(scope=scope)
         fault = self._fault_of_key(scope["path"], headers) or self._fault_of_length(headers)
         if fault is not None:
-            await _respond(send, fault, receive)
+            await _respond(send, scope["path"], fault, receive)
             return
         received = 0
         started = False
@@ -69,20 +73,22 @@ class Gate:
             await self._app(scope, counted_receive, noted_send)
         except BodyTooLarge:
             if not started:
-                await _respond(send, self._too_large(f"more than {self._limit}"), receive)
+                await _respond(send, scope["path"], self._too_large(f"more than {self._limit}"), receive)
         except asyncio.CancelledError:  # the web server ends what still runs when its time to stop is over
             if not started:
-                await _respond(send, SHUTTING_DOWN)
+                await _respond(send, scope["path"], SHUTTING_DOWN)
 
     def _fault_of_key(self, path: str, headers: Headers) -> ApiError | None:
-        if self._key is None or not (path == "/metrics" or path == "/v1" or path.startswith("/v1/")):
+        if self._key is None or not (path in GUARDED or path.startswith("/v1/")):
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._key):
+        keys = [given] if scheme.lower() == "bearer" else []
+        keys += [headers["x-api-key"]] if "x-api-key" in headers else []  # Anthropic's and llama.cpp's clients
+        if any(hmac.compare_digest(key.strip().encode("latin-1"), self._key) for key in keys):
             return None
         return ApiError(
             401,
-            "a valid key is needed: Authorization: Bearer KEY",
+            "a valid key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
         )
@@ -102,13 +108,13 @@ class Gate:
         )
 
 
-async def _respond(send: Send, error: ApiError, unread: Receive | None = None) -> None:
+async def _respond(send: Send, path: str, error: ApiError, unread: Receive | None = None) -> None:
     """Send `error`; then throw `unread` away for a while.
 
     A connection that is closed on bytes nobody has read is reset, and a client that is still sending may then never see
     the answer. The whole answer is sent first, its end after the rest of the body or `LINGER_S`.
     """
-    body = json.dumps(error.body()).encode()
+    body = json.dumps(body_at(path, error)).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})

@@ -4,7 +4,7 @@ Not here: what comes back (`responses`).
 """
 
 import logging
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, create_model, model_validator
 
@@ -32,6 +32,7 @@ def _check_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
 
 
@@ -95,6 +96,8 @@ class SamplingRequest(DecodingFields):
     """Fields that conversations and plain texts share. Null means the server's default."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL
+    closed: ClassVar[frozenset[str]] = frozenset()
+    """Fields of other endpoints that this one has not."""
     ignored: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
     """Fields that cannot change an answer here; they are accepted, and named in the log."""
 
@@ -118,7 +121,7 @@ class SamplingRequest(DecodingFields):
             return data
         kept = {}
         for name, value in data.items():
-            if name in cls.model_fields:
+            if name in cls.model_fields and name not in cls.closed:
                 kept[name] = value
             elif name in cls.ignored:
                 logger.info("ignored request field: %s", name)
@@ -126,7 +129,7 @@ class SamplingRequest(DecodingFields):
                 if value is not None and value not in cls.neutral[name]:
                     raise invalid(f"{name} is not supported by this server", param=name, code="unsupported_field")
             else:
-                raise _unknown(name, [*cls.model_fields, *cls.ignored, *cls.neutral])
+                raise _unknown(name, [*(cls.model_fields.keys() - cls.closed), *cls.ignored, *cls.neutral])
         return kept
 
     @model_validator(mode="after")
@@ -157,6 +160,69 @@ class SamplingRequest(DecodingFields):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+class Shape(NamedTuple):
+    """What an answer must match."""
+
+    param: str
+    """The field that says so."""
+    settings: dict[str, Any]
+    """`regex` or `json_schema`."""
+    beginning: str = ""
+    """Text with which the answer begins, and which is not in what must match."""
+
+
+class ResponseFormat(StrictModel):
+    """`response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+    """`name`, `schema`, and without effect `description` and `strict`: an answer is always by the schema."""
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> "ResponseFormat":
+        given = self.json_schema
+        if (given is None) == (self.type == "json_schema"):
+            raise invalid(
+                "response_format needs json_schema with type json_schema, and only then", param="response_format"
+            )
+        for name, value in (given or {}).items():
+            kinds = {"name": str, "schema": dict, "description": str | None, "strict": bool | None}
+            if name not in kinds:
+                raise invalid(f"unknown field 'response_format.json_schema.{name}'", f"response_format.{name}")
+            if not isinstance(value, kinds[name]):
+                raise invalid(f"response_format.json_schema.{name} is of the wrong type", param="response_format")
+        if given is not None and not given.get("name"):
+            raise invalid("response_format.json_schema needs a name", param="response_format")
+        return self
+
+
+class ShapedRequest(SamplingRequest):
+    """Fields that say what answers must match."""
+
+    response_format: ResponseFormat | None = None
+    """`json_object`: any object, nested as `CoDALanguageModel.json_schema` says; `json_schema`: by a schema."""
+    guided_regex: NonEmptyText | None = None
+    """A regular expression that the whole answer matches. Extension."""
+
+    @property
+    def shape(self) -> Shape | None:
+        """What these fields say.
+
+        Raises:
+            ApiError: both say something, or `stop` could cut the answer.
+        """
+        form = self.response_format
+        shape = None if self.guided_regex is None else Shape("guided_regex", {"regex": self.guided_regex})
+        if form is not None and form.type != "text":
+            if shape is not None:
+                raise invalid(
+                    "guided_regex and response_format exclude each other: give one of them", param="guided_regex"
+                )
+            schema = {"type": "object"} if form.json_schema is None else form.json_schema.get("schema", {})
+            shape = Shape("response_format", {"json_schema": schema})
+        return shape
+
+
 class TextPart(StrictModel):
     """The one kind of content part that there is."""
 
@@ -164,12 +230,76 @@ class TextPart(StrictModel):
     text: Text
 
 
+class EarlierFunction(StrictModel):
+    """What was called."""
+
+    name: FunctionName
+    arguments: Text
+    """JSON."""
+
+
+class EarlierCall(StrictModel):
+    """A call of an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: EarlierFunction
+
+    def as_text(self) -> str:
+        """As Qwen's template writes it."""
+        return f'<tool_call>\n{{"name": "{self.function.name}", "arguments": {self.function.arguments}}}\n</tool_call>'
+
+
+class Function(StrictModel):
+    """A function that the model may call."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of an object."""
+    strict: bool | None = None
+    """Without effect: a call that is asked for is by the schema, and any other is not held to it."""
+
+
+class Tool(StrictModel):
+    """One of `tools`."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(StrictModel):
+    """The function that must be called."""
+
+    name: FunctionName
+
+
+class NamedTool(StrictModel):
+    """`tool_choice` that names one."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class Message(StrictModel):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    """`developer` is another word for `system`."""
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """`developer` is another word for `system`; `tool` gives what a function gave back."""
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[EarlierCall], Field(fail_fast=True)] | None = None
+    """Of the assistant."""
+    tool_call_id: str | None = None
+    """Of a tool; the model sees the order of the results alone."""
+
+    @model_validator(mode="after")
+    def _check_role(self) -> "Message":
+        if self.content is None and not self.tool_calls:
+            raise invalid("messages: content is missing", param="messages.content")
+        for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                raise invalid(f"messages: {name} says nothing in the role {self.role!r}", param=f"messages.{name}")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -181,7 +311,7 @@ class Message(StrictModel):
                 logger.info("ignored message field: name")
             elif name not in cls.model_fields and value is not None and value != []:
                 raise invalid(
-                    f"messages: field {name} is not supported (supported: role, content)",
+                    f"messages: field {name} is not supported (supported: role, content, tool_calls, tool_call_id)",
                     param=f"messages.{name}",
                     code="unsupported_field",
                 )
@@ -189,11 +319,13 @@ class Message(StrictModel):
 
     def as_text(self) -> dict[str, str]:
         """Role and text, parts joined by line ends, as the chat template wants it."""
-        parts = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": parts}
+        content = self.content or ""
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+        text = "\n".join([*([text] if text else []), *(call.as_text() for call in self.tool_calls or ())])
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatRequest(SamplingRequest):
+class ChatRequest(ShapedRequest):
     """Body of `/v1/chat/completions`."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
@@ -205,9 +337,6 @@ class ChatRequest(SamplingRequest):
         "parallel_tool_calls": (True, False),
         "prediction": (),
         "reasoning_effort": (),
-        "response_format": ({"type": "text"},),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "top_logprobs": (0,),
         "verbosity": (),
         "web_search_options": (),
@@ -216,6 +345,10 @@ class ChatRequest(SamplingRequest):
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Newer name of `max_tokens`."""
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] | None = None
+    """Functions that the model may call."""
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """`required`: the answer is a call of one of them; `auto`, the default: it may hold calls."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "ChatRequest":
@@ -228,8 +361,20 @@ class ChatRequest(SamplingRequest):
         return self
 
 
-class CompletionRequest(SamplingRequest):
-    """Body of `/v1/completions`; with `suffix` the gap between prompt and suffix is filled."""
+Lengths = Annotated[list[Annotated[int, Field(ge=1)]], Field(fail_fast=True, min_length=1)]
+
+
+class Infill(StrictModel):
+    """`infill`: gaps to fill, several at once, of known or unknown length."""
+
+    pieces: Annotated[list[Text], Field(fail_fast=True, min_length=2)] | None = None
+    """The text around the gaps, in order. Null: prompt and suffix."""
+    lengths: Lengths | Literal["auto"] = "auto"
+    """Masks of each gap; `auto` tries several and keeps the best answer."""
+
+
+class CompletionRequest(ShapedRequest):
+    """Body of `/v1/completions`; with `suffix` or `infill`, gaps in a text are filled."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
         "best_of": (1,),
@@ -242,16 +387,43 @@ class CompletionRequest(SamplingRequest):
         | Annotated[list[Text], Field(fail_fast=True)]
         | TokenIds
         | Annotated[list[TokenIds], Field(fail_fast=True)]
-    )
-    """A text, several, or the same as token ids."""
+        | None
+    ) = None
+    """A text, several, or the same as token ids. Only `infill.pieces` takes its place."""
     suffix: Text | None = None
     """Text behind the gap. Null or empty: the text simply goes on."""
+    infill: Infill | None = None
+    """Gaps in a text. Extension."""
 
     @model_validator(mode="after")
     def _some_prompt(self) -> "CompletionRequest":
+        if self.infill is not None:
+            self._check_infill(self.infill)
+        if self.prompt is None and (self.infill is None or self.infill.pieces is None):
+            raise invalid("prompt: Field required", param="prompt")
         if self.prompt == []:
             raise invalid("prompt must hold at least one text, got []", param="prompt")
         return self
+
+    def _check_infill(self, infill: Infill) -> None:
+        if infill.pieces is None and self.suffix is None:
+            raise invalid("infill needs pieces, or prompt and suffix around the gap", param="infill.pieces")
+        if infill.pieces is not None and (self.prompt is not None or self.suffix is not None):
+            raise invalid("infill.pieces are the whole text: give them, or prompt and suffix", param="infill.pieces")
+        if infill.lengths == "auto":
+            return
+        num_gaps = len(infill.pieces or "..") - 1
+        if len(infill.lengths) != num_gaps:
+            raise invalid(
+                f"infill.lengths must hold one length per gap ({num_gaps}), got {len(infill.lengths)}",
+                param="infill.lengths",
+            )
+        if self.max_tokens not in (None, sum(infill.lengths)):
+            raise invalid(
+                f"max_tokens={self.max_tokens} bounds gaps of unknown length; infill.lengths are known, and make "
+                f"{sum(infill.lengths)}: give one of them",
+                param="max_tokens",
+            )
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

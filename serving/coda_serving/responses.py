@@ -1,5 +1,6 @@
 """What the API sends back: OpenAI's schema, with the cost in forward passes added to `usage`."""
 
+import dataclasses
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -61,13 +62,42 @@ class AssistantMessage(BaseModel):
     refusal: None = None
 
 
+class CalledFunction(BaseModel):
+    """What is to be called."""
+
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class ToolCall(BaseModel):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ToolCallDelta(ToolCall):
+    """A call in a stream; it comes in one piece."""
+
+    index: int
+
+
+class CallingMessage(AssistantMessage):
+    """An answer that asks for calls."""
+
+    content: str | None
+    tool_calls: list[ToolCall]
+
+
 class ChatChoice(BaseModel):
     """One of the answers of a conversation."""
 
     index: int
-    message: AssistantMessage
+    message: CallingMessage | AssistantMessage
     logprobs: None = None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_calls"]
 
 
 class ChatCompletion(Head):
@@ -83,6 +113,7 @@ class ChatDelta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -91,7 +122,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
 
 
 class ChatChunk(Head):
@@ -111,11 +142,28 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None
 
 
+class Filling(BaseModel):
+    """What was filled in."""
+
+    gaps: list[str]
+    """Text of each gap."""
+    lengths: list[int]
+    """Masks that each gap had."""
+    score: float | None
+    """Mean log-probability of the filled tokens when they were committed, in nats; null where no others competed."""
+
+
+class InfillChoice(CompletionChoice):
+    """An answer to `infill`. Its text is all that stands between the first piece and the last."""
+
+    infill: Filling
+
+
 class Completion(Head):
     """Response of `/v1/completions`, and event of its stream."""
 
     object: Literal["text_completion"] = "text_completion"
-    choices: list[CompletionChoice]
+    choices: list[InfillChoice | CompletionChoice]
     usage: Usage | None = None
 
 
@@ -150,16 +198,16 @@ class Form:
     id_prefix: str
     response: type[BaseModel]
     event: type[BaseModel]
-    choice: Callable[[int, str, FinishReason | None], BaseModel]
-    """An answer of a whole response, from its index, text and end."""
-    part: Callable[[int, str, FinishReason | None], BaseModel]
-    """What an event adds to an answer: text, or its end."""
+    choice: Callable[[int, Answer], BaseModel]
+    """An answer of a whole response, by its index."""
+    part: Callable[[int, str, FinishReason | None], BaseModel | None]
+    """What an event adds to an answer: text, or its end; None where it adds nothing yet."""
     opening: Callable[[int], BaseModel] | None = None
     """What begins each answer of a stream, where something does."""
 
     def whole(self, head: Head, answers: Sequence[Answer], usage: Usage) -> BaseModel:
         """The whole response."""
-        choices = [self.choice(i, answer.text, answer.finish_reason) for i, answer in enumerate(answers)]
+        choices = [self.choice(i, answer) for i, answer in enumerate(answers)]
         return self.response(**dict(head), choices=choices, usage=usage)
 
 
@@ -167,7 +215,7 @@ CHAT = Form(
     id_prefix="chatcmpl",
     response=ChatCompletion,
     event=ChatChunk,
-    choice=lambda i, text, end: ChatChoice(index=i, message=AssistantMessage(content=text), finish_reason=end),
+    choice=lambda i, a: ChatChoice(index=i, message=AssistantMessage(content=a.text), finish_reason=a.finish_reason),
     part=lambda i, text, end: ChatChunkChoice(index=i, delta=ChatDelta(content=text or None), finish_reason=end),
     opening=lambda i: ChatChunkChoice(index=i, delta=ChatDelta(role="assistant", content="")),
 )
@@ -175,6 +223,15 @@ TEXT = Form(
     id_prefix="cmpl",
     response=Completion,
     event=Completion,
-    choice=lambda i, text, end: CompletionChoice(index=i, text=text, finish_reason=end),
+    choice=lambda i, a: CompletionChoice(index=i, text=a.text, finish_reason=a.finish_reason),
     part=lambda i, text, end: CompletionChoice(index=i, text=text, finish_reason=end),
+)
+INFILL = dataclasses.replace(
+    TEXT,
+    choice=lambda i, a: InfillChoice(
+        index=i,
+        text=a.text,
+        finish_reason=a.finish_reason,
+        infill=Filling(gaps=a.gaps, lengths=a.gap_lengths, score=a.score),
+    ),
 )

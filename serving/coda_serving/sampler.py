@@ -1,6 +1,7 @@
 """The model behind the server: loading it, and rows of it that are denoised. The only module that knows tensors."""
 
 import dataclasses
+import itertools
 import logging
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import torch
 
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.answers import end_ids
+from CoDALanguageModel.constraints import Constraint, Lexicon, constraint_of
 from CoDALanguageModel.decoder import Decoding
+from CoDALanguageModel.decoding_settings import DecodingSettings
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.row import Request, Row
+from CoDALanguageModel.infilling import lay_out
+from CoDALanguageModel.row import Request, Row, complete
 from CoDALanguageModel.weight_files import refuse_not_finite
 
 from .engine import RowStep
@@ -99,13 +103,13 @@ class ModelSampler:
         Raises:
             UserError: naming the setting, what is allowed, and what was got.
         """
-        prompt = len(request.prompt_ids) + len(request.suffix_ids or ())
+        prompt = sum(map(len, request.pieces))
         if request.num_positions > self.context_length:
             raise UserError(
                 f"the prompt of {prompt} tokens and max_tokens={request.max_tokens} do not fit in the context of "
                 f"{self.context_length} tokens"
             )
-        ids = (*request.prompt_ids, *(request.suffix_ids or ()))
+        ids = tuple(itertools.chain(*request.pieces))
         if self.mask_token_id in ids or not all(0 <= i < self.num_token_ids for i in ids):
             raise UserError(
                 f"prompt ids must be in [0, {self.num_token_ids}) and not the mask token {self.mask_token_id}"
@@ -115,7 +119,8 @@ class ModelSampler:
         except UserError as error:
             if request.suffix_ids is None:
                 raise
-            self.check(dataclasses.replace(request, suffix_ids=None))  # something else may be at fault
+            # Something else may be at fault.
+            self.check(dataclasses.replace(request, suffix_ids=None, more_gaps=()))
             raise UserError(f"suffix cannot be used: {error}") from error
 
     def start(self) -> "Rows":
@@ -128,13 +133,32 @@ class ModelSampler:
 
     def canvas(self, request: CanvasRequest) -> Request:
         """The request as the model room takes it."""
-        gap = [] if request.suffix_ids is None else [self.mask_token_id] * request.max_tokens
-        length = 0 if request.suffix_ids is not None else request.max_tokens
+        if request.suffix_ids is None:
+            ids, length = list(request.prompt_ids), request.max_tokens
+        else:
+            ids, length = lay_out(request.pieces, request.gap_lengths, self.mask_token_id).ids, 0
+        own = {"max_new_tokens": length, "output_scores": request.is_candidate}
         return Request(
-            ids=[*request.prompt_ids, *gap, *(request.suffix_ids or ())],
-            settings=self._model.generation_config.merged(request.options.overrides() | {"max_new_tokens": length}),
+            ids=ids,
+            settings=self._model.generation_config.merged(request.options.overrides() | own),
             seed=request.seed,
+            constraint=request.constraint,
         )
+
+    def constraint(self, options: DecodingSettings, lexicon: Lexicon) -> Constraint | None:
+        """What `regex` or `json_schema` of the options demand; it may take seconds.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        model = self._model
+        config = complete(model.generation_config.merged(options.overrides()), model.config)
+        return constraint_of(config, model.config.vocab_size, lexicon)
+
+
+def _score(row: Row) -> float | None:
+    """Mean log-probability of the filled tokens when they were committed; None where the row does not keep it."""
+    return None if row.log_probability is None else float(row.log_probability[row.gaps].mean())
 
 
 class Rows:
@@ -154,7 +178,8 @@ class Rows:
         """
         row = self._decoding.admit(self._sampler.canvas(request))
         start = len(request.prompt_ids)
-        self._read[row] = start, start + request.max_tokens
+        # From the first gap to the end of the last one, the text between them included.
+        self._read[row] = start, request.num_positions - len(request.pieces[-1])
         return row
 
     @torch.inference_mode()
@@ -175,6 +200,7 @@ class Rows:
                     is_full=settled == end or finished is not None,
                     forwards=row.cost.forwards,
                     error=error,
+                    score=None if finished is None else _score(row),
                 )
             )
         return steps

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from CoDALanguageModel.decoding_settings import DecodingSettings
 
@@ -32,6 +33,15 @@ class CanvasRequest:
     seed: int
     stop: tuple[str, ...] = ()
 
+    more_gaps: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Gaps behind the suffix: the masks of each, and the tokens behind it."""
+
+    is_candidate: bool = False
+    """Whether the answer competes with others by its score: it is then denoised to the end."""
+
+    constraint: Any = None
+    """What `ModelLimits.constraint` made of the options, where they have one."""
+
     def with_seed(self, seed: int) -> "CanvasRequest":
         """The same request with another seed."""
         return dataclasses.replace(self, seed=seed)
@@ -39,7 +49,17 @@ class CanvasRequest:
     @property
     def num_positions(self) -> int:
         """Length of the canvas in tokens."""
-        return len(self.prompt_ids) + self.max_tokens + len(self.suffix_ids or ())
+        return sum(self.gap_lengths) + sum(map(len, self.pieces))
+
+    @property
+    def gap_lengths(self) -> tuple[int, ...]:
+        """Masks of each gap, or of the one answer."""
+        return self.max_tokens, *(length for length, _ in self.more_gaps)
+
+    @property
+    def pieces(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens before, between and behind the gaps."""
+        return self.prompt_ids, self.suffix_ids or (), *(piece for _, piece in self.more_gaps)
 
 
 @dataclass(eq=False)

@@ -19,6 +19,16 @@ from .responses import Form, Head, Usage
 MakeUsage = Callable[[list[Answer]], Usage]
 
 
+def data_event(text: str) -> str:
+    """A frame without a name."""
+    return f"data: {text}\n\n"
+
+
+def error_event(error: ApiError) -> str:
+    """The frame of an error, in OpenAI's shape."""
+    return data_event(json.dumps(error.body()))
+
+
 class EventStream(StreamingResponse):
     """A streamed response that gives up its generation whenever it ends, also before its first event.
 
@@ -26,13 +36,21 @@ class EventStream(StreamingResponse):
         generation: the rows behind the events.
         events: their text, framed.
         heartbeat_s: silence after which a comment is sent.
+        error_frame: the frame of an error in the endpoint's form.
     """
 
-    def __init__(self, generation: Generation, events: AsyncIterator[str], heartbeat_s: float) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        events: AsyncIterator[str],
+        heartbeat_s: float,
+        error_frame: Callable[[ApiError], str] = error_event,
+    ) -> None:
         super().__init__(
             with_heartbeat(events, heartbeat_s), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
         self._generation = generation
+        self._error_frame = error_frame
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events, then let go of the generation; a stream that the server cuts off says so."""
@@ -47,7 +65,7 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, noted_send)
         except asyncio.CancelledError:  # the web server ends what still runs when its time to stop is over
             if started:
-                frame = _data(json.dumps(SHUTTING_DOWN.body()))
+                frame = self._error_frame(SHUTTING_DOWN)
                 await send({"type": "http.response.body", "body": frame.encode(), "more_body": False})
             raise
         finally:
@@ -94,16 +112,17 @@ async def answer_events(
     try:
         async for index, event in generation.events():
             if isinstance(event, Delta):
-                yield frame(form.part(index, event.text, None))
+                if (choice := form.part(index, event.text, None)) is not None:
+                    yield frame(choice)
             else:
                 answers.append(event)
                 yield frame(form.part(index, "", event.finish_reason))
     except ApiError as error:  # the status has been sent already
-        yield _data(json.dumps(error.body()))
+        yield error_event(error)
         return
     if make_usage is not None:
         yield frame(usage=make_usage(answers))
-    yield _data("[DONE]")
+    yield data_event("[DONE]")
 
 
 def _frame(event: BaseModel) -> str:
@@ -114,8 +133,4 @@ def _frame(event: BaseModel) -> str:
             choice["delta"] = {name: value for name, value in choice["delta"].items() if value is not None}
     if body["usage"] is None:
         del body["usage"]
-    return _data(json.dumps(body, ensure_ascii=False))
-
-
-def _data(text: str) -> str:
-    return f"data: {text}\n\n"
+    return data_event(json.dumps(body, ensure_ascii=False))

@@ -243,6 +243,9 @@ def test_judging_goes_on_after_it_failed_and_takes_the_last_command_of_a_folder(
     assert evaluation.judge(output) == ""
     assert judged(output) == second
     assert second[0].prompt.startswith("<|im_start|>user\n")
+    assert evaluation(output, "--resume") == ""
+    assert evaluation.judge(output) == ""
+    assert [record.answer for record in judged(output)] == first
 
 
 def test_judge_and_resume_say_what_is_missing(evaluation, tmp_path, data_dir):

@@ -42,7 +42,9 @@ class ByteEncoder:
             raise TextTooLong(len(text), max_tokens)
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[dict[str, str]], *, max_tokens: int | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[dict[str, str]], *, continue_final_message: bool = False, max_tokens: int | None = None
+    ) -> list[int]:
         text = "".join(f"[{m['role']}]{m['content']}" for m in messages)
         return self.encode_text(text, max_tokens=max_tokens)
 
@@ -66,6 +68,8 @@ class FakeSampler:
     sizes: list[int] = field(default_factory=list)
     """Rows of every step."""
     error: Exception | None = None
+    score: Callable[[CanvasRequest], float] = lambda request: -1.0
+    """Of a candidate."""
 
     @property
     def forwards(self) -> int:
@@ -126,7 +130,9 @@ class FakeRows:
         ids, row.num_shown = row.canvas[row.num_shown : settled], settled
         if settled == len(row.canvas):
             self.rows.remove(row)
-        return RowStep(row=row, ids=ids, is_full=settled == len(row.canvas), forwards=row.forwards, error=None)
+        is_full = settled == len(row.canvas)
+        score = self.sampler.score(row.request) if is_full and row.request.is_candidate else None
+        return RowStep(row=row, ids=ids, is_full=is_full, forwards=row.forwards, error=None, score=score)
 
     def drop(self, row: FakeRow) -> None:
         if row in self.rows:

@@ -330,13 +330,15 @@ def test_a_request_that_takes_too_long_is_cancelled(serve, serving_fakes):
 
 
 def test_a_client_that_leaves_frees_the_model(serving_fakes):
-    """Also one that leaves before its stream has begun."""
+    """Also one that leaves before its stream has begun, and one that several candidates are denoised for."""
+    chat = CHAT | {"max_tokens": 500}
+    gap = {"input_prefix": "a", "input_suffix": "b", "n_predict": 400}
 
-    async def run(stream):
+    async def run(stream, url=URL, body=chat):
         gate = threading.Event()
         sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 500, step_s=0.005, gate=gate)
         app = serving_fakes.make_app(sampler)
-        body = json.dumps(CHAT | {"max_tokens": 500, "stream": stream}).encode()
+        body = json.dumps(body | {"stream": stream}).encode()
         messages = [{"type": "http.request", "body": body, "more_body": False}]
         sent = []
 
@@ -350,7 +352,7 @@ def test_a_client_that_leaves_frees_the_model(serving_fakes):
         async def send(message):
             sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": URL, "query_string": b"", "root_path": ""}
+        scope = {"type": "http", "method": "POST", "path": url, "query_string": b"", "root_path": ""}
         scope |= {"headers": [(b"content-type", b"application/json")], "asgi": {"spec_version": "2.3"}}
         async with app.router.lifespan_context(app):
             await asyncio.wait_for(app(scope, receive, send), 20)
@@ -359,6 +361,8 @@ def test_a_client_that_leaves_frees_the_model(serving_fakes):
 
     assert asyncio.run(run(False)) <= 1
     assert asyncio.run(run(True)) <= 1
+    assert asyncio.run(run(False, "/infill", gap)) <= 1
+    assert asyncio.run(run(True, "/v1/messages", chat)) <= 1
 
 
 def test_two_servers_in_one_process_share_nothing(serve, serving_fakes):

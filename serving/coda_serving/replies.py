@@ -1,0 +1,108 @@
+"""Answering a checked request, whole or as a stream. Not here: its canvases (`canvases`), or words (`responses`)."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any, Protocol
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from .canvases import Asked
+from .engine import Answer
+from .errors import ApiError
+from .generation import Generation
+from .protocol import SamplingRequest
+from .responses import Head, Usage
+from .service import Service
+from .settings import ServerSettings
+from .streaming import EventStream, answer_events, error_event
+
+CLIENT_CLOSED_REQUEST = 499
+"""Nobody reads this status; it marks in the log and metrics that the client left (nginx's convention)."""
+
+
+class Whole(Protocol):
+    """How an endpoint words its answers; `responses.Form` is one."""
+
+    id_prefix: str
+
+    def whole(self, head: Head, answers: list[Answer], usage: Usage) -> BaseModel:
+        """The whole response."""
+
+
+Events = Callable[[Generation, Head, Any, int, Any], AsyncIterator[str]]
+"""Frames of streamed answers, as `streaming.answer_events`."""
+
+
+async def respond(
+    service: Service,
+    request: Request,
+    body: SamplingRequest,
+    canvases_of: Callable[[Service, Any], Asked],
+    form: Whole,
+    *,
+    events: Events = answer_events,
+    error_frame: Callable[[ApiError], str] = error_event,
+) -> Response:
+    """Denoise what a body asks for, and say it in the endpoint's form, whole or as it becomes final."""
+    settings = service.settings
+    check_model(settings, body.model)
+    asked = await _prepare(service, body, canvases_of)
+    generation = Generation(service.engine, asked.answers, settings.request_timeout_s)
+    head = Head.new(form.id_prefix, settings.public_name)
+    usage_of = partial(Usage.of, asked.prompt_tokens)
+    if body.stream:
+        frames = events(generation, head, form, len(asked.answers), usage_of if body.include_usage else None)
+        return EventStream(generation, frames, settings.heartbeat_s, error_frame)
+    answers = await _unless_client_leaves(request, generation)
+    # Written in a thread: long answers would keep the event loop.
+    content = await run_in_threadpool(lambda: form.whole(head, answers, usage_of(answers)).model_dump_json())
+    return Response(content, media_type="application/json")
+
+
+async def _prepare(service: Service, body: SamplingRequest, canvases_of: Callable[[Service, Any], Asked]) -> Asked:
+    """The canvases, made in a thread; in one of its own where that may take long."""
+    is_shaped = getattr(body, "shape", None) is not None or getattr(body, "tools", None)
+    if not is_shaped:
+        return await run_in_threadpool(canvases_of, service, body)
+    limit_s = service.settings.request_timeout_s
+    try:
+        async with asyncio.timeout(limit_s):
+            return await asyncio.get_running_loop().run_in_executor(service.shaper, canvases_of, service, body)
+    except TimeoutError:
+        raise ApiError(504, f"no answer within {limit_s:g} s", code="timeout") from None
+
+
+async def _unless_client_leaves(request: Request, generation: Generation) -> list[Answer]:
+    """All answers; when the client hangs up first, the generation is cancelled."""
+
+    async def disconnect() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            continue
+
+    answers = asyncio.ensure_future(generation.answers())
+    left = asyncio.ensure_future(disconnect())
+    try:
+        await asyncio.wait([answers, left], return_when=asyncio.FIRST_COMPLETED)
+        if answers.done():
+            return answers.result()
+        raise ApiError(CLIENT_CLOSED_REQUEST, "the client closed the connection")
+    finally:
+        generation.cancel()
+        for task in (answers, left):
+            task.cancel()
+        await asyncio.gather(answers, left, return_exceptions=True)
+
+
+def check_model(settings: ServerSettings, name: str | None) -> None:
+    """Refuse a name that is not served."""
+    if name is not None and not settings.is_served(name):
+        raise ApiError(
+            404,
+            f"model {name!r} is not served here; the model is {settings.public_name!r}",
+            param="model",
+            code="model_not_found",
+        )

@@ -1,0 +1,163 @@
+"""Anthropic's endpoint, asked in process and by its official client."""
+
+import json
+
+import anthropic
+import pytest
+
+URL = "/v1/messages"
+ASK = {"model": "tiny", "max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]}
+
+
+def ask(serve, sampler=None, url=URL, **body):
+    async def test(client):
+        return await client.post(url, json=ASK | body)
+
+    return serve(test, sampler)
+
+
+def test_an_answer_has_anthropics_shape(serve):
+    answer = ask(serve).json()
+    assert answer.pop("id").startswith("msg-")
+    usage = answer.pop("usage")
+    assert answer == {
+        "type": "message",
+        "role": "assistant",
+        "model": "tiny",
+        "content": [{"type": "text", "text": "hello"}],
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+    }
+    assert (usage["input_tokens"], usage["output_tokens"]) == (len("[user]hi"), 5)
+    assert anthropic.types.Message.model_validate(answer | {"id": "msg-1", "usage": usage})
+
+
+def test_the_conversation_is_that_of_a_chat(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler()
+    blocks = [
+        {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}},
+        {"type": "text", "text": "b"},
+    ]
+    turns = [{"role": "user", "content": blocks}, {"role": "user", "content": "c"}]
+    ask(serve, sampler, system="brief", messages=turns, temperature=0.5, top_k=3, stop_sequences=["x"])
+    (request,) = sampler.batches[0]
+    assert bytes(request.prompt_ids).decode() == "[system]brief[user]a\nb\nc"
+    assert (request.options.temperature, request.options.top_k, request.stop) == (0.5, 3, ("x",))
+
+
+@pytest.mark.parametrize(
+    ("script", "body", "reason", "sequence"),
+    [
+        (b"hello", {}, "end_turn", None),
+        (b"x" * 50, {}, "max_tokens", None),
+        (b"one\n\ntwo", {"stop_sequences": ["zz", "\n\n"]}, "stop_sequence", "\n\n"),
+    ],
+)
+def test_the_reason_to_stop_is_named(serve, serving_fakes, script, body, reason, sequence):
+    answer = ask(serve, serving_fakes.FakeSampler(script=lambda r: script), **body).json()
+    assert (answer["stop_reason"], answer["stop_sequence"]) == (reason, sequence)
+
+
+def test_a_stream_has_anthropics_events_and_adds_up(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"one\n\ntwo")
+    response = ask(serve, sampler, stream=True, stop_sequences=["\n\n"], seed=3)
+    frames = [frame.split("\n") for frame in response.text.strip().split("\n\n")]
+    names = [frame[0].removeprefix("event: ") for frame in frames]
+    datas = [json.loads(frame[1].removeprefix("data: ")) for frame in frames]
+    assert names == [data["type"] for data in datas]
+    deltas = [data["delta"]["text"] for data in datas if data["type"] == "content_block_delta"]
+    around = [name for name in names if name != "content_block_delta"]
+    assert around == [
+        "message_start",
+        "content_block_start",
+        "ping",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    assert "".join(deltas) == "one"
+    assert datas[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "\n\n"}
+    assert (
+        datas[-2]["usage"]["output_tokens"]
+        == ask(serve, sampler, stop_sequences=["\n\n"]).json()["usage"]["output_tokens"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind", "words"),
+    [
+        ({"max_tokens": None}, 400, "invalid_request_error", "max_tokens"),
+        ({"tools": [{"name": "f", "input_schema": {}}]}, 400, "invalid_request_error", "tools is not supported"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "invalid_request_error", "thinking"),
+        ({"n": 2}, 400, "invalid_request_error", "unknown field 'n'"),
+        ({"stop": ["x"]}, 400, "invalid_request_error", "unknown field 'stop'"),
+        ({"max_tokens": 5000}, 400, "invalid_request_error", "maximum context length"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+            400,
+            "invalid_request_error",
+            "type 'image' are not supported",
+        ),
+        ({"model": "other"}, 404, "not_found_error", "is not served here"),
+    ],
+)
+def test_mistakes_have_anthropics_shape(serve, body, status, kind, words):
+    response = ask(serve, **body)
+    error = response.json()
+    assert (response.status_code, error["type"], error["error"]["type"]) == (status, "error", kind)
+    assert words in error["error"]["message"]
+
+
+def test_what_the_gate_refuses_has_anthropics_shape_too(serve):
+    async def test(client):
+        return await client.post(URL, json=ASK)
+
+    response = serve(test, api_key="secret")
+    assert response.status_code == 401
+    assert response.json()["error"]["type"] == "authentication_error"
+
+
+def test_a_failing_model_ends_a_stream_with_an_error_event(serve, serving_fakes):
+    response = ask(serve, serving_fakes.FakeSampler(error=RuntimeError("secret")), stream=True)
+    last = response.text.strip().split("\n\n")[-1].split("\n")
+    assert last[0] == "event: error"
+    assert json.loads(last[1].removeprefix("data: "))["error"]["type"] == "api_error"
+
+
+def test_tokens_are_counted_without_an_answer(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler()
+    body = {name: value for name, value in ASK.items() if name != "max_tokens"}
+
+    async def test(client):
+        return await client.post(URL + "/count_tokens", json=body)
+
+    assert serve(test, sampler).json() == {"input_tokens": len("[user]hi")}
+    assert not sampler.batches
+
+
+def test_the_official_client_is_answered_as_a_chat_is(live_server):
+    import openai
+
+    messages = [{"role": "user", "content": "def add(a, b):"}]
+    chat = openai.OpenAI(base_url=live_server.url + "/v1", api_key="none", max_retries=0).chat.completions.create(
+        model="tiny-coda", messages=messages, max_tokens=12, seed=3
+    )
+    client = anthropic.Anthropic(base_url=live_server.url, api_key="none", max_retries=0, timeout=60)
+    asked = dict(model="tiny-coda", messages=messages, max_tokens=12, extra_body={"seed": 3})
+    plain = client.messages.create(**asked)
+    assert plain.content[0].text == chat.choices[0].message.content
+    assert plain.usage.input_tokens == chat.usage.prompt_tokens
+    with client.messages.stream(**asked) as stream:
+        final = stream.get_final_message()
+    assert final.content[0].text == plain.content[0].text
+    assert (final.stop_reason, final.usage.output_tokens) == (plain.stop_reason, plain.usage.output_tokens)
+    prefilled = client.messages.create(
+        model="tiny-coda", messages=[*messages, {"role": "assistant", "content": "    return"}], max_tokens=4
+    )
+    assert prefilled.stop_reason in ("end_turn", "max_tokens")
+    counted = client.messages.count_tokens(model="tiny-coda", messages=messages)
+    assert counted.input_tokens == plain.usage.input_tokens
+    with pytest.raises(anthropic.NotFoundError, match="is not served here"):
+        client.messages.create(model="claude", messages=messages, max_tokens=4)
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
+        client.messages.create(model="tiny-coda", messages=messages, max_tokens=0)
