@@ -50,7 +50,7 @@ def main() -> None:
         if name in COMMANDS:
             importlib.import_module(f"coda_eval.{COMMANDS[name]}").main(rest)
         else:
-            _evaluate(sys.argv[1:])
+            evaluate(sys.argv[1:])
     except UserError as error:
         if os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
             raise SystemExit(f"coda_eval: error: {error}") from error
@@ -76,7 +76,7 @@ def lm_eval_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return add_our_tasks(cli.parse_args())
 
 
-def _evaluate(argv: Sequence[str]) -> None:
+def evaluate(argv: Sequence[str]) -> None:
     """Run a command of lm-eval's, `run` in our way."""
     args = lm_eval_arguments(argv)
     from coda_eval.run import run
