@@ -33,7 +33,7 @@ from CoDALanguageModel.decoding_settings import SETTINGS, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.infilling import lay_out
 from CoDALanguageModel.prompts import Codec
-from CoDALanguageModel.row import Request, Row
+from CoDALanguageModel.row import DecodingCost, Request, Row
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ class _Job:
     settings: dict[str, Any]
     until: list[str]
     seed: int
+    length: int = 0  # tokens of the gap, where several lengths are tried
+    rivals: tuple[int, ...] = ()  # all lengths that are tried
 
 
 @dataclasses.dataclass
@@ -95,7 +97,36 @@ class _Running:
         answer = Answer(reading.text)
         answer.new_tokens, answer.generation_s = reading.num_tokens, round(self.seconds, 4)
         answer.forwards, answer.cost = self.row.cost.forwards, self.row.cost.as_dict()
+        if self.job.rivals:  # the rule of `CoDALanguageModel.infilling`: the mean over all that was filled in
+            answer.nats = float(self.row.log_probability[self.job.gap].mean())
         return answer
+
+
+class _Rivals:
+    """Keeps the answers of the lengths that are tried for a gap until they are all there."""
+
+    def __init__(self) -> None:
+        self.answers: dict[int, dict[int, Answer]] = defaultdict(dict)
+
+    def best(self, job: _Job, answer: Answer) -> Answer | None:
+        """The answer with the highest mean log-probability per token, the first of equals, once it is known.
+
+        It has cost what all of them did.
+        """
+        if not job.rivals:
+            return answer
+        found = self.answers[job.index]
+        found[job.length] = answer
+        if len(found) < len(job.rivals):
+            return None
+        del self.answers[job.index]
+        best = max((found[length] for length in job.rivals), key=lambda answer: answer.nats)
+        total = DecodingCost()
+        for other in found.values():
+            total.add(DecodingCost(**{f.name: other.cost[f.name] for f in dataclasses.fields(DecodingCost)}))
+        total.forwards = best.forwards = sum(other.forwards for other in found.values())
+        best.cost, best.generation_s = total.as_dict(), round(sum(a.generation_s for a in found.values()), 4)
+        return best
 
 
 @register_model("coda", "diffllm")
@@ -180,17 +211,21 @@ class CoDAEvalModel(HostedLM):
                 copies.append((index, originals[id(request), repeat % wanted]))
                 continue
             originals[id(request), repeat] = index
-            job = self._job(index, request, repeat)
-            if job.gap and job.gap.start == job.gap.stop:  # an empty gap: nothing to ask
-                answers[index] = Answer()
-                answers[index].new_tokens = answers[index].forwards = 0
-                session.save_answers([answer_record(request, repeat, answers[index])])
-                continue
-            groups[json.dumps([job.gap is not None, job.settings], sort_keys=True)].append(job)
+            for job in self._jobs(index, request, repeat):
+                if job.gap and job.gap.start == job.gap.stop:  # an empty gap: nothing to ask
+                    answers[index] = Answer()
+                    answers[index].new_tokens = answers[index].forwards = 0
+                    session.save_answers([answer_record(request, repeat, answers[index])])
+                    continue
+                groups[json.dumps([job.gap is not None, job.settings], sort_keys=True)].append(job)
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Denoising")
         for group in groups.values():  # neighbours share forward passes and are of like length
             group.sort(key=lambda job: (-len(job.ids), job.index))
-        for job, answer in self._answered(list(chain.from_iterable(groups.values()))):
+        rivals = _Rivals()
+        for job, made in self._answered(list(chain.from_iterable(groups.values()))):
+            answer = rivals.best(job, made)
+            if answer is None:
+                continue
             answers[job.index] = answer
             session.save_answers([answer_record(requests[job.index], job.repeat, answer)])
             progress.update()
@@ -200,9 +235,20 @@ class CoDAEvalModel(HostedLM):
             answers[index].surplus = True
         return answers
 
-    def _job(self, index: int, request: Instance, repeat: int) -> _Job:
-        prompt, given = request.args[0], dict(request.args[1])
+    def _jobs(self, index: int, request: Instance, repeat: int) -> Iterator[_Job]:
+        """The work for one answer: one canvas, or one for each length that is tried for a gap."""
         document = request.doc if isinstance(request.doc, dict) else {}
+        lengths = document.get("infill_lengths") or []
+        if not lengths:
+            yield self._job(index, request, repeat, document)
+        for length in lengths:
+            job = self._job(index, request, repeat, {**document, "infill_tokens": length})
+            # Every length is filled to its end, so that the means are over all tokens.
+            settings = {**job.settings, "output_scores": True, "eos_early_stop": False}
+            yield dataclasses.replace(job, settings=settings, length=length, rivals=tuple(lengths))
+
+    def _job(self, index: int, request: Instance, repeat: int, document: dict[str, Any]) -> _Job:
+        prompt, given = request.args[0], dict(request.args[1])
         name = place(request)
         settings, until = self._settings(given, f"the generation settings of {request.task_name}")
         try:

@@ -13,8 +13,9 @@ A candidate and its tests run in two processes (`sandbox_child.py`). The candida
 or pipe but its line to the checker, and what crosses is plain data. What remains possible: to recognise the tests'
 inputs and answer from a table; to answer differently from call to call; to be an object, where a test only asks for
 the truth, the length, the items or the order of the candidate's own objects; to pass tests that compare a candidate
-with itself; and whatever a fault of the kernel allows. Memory is looked at some twenty times a second, so a program
-may exceed its limit for that long; files in the scratch folder come on top.
+with itself; where the tests run in its process (`sandbox_unittest.py`), what stands there; and whatever a fault of the
+kernel allows. Memory is looked at some twenty times a second, so a program may exceed its limit for that long; files
+in the scratch folder come on top.
 
 Not here: what a program consists of (`programs.py`).
 """
@@ -82,6 +83,9 @@ class Program:
 
     called: tuple[str, ...] = ()
     """Names that are the candidate's although `setup` or the builtins have them."""
+
+    host: str = ""
+    """Source that runs in the candidate's place and has it as the text `PROGRAM`: for programs that are not called."""
 
     timeout_s: float = 20.0
     """Limit in seconds of processor time of all its processes, plus the time in which it does nothing but wait."""
@@ -422,6 +426,7 @@ def _job(
     there = any(target == "/packages/numpy" for _, target in binds)
     return {
         "candidate": str(program.candidate),
+        "host": str(program.host),
         "report_fd": report_fd,
         "setup_fd": setup_fd,
         "tests_fd": tests_fd,
