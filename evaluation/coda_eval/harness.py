@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -33,7 +33,7 @@ from CoDALanguageModel.decoding_settings import SETTINGS, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.infilling import lay_out
 from CoDALanguageModel.prompts import Codec
-from CoDALanguageModel.row import DecodingCost, Request, Row
+from CoDALanguageModel.row import DecodingCost, Request, Row, Sampling, complete
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,6 @@ class _Job:
     settings: dict[str, Any]
     until: list[str]
     seed: int
-    length: int = 0  # tokens of the gap, where several lengths are tried
     rivals: tuple[int, ...] = ()  # all lengths that are tried
 
 
@@ -97,6 +96,7 @@ class _Running:
         answer = Answer(reading.text)
         answer.new_tokens, answer.generation_s = reading.num_tokens, round(self.seconds, 4)
         answer.forwards, answer.cost = self.row.cost.forwards, self.row.cost.as_dict()
+        answer.seed = self.job.seed
         if self.job.rivals:  # the rule of `CoDALanguageModel.infilling`: the mean over all that was filled in
             answer.nats = float(self.row.log_probability[self.job.gap].mean())
         return answer
@@ -116,7 +116,7 @@ class _Rivals:
         if not job.rivals:
             return answer
         found = self.answers[job.index]
-        found[job.length] = answer
+        found[job.gap.stop - job.gap.start] = answer
         if len(found) < len(job.rivals):
             return None
         del self.answers[job.index]
@@ -211,17 +211,18 @@ class CoDAEvalModel(HostedLM):
                 copies.append((index, originals[id(request), repeat % wanted]))
                 continue
             originals[id(request), repeat] = index
-            for job in self._jobs(index, request, repeat):
-                if job.gap and job.gap.start == job.gap.stop:  # an empty gap: nothing to ask
-                    answers[index] = Answer()
-                    answers[index].new_tokens = answers[index].forwards = 0
-                    session.save_answers([answer_record(request, repeat, answers[index])])
-                    continue
-                groups[json.dumps([job.gap is not None, job.settings], sort_keys=True)].append(job)
+            job = self._job(index, request, repeat)
+            if job.gap and job.gap.start == job.gap.stop:  # an empty gap: nothing to ask
+                answers[index] = Answer()
+                answers[index].new_tokens = answers[index].forwards = 0
+                session.save_answers([answer_record(request, repeat, answers[index])])
+                continue
+            for rival in self._rivals(job, request):
+                groups[json.dumps([rival.gap is not None, rival.settings], sort_keys=True)].append(rival)
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Denoising")
         for group in groups.values():  # neighbours share forward passes and are of like length
             group.sort(key=lambda job: (-len(job.ids), job.index))
-        rivals = _Rivals()
+        rivals = _Rivals()  # of gaps of unknown length
         for job, made in self._answered(list(chain.from_iterable(groups.values()))):
             answer = rivals.best(job, made)
             if answer is None:
@@ -235,20 +236,9 @@ class CoDAEvalModel(HostedLM):
             answers[index].surplus = True
         return answers
 
-    def _jobs(self, index: int, request: Instance, repeat: int) -> Iterator[_Job]:
-        """The work for one answer: one canvas, or one for each length that is tried for a gap."""
-        document = request.doc if isinstance(request.doc, dict) else {}
-        lengths = document.get("infill_lengths") or []
-        if not lengths:
-            yield self._job(index, request, repeat, document)
-        for length in lengths:
-            job = self._job(index, request, repeat, {**document, "infill_tokens": length})
-            # Every length is filled to its end, so that the means are over all tokens.
-            settings = {**job.settings, "output_scores": True, "eos_early_stop": False}
-            yield dataclasses.replace(job, settings=settings, length=length, rivals=tuple(lengths))
-
-    def _job(self, index: int, request: Instance, repeat: int, document: dict[str, Any]) -> _Job:
+    def _job(self, index: int, request: Instance, repeat: int) -> _Job:
         prompt, given = request.args[0], dict(request.args[1])
+        document = request.doc if isinstance(request.doc, dict) else {}
         name = place(request)
         settings, until = self._settings(given, f"the generation settings of {request.task_name}")
         try:
@@ -280,6 +270,26 @@ class CoDAEvalModel(HostedLM):
                 raise UserError(f"{name}: {error}") from error
         return job
 
+    def _rivals(self, job: _Job, request: Instance) -> list[_Job]:
+        """The canvases of a job: its own, or one for each length that is tried for its gap."""
+        lengths = request.doc.get("infill_lengths") if job.gap else None
+        if not lengths:
+            return [job]
+        # Every length is filled to its end, so that the means are over all tokens.
+        settings = {**job.settings, "output_scores": True, "eos_early_stop": False}
+        start, before, behind = job.gap.start, job.ids[: job.gap.start], job.ids[job.gap.stop :]
+        masks = {length: [self.model.config.mask_token_id] * length for length in lengths}
+        return [
+            dataclasses.replace(
+                job,
+                ids=[*before, *masks[length], *behind],
+                gap=slice(start, start + length),
+                settings=settings,
+                rivals=tuple(lengths),
+            )
+            for length in lengths
+        ]
+
     def _request(self, job: _Job) -> Request:
         """A job as the model room takes it."""
         return Request(ids=job.ids, settings=self.model.generation_config.merged(job.settings), seed=job.seed)
@@ -310,6 +320,11 @@ class CoDAEvalModel(HostedLM):
         settings.setdefault("max_new_tokens", self.model.generation_config.max_new_tokens)
         return settings, [until] if isinstance(until, str) else list(until)
 
+    def draws(self, settings: Mapping[str, Any]) -> bool:
+        """Whether answers with a task's settings are drawn."""
+        held, _ = self._settings(dict(settings), "the generation settings")
+        return Sampling.of(complete(self.model.generation_config.merged(held), self.model.config)).temperature > 0
+
     def _gap(self, document: dict[str, Any]) -> tuple[list[int], slice]:
         """Ids of a text with one gap, and where the gap is."""
         names = ("infill_prefix", "infill_middle", "infill_suffix")
@@ -317,7 +332,7 @@ class CoDAEvalModel(HostedLM):
         config, start = self.model.config, self.custom_prefix_token_id
         text = lay_out(
             [prefix, suffix],
-            [document["infill_tokens"] or len(middle)],
+            [max(document.get("infill_lengths") or [document["infill_tokens"] or len(middle)])],
             config.mask_token_id,
             config.document_start_id if start is None else start,
         )

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,12 @@ class HostedLM(HFLM):
         if isinstance(prompt, ChatPrompt):
             return self.codec.encode_chat(prompt.messages, continue_final_message=prompt.continues)
         return self.codec.encode_text(prompt)
+
+    @staticmethod
+    def draws(settings: Mapping[str, Any]) -> bool:
+        """Whether answers with these settings are drawn: two to one problem may differ."""
+        temperature = float(settings.get("temperature") or 0)
+        return settings.get("do_sample", temperature > 0) is not False and temperature != 0
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Refuse lm-eval's cache.

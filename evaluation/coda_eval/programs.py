@@ -49,6 +49,9 @@ class Answer(str):
     cost: dict[str, float] | None = None
     """`DecodingCost` of its row."""
 
+    seed: int | None = None
+    """Base of its draws."""
+
     nats: float | None = None
     """Mean log-probability of the tokens of a gap when they were filled in, where several lengths are tried."""
 
@@ -59,6 +62,21 @@ class Answer(str):
     def cost_of(text: str) -> dict[str, Any]:
         """What is known of the cost of any text; None for the rest."""
         return {name: getattr(text, name, None) for name in ("new_tokens", "forwards", "generation_s", "cost")}
+
+
+class Judged(str):
+    """A log entry: JSON, since lm-eval logs anything else as Python source, that remembers what it was made of."""
+
+    fields: dict[str, Any]
+    program: str | None
+    """The text that was judged."""
+
+    @classmethod
+    def of(cls, answer: str, program: str | None = None, **fields: Any) -> "Judged":
+        """The entry of an answer: its verdict and its cost."""
+        entry = cls(json.dumps({**fields, **Answer.cost_of(answer)}))
+        entry.fields, entry.program = fields, program
+        return entry
 
 
 def extract_code(answer: str, entry_point: str | None = None) -> str:
@@ -295,9 +313,9 @@ PROGRAMS = {
 """How an answer becomes a program, by benchmark."""
 
 
-def _record(answer: str, **fields: Any) -> str:
-    """One log entry as JSON, since lm-eval logs anything else as Python source: the verdict and the answer's cost."""
-    return json.dumps({**fields, **Answer.cost_of(answer)})
+def program_of(document: dict[str, Any], answer: str) -> Program:
+    """The program that judges an answer to a document of a task that runs programs."""
+    return PROGRAMS[document["benchmark"]](problem(document), answer)
 
 
 def _scored(resps: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -338,20 +356,19 @@ def run(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[
     """Filter of every task that runs programs: one record (JSON) per answer, in order."""
     kept = _scored(resps)
 
-    def judge() -> list[Verdict]:
+    def judge() -> list[tuple[Program, Verdict]]:
         programs = []
         for doc, answers in zip(docs, kept, strict=True):
-            row, build = problem(doc), PROGRAMS[doc["benchmark"]]
-            programs += [build(row, answer) for answer in answers]
+            programs += [program_of(doc, answer) for answer in answers]
         level, workers = sandbox_settings()
-        return run_programs(programs, level=level, workers=workers)
+        return list(zip(programs, run_programs(programs, level=level, workers=workers), strict=True))
 
-    verdicts = iter(agree(judge))
+    judged = iter(agree(judge))
 
     def record(answer: str) -> str:
-        verdict = next(verdicts)
-        fields = {name: getattr(verdict, name) for name in ("status", "error", "seconds", "isolation")}
-        return _record(answer, **fields)
+        program, verdict = next(judged)
+        fields = {name: getattr(verdict, name) for name in ("status", "error", "seconds", "cpu_seconds", "isolation")}
+        return Judged.of(answer, program.candidate, **fields)
 
     return [[record(answer) for answer in answers] for answers in kept]
 
@@ -361,9 +378,9 @@ def compare_middle(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]
 
     def record(answer: str, middle: str) -> str:
         exact = answer == middle
-        same = exact or answer.strip() == middle.strip()
+        status = "passed" if exact or answer.strip() == middle.strip() else "failed"
         first_line = _first_line(answer) == _first_line(middle)
-        return _record(answer, status="passed" if same else "failed", exact=exact, first_line=first_line)
+        return Judged.of(answer, status=status, exact=exact, first_line=first_line)
 
     pairs = zip(_scored(resps), docs, strict=True)
     return [[record(answer, doc["infill_middle"]) for answer in answers] for answers, doc in pairs]
@@ -400,7 +417,7 @@ def compare_syntax(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]
 
     def record(answer: str, doc: dict[str, Any]) -> str:
         same = same_syntax(answer, doc["infill_middle"], doc["lang"])
-        return _record(answer, status="passed" if same else "failed")
+        return Judged.of(answer, status="passed" if same else "failed")
 
     return [[record(answer, doc) for answer in answers] for answers, doc in zip(_scored(resps), docs, strict=True)]
 
@@ -457,6 +474,10 @@ def score_syntax(doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any
     """Metric of one gap of `compare_syntax`."""
     statuses = [json.loads(record)["status"] for record in results[0]]
     return {"syntax_match": statuses.count("passed") / len(statuses)}
+
+
+SCORES_ALL = (score_programs, score_middle, score_lines, score_syntax)
+"""Metrics of problems with any number of answers."""
 
 
 def count_outcomes(outcomes: Sequence[dict[str, int]]) -> str:

@@ -6,19 +6,23 @@ refusals, the folder that no two runs share, one model for all tasks, and the ac
 
 import argparse
 import contextlib
+import dataclasses
 import glob
 import json
 import logging
+import numbers
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
 from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model
 from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -28,12 +32,21 @@ from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
 from coda_eval import session
 from coda_eval.hosted import CACHE_LIES, HostedLM, answer_record
+from coda_eval.programs import SCORES_ALL, Answer, Judged, ks_of, score_programs
+from coda_eval.records import Record, write_records
+from coda_eval.report import write_scores
 from CoDALanguageModel.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 AUTOREGRESSIVE = {"hf": "coda_hf", "hf-auto": "coda_hf", "huggingface": "coda_hf"}
 """lm-eval's names of Hugging Face models, and the model of ours that runs them."""
+
+SCORES = "scores.json"
+"""The score cards in a run's folder."""
+
+MAX_REPEATS = 1000
+"""Most answers to a problem."""
 
 NO_SEEDS = (None, None, None, None)
 
@@ -49,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
         SystemExit: tasks failed; the message names them, and the others are scored.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as lm-eval's own command
+    repeats, args.samples = read_repeats(args.samples)
     try:
         config = EvaluatorConfig.from_cli(args)
     except ValueError as error:  # lm-eval's own checks
@@ -56,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     config.model = AUTOREGRESSIVE.get(config.model, config.model)
     refuse_caches(config)
     output = claim_folder(config.output_path)
-    manager, names = check_tasks(config)
+    manager, names = check_tasks(config, repeats)
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
     if config.seed:
         set_torch_seed(config.seed[2])  # rows that a tokenizer adds to the embeddings are drawn
@@ -66,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
         raise
     except (OSError, ValueError) as error:  # a name that is neither a folder nor on the Hub, or a broken file
         raise UserError(f"the model could not be loaded: {error}") from error
+    if repeats > 1:
+        refuse_greedy(model, manager, names, config.gen_kwargs)
     keep_answers(model)
     failed: dict[str, str] = {}
     with _answers_folder(output) as folder, session.opened(session.Session(folder=folder)) as state:
@@ -120,7 +136,7 @@ def claim_folder(output_path: str | None) -> Path | None:
     if not output_path:
         return None
     output = Path(output_path)
-    folder = output.parent if output.suffix == ".json" else output
+    folder = _folder_of(output)
     if not _speaks():
         return output  # the first process looks for all: its answers may already be there
     if found := [*results_in(output), *sorted(folder.glob("answers_rank*.jsonl"))]:
@@ -137,8 +153,12 @@ def claim_folder(output_path: str | None) -> Path | None:
     return output
 
 
-def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
+def check_tasks(config: EvaluatorConfig, repeats: int = 0) -> tuple[TaskManager, list[str]]:
     """Load every task with its problems, which also tries the sandbox that answers will run in.
+
+    Args:
+        config: what was asked for.
+        repeats: answers to each problem; 0 leaves that to the tasks.
 
     Returns:
         lm-eval's index of tasks, and the tasks and groups to run by name or file.
@@ -152,6 +172,8 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
     manager = TaskManager(include_path=config.include_path, include_defaults=False, metadata=config.metadata)
     if not all(name in manager.all_tasks for name in given):
         manager = config.process_tasks(config.metadata)
+    if repeats:
+        set_repeats(manager, repeats)
     names = dict.fromkeys(name for task in given for name in (manager.match_tasks([task]) or _files(task)))
     fills_gaps = issubclass(get_model(config.model), HostedLM)
     reasons = {}
@@ -167,6 +189,53 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UserError(f"{len(reasons)} of {len(names)} tasks cannot be run: {told}")
     return manager, list(names)
+
+
+def read_repeats(samples: Any) -> tuple[int, Any]:
+    """`--samples` apart: answers to each problem where it is a number, else 0 and lm-eval's own meaning of it.
+
+    Raises:
+        UserError: it is a number that is not positive.
+    """
+    text = str(samples).strip()
+    if not re.fullmatch(r"[+-]?\d+", text):
+        return 0, samples
+    if not 0 < int(text) <= MAX_REPEATS:
+        raise UserError(f"--samples must be in [1, {MAX_REPEATS}] (answers to each problem), got {text}")
+    return int(text), None
+
+
+def set_repeats(manager: TaskManager, repeats: int) -> None:
+    """Have every task that the manager loads ask for `repeats` answers to a problem and score them all."""
+    load = manager.load
+
+    def with_repeats(*arguments: Any, **named: Any) -> Any:
+        loaded = load(*arguments, **named)
+        for name, task in loaded["tasks"].items():
+            if repeats > 1 and task.config.process_results not in SCORES_ALL:
+                raise UserError(f"--samples {repeats}: {name} scores one answer to each problem; leave --samples out")
+            task.set_config("repeats", repeats)
+            if task.config.process_results is score_programs:
+                for metric in (f"pass@{k}" for k in ks_of(repeats)):
+                    task._aggregation_list[metric], task._higher_is_better[metric] = mean, True
+        return loaded
+
+    manager.load = with_repeats
+
+
+def refuse_greedy(model: LM, manager: TaskManager, names: list[str], gen_kwargs: Any) -> None:
+    """Refuse more than one answer to a problem where all would be the same.
+
+    Raises:
+        UserError: a task would be answered at temperature 0.
+    """
+    for name, task in manager.load(names)["tasks"].items():
+        settings = {**(task.config.generation_kwargs or {}), **(gen_kwargs or {})}
+        if not (model.draws if isinstance(model, HostedLM) else HostedLM.draws)(settings):
+            raise UserError(
+                f"--samples with temperature 0 would give {name} the same answer each time: set a temperature, for "
+                "coda in --model_args (temperature=0.8), for others in --gen_kwargs (do_sample=True,temperature=0.8)"
+            )
 
 
 def keep_answers(model: LM) -> None:
@@ -214,7 +283,7 @@ def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM
         samples=config.samples,
         check_integrity=config.check_integrity,
         write_out=config.write_out,
-        log_samples=config.log_samples,
+        log_samples=True,  # the records are made of them
         evaluation_tracker=tracker,
         system_instruction=config.system_instruction,
         apply_chat_template=config.apply_chat_template,
@@ -232,10 +301,15 @@ def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM
     if results is None:  # another rank writes
         return
     results["config"]["model"] = tracker.general_config_tracker.model_source = config.model
-    samples = results.pop("samples", None)
+    samples = results.pop("samples")
     if config.show_config:
         print(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
-    _write(config, tracker, results, samples)
+    folder = _folder_of(Path(config.output_path)) if config.output_path else None
+    if folder:
+        write_records(folder, [r for task, of_task in samples.items() for r in records_of(task, of_task)])
+    _write(config, tracker, results, samples)  # lm-eval changes the samples
+    if folder:
+        write_scores(results_in(Path(config.output_path)), folder / SCORES)
     for host in loggers:
         host.post_init(results)
         host.log_eval_result()
@@ -268,8 +342,14 @@ def _write(
 
 def _count_samples(output: Path, name: str) -> int:
     """Lines of the samples files of a task and date."""
-    folder = output.parent if output.suffix == ".json" else output
-    return sum(path.read_bytes().count(b"\n") for path in folder.rglob(f"samples_{glob.escape(name)}.jsonl"))
+    return sum(
+        path.read_bytes().count(b"\n") for path in _folder_of(output).rglob(f"samples_{glob.escape(name)}.jsonl")
+    )
+
+
+def _folder_of(output: Path) -> Path:
+    """The run's folder: the output itself, or where it is to lie."""
+    return output.parent if output.suffix == ".json" else output
 
 
 def _speaks() -> bool:
@@ -293,7 +373,7 @@ def _has_gaps(task: Any) -> bool:
 def _answers_folder(output: Path | None) -> Iterator[Path]:
     """The folder for answers: that of the output, or a temporary one that stays where a task failed."""
     if output is not None:
-        yield output.parent if output.suffix == ".json" else output
+        yield _folder_of(output)
         return
     folder = Path(tempfile.mkdtemp(prefix="coda-eval-answers-"))
     try:
@@ -303,3 +383,35 @@ def _answers_folder(output: Path | None) -> Iterator[Path]:
             folder.rmdir()
         raise
     shutil.rmtree(folder)
+
+
+def records_of(task: str, samples: Iterable[dict[str, Any]]) -> list[Record]:
+    """The records of a task from lm-eval's samples; of several filters the first one counts."""
+    samples = list(samples)
+    of_first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    return [r for sample in sorted(of_first, key=lambda s: s["doc_id"]) for r in _records_of_document(task, sample)]
+
+
+def _records_of_document(task: str, sample: dict[str, Any]) -> Iterable[Record]:
+    document = sample["doc"] if isinstance(sample["doc"], dict) else {}
+    prompt = str(sample["arguments"][0][0])
+    where = {"task": task, "task_id": document.get("task_id", sample["doc_id"]), "doc_id": sample["doc_id"]}
+    nothing = {field.name: None for field in dataclasses.fields(Record)}
+    score = next((sample[name] for name in sample["metrics"] if isinstance(sample[name], numbers.Real)), None)
+    score = None if score is None else float(score)
+    if not isinstance(sample["resps"][0][0], str):  # likelihoods: a request for each choice
+        yield Record(**nothing | where | {"prompt": prompt, "repeat": 0, "score": score})
+        return
+    answers = [answer for answer in sample["resps"][0] if not getattr(answer, "surplus", False)]
+    entries = sample["filtered_resps"][0]
+    for repeat, answer in enumerate(answers):
+        entry = entries[repeat] if isinstance(entries, list) and len(entries) == len(answers) else None
+        facts = nothing | {"score": score}
+        if isinstance(entry, Judged):
+            facts |= {name: entry.fields.get(name) for name in ("status", "error", "seconds", "cpu_seconds")}
+            facts |= {"program": entry.program, "score": float(entry.fields["status"] == "passed")}
+        spent = Answer.cost_of(answer)
+        cost = None if spent["cost"] is None else {**spent["cost"], "generation_s": spent["generation_s"]}
+        facts |= {"new_tokens": spent["new_tokens"], "forwards": spent["forwards"], "cost": cost}
+        facts |= {"seed": getattr(answer, "seed", None), "answer": str(answer), "prompt": prompt, "repeat": repeat}
+        yield Record(**facts | where)

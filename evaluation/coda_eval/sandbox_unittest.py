@@ -9,7 +9,8 @@ pass is bound as tightly as that allows:
 * the checker, which counts the tests itself, wants each of them to have run and passed.
 
 What remains possible: a result that decides itself what it is equal to; and a program that knows this host and rewrites
-the tests or their outcome, in its frames or in memory, as they come. Nothing here is trusted. Runs inside the sandbox: standard library only.
+the tests or their outcome, in its frames or in memory, as they come. Nothing here is trusted. Runs inside the sandbox:
+standard library only.
 """
 
 import builtins
