@@ -15,9 +15,13 @@ TASKS = Path(__file__).with_name("tasks")
 
 
 COMMANDS = {
+    "selfcheck": "selfcheck",
+    "fetch": "fetch",
+    "export": "exchange:export_samples",
+    "import": "exchange:import_samples",
     "report": "report",
 }
-"""Commands of our own, and the module of this package whose `main(argv)` runs each."""
+"""Commands of our own, and the module of this package whose `main(argv)`, or other function, runs each."""
 
 
 def add_our_tasks(args: argparse.Namespace) -> argparse.Namespace:
@@ -43,7 +47,8 @@ def main() -> None:
     name, *rest = sys.argv[1:] or [""]
     try:
         if name in COMMANDS:
-            importlib.import_module(f"coda_eval.{COMMANDS[name]}").main(rest)
+            module, _, function = COMMANDS[name].partition(":")
+            getattr(importlib.import_module(f"coda_eval.{module}"), function or "main")(rest)
         else:
             _evaluate()
     except UserError as error:

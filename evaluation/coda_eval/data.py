@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
 
-from CoDALanguageModel.errors import UserError, half_surrogate
+from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 
 DATA_VARIABLE = "CODA_EVAL_DATA"
 """Environment variable that names a folder with benchmark files."""
@@ -80,6 +81,9 @@ class Source:
 SLOW = {"humaneval_plus": ("HumanEval/15", "HumanEval/130", "HumanEval/139"), "mbpp_plus": (255, 392, 599)}
 """Problems whose reference solutions take 4 to 20 s and that get their benchmark's whole limit; the others of these
 benchmarks get the common one, so that answers which never end do not take a run hours."""
+
+UNSOLVABLE = {"humaneval_plus": ("HumanEval/32",)}
+"""Problems whose reference solutions cannot pass: the checker of this one swaps two arguments in v0.1.10."""
 
 _HUMANEVAL = ("task_id", "prompt", "entry_point", "canonical_solution")
 _INFILL_HUB = "loubnabnl/humaneval_infilling"
@@ -403,13 +407,13 @@ def documents(
     source, lengths = SOURCES[data], _gap_lengths(gap_length)
     if data_dir is not None and not isinstance(data_dir, str):
         raise UserError(f"data_dir must be the path of a folder, got {data_dir!r}: give it as JSON, in quotes")
-    rows = list(_rows(data, data_dir or os.environ.get(DATA_VARIABLE) or "").values())
+    chosen = list(rows(data, data_dir or os.environ.get(DATA_VARIABLE) or "").values())
     if language is not None and source.language:
-        known = sorted({row[source.language] for row in rows})
+        known = sorted({row[source.language] for row in chosen})
         if language not in known:
             raise UserError(f"language must be one of {', '.join(known)} in {data}, got {language!r}")
-        rows = [row for row in rows if row[source.language] == language]
-    splits = {name: [row for row in rows if row["task_id"] in ids] for name, ids in source.splits} or {"test": rows}
+        chosen = [row for row in chosen if row[source.language] == language]
+    splits = {name: [row for row in chosen if row["task_id"] in ids] for name, ids in source.splits} or {"test": chosen}
     if not splits["test"]:
         raise UserError(f"{data} has no problem of its test split: no task_id in {dict(source.splits)['test']}")
     visible = {name: [_document(data, row, lengths, data_dir) for row in part] for name, part in splits.items()}
@@ -446,7 +450,7 @@ def _gap_lengths(given: Any) -> list[int]:
 def problem(document: dict[str, Any]) -> dict[str, Any]:
     """The whole row behind a document, tests included."""
     folder = document["data_dir"] or os.environ.get(DATA_VARIABLE) or ""
-    return _rows(document["benchmark"], folder)[document["task_id"]]
+    return rows(document["benchmark"], folder)[document["task_id"]]
 
 
 def _document(data: str, row: dict[str, Any], lengths: list[int], data_dir: str | None) -> dict[str, Any]:
@@ -461,13 +465,17 @@ def _document(data: str, row: dict[str, Any], lengths: list[int], data_dir: str 
 
 
 @lru_cache(maxsize=32)
-def _rows(data: str, folder: str) -> dict[Any, dict[str, Any]]:
-    """All rows of a benchmark by task id, in file order."""
+def rows(data: str, folder: str) -> dict[Any, dict[str, Any]]:
+    """All rows of a benchmark by task id, in file order.
+
+    Raises:
+        UserError: they cannot be had, or one cannot be used.
+    """
     source = SOURCES[data]
     path = _find(source.files, folder) or (_packaged_humaneval() if data == "humaneval" else None)
-    rows = _read(path) if path else _download(data, source, folder)
+    found = read_lines(path) if path else _download(data, source, folder)
     flaws, by_id, places = [], {}, {}
-    for number, (place, row) in enumerate(rows):
+    for number, (place, row) in enumerate(found):
         flaw = _flaw(data, row)
         if not flaw:
             if source.ids != ("task_id",):
@@ -482,10 +490,42 @@ def _rows(data: str, folder: str) -> dict[Any, dict[str, Any]]:
         places[row["task_id"]] = place
     if flaws:
         shown = "; ".join(flaws[:_SHOWN_FLAWS]) + ("; ..." if len(flaws) > _SHOWN_FLAWS else "")
-        raise UserError(f"{path or data}: {len(flaws)} of {len(rows)} rows cannot be used: {shown}")
-    if not rows:
+        raise UserError(f"{path or data}: {len(flaws)} of {len(found)} rows cannot be used: {shown}")
+    if not found:
         raise UserError(f"{path or data} has no rows")
     return by_id
+
+
+def is_here(data: str, folder: str) -> bool:
+    """Whether the problems of a benchmark are on this machine."""
+    packaged = _packaged_humaneval() if data == "humaneval" else None
+    return bool(_find(SOURCES[data].files, folder) or packaged)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads task files without the functions that they name."""
+
+
+_PlainLoader.add_multi_constructor("!function", lambda loader, suffix, node: None)
+
+
+def benchmark_of(task: str) -> str:
+    """The benchmark of one of our tasks.
+
+    Raises:
+        UserError: there is no such task, or it is a group.
+    """
+    folder = Path(__file__).with_name("tasks")
+    names = [path.stem for path in folder.glob("[!_]*.yaml")]
+    if task not in names:
+        raise UserError(f"unknown task {task!r}{did_you_mean(task, names)}")
+    settings: dict[str, Any] = {"include": f"{task}.yaml"}
+    while "include" in settings:
+        text = (folder / settings.pop("include")).read_text(encoding="utf-8")
+        settings = {**yaml.load(text, _PlainLoader), **settings}
+    if "dataset_kwargs" not in settings:
+        raise UserError(f"{task} is a group of tasks: name one of {', '.join(settings['task'])}")
+    return settings["dataset_kwargs"]["data"]
 
 
 def _flaw(data: str, row: Any) -> str | None:
@@ -540,8 +580,12 @@ def _packaged_humaneval() -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _read(path: Path) -> list[tuple[str, Any]]:
-    """The rows of a file of JSON lines, each with its place in words."""
+def read_lines(path: Path) -> list[tuple[str, Any]]:
+    """The rows of a file of JSON lines, plain or gzipped, each with its place in words.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not JSON.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
     rows, number = [], 0
     try:

@@ -80,9 +80,14 @@ class Judged(str):
 
 
 def extract_code(answer: str, entry_point: str | None = None) -> str:
-    """The code of a chat answer: the first fenced block that defines `entry_point`, else the first, else all."""
+    """The code of a chat answer: the first fenced block that defines `entry_point`, else the first, else all.
+
+    What is a program as it stands is taken whole.
+    """
     answer = answer.removeprefix("\ufeff")
     blocks = _FENCE.findall(answer)
+    if blocks and (tree := _parse(answer)) and tree.body:  # a program that has fences in its texts
+        return answer
     defines = re.compile(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(entry_point)}\b", re.M) if entry_point else None
     return next((block for block in blocks if defines and defines.search(block)), blocks[0] if blocks else answer)
 
