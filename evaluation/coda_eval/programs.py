@@ -10,15 +10,16 @@ import logging
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from coda_eval.data import SAFIM_GAP, problem, safim_cases, stdin_cases
 from coda_eval.data import documents as load_documents
-from coda_eval.sandbox import Program, Verdict, isolation_level, run_programs
+from coda_eval.sandbox import Bench, Program, Verdict, isolation_level, run_programs
 from coda_eval.sandbox_script import prelude
 from coda_eval.session import agree
 from CoDALanguageModel.errors import UserError
@@ -62,6 +63,14 @@ class Answer(str):
     def cost_of(text: str) -> dict[str, Any]:
         """What is known of the cost of any text; None for the rest."""
         return {name: getattr(text, name, None) for name in ("new_tokens", "forwards", "generation_s", "cost")}
+
+    @classmethod
+    def read(cls, line: Mapping[str, Any]) -> "Answer":
+        """The answer of a line of the journal."""
+        answer = cls(line["answer"])
+        for name in ("new_tokens", "forwards", "generation_s", "cost", "seed"):
+            setattr(answer, name, line[name])
+        return answer
 
 
 class Judged(str):
@@ -357,6 +366,48 @@ def documents(data: str, **kwargs: Any) -> dict[str, Any]:
     return load_documents(data, **kwargs)
 
 
+class Overlap:
+    """Judges answers while others are made; `run` then finds the verdicts by the whole program, tests included.
+
+    What it does not find there, it runs itself: nothing depends on what was judged early.
+    """
+
+    current: "Overlap | None" = None
+    """The one of this process while its block runs."""
+
+    def __init__(self) -> None:
+        self._bench: Bench | None = None
+        self._begun: list[Future[tuple[Program, Verdict]]] = []
+        self._early: dict[Program, deque[Verdict]] = defaultdict(deque)
+
+    def judge(self, document: Any, answer: str) -> None:
+        """Begin to judge an answer, if its task runs programs."""
+        if not isinstance(document, dict) or document.get("benchmark") not in PROGRAMS:
+            return
+        if self._bench is None:
+            self._bench = Bench(*sandbox_settings())
+        self._begun.append(self._bench.submit(lambda: program_of(document, answer)))
+
+    def verdict(self, program: Program) -> Verdict | None:
+        """The verdict on a program, each but once; None where there is none."""
+        while self._begun:
+            begun = self._begun.pop()
+            if begun.exception() is None:  # else the program is built again, and the error met there
+                judged, verdict = begun.result()
+                if verdict.status != "near":
+                    self._early[judged].append(verdict)
+        return self._early[program].popleft() if self._early.get(program) else None
+
+    def __enter__(self) -> "Overlap":
+        Overlap.current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Overlap.current = None
+        if self._bench is not None:
+            self._bench.__exit__()
+
+
 def run(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Filter of every task that runs programs: one record (JSON) per answer, in order."""
     kept = _scored(resps)
@@ -366,7 +417,10 @@ def run(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[
         for doc, answers in zip(docs, kept, strict=True):
             programs += [program_of(doc, answer) for answer in answers]
         level, workers = sandbox_settings()
-        return list(zip(programs, run_programs(programs, level=level, workers=workers), strict=True))
+        early = [judge.verdict(program) if (judge := Overlap.current) else None for program in programs]
+        late = [program for program, verdict in zip(programs, early, strict=True) if verdict is None]
+        verdicts = iter(run_programs(late, level=level, workers=workers))
+        return [(program, verdict or next(verdicts)) for program, verdict in zip(programs, early, strict=True)]
 
     judged = iter(agree(judge))
 

@@ -7,7 +7,7 @@ Wilson interval, the settings that made it and what its answers cost, the versio
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def _cards_of(path: Path, folder: Path) -> list[dict[str, Any]]:
         records[record.task].append(record)
     for task, metrics in results.items():
         counts = run.get("n-samples", {}).get(task)
-        cost = _cost_of(records[task]) if records[task] else None
+        cost = _cost_of(records[task]) if records[task] else {}
+        of_task = run.get("coda_eval", {}).get("tasks", {}).get(task, {})
         for key, value in metrics.items():
             name, _, stage = key.partition(",")
             if not isinstance(value, (int, float)) or name.endswith("_stderr") or name in DETAILS or not stage:
@@ -83,8 +84,13 @@ def _cards_of(path: Path, folder: Path) -> list[dict[str, Any]]:
                     "n": count,
                     "stderr": stderr if isinstance(stderr, (int, float)) else None,
                     "wilson95": interval and [round(bound, 6) for bound in interval],
+                    "bootstrap95": of_task.get("bootstrap95", {}).get(key),
+                    "likelihood_stderr": of_task.get("likelihood_stderr"),
                     **{detail: metrics.get(f"{detail},{stage}") for detail in DETAILS},
-                    "cost": cost,
+                    "cost": cost or None,
+                    "forwards": cost.get("forwards"),
+                    "tokens_per_forward": _tokens_per_forward(cost),
+                    "judging_s": cost and round(sum(record.seconds or 0.0 for record in records[task]), 3) or None,
                     **_provenance(run, config, task, path),
                 }
             )
@@ -103,12 +109,27 @@ def _cost_of(records: Sequence[Record]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in cost.items()}
 
 
+def _tokens_per_forward(cost: Mapping[str, float]) -> float | None:
+    """Tokens committed by each row of a forward pass, of models that count them."""
+    return round(cost["tokens_committed"] / cost["rows_evaluated"], 4) if cost.get("rows_evaluated") else None
+
+
 def _provenance(run: dict[str, Any], config: dict[str, Any], task: str, path: Path) -> dict[str, Any]:
     """Which run a score came from, in enough detail to repeat it."""
     names = ("model", "model_args", "generation_settings", "gen_kwargs", "batch_size", "limit", "torch_seed", "device")
     versions = ("lm_eval_version", "transformers_version", "git_hash", "chat_template_sha")
+    facts = run.get("coda_eval", {})
+    of_task = facts.get("tasks", {}).get(task, {})
     return {
         "settings": {name: config.get(name) for name in names},
+        "resolved": of_task.get("settings"),
+        "hashes": {
+            **{name: facts.get(name) for name in ("weights", "tokenizer", "code")},
+            "data": of_task.get("data"),
+        },
+        **{name: facts.get(name) for name in ("dtype", "device", "world_size", "selfcheck")},
+        "seed": config.get("torch_seed"),
+        "batch_size": config.get("batch_size"),
         "task_generation_kwargs": run.get("configs", {}).get(task, {}).get("generation_kwargs"),
         "task_version": run.get("versions", {}).get(task),
         "task_hash": run.get("task_hashes", {}).get(task),

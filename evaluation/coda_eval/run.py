@@ -8,18 +8,21 @@ import argparse
 import contextlib
 import dataclasses
 import glob
+import importlib.util
 import json
 import logging
+import math
 import numbers
 import os
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
@@ -31,11 +34,16 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
 from coda_eval import session
-from coda_eval.hosted import CACHE_LIES, HostedLM, answer_record
-from coda_eval.programs import SCORES_ALL, Answer, Judged, ks_of, score_programs
+from coda_eval.data import DATA_VARIABLE, problem
+from coda_eval.harness import generation_settings
+from coda_eval.hosted import CACHE_LIES, HostedLM, known, known_likelihood
+from coda_eval.journal import COMMAND, FILES, Journal, code_version, digest, hash_tokenizer, hash_weights
+from coda_eval.programs import PROGRAMS, SCORES_ALL, Answer, Judged, Overlap, ks_of, score_programs
 from coda_eval.records import Record, write_records
 from coda_eval.report import write_scores
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.intervals import bootstrap_interval
+from CoDALanguageModel.run_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +55,12 @@ SCORES = "scores.json"
 
 MAX_REPEATS = 1000
 """Most answers to a problem."""
+_COVERED = {"pretrained", "revision", "subfolder", "peft", "delta", "gguf_file", "tokenizer", "dtype", "mc_num", "seed"}
+_COVERED |= {"batch_size", "max_batch_size", "device", "device_map", "parallelize", "trust_remote_code"}
+"""Names in model_args that an identity has in another form, or that no answer depends on."""
+
+_HOSTS = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
+"""Settings of a command that say where results are published, keys to these places among them."""
 
 NO_SEEDS = (None, None, None, None)
 
@@ -55,22 +69,26 @@ def run(args: argparse.Namespace) -> None:
     """Check the command, load the model, then run the tasks one by one.
 
     Args:
-        args: lm-eval's parsed arguments of `run`.
+        args: lm-eval's parsed arguments of `run`, and `resume`: whether to go on with what is in the folder.
 
     Raises:
         UserError: something is wrong that can be known before a model is loaded, or the model refuses its settings.
         SystemExit: tasks failed; the message names them, and the others are scored.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as lm-eval's own command
-    repeats, args.samples = read_repeats(args.samples)
+    resume = vars(args).pop("resume", False)
+    repeats, args.samples = read_repeats(args.samples)  # lm-eval would not have it beside --limit
     try:
         config = EvaluatorConfig.from_cli(args)
     except ValueError as error:  # lm-eval's own checks
         raise UserError(str(error)) from error
     config.model = AUTOREGRESSIVE.get(config.model, config.model)
     refuse_caches(config)
-    output = claim_folder(config.output_path)
-    manager, names = check_tasks(config, repeats)
+    config.samples = repeats or config.samples
+    output = claim_folder(config.output_path, resume)
+    manager, names, versions = check_tasks(config)
+    # Before the model is loaded: whether the journal can be read, and gone on with.
+    journal = Journal(_folder_of(output), _rank(), resume=resume) if output is not None else None
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
     if config.seed:
         set_torch_seed(config.seed[2])  # rows that a tokenizer adds to the embeddings are drawn
@@ -83,25 +101,95 @@ def run(args: argparse.Namespace) -> None:
     if repeats > 1:
         refuse_greedy(model, manager, names, config.gen_kwargs)
     keep_answers(model)
+    facts = facts_of(model, config, journal and journal.folder)
+    if resume and facts["identity"]["weights"] is None:
+        raise UserError(f"--resume is for coda and hf: the weights of {config.model!r} are not known by their hash")
+    command = {"arguments": dataclasses.asdict(config) | dict.fromkeys(_HOSTS, {}), "tasks": names}
+    command |= {"data": os.environ.get(DATA_VARIABLE), "versions": versions}
+    name = digest([command, facts["identity"]])
+    if output is not None and _speaks():
+        said = json.dumps({"name": name, **command, **facts}, indent=1, default=str)
+        write_whole(_folder_of(output) / COMMAND, said + "\n")
+    with (
+        _answers_folder(output) as folder,
+        Overlap() as overlap,
+        session.opened(
+            session.Session(
+                journal=journal or Journal(folder, _rank()),
+                name=name,
+                model=facts["identity"],
+                versions=versions,
+                code=code_version(),
+                judge=overlap.judge,
+            )
+        ) as state,
+    ):
+        if resume:
+            logger.info("%d answers are in %s", state.journal.found, folder)
+        run_tasks(config, manager, names, model, facts)
+        if resume:
+            unused = state.journal.found - state.journal.used
+            logger.info("%d of these answers were used by this process and %d not", state.journal.used, unused)
+
+
+def run_tasks(
+    config: EvaluatorConfig, manager: TaskManager, names: Sequence[str], model: LM, facts: Mapping[str, Any]
+) -> None:
+    """Run the tasks one by one in the present session.
+
+    Raises:
+        SystemExit: tasks failed; the message names them, and the others are scored.
+    """
     failed: dict[str, str] = {}
-    with _answers_folder(output) as folder, session.opened(session.Session(folder=folder)) as state:
-        for name in names:
-            try:
-                run_task(config, manager, name, model)
-            except Exception as error:  # of any kind: the other tasks are still to be scored
-                if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, session.TaskFailed):
-                    raise  # the other ranks do not know of it: going on alone would leave them waiting
-                expected = isinstance(error.__cause__ or error, (UserError, session.TaskFailed))
-                if _speaks() or not expected:
-                    logger.error("%s failed: %s", name, error, exc_info=not expected)
-                failed[name] = f"{type(error).__name__}: {error}"
-        if failed:
-            session.wait()
-            if not _speaks():
-                raise SystemExit(1)
-            account = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
-            kept = f"; {state.answers} answers are kept in {state.file()}" if state.answers else ""
-            raise SystemExit(f"coda_eval: error: {len(failed)} of {len(names)} tasks failed: {account}{kept}")
+    for name in names:
+        try:
+            run_task(config, manager, name, model, facts)
+        except Exception as error:  # of any kind: the other tasks are still to be scored
+            if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, session.TaskFailed):
+                raise  # the other ranks do not know of it: going on alone would leave them waiting
+            expected = isinstance(error.__cause__ or error, (UserError, session.TaskFailed))
+            if _speaks() or not expected:
+                logger.error("%s failed: %s", name, error, exc_info=not expected)
+            failed[name] = f"{type(error).__name__}: {error}"
+    if failed:
+        session.wait()
+        if not _speaks():
+            raise SystemExit(1)
+        account = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+        journal = session.current().journal
+        kept = f"; {journal.made} answers are kept in {journal.path}" if journal.made else ""
+        raise SystemExit(f"coda_eval: error: {len(failed)} of {len(names)} tasks failed: {account}{kept}")
+
+
+def facts_of(model: LM, config: EvaluatorConfig, folder: Path | None) -> dict[str, Any]:
+    """What is known of a model: its `identity`, on which answers depend, and what else a score card says of it.
+
+    Args:
+        model: the loaded model.
+        config: the command.
+        folder: of the run; without one nothing is cited, and the weights are not hashed.
+    """
+    given = dict(config.model_args)
+    if not isinstance(model, HostedLM):
+        identity = {"class": config.model, "arguments": given, "weights": None, "tokenizer": None}
+        return {"identity": identity, "info": {}, "chat_template": "", "world_size": model.world_size}
+    covered = generation_settings() | _COVERED
+    identity = {
+        "class": type(model).__name__,
+        "weights": hash_weights(given, folder) if folder is not None else None,
+        "tokenizer": hash_tokenizer(model.tokenizer),
+        "dtype": str(model.model.dtype),
+        "device": model.device.type,
+        "arguments": {name: value for name, value in given.items() if name not in covered},
+    }
+    is_gpu = model.device.type == "cuda"
+    return {
+        "identity": identity,
+        "info": model.get_model_info(),
+        "chat_template": model.chat_template(config.apply_chat_template) if config.apply_chat_template else "",
+        "device": torch.cuda.get_device_name(model.device) if is_gpu else model.device.type,
+        "world_size": model.world_size,
+    }
 
 
 def refuse_caches(config: EvaluatorConfig) -> None:
@@ -127,22 +215,24 @@ def results_in(output: Path) -> list[Path]:
     return sorted(output.rglob("results_*.json"))
 
 
-def claim_folder(output_path: str | None) -> Path | None:
-    """The `--output_path`: its folder is made, and holds no results yet.
+def claim_folder(output_path: str | None, resume: bool = False) -> Path | None:
+    """The `--output_path`: its folder is made, and holds no results yet, unless a run there is gone on with.
 
     Raises:
         UserError: it holds results or answers of an earlier run, or nothing can be written there.
     """
     if not output_path:
+        if resume:
+            raise UserError("--resume needs --output_path: the folder of the run to go on with")
         return None
     output = Path(output_path)
     folder = _folder_of(output)
     if not _speaks():
         return output  # the first process looks for all: its answers may already be there
-    if found := [*results_in(output), *sorted(folder.glob("answers_rank*.jsonl"))]:
+    if not resume and (found := [*results_in(output), *sorted(folder.glob(FILES))]):
         raise UserError(
             f"--output_path {output_path!r} holds results of an earlier run ({found[0]}), which could not be told from "
-            "the new ones: give another folder, or remove them"
+            "the new ones: give another folder, remove them, or go on with that run by --resume"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,15 +243,11 @@ def claim_folder(output_path: str | None) -> Path | None:
     return output
 
 
-def check_tasks(config: EvaluatorConfig, repeats: int = 0) -> tuple[TaskManager, list[str]]:
+def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str], dict[str, Any]]:
     """Load every task with its problems, which also tries the sandbox that answers will run in.
 
-    Args:
-        config: what was asked for.
-        repeats: answers to each problem; 0 leaves that to the tasks.
-
     Returns:
-        lm-eval's index of tasks, and the tasks and groups to run by name or file.
+        lm-eval's index of tasks, the tasks and groups to run by name or file, and the versions of the tasks.
 
     Raises:
         UserError: a task is unknown, or cannot be run; every such task is named with its reason.
@@ -172,14 +258,15 @@ def check_tasks(config: EvaluatorConfig, repeats: int = 0) -> tuple[TaskManager,
     manager = TaskManager(include_path=config.include_path, include_defaults=False, metadata=config.metadata)
     if not all(name in manager.all_tasks for name in given):
         manager = config.process_tasks(config.metadata)
-    if repeats:
-        set_repeats(manager, repeats)
+    if isinstance(config.samples, int):
+        set_repeats(manager, config.samples)
     names = dict.fromkeys(name for task in given for name in (manager.match_tasks([task]) or _files(task)))
-    fills_gaps = issubclass(get_model(config.model), HostedLM)
-    reasons = {}
+    fills_gaps = getattr(get_model(config.model), "fills_gaps", False)
+    reasons, versions = {}, {}
     for name in names:
         try:
             loaded = manager.load([name])["tasks"].values()
+            versions |= {task.task_name: task.VERSION for task in loaded}
         except (ValueError, OSError, ImportError) as error:  # its files, its data set on the Hub, or what it needs
             reasons[name] = str(error)
             continue
@@ -188,7 +275,7 @@ def check_tasks(config: EvaluatorConfig, repeats: int = 0) -> tuple[TaskManager,
     if reasons:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UserError(f"{len(reasons)} of {len(names)} tasks cannot be run: {told}")
-    return manager, list(names)
+    return manager, list(names), versions
 
 
 def read_repeats(samples: Any) -> tuple[int, Any]:
@@ -231,7 +318,7 @@ def refuse_greedy(model: LM, manager: TaskManager, names: list[str], gen_kwargs:
     """
     for name, task in manager.load(names)["tasks"].items():
         settings = {**(task.config.generation_kwargs or {}), **(gen_kwargs or {})}
-        if not (model.draws if isinstance(model, HostedLM) else HostedLM.draws)(settings):
+        if not getattr(model, "draws", HostedLM.draws)(settings):
             raise UserError(
                 f"--samples with temperature 0 would give {name} the same answer each time: set a temperature, for "
                 "coda in --model_args (temperature=0.8), for others in --gen_kwargs (do_sample=True,temperature=0.8)"
@@ -242,22 +329,26 @@ def keep_answers(model: LM) -> None:
     """Have the answers of a model of lm-eval's written when it has made them; ours write their own, batch by batch."""
     if isinstance(model, HostedLM):
         return
-    generate = model.generate_until
 
-    def keeping(requests: list[Instance], *args: Any, **kwargs: Any) -> list[str]:
-        answers = generate(requests, *args, **kwargs)
-        repeats: Counter[int] = Counter()
-        records = []
-        for request, answer in zip(requests, answers, strict=True):
-            records.append(answer_record(request, repeats[id(request)], answer))
-            repeats[id(request)] += 1
-        session.save_answers(records)
-        return answers
+    def keeping(compute: Callable[..., list[Any]], told: Callable[[Any], dict[str, Any]]) -> Callable[..., list[Any]]:
+        def computed(requests: list[Instance], *args: Any, **kwargs: Any) -> list[Any]:
+            answers = compute(requests, *args, **kwargs)
+            repeats: Counter[int] = Counter()
+            kept = []
+            for request, answer in zip(requests, answers, strict=True):
+                kept.append((session.Asked(request=request, repeat=repeats[id(request)]), told(answer)))
+                repeats[id(request)] += 1
+            session.keep(kept)
+            return answers
 
-    model.generate_until = keeping
+        return computed
+
+    model.generate_until = keeping(model.generate_until, known)
+    model.loglikelihood = keeping(model.loglikelihood, known_likelihood)
+    model.loglikelihood_rolling = keeping(model.loglikelihood_rolling, known_likelihood)
 
 
-def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM) -> None:
+def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM, facts: Mapping[str, Any]) -> None:
     """Run a task or group and write its results, as lm-eval's own command does.
 
     Raises:
@@ -280,7 +371,7 @@ def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM
         device=config.device,
         delete_requests_cache=config.cache_requests.get("delete_requests_cache", False),
         limit=config.limit,
-        samples=config.samples,
+        samples=None if isinstance(config.samples, int) else config.samples,
         check_integrity=config.check_integrity,
         write_out=config.write_out,
         log_samples=True,  # the records are made of them
@@ -307,6 +398,7 @@ def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM
     folder = _folder_of(Path(config.output_path)) if config.output_path else None
     if folder:
         write_records(folder, [r for task, of_task in samples.items() for r in records_of(task, of_task)])
+        results["coda_eval"] = card_facts(results, samples, facts)
     _write(config, tracker, results, samples)  # lm-eval changes the samples
     if folder:
         write_scores(results_in(Path(config.output_path)), folder / SCORES)
@@ -352,9 +444,14 @@ def _folder_of(output: Path) -> Path:
     return output.parent if output.suffix == ".json" else output
 
 
+def _rank() -> int:
+    """Which of the processes this is."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def _speaks() -> bool:
     """Whether this process writes the results."""
-    return os.environ.get("RANK", "0") == "0"
+    return _rank() == 0
 
 
 def _files(task: str) -> list[str]:
@@ -385,6 +482,63 @@ def _answers_folder(output: Path | None) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+def card_facts(
+    results: Mapping[str, Any], samples: Mapping[str, list[dict[str, Any]]], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a results file says besides lm-eval's own facts, for the score cards."""
+    state = session.current()
+    levels = {m["isolation,run"] for m in results["results"].values() if "isolation,run" in m}
+    of_tasks = {}
+    for task, of_task in samples.items():
+        errors = [e for r in records_of(task, of_task) for _, e in r.likelihoods or ()]
+        of_tasks[task] = {
+            "settings": state.settings.get(task),
+            "data": digest([_whole(s["doc"]) for s in sorted(of_task, key=lambda s: s["doc_id"])]),
+            "bootstrap95": _bootstraps(results["results"][task], of_task),
+            "likelihood_stderr": _error_of(errors) if errors else None,
+        }
+    return {
+        **{name: facts["identity"].get(name) for name in ("weights", "tokenizer", "dtype")},
+        **{name: facts.get(name) for name in ("device", "world_size")},
+        "code": sorted({line["code"] for line in state.journal.answers.values() if line["run"] == state.name})
+        or [state.code],
+        "selfcheck": _selfcheck(levels),
+        "tasks": of_tasks,
+    }
+
+
+def _whole(document: Any) -> Any:
+    """A document with its tests, where they are kept apart."""
+    is_ours = isinstance(document, dict) and document.get("benchmark") in PROGRAMS
+    return [{k: v for k, v in document.items() if k != "data_dir"}, problem(document)] if is_ours else document
+
+
+def _bootstraps(metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Bootstrap intervals of those scores of a task that are means over its documents."""
+    found = {}
+    for key, score in metrics.items():
+        name, _, stage = key.partition(",")
+        values = [s[name] for s in samples if s["filter"] == stage and isinstance(s.get(name), numbers.Real)]
+        if isinstance(score, numbers.Real) and values and math.isclose(sum(values) / len(values), score):
+            found[key] = [round(bound, 6) for bound in bootstrap_interval(values)]
+    return found
+
+
+def _error_of(errors: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and largest of the known standard errors of likelihoods, in nats, and how many are not known."""
+    known_ones = [error for error in errors if error is not None]
+    mean, largest = (sum(known_ones) / len(known_ones), max(known_ones)) if known_ones else (None, None)
+    return {"mean": mean, "largest": largest, "unknown": len(errors) - len(known_ones)}
+
+
+def _selfcheck(levels: Iterable[str]) -> Any:
+    """What the self-check said last of the isolation levels that ran; None where it has not run."""
+    if importlib.util.find_spec("coda_eval.selfcheck") is None:
+        return None
+    last_result = importlib.import_module("coda_eval.selfcheck").last_result
+    return {level: last_result(level.split()[0]) for level in sorted(levels)} or None
+
+
 def records_of(task: str, samples: Iterable[dict[str, Any]]) -> list[Record]:
     """The records of a task from lm-eval's samples; of several filters the first one counts."""
     samples = list(samples)
@@ -400,7 +554,11 @@ def _records_of_document(task: str, sample: dict[str, Any]) -> Iterable[Record]:
     score = next((sample[name] for name in sample["metrics"] if isinstance(sample[name], numbers.Real)), None)
     score = None if score is None else float(score)
     if not isinstance(sample["resps"][0][0], str):  # likelihoods: a request for each choice
-        yield Record(**nothing | where | {"prompt": prompt, "repeat": 0, "score": score})
+        values = [sample["resps"][choice][0] for choice in range(len(sample["resps"]))]
+        known_ones = [known_likelihood(value) for value in values]
+        likelihoods = [[value["nats"], value["stderr"]] for value in known_ones]
+        facts = {"prompt": prompt, "repeat": 0, "score": score, "likelihoods": likelihoods}
+        yield Record(**nothing | where | facts)
         return
     answers = [answer for answer in sample["resps"][0] if not getattr(answer, "surplus", False)]
     entries = sample["filtered_resps"][0]

@@ -88,6 +88,10 @@ def write_rows(folder, *rows, name="quickstart_problems.jsonl"):
     (folder / name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
 
 
+def answers_in(journal):
+    return [row for row in map(json.loads, journal.read_text().splitlines()) if "answer" in row]
+
+
 def results_of(folder):
     found = {}
     for path in sorted(folder.rglob("results_*.json")):
@@ -189,9 +193,9 @@ def test_a_failure_to_judge_loses_no_answer(evaluation, stub, data_dir, monkeypa
     monkeypatch.setattr(programs, "run_programs", broken)
     said = evaluation("--limit", "2", tasks="quickstart_problems coda_humaneval")
     assert "2 of 2 tasks failed: quickstart_problems (RecursionError: too deep)" in said
-    (file,) = evaluation.output.glob("answers_rank0.jsonl")
+    (file,) = evaluation.output.glob("journal_rank0.jsonl")
     assert f"3 answers are kept in {file}" in said
-    answers = [json.loads(line) for line in file.read_text().splitlines()]
+    answers = answers_in(file)
     assert [(answer["task"], answer["task_id"]) for answer in answers] == [
         ("quickstart_problems", "q/0"),
         ("coda_humaneval", "HumanEval/0"),
@@ -216,8 +220,8 @@ def test_without_a_folder_for_results_a_failure_names_where_the_answers_are(
     monkeypatch.setattr(programs, "run_programs", lambda *args, **kwargs: 1 // 0)
     said = evaluation(output="")
     (folder,) = scratch.iterdir()
-    assert f"1 answers are kept in {folder}/answers_rank0.jsonl" in said
-    assert json.loads((folder / "answers_rank0.jsonl").read_text())["answer"] == ROW["canonical_solution"]
+    assert f"1 answers are kept in {folder}/journal_rank0.jsonl" in said
+    assert answers_in(folder / "journal_rank0.jsonl")[0]["answer"] == ROW["canonical_solution"]
 
 
 def test_files_and_patterns_of_tasks_run_each_by_itself(evaluation, stub, data_dir, tmp_path, monkeypatch):
@@ -239,13 +243,13 @@ def test_a_second_run_never_mixes_with_the_first(evaluation, stub, data_dir):
     write_rows(data_dir, ROW)
     assert evaluation() == ""
     first = {path: path.read_bytes() for path in evaluation.output.rglob("*.*")}
-    assert len(first) == 4  # results, answers, records and score cards
+    assert len(first) == 5  # results, answers, command, records and score cards
     assert "holds results of an earlier run" in evaluation()
     assert stub.built == 1
     assert {path: path.read_bytes() for path in evaluation.output.rglob("*.*")} == first
     (results,) = evaluation.output.rglob("results_*.json")
     results.unlink()
-    assert "answers_rank0.jsonl), which could not be told from the new ones" in evaluation()
+    assert "journal_rank0.jsonl), which could not be told from the new ones" in evaluation()
     assert stub.built == 1
 
 
@@ -279,7 +283,7 @@ def test_the_diffusion_model_writes_its_answers_as_it_makes_them(evaluation, mod
         tasks="quickstart_problems,quickstart_infill",
     )
     assert said == ""
-    answers = [json.loads(line) for line in (evaluation.output / "answers_rank0.jsonl").read_text().splitlines()]
+    answers = answers_in(evaluation.output / "journal_rank0.jsonl")
     assert [answer["task_id"] for answer in answers] == ["q/0", "q/1", "g/0"]
     assert all(answer["forwards"] >= 1 and answer["generation_s"] > 0 for answer in answers)
     assert set(results_of(evaluation.output)) == {"quickstart_problems", "quickstart_infill"}
