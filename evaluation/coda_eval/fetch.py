@@ -7,7 +7,7 @@ was begun goes on where it stopped. The other sets are refused, with where to ge
 import argparse
 import gzip
 import hashlib
-import logging
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -18,8 +18,6 @@ from pathlib import Path
 
 from coda_eval.data import DATA_VARIABLE
 from CoDALanguageModel.errors import UserError, did_you_mean
-
-logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 TIMEOUT_S = 60.0
@@ -57,6 +55,12 @@ FILES = {
         licence="Apache-2.0",
         sha256="04228b8a570ff7c346c740b91f0c6a0b323f86a26e903db8477c6f2d10f38819",
     ),
+    "mbpp": File(
+        name="mbpp.jsonl",
+        url="https://raw.githubusercontent.com/google-research/google-research/master/mbpp/mbpp.jsonl",
+        licence="CC-BY-4.0",
+        sha256="ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f",
+    ),
     "mbpp_plus": File(
         name="MbppPlus-OriginFmt.jsonl.gz",
         url="https://github.com/evalplus/mbppplus_release/raw/v0.2.0/MbppPlus-OriginFmt.jsonl.gz",
@@ -91,9 +95,6 @@ FILES = {
 """Every set that is fetched."""
 
 ELSEWHERE = {
-    "mbpp": (
-        "the file states no licence; get mbpp.jsonl from https://github.com/google-research/google-research, folder mbpp"
-    ),
     "livecodebench": (
         "no hash of its files is known here; join the test*.jsonl that you want of "
         "https://huggingface.co/datasets/livecodebench/code_generation_lite as livecodebench.jsonl"
@@ -175,10 +176,8 @@ def _download(url: str, part: Path) -> None:
         if error.code == 416 and begun:  # nothing stands behind what is there: the hash says whether it is all
             return
         raise UserError(f"{url} cannot be had: {error}") from error
-    except (OSError, urllib.error.URLError) as error:
-        raise UserError(
-            f"{url} cannot be had: {error}; what has come is kept in {part}, fetch again to go on"
-        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url} cannot be had: {error}; fetch again to go on with what has come") from error
 
 
 def main(argv: Sequence[str]) -> None:
