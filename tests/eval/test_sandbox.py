@@ -467,3 +467,23 @@ def test_programs_end_with_a_killed_evaluator(level, tmp_path):
     while (left := leftovers(evaluator.pid)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
+
+
+@pytest.mark.parametrize("level", ISOLATED)
+def test_packages_that_are_asked_for_are_there_with_what_they_require(level, monkeypatch):
+    """jinja2 needs markupsafe, a package beside it; click was not asked for."""
+    code = "import jinja2\ndef f(x): return int(jinja2.Template('{{ x * 2 }}').render(x=x))"
+    programs = [Program(candidate=c, tests=TESTS) for c in (code, "import click\ndef f(x): return 4")]
+    sandbox._binds.cache_clear()
+    monkeypatch.setenv("CODA_EVAL_PACKAGES", "jinja2, six")
+    with_them = run_programs([*programs, Program(candidate="import six\ndef f(x): return 4", tests=TESTS)], level=level)
+    monkeypatch.setenv("CODA_EVAL_PACKAGES", "")
+    sandbox._binds.cache_clear()
+    without = run_programs(programs[:1], level=level)
+    assert [verdict.passed for verdict in (*with_them, *without)] == [True, False, True, False]
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setenv("CODA_EVAL_PACKAGES", "numpy,pandsa")
+    with pytest.raises(ValueError, match="CODA_EVAL_PACKAGES names pandsa: not installed here"):
+        sandbox._further_packages()
