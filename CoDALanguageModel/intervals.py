@@ -52,6 +52,8 @@ def bootstrap_interval(
             f"values, level in (0, 1) and resamples >= 1 are needed, got {len(values)}, {level}, {resamples}"
         )
     scores, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
-    means = [scores[rng.integers(len(scores), size=len(scores))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1.0 - level) / 2, (1.0 + level) / 2])
+    at_once = max(1, 2**20 // len(scores))
+    sizes = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
+    means = [scores[rng.integers(len(scores), size=(size, len(scores)))].mean(axis=1) for size in sizes]
+    low, high = np.quantile(np.concatenate(means), [(1.0 - level) / 2, (1.0 + level) / 2])
     return float(low), float(high)

@@ -118,7 +118,7 @@ def _provenance(run: dict[str, Any], config: dict[str, Any], task: str, path: Pa
     """Which run a score came from, in enough detail to repeat it."""
     names = ("model", "model_args", "generation_settings", "gen_kwargs", "batch_size", "limit", "torch_seed", "device")
     versions = ("lm_eval_version", "transformers_version", "git_hash", "chat_template_sha")
-    facts = run.get("coda_eval", {})
+    facts, seconds = run.get("coda_eval", {}), run.get("total_evaluation_time_seconds")
     of_task = facts.get("tasks", {}).get(task, {})
     return {
         "settings": {name: config.get(name) for name in names},
@@ -134,7 +134,7 @@ def _provenance(run: dict[str, Any], config: dict[str, Any], task: str, path: Pa
         "task_version": run.get("versions", {}).get(task),
         "task_hash": run.get("task_hashes", {}).get(task),
         "versions": {name: run.get(name) for name in versions},
-        "seconds": run.get("total_evaluation_time_seconds"),
+        "seconds": seconds and float(seconds),
         "file": path.name,
     }
 
