@@ -62,6 +62,9 @@ class Source:
     gap: Callable[[dict[str, Any]], tuple[str, str, str]] | None = None
     """What stands before, in and behind a row's gap. Raises UserError where there is none."""
 
+    check: Callable[[dict[str, Any]], Any] | None = None
+    """What else a row must be. Raises UserError where it is not."""
+
     language: str = ""
     """Field with the language of a row, where a task may ask for one."""
 
@@ -225,6 +228,7 @@ SOURCES = {
         needs=("public_test_cases", "private_test_cases", "metadata"),
         ids=("question_id",),
         timeout_s=60.0,
+        check=lambda row: livecodebench_cases(row),
     ),
     # Fields: https://huggingface.co/datasets/bigcode/bigcodebench.
     **{
@@ -233,6 +237,7 @@ SOURCES = {
             keep=("task_id", "complete_prompt", "instruct_prompt", "code_prompt", "entry_point", "canonical_solution"),
             needs=("test",),
             timeout_s=60.0,
+            check=lambda row: _has_suite(row),
         )
         for name, file in (("bigcodebench", "BigCodeBench"), ("bigcodebench_hard", "BigCodeBench-Hard"))
     },
@@ -299,6 +304,29 @@ def stdin_cases(text: str) -> list[dict[str, str]]:
     raise UserError("no test cases: input, output and testtype must be texts")
 
 
+def livecodebench_cases(row: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Inputs and outputs of a LiveCodeBench problem, public ones first: texts, or arguments and results of a method.
+
+    Raises:
+        UserError: there are none, or a method's are no JSON values, one a line.
+    """
+    cases = [case for kind in ("public", "private") for case in stdin_cases(row[f"{kind}_test_cases"])]
+    if not cases:
+        raise UserError("has no test cases")
+    if not json.loads(row["metadata"]).get("func_name"):
+        return [(case["input"], case["output"]) for case in cases]
+    try:
+        return [([json.loads(line) for line in c["input"].split("\n")], json.loads(c["output"])) for c in cases]
+    except ValueError as error:
+        raise UserError(f"has func_name in metadata and test cases that are no JSON values: {error}") from error
+
+
+def _has_suite(row: dict[str, Any]) -> None:
+    names = [node.name for node in ast.parse(row["test"]).body if isinstance(node, ast.ClassDef)]
+    if names.count("TestCases") != 1:
+        raise UserError(f"has a wrong test: it must define the class TestCases once, its classes are {names}")
+
+
 def safim_cases(tests: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     """SAFIM's unit tests, a list or its JSON: each an `input` and the `output` texts that are right.
 
@@ -307,11 +335,11 @@ def safim_cases(tests: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     try:
         cases = json.loads(tests) if isinstance(tests, str) else tests
-        if isinstance(cases, list) and all(_is_text(c["input"]) and _are_texts(c["output"]) for c in cases):
+        if isinstance(cases, list) and cases and all(_is_text(c["input"]) and _are_texts(c["output"]) for c in cases):
             return cases
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"no unit tests: {type(error).__name__}: {error}") from error
-    raise UserError("no unit tests: each must have an input text and a list of output texts")
+    raise UserError("no unit tests: a list with an input text and a list of output texts in each")
 
 
 def _reads(read: Callable[[Any], Any]) -> Callable[[Any], bool]:
@@ -542,7 +570,8 @@ def _flaw(data: str, row: Any) -> str | None:
     if source.splits and not isinstance(row["task_id"], int):
         return f"has a wrong task_id: it must be a whole number in {data}, got {row['task_id']!r}"
     try:
-        source.gap and source.gap(row)
+        for check in filter(None, (source.gap, source.check)):
+            check(row)
     except UserError as error:
         return str(error)
     return None

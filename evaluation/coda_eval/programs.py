@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from coda_eval.data import SAFIM_GAP, problem, safim_cases, stdin_cases
+from coda_eval.data import SAFIM_GAP, livecodebench_cases, problem, safim_cases
 from coda_eval.data import documents as load_documents
 from coda_eval.sandbox import Bench, Program, Verdict, isolation_level, run_programs
 from coda_eval.sandbox_script import prelude
@@ -230,15 +230,14 @@ def script_program(program: str, cases: Sequence[tuple[str, list[str]]], timeout
 def livecodebench_program(row: dict[str, Any], answer: str) -> Program:
     """LiveCodeBench: a script that reads standard input, or a method of `Solution` that is called with JSON values."""
     name, code = json.loads(row["metadata"]).get("func_name"), extract_code(answer)
-    cases = [case for kind in ("public", "private") for case in stdin_cases(row[f"{kind}_test_cases"])]
+    cases = livecodebench_cases(row)
     if not name:
-        return script_program(code, [(case["input"], [case["output"]]) for case in cases], row["timeout_s"])
-    calls = [([json.loads(line) for line in c["input"].split("\n")], json.loads(c["output"])) for c in cases]
+        return script_program(code, [(text, [output]) for text, output in cases], row["timeout_s"])
     owner = "Solution()" if "class Solution" in code else ""
     return Program(
         candidate=prelude() + code,
         setup=_source("outputs"),
-        tests=f"check_calls({owner}{owner and '.'}{name}, {calls!r})",
+        tests=f"check_calls({owner}{owner and '.'}{name}, {cases!r})",
         called=("Solution", name),
         timeout_s=row["timeout_s"],
     )

@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(str(error)) from error
     config.model = AUTOREGRESSIVE.get(config.model, config.model)
     refuse_caches(config)
+    if not repeats:
+        repeats, config.samples = read_repeats(config.samples)  # of a --config file
     config.samples = repeats or config.samples
     output = claim_folder(config.output_path, resume)
     manager, names, versions = check_tasks(config)

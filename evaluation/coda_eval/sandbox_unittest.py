@@ -21,6 +21,12 @@ import traceback
 import types
 import unittest
 
+PIPE_BYTES = 1 << 16
+"""What a pipe holds without a reader."""
+
+SHOWN = 50
+"""Failures that are told, of at most 300 characters each."""
+
 _OWNERS = (builtins, unittest.TestCase, unittest.TestLoader, unittest.TestResult, unittest.TestSuite)
 _OWNERS += (unittest.BaseTestSuite, unittest.case, unittest.suite, unittest.loader, unittest.result, marshal)
 
@@ -66,17 +72,20 @@ def run_tests(tests, stands_in):
     if not pid:
         try:
             os.close(reader)
-            answer = marshal.dumps(_run(tests, stands_in))
-            with os.fdopen(writer, "wb") as file:
-                file.write(answer)
+            names, wrong = _run(tests, stands_in)
+            os.write(writer, marshal.dumps((names, wrong[:SHOWN]))[:PIPE_BYTES])
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(0)
     os.close(writer)
-    with os.fdopen(reader, "rb") as file:
-        answer = file.read()
     os.waitpid(pid, 0)
+    os.set_blocking(reader, False)  # what the tests left running may hold the other end
+    try:
+        answer = os.read(reader, PIPE_BYTES)
+    except BlockingIOError:
+        answer = b""
+    os.close(reader)
     return marshal.loads(answer) if answer else ([], [["all tests", "their process ended early"]])
 
 

@@ -173,7 +173,7 @@ LATE = {
         base64.b64encode(zlib.compress(pickle.dumps("[" * 3))).decode(),
     ],
     "metadata": [None, "x", "[]", '{"func_name": 3}'],
-    "unit_tests": [None, "x", "{}", [{}], [{"input": "a", "output": "b"}], '[{"input": 1, "output": []}]'],
+    "unit_tests": [None, "x", "{}", [], "[]", [{}], [{"input": "a", "output": "b"}], '[{"input": 1, "output": []}]'],
 }
 """Values of each field that nothing may be asked with, or that would fail when the answer is judged."""
 
@@ -184,6 +184,8 @@ def test_every_field_that_is_read_later_is_checked_on_load(tmp_path, name):
     number = {"task_id": 11} if source.splits else {}
     if name.startswith("safim"):
         number = {"prompt": "# TODO: Your code here"}
+    if name.startswith("bigcodebench"):
+        number = {"test": "class TestCases: pass"}
     file = source.files[0]
 
     def load(row, label):
@@ -277,3 +279,24 @@ def test_an_edit_shows_what_it_replaces_and_rows_without_a_name_get_their_number
     assert rows["task_id"] == ["real_fim_edit/0", "real_fim_edit/1"]
     whole = "".join(rows[0][f"infill_{name}"] for name in ("prefix", "middle", "suffix"))
     assert whole == "a\n<<<<<<< ORIGINAL\nold\n=======\nnew\n>>>>>>> UPDATED\nc\n"
+
+
+NO_JSON = json.dumps([{"input": "x", "output": "2", "testtype": "functional"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("livecodebench", {"public_test_cases": "[]", "private_test_cases": "[]"}, "line 1 has no test cases"),
+        (
+            "livecodebench",
+            {"metadata": '{"func_name": "f"}', "public_test_cases": NO_JSON},
+            "test cases that are no JSON",
+        ),
+        ("bigcodebench", {"test": "class Tests: pass"}, r"must define the class TestCases once, .* \['Tests'\]"),
+    ],
+)
+def test_rows_whose_tests_would_show_nothing_are_refused(tmp_path, name, change, message):
+    (tmp_path / data.SOURCES[name].files[0]).write_text(json.dumps({**GOOD, **change}))
+    with pytest.raises(ValueError, match=message):
+        documents(name, data_dir=str(tmp_path))

@@ -141,6 +141,10 @@ SUITES = {
     "skips": ("    import unittest\n    raise unittest.SkipTest('no')", False),
     "dies": ("    import os\n    os._exit(0)", False),
     "leaves": ("    import sys\n    sys.exit(0)", False),
+    "leaves a process behind": (
+        "    import os\n    if os.fork() == 0:\n        import time\n        time.sleep(60)\n    return helper(x)\n",
+        True,
+    ),
     "dies before its tests": ("    return 4\nimport os\nos._exit(0)", False),
 }
 

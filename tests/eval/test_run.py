@@ -371,6 +371,15 @@ def test_a_number_of_answers_that_means_nothing_is_refused(evaluation, stub, dat
     assert stub.asked == 0
 
 
+def test_a_config_file_may_ask_for_the_number_of_answers(evaluation, stub, data_dir, tmp_path):
+    write_rows(data_dir, ROW)
+    (tmp_path / "run.yaml").write_text("samples: 3\n")
+    assert "--samples with temperature 0" in evaluation("--config", tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("samples: 3\ngen_kwargs: {do_sample: true, temperature: 0.7}\n")
+    assert evaluation("--config", tmp_path / "run.yaml") == ""
+    assert [record.repeat for record in read_records(evaluation.output)] == [0, 1, 2]
+
+
 def test_samples_of_problems_is_still_lm_evals(evaluation, stub, data_dir):
     write_rows(data_dir, *({**ROW, "task_id": f"q/{n}"} for n in range(3)))
     assert evaluation("--samples", '{"quickstart_problems": [2]}', "--log_samples") == ""
