@@ -197,7 +197,7 @@ def test_nothing_meets_an_answer_to_another_question(evaluation, whole, tmp_path
     assert num_made("--gen_kwargs", "temperature=0.1") == 0  # model_args win: what holds is the same
     assert num_made("--apply_chat_template") == 10
     write(data_dir, [PROBLEMS[0] | {"prompt": "Subtract."}, *PROBLEMS[1:]], GAPS)
-    programs.problem.__globals__["_rows"].cache_clear()
+    programs.problem.__globals__["rows"].cache_clear()
     assert num_made() == 1
     other = tmp_path / "other"
     model = CoDALanguageModel.from_pretrained(model_dir)

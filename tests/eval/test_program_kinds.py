@@ -240,6 +240,30 @@ def test_tasks_of_local_files_score_right_and_wrong_answers(task, oracle, evalua
     assert "unit_tests" not in json.dumps(samples[0]["doc"])
 
 
+def test_livecodebench_asks_for_scripts_and_for_methods_and_judges_both(oracle, evaluate, data_dir):
+    case = {"input": "1 2", "output": "3", "testtype": "stdin"}
+    script = {"question_id": "a", "question_content": "Add.", "starter_code": "", "metadata": "{}"}
+    script |= {"public_test_cases": json.dumps([case]), "private_test_cases": json.dumps([{**case, "input": "0 3"}])}
+    call = {**case, "input": "1\n2", "testtype": "functional"}
+    method = {**script, "question_id": "b", "starter_code": "class Solution:\n    def add(self, a, b):\n"}
+    method |= {"public_test_cases": json.dumps([call]), "private_test_cases": "[]", "metadata": '{"func_name": "add"}'}
+    (data_dir / "livecodebench.jsonl").write_text(f"{json.dumps(script)}\n{json.dumps(method)}")
+
+    class Says(oracle):
+        def generate_until(self, requests, disable_tqdm=False):
+            """One answer for both problems."""
+            return [self.change("")] * len(requests)
+
+    both = f"class Solution:\n    def add(self, a, b): return a + b\nif __name__ == '__main__':\n    {ADDS.splitlines()[0]}"
+    results, samples = evaluate(Says(lambda _: f"{both}\n    print(a + b)\n"), "coda_livecodebench_instruct")
+    assert results["pass@1,run"] == 1.0
+    prompts = [sample["arguments"][0][0] for sample in samples]
+    assert "reads from standard input" in prompts[0]
+    assert "Complete this class" in prompts[1]
+    assert not any("testtype" in json.dumps(sample["doc"]) for sample in samples)
+    assert evaluate(Says(lambda _: ADDS), "coda_livecodebench_instruct")[0]["pass@1,run"] == 0.5
+
+
 def test_safim_without_tests_and_santacoder_count_matches(oracle, evaluate, tasks, data_dir):
     row = {
         "task_id": "a",
