@@ -6,6 +6,7 @@ lm-eval's results are written as by `run`.
 """
 
 import argparse
+import contextlib
 import json
 import os
 from collections import Counter
@@ -103,12 +104,10 @@ def judge(folder: Path) -> None:
     config.tasks = command["tasks"]
     config.include_path = [str(Path(__file__).with_name("tasks")), *config.include_path[1:]]
     manager, names, versions = check_tasks(config)
-    journal = Journal(folder, resume=True)
-    state = session.Session(
-        journal=journal, name=command["name"], model=command["identity"], versions=versions, code="unknown"
-    )
-    with session.opened(state):
-        run_tasks(config, manager, names, JournalLM(journal, command), command)
+    with contextlib.closing(Journal(folder, resume=True)) as journal:
+        state = session.Session(journal=journal, name=command["name"], model=command["identity"], versions=versions)
+        with session.opened(state):
+            run_tasks(config, manager, names, JournalLM(journal, command), command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

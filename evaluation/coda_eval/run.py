@@ -89,49 +89,56 @@ def run(args: argparse.Namespace) -> None:
     config.samples = repeats or config.samples
     output = claim_folder(config.output_path, resume)
     manager, names, versions = check_tasks(config)
-    # Before the model is loaded: whether the journal can be read, and gone on with.
-    journal = Journal(_folder_of(output), _rank(), resume=resume) if output is not None else None
+    with (
+        _answers_folder(output) as folder,
+        contextlib.closing(Journal(folder, _rank(), resume=resume)) as journal,  # refused before a model is loaded
+        Overlap() as overlap,
+    ):
+        model = load_model(config)
+        if repeats > 1:
+            refuse_greedy(model, manager, names, config.gen_kwargs)
+        keep_answers(model)
+        facts = facts_of(model, config, folder if output is not None else None)
+        if resume and facts["identity"]["weights"] is None:
+            raise UserError(f"--resume is for coda and hf: the weights of {config.model!r} are not known by their hash")
+        command = {"arguments": dataclasses.asdict(config) | dict.fromkeys(_HOSTS, {}), "tasks": names}
+        command |= {"data": os.environ.get(DATA_VARIABLE), "versions": versions}
+        name = digest([command, facts["identity"]])
+        if output is not None and _speaks():
+            said = json.dumps({"name": name, **command, **facts}, indent=1, default=str)
+            write_whole(folder / COMMAND, said + "\n")
+        state = session.Session(
+            journal=journal,
+            name=name,
+            model=facts["identity"],
+            versions=versions,
+            code=code_version(),
+            judge=overlap.judge,
+        )
+        with session.opened(state):
+            if resume:
+                logger.info("%d answers are in %s", journal.found, folder)
+            run_tasks(config, manager, names, model, facts)
+            if resume:
+                unused = journal.found - journal.used
+                logger.info("%d of these answers were used by this process and %d not", journal.used, unused)
+
+
+def load_model(config: EvaluatorConfig) -> LM:
+    """The model that a command names.
+
+    Raises:
+        UserError: it refuses its settings, or cannot be loaded.
+    """
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
     if config.seed:
         set_torch_seed(config.seed[2])  # rows that a tokenizer adds to the embeddings are drawn
     try:
-        model = get_model(config.model).create_from_arg_obj(config.model_args, sizes)
+        return get_model(config.model).create_from_arg_obj(config.model_args, sizes)
     except UserError:
         raise
     except (OSError, ValueError) as error:  # a name that is neither a folder nor on the Hub, or a broken file
         raise UserError(f"the model could not be loaded: {error}") from error
-    if repeats > 1:
-        refuse_greedy(model, manager, names, config.gen_kwargs)
-    keep_answers(model)
-    facts = facts_of(model, config, journal and journal.folder)
-    if resume and facts["identity"]["weights"] is None:
-        raise UserError(f"--resume is for coda and hf: the weights of {config.model!r} are not known by their hash")
-    command = {"arguments": dataclasses.asdict(config) | dict.fromkeys(_HOSTS, {}), "tasks": names}
-    command |= {"data": os.environ.get(DATA_VARIABLE), "versions": versions}
-    name = digest([command, facts["identity"]])
-    if output is not None and _speaks():
-        said = json.dumps({"name": name, **command, **facts}, indent=1, default=str)
-        write_whole(_folder_of(output) / COMMAND, said + "\n")
-    with (
-        _answers_folder(output) as folder,
-        Overlap() as overlap,
-        session.opened(
-            session.Session(
-                journal=journal or Journal(folder, _rank()),
-                name=name,
-                model=facts["identity"],
-                versions=versions,
-                code=code_version(),
-                judge=overlap.judge,
-            )
-        ) as state,
-    ):
-        if resume:
-            logger.info("%d answers are in %s", state.journal.found, folder)
-        run_tasks(config, manager, names, model, facts)
-        if resume:
-            unused = state.journal.found - state.journal.used
-            logger.info("%d of these answers were used by this process and %d not", state.journal.used, unused)
 
 
 def run_tasks(

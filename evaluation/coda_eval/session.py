@@ -103,7 +103,7 @@ def opened(session: Session) -> Iterator[Session]:
         yield session
     finally:
         _current.remove(session)
-        session.journal.close()
+        session.journal.sync()
 
 
 def current() -> Session | None:

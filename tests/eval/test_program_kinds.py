@@ -254,8 +254,9 @@ def test_livecodebench_asks_for_scripts_and_for_methods_and_judges_both(oracle, 
             """One answer for both problems."""
             return [self.change("")] * len(requests)
 
-    both = f"class Solution:\n    def add(self, a, b): return a + b\nif __name__ == '__main__':\n    {ADDS.splitlines()[0]}"
-    results, samples = evaluate(Says(lambda _: f"{both}\n    print(a + b)\n"), "coda_livecodebench_instruct")
+    both = "class Solution:\n    def add(self, a, b): return a + b\n"
+    both += f"if __name__ == '__main__':\n    {ADDS.strip().replace(chr(10), '; ')}\n"
+    results, samples = evaluate(Says(lambda _: both), "coda_livecodebench_instruct")
     assert results["pass@1,run"] == 1.0
     prompts = [sample["arguments"][0][0] for sample in samples]
     assert "reads from standard input" in prompts[0]

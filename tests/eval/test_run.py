@@ -182,6 +182,8 @@ def test_a_task_that_fails_stops_no_other_and_is_named_at_the_end(evaluation, st
     assert list(results) == ["coda_humaneval"]
     assert results["coda_humaneval"]["pass@1,run"] == 1.0
     assert results["coda_humaneval"]["outcomes,run"] == "2 programs: 0 failed, 2 passed, 0 timeout"
+    (card,) = json.loads((evaluation.output / "scores.json").read_text())
+    assert (card["task"], card["score"], card["isolation"] != "") == ("coda_humaneval", 1.0, True)
     assert stub.built == 1
 
 
