@@ -147,7 +147,7 @@ class HostedLM(HFLM):
         """
         results: list[Any] = []
         step = len(requests) if whole else self.likelihoods_at_once or len(requests)
-        for start in range(0, len(requests), step):
+        for start in range(0, len(requests), step or 1):
             part = requests[start : start + step]
             asked = [Asked(request=r, settings=self.likelihood_settings(), seed=self.base_seed) for r in part]
             lines = [session.find(one) for one in asked]
@@ -194,9 +194,12 @@ def known(answer: str) -> dict[str, Any]:
 
 
 def known_likelihood(value: Any) -> dict[str, Any]:
-    """What the journal keeps of a likelihood: lm-eval's pair, or a number where whole texts are scored."""
+    """What the journal keeps of a likelihood: lm-eval's pair, or a number where whole texts are scored.
+
+    One that has no error was computed and not estimated.
+    """
     nats, is_greedy = value if isinstance(value, tuple) else (value, None)
-    return {"nats": float(nats), "stderr": getattr(nats, "stderr", None), "is_greedy": is_greedy}
+    return {"nats": float(nats), "stderr": getattr(nats, "stderr", 0.0), "is_greedy": is_greedy}
 
 
 def read_likelihood(line: dict[str, Any]) -> Any:

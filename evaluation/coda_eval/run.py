@@ -496,7 +496,8 @@ def card_facts(
 ) -> dict[str, Any]:
     """What a results file says besides lm-eval's own facts, for the score cards."""
     state = session.current()
-    levels = {m["isolation,run"] for m in results["results"].values() if "isolation,run" in m}
+    ran = [m[key] for m in results["results"].values() for key in m if key.startswith("isolation,")]
+    levels = {level for levels in ran for level in levels.split("+")}
     of_tasks = {}
     for task, of_task in samples.items():
         errors = [e for r in records_of(task, of_task) for _, e in r.likelihoods or ()]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 
 from coda_eval import harness, programs, sandbox
 from coda_eval.__main__ import main
-from coda_eval.hosted import Nats
+from coda_eval.hosted import Nats, known_likelihood
 from coda_eval.journal import Journal, code_version, hash_tokenizer, hash_weights
 from coda_eval.records import read_records
 from CoDALanguageModel import CoDALanguageModel
@@ -243,6 +244,9 @@ def test_judging_goes_on_after_it_failed_and_takes_the_last_command_of_a_folder(
     assert evaluation.judge(output) == ""
     assert judged(output) == second
     assert second[0].prompt.startswith("<|im_start|>user\n")
+    assert evaluation(output, "--resume") == ""
+    assert evaluation.judge(output) == ""
+    assert [record.answer for record in judged(output)] == first
 
 
 def test_judge_and_resume_say_what_is_missing(evaluation, tmp_path, data_dir):
@@ -353,6 +357,14 @@ def test_an_error_of_a_sum_is_that_of_its_parts_and_unknown_with_one_of_them():
     total = sum([Nats.of(-1.0, 0.3), Nats.of(-2.0, 0.4)])
     assert (total, total.stderr) == (-3.0, pytest.approx(0.5))
     assert sum([Nats.of(-1.0, None), Nats.of(-2.0, 0.4)]).stderr is None
+    assert known_likelihood((-1.0, True))["stderr"] == 0.0  # of an autoregressive model
+
+
+def test_what_lm_eval_gathers_from_other_ranks_keeps_what_it_remembers():
+    nats, entry = Nats.of(-1.0, 0.3), programs.Judged.of("a", "program", status="passed")
+    again = pickle.loads(pickle.dumps([nats, entry]))
+    assert again == [nats, entry]
+    assert (again[0].stderr, again[1].program, again[1].fields) == (0.3, "program", {"status": "passed"})
 
 
 def test_hashes_see_content_and_not_places(model_dir, tmp_path):
