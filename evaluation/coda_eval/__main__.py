@@ -19,10 +19,14 @@ COMMANDS = {
     "compare": "comparison",
     "judge": "judge",
     "leaderboard": "leaderboard",
+    "selfcheck": "selfcheck",
+    "fetch": "fetch",
+    "export": "exchange:export_samples",
+    "import": "exchange:import_samples",
     "report": "report",
     "sweep": "sweep",
 }
-"""Commands of our own, and the module of this package whose `main(argv)` runs each."""
+"""Commands of our own, and the module of this package whose `main(argv)`, or other function, runs each."""
 
 
 def add_our_tasks(args: argparse.Namespace) -> argparse.Namespace:
@@ -48,7 +52,8 @@ def main() -> None:
     name, *rest = sys.argv[1:] or [""]
     try:
         if name in COMMANDS:
-            importlib.import_module(f"coda_eval.{COMMANDS[name]}").main(rest)
+            module, _, function = COMMANDS[name].partition(":")
+            getattr(importlib.import_module(f"coda_eval.{module}"), function or "main")(rest)
         else:
             evaluate(sys.argv[1:])
     except UserError as error:
@@ -66,7 +71,7 @@ def lm_eval_arguments(argv: Sequence[str]) -> argparse.Namespace:
     from lm_eval.utils import setup_logging
 
     setup_logging()
-    sys.argv[1:] = argv
+    sys.argv[1:] = argv  # which lm-eval reads
     cli = HarnessCLI()
     cli._subparsers.choices["run"].add_argument(
         "--resume",

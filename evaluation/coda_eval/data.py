@@ -4,26 +4,31 @@
 can be megabytes, are neither in the prompts nor in the logs. Rows are kept as published; what is added are the fields
 that all tasks read: `benchmark`, `task_id`, and for gaps `infill_*`. Every field that prompts, programs or
 metrics read is checked here, before a model is loaded: a row that cannot be judged must not cost its answer.
+Where a row's fields were read off is said at its benchmark.
 """
 
 import ast
+import base64
 import gzip
 import importlib.util
+import io
 import json
 import keyword
 import os
+import pickle
 import reprlib
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
 
-from CoDALanguageModel.errors import UserError, half_surrogate
+from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 
 DATA_VARIABLE = "CODA_EVAL_DATA"
 """Environment variable that names a folder with benchmark files."""
@@ -51,10 +56,37 @@ class Source:
     timeout_s: float = 20.0
     """Default limit for one program; a row's own `timeout_s` goes first."""
 
+    ids: tuple[str, ...] = ("task_id",)
+    """Fields that name a row together; none: its number does. Other names than `task_id` become it."""
+
+    gap: Callable[[dict[str, Any]], tuple[str, str, str]] | None = None
+    """What stands before, in and behind a row's gap. Raises UserError where there is none."""
+
+    check: Callable[[dict[str, Any]], Any] | None = None
+    """What else a row must be. Raises UserError where it is not."""
+
+    language: str = ""
+    """Field with the language of a row, where a task may ask for one."""
+
+    splits: tuple[tuple[str, range], ...] = ()
+    """Names of splits and the task ids in each; by default all rows are `test`."""
+
+    examples: str = ""
+    """Benchmark whose split `examples` is this one's too."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields that a row must have."""
+        shown = [name for name in self.keep if name != "task_id"]
+        return tuple(dict.fromkeys([*self.ids, *shown, *self.needs]))
+
 
 SLOW = {"humaneval_plus": ("HumanEval/15", "HumanEval/130", "HumanEval/139"), "mbpp_plus": (255, 392, 599)}
 """Problems whose reference solutions take 4 to 20 s and that get their benchmark's whole limit; the others of these
 benchmarks get the common one, so that answers which never end do not take a run hours."""
+
+UNSOLVABLE = {"humaneval_plus": ("HumanEval/32",)}
+"""Problems whose reference solutions cannot pass: the checker of this one swaps two arguments in v0.1.10."""
 
 _HUMANEVAL = ("task_id", "prompt", "entry_point", "canonical_solution")
 _INFILL_HUB = "loubnabnl/humaneval_infilling"
@@ -63,7 +95,73 @@ _INFILL_HUB = "loubnabnl/humaneval_infilling"
 def _infilling(name: str) -> Source:
     file = f"HumanEval-{name}Infilling"
     light = f"HumanEval-{name.removesuffix('Light')}InfillingLight" if name.endswith("Light") else file
-    return Source(files=(f"{light}.jsonl",), keep=_HUMANEVAL, needs=("suffix", "test"), hub=(_INFILL_HUB, light))
+    return Source(
+        files=(f"{light}.jsonl",),
+        keep=_HUMANEVAL,
+        needs=("suffix", "test"),
+        hub=(_INFILL_HUB, light),
+        gap=lambda row: (row["prompt"], row["canonical_solution"], row["suffix"]),
+    )
+
+
+def _line_gap(row: dict[str, Any]) -> tuple[str, str, str]:
+    """SantaCoder-FIM: whole lines; the line breaks beside the gap are in no field of a row."""
+    behind = row["suffix"] if row["suffix"].startswith("\n") else f"\n{row['suffix']}"
+    return f"{row['prompt']}\n", row["canonical_solution"], behind
+
+
+SAFIM_GAP = "{{completion}}"
+"""Where the answer stands in `eval_prompt`."""
+
+
+SAFIM_WORDS = "TO" + "DO: Your code here"
+"""What stands in `prompt` in its place, as a comment: its words, not ours."""
+
+
+def _safim_gap(row: dict[str, Any]) -> tuple[str, str, str]:
+    """SAFIM: a comment that is to be replaced stands for the gap, in the problem and above its program."""
+    mark = f"# {SAFIM_WORDS}" if row["lang"] == "python" else f"/* {SAFIM_WORDS} */"
+    pieces = row["prompt"].split(mark)
+    if len(pieces) != 2 or row["eval_prompt"].count(SAFIM_GAP) != 1:
+        raise UserError(f"has no gap: prompt must hold {mark!r} once and eval_prompt {SAFIM_GAP!r} once")
+    return pieces[0], row["ground_truth"], pieces[1]
+
+
+def _edit_gap(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Real-FIM-Eval, edit: the code that was replaced stands before the gap, as in a merge conflict."""
+    old = f"<<<<<<< ORIGINAL\n{row['to_remove']}=======\n"
+    return row["prompt"] + old, row["canonical_solution"], f">>>>>>> UPDATED\n{row['suffix']}"
+
+
+def _safim(file: str, *others: str, tests: bool = True) -> Source:
+    """Fields of SAFIM: https://github.com/gonglinyuan/safim, data/*.jsonl.gz and evaluate.py."""
+    return Source(
+        files=(f"{file}.jsonl", *(f"{other}.jsonl" for other in others)),
+        keep=("task_id", "lang"),
+        needs=("prompt", "eval_prompt", "ground_truth", *(["unit_tests"] if tests else [])),
+        timeout_s=60.0,
+        gap=_safim_gap,
+        language="lang",
+    )
+
+
+def _real_fim(name: str) -> Source:
+    """Fields of Real-FIM-Eval: https://huggingface.co/datasets/gonglinyuan/real_fim_eval; its rows have no names."""
+    edits = name == "edit"
+    return Source(
+        files=(f"real_fim_{name}.jsonl", f"{name}/test.jsonl"),
+        keep=("task_id", "lang"),
+        needs=("prompt", "suffix", "canonical_solution", *(["to_remove"] if edits else [])),
+        may_have=(),
+        ids=(),
+        gap=_edit_gap if edits else lambda row: (row["prompt"], row["canonical_solution"], row["suffix"]),
+        language="lang",
+    )
+
+
+MBPP_TEST_IDS = range(11, 511)
+MBPP_EXAMPLE_IDS = range(2, 5)
+"""Task ids of MBPP: the published test split, and the three examples of few-shot prompts."""
 
 
 SOURCES = {
@@ -80,6 +178,7 @@ SOURCES = {
         keep=("task_id", "text", "code", "test_list"),
         may_have=("timeout_s", "test_setup_code"),
         hub=("google-research-datasets/mbpp", "full"),
+        splits=(("test", MBPP_TEST_IDS), ("examples", MBPP_EXAMPLE_IDS)),
     ),
     "mbpp_plus": Source(
         files=("MbppPlus-OriginFmt.jsonl",),
@@ -99,14 +198,66 @@ SOURCES = {
         needs=("test",),
     ),
     "quickstart_infill": Source(
-        files=("quickstart_infill.jsonl",), keep=("task_id",), needs=("prefix", "middle", "suffix"), may_have=()
+        files=("quickstart_infill.jsonl",),
+        keep=("task_id",),
+        needs=("prefix", "middle", "suffix"),
+        may_have=(),
+        gap=lambda row: (row["prefix"], row["middle"], row["suffix"]),
     ),
+    # Fields: https://github.com/arjunguha/santacoder_fim_benchmark, benchmark.jsonl.
+    "santacoder_fim": Source(
+        files=("santacoder_fim.jsonl",),
+        keep=("task_id", "language"),
+        needs=("prompt", "suffix", "canonical_solution"),
+        may_have=(),
+        hub=("bigcode/santacoder-fim-task",),
+        ids=("language", "name"),
+        gap=_line_gap,
+        language="language",
+    ),
+    # Fields: https://github.com/facebookresearch/cruxeval, data/cruxeval.jsonl.
+    **{
+        f"cruxeval_{asked}": Source(
+            files=("cruxeval.jsonl",),
+            keep=("task_id", "code", "input", "output"),
+            hub=("cruxeval-org/cruxeval",),
+            ids=("id",),
+        )
+        for asked in ("input", "output")
+    },
+    # Fields: https://github.com/LiveCodeBench/LiveCodeBench, lcb_runner/benchmarks/code_generation.py.
+    "livecodebench": Source(
+        files=("livecodebench.jsonl",),
+        keep=("task_id", "question_content", "starter_code"),
+        needs=("public_test_cases", "private_test_cases", "metadata"),
+        ids=("question_id",),
+        timeout_s=60.0,
+        check=lambda row: livecodebench_cases(row),
+    ),
+    # Fields: https://huggingface.co/datasets/bigcode/bigcodebench.
+    **{
+        name: Source(
+            files=(f"{file}.jsonl",),
+            keep=("task_id", "complete_prompt", "instruct_prompt", "code_prompt", "entry_point", "canonical_solution"),
+            needs=("test",),
+            timeout_s=60.0,
+            check=lambda row: _has_suite(row),
+        )
+        for name, file in (("bigcodebench", "BigCodeBench"), ("bigcodebench_hard", "BigCodeBench-Hard"))
+    },
+    "safim_block": _safim("block_completion", "block_completion_v2"),
+    "safim_control": _safim("control_completion", "control_completion_fixed"),
+    "safim_api": _safim("api_completion", tests=False),
+    "real_fim_add": _real_fim("add"),
+    "real_fim_edit": _real_fim("edit"),
 }
 """Every benchmark by the name that task files use."""
 
-MBPP_TEST_IDS = range(11, 511)
-MBPP_EXAMPLE_IDS = range(2, 5)
-"""Task ids of MBPP: the published test split, and the three examples of few-shot prompts."""
+# The same problems with the asserts of lm-eval's own tasks: three, without the set-up code or the imports.
+SOURCES["mbpp_published"] = replace(SOURCES["mbpp"], may_have=("timeout_s",))
+SOURCES["mbpp_plus_published"] = replace(
+    SOURCES["mbpp_plus"], needs=(), may_have=("timeout_s",), timeout_s=20.0, examples="mbpp"
+)
 
 MAX_TIMEOUT_S = 3600.0
 """Largest `timeout_s` of a row, in seconds."""
@@ -131,6 +282,95 @@ def _is_limit(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= MAX_TIMEOUT_S
 
 
+class _NoObjects(pickle.Unpickler):
+    """Reads plain data and refuses everything that names code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"names {module}.{name}")
+
+
+def stdin_cases(text: str) -> list[dict[str, str]]:
+    """LiveCodeBench's test cases: JSON, or JSON that was pickled, compressed and written in base 64.
+
+    Each has `input`, `output` and `testtype` (`stdin` or `functional`).
+
+    Raises:
+        UserError: the text holds something else.
+    """
+    try:
+        if not text.lstrip().startswith("["):
+            text = _NoObjects(io.BytesIO(zlib.decompress(base64.b64decode(text, validate=True)))).load()
+        cases = json.loads(text)
+        if all(_is_text(case[name]) for case in cases for name in ("input", "output", "testtype")):
+            return cases
+    except (ValueError, TypeError, KeyError, zlib.error, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"no test cases: {type(error).__name__}: {error}") from error
+    raise UserError("no test cases: input, output and testtype must be texts")
+
+
+def livecodebench_cases(row: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Inputs and outputs of a LiveCodeBench problem, public ones first: texts, or arguments and results of a method.
+
+    Raises:
+        UserError: there are none, or a method's are no JSON values, one a line.
+    """
+    cases = [case for kind in ("public", "private") for case in stdin_cases(row[f"{kind}_test_cases"])]
+    if not cases:
+        raise UserError("has no test cases")
+    if not json.loads(row["metadata"]).get("func_name"):
+        return [(case["input"], case["output"]) for case in cases]
+    try:
+        return [([json.loads(line) for line in c["input"].split("\n")], json.loads(c["output"])) for c in cases]
+    except ValueError as error:
+        raise UserError(f"has func_name in metadata and test cases that are no JSON values: {error}") from error
+
+
+def _has_suite(row: dict[str, Any]) -> None:
+    names = [node.name for node in ast.parse(row["test"]).body if isinstance(node, ast.ClassDef)]
+    if names.count("TestCases") != 1:
+        raise UserError(f"has a wrong test: it must define the class TestCases once, its classes are {names}")
+
+
+def safim_cases(tests: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """SAFIM's unit tests, a list or its JSON: each an `input` and the `output` texts that are right.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        cases = json.loads(tests) if isinstance(tests, str) else tests
+        if isinstance(cases, list) and cases and all(_is_text(c["input"]) and _are_texts(c["output"]) for c in cases):
+            return cases
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"no unit tests: {type(error).__name__}: {error}") from error
+    raise UserError("no unit tests: a list with an input text and a list of output texts in each")
+
+
+def _reads(read: Callable[[Any], Any]) -> Callable[[Any], bool]:
+    """A check that holds where `read` raises no UserError."""
+
+    def holds(value: Any) -> bool:
+        try:
+            read(value)
+        except UserError:
+            return False
+        return True
+
+    return holds
+
+
+def _is_metadata(value: Any) -> bool:
+    try:
+        found = json.loads(value)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(found, dict) and isinstance(found.get("func_name") or "", str)
+
+
+def _is_expression(value: Any) -> bool:
+    return _is_text(value) and _parses(f"f({value})")
+
+
 @lru_cache(maxsize=1024)
 def _parses(tests: str) -> bool:
     """Whether tests are Python; the large published ones are taken as such."""
@@ -145,6 +385,8 @@ def _parses(tests: str) -> bool:
     return True
 
 
+_CASES = ("test cases as LiveCodeBench writes them", lambda value: _is_text(value) and _reads(stdin_cases)(value))
+_VALUE = ("a Python expression", _is_expression)
 _TEXT = ("a text", _is_text)
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "task_id": ("a text or a whole number", _is_id),
@@ -156,83 +398,121 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "test_list": ("a list of asserts", lambda value: _are_texts(value) and value != [] and all(map(_parses, value))),
     "test_imports": ("a list of imports or null", lambda value: value is None or _are_texts(value)),
     "test_setup_code": ("Python source or null", lambda value: value is None or (_is_text(value) and _parses(value))),
+    "public_test_cases": _CASES,
+    "private_test_cases": _CASES,
+    "unit_tests": ("a list of inputs and outputs", _reads(safim_cases)),
+    "metadata": ("a JSON object, with a text as func_name if any", _is_metadata),
+    "input": _VALUE,
+    "output": _VALUE,
     "timeout_s": (f"a number of seconds in (0, {MAX_TIMEOUT_S:g}]", _is_limit),
 }
 """What each field must be, in words and as a check; every other field is a text."""
 
 
-def documents(data: str, data_dir: str | None = None, gap_length: str | int = "true", **_: Any) -> dict[str, Any]:
+def documents(
+    data: str,
+    data_dir: str | None = None,
+    gap_length: str | int | list[int] = "true",
+    language: str | None = None,
+    **_: Any,
+) -> dict[str, Any]:
     """The documents of one benchmark, as lm-eval's `custom_dataset` wants them.
 
     Args:
         data: key of `SOURCES`.
         data_dir: folder with the files; default: the environment variable `CODA_EVAL_DATA`. From the command line:
             `--metadata '{"data_dir": "..."}'`.
-        gap_length: tokens that a gap gets: `true` (as many as the true middle has) or a number. From the command
-            line: `--metadata '{"gap_length": 32}'`.
+        gap_length: tokens that a gap gets: `true` (as many as the true middle has), a number, a list of numbers that
+            are all tried, or `unknown` for `GAP_LENGTHS`. From the command line: `--metadata '{"gap_length": 32}'`.
+        language: only rows of this language.
         **_: the other metadata of the run, which lm-eval passes to every data set.
 
     Returns:
         Splits `test` and, for MBPP, `examples`.
 
     Raises:
-        UserError: the benchmark, its file, a row or the gap length cannot be used; the message names the remedy,
-            or the file, line and field.
+        UserError: the benchmark, its file, a row, the gap length or the language cannot be used; the message names
+            the remedy, or the file, line and field.
     """
     if data not in SOURCES:
         raise UserError(f"unknown benchmark {data!r} (known: {', '.join(SOURCES)})")
-    gap_tokens = 0 if gap_length == "true" else gap_length
-    if not isinstance(gap_tokens, int) or isinstance(gap_tokens, bool) or (gap_length != "true" and gap_tokens < 1):
-        raise UserError(f"gap_length must be 'true' or a positive number of tokens, got {gap_length!r}")
+    source, lengths = SOURCES[data], _gap_lengths(gap_length)
     if data_dir is not None and not isinstance(data_dir, str):
         raise UserError(f"data_dir must be the path of a folder, got {data_dir!r}: give it as JSON, in quotes")
-    rows = list(_rows(data, data_dir or os.environ.get(DATA_VARIABLE) or "").values())
-    splits = {"test": rows}
-    if data == "mbpp":
-        splits = {
-            "test": [row for row in rows if row["task_id"] in MBPP_TEST_IDS],
-            "examples": [row for row in rows if row["task_id"] in MBPP_EXAMPLE_IDS],
-        }
+    chosen = list(rows(data, data_dir or os.environ.get(DATA_VARIABLE) or "").values())
+    if language is not None and source.language:
+        known = sorted({row[source.language] for row in chosen})
+        if language not in known:
+            raise UserError(f"language must be one of {', '.join(known)} in {data}, got {language!r}")
+        chosen = [row for row in chosen if row[source.language] == language]
+    splits = {name: [row for row in chosen if row["task_id"] in ids] for name, ids in source.splits} or {"test": chosen}
     if not splits["test"]:
-        raise UserError(f"{data} has no problem of its test split: no task_id in {MBPP_TEST_IDS}")
-    visible = {name: [_document(data, row, gap_tokens, data_dir) for row in part] for name, part in splits.items()}
-    return {name: datasets.Dataset.from_list(part) for name, part in visible.items() if part}
+        raise UserError(f"{data} has no problem of its test split: no task_id in {dict(source.splits)['test']}")
+    visible = {name: [_document(data, row, lengths, data_dir) for row in part] for name, part in splits.items()}
+    found = {name: datasets.Dataset.from_list(part) for name, part in visible.items() if part}
+    if source.examples:
+        found["examples"] = documents(source.examples, data_dir)["examples"]
+    return found
+
+
+GAP_LENGTHS = (4, 8, 16, 32, 64)
+"""Lengths that are tried for gaps of unknown length, in tokens."""
+
+MAX_GAP_LENGTHS = 16
+"""Most lengths that are tried: each costs an answer."""
+
+
+def _gap_lengths(given: Any) -> list[int]:
+    """What `gap_length` asks for: lengths to try, one that is fixed, or none for the true one.
+
+    Raises:
+        UserError: it asks for something else.
+    """
+    if given == "true":
+        return []
+    lengths = list(GAP_LENGTHS) if given == "unknown" else given if isinstance(given, list) else [given]
+    if not 1 <= len(lengths) <= MAX_GAP_LENGTHS or not all(type(length) is int and length > 0 for length in lengths):
+        raise UserError(
+            "gap_length must be 'true' or a positive number of tokens, 'unknown', or a list of at most "
+            f"{MAX_GAP_LENGTHS} numbers to try, got {given!r}"
+        )
+    return list(dict.fromkeys(lengths))
 
 
 def problem(document: dict[str, Any]) -> dict[str, Any]:
     """The whole row behind a document, tests included."""
     folder = document["data_dir"] or os.environ.get(DATA_VARIABLE) or ""
-    return _rows(document["benchmark"], folder)[document["task_id"]]
+    return rows(document["benchmark"], folder)[document["task_id"]]
 
 
-def _document(data: str, row: dict[str, Any], gap_tokens: int, data_dir: str | None) -> dict[str, Any]:
+def _document(data: str, row: dict[str, Any], lengths: list[int], data_dir: str | None) -> dict[str, Any]:
     """What prompts and logs may see of a row."""
-    shown = {name: row[name] for name in SOURCES[data].keep}
-    if data.endswith("_infilling"):
-        gap = (row["prompt"], row["canonical_solution"], row["suffix"])
-    elif data == "quickstart_infill":
-        gap = (row["prefix"], row["middle"], row["suffix"])
-    else:
-        return {"benchmark": data, "data_dir": data_dir, **shown}
-    names = ("infill_prefix", "infill_middle", "infill_suffix")
-    return {
-        "benchmark": data,
-        "data_dir": data_dir,
-        **shown,
-        **dict(zip(names, gap, strict=True)),
-        "infill_tokens": gap_tokens,
-    }
+    source = SOURCES[data]
+    document = {"benchmark": data, "data_dir": data_dir, **{name: row[name] for name in source.keep}}
+    if source.gap is None:
+        return document
+    document |= zip(("infill_prefix", "infill_middle", "infill_suffix"), source.gap(row), strict=True)
+    document["infill_tokens"] = lengths[0] if len(lengths) == 1 else 0
+    return document if len(lengths) < 2 else {**document, "infill_lengths": lengths}
 
 
 @lru_cache(maxsize=32)
-def _rows(data: str, folder: str) -> dict[Any, dict[str, Any]]:
-    """All rows of a benchmark by task id, in file order."""
+def rows(data: str, folder: str) -> dict[Any, dict[str, Any]]:
+    """All rows of a benchmark by task id, in file order.
+
+    Raises:
+        UserError: they cannot be had, or one cannot be used.
+    """
     source = SOURCES[data]
     path = _find(source.files, folder) or (_packaged_humaneval() if data == "humaneval" else None)
-    rows = _read(path) if path else _download(data, source, folder)
+    found = read_lines(path) if path else _download(data, source, folder)
     flaws, by_id, places = [], {}, {}
-    for place, row in rows:
-        flaw = _flaw(data, row) or _clash(row["task_id"], places)
+    for number, (place, row) in enumerate(found):
+        flaw = _flaw(data, row)
+        if not flaw:
+            if source.ids != ("task_id",):
+                row["task_id"] = "/".join(str(row[name]) for name in source.ids) or f"{data}/{number}"
+            flaw = _clash(row["task_id"], places)
         if flaw:
             flaws.append(f"{place} {flaw}")
             continue
@@ -242,10 +522,42 @@ def _rows(data: str, folder: str) -> dict[Any, dict[str, Any]]:
         places[row["task_id"]] = place
     if flaws:
         shown = "; ".join(flaws[:_SHOWN_FLAWS]) + ("; ..." if len(flaws) > _SHOWN_FLAWS else "")
-        raise UserError(f"{path or data}: {len(flaws)} of {len(rows)} rows cannot be used: {shown}")
-    if not rows:
+        raise UserError(f"{path or data}: {len(flaws)} of {len(found)} rows cannot be used: {shown}")
+    if not found:
         raise UserError(f"{path or data} has no rows")
     return by_id
+
+
+def is_here(data: str, folder: str) -> bool:
+    """Whether the problems of a benchmark are on this machine."""
+    packaged = _packaged_humaneval() if data == "humaneval" else None
+    return bool(_find(SOURCES[data].files, folder) or packaged)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads task files without the functions that they name."""
+
+
+_PlainLoader.add_multi_constructor("!function", lambda loader, suffix, node: None)
+
+
+def benchmark_of(task: str) -> str:
+    """The benchmark of one of our tasks.
+
+    Raises:
+        UserError: there is no such task, or it is a group.
+    """
+    folder = Path(__file__).with_name("tasks")
+    names = [path.stem for path in folder.glob("[!_]*.yaml")]
+    if task not in names:
+        raise UserError(f"unknown task {task!r}{did_you_mean(task, names)}")
+    settings: dict[str, Any] = {"include": f"{task}.yaml"}
+    while "include" in settings:
+        text = (folder / settings.pop("include")).read_text(encoding="utf-8")
+        settings = {**yaml.load(text, _PlainLoader), **settings}
+    if "dataset_kwargs" not in settings:
+        raise UserError(f"{task} is a group of tasks: name one of {', '.join(settings['task'])}")
+    return settings["dataset_kwargs"]["data"]
 
 
 def _flaw(data: str, row: Any) -> str | None:
@@ -253,15 +565,19 @@ def _flaw(data: str, row: Any) -> str | None:
     if not isinstance(row, dict):
         return f"must be a JSON object, got {reprlib.repr(row)}"
     source = SOURCES[data]
-    wanted = (*source.keep, *source.needs)
-    if missing := [name for name in wanted if name not in row]:
+    if missing := [name for name in source.fields if name not in row]:
         return f"lacks {', '.join(sorted(missing))}"
-    for name in (*wanted, *source.may_have):
+    for name in (*source.fields, *source.may_have):
         kind, holds = _KINDS.get(name, _TEXT)
         if name in row and not holds(row[name]):
             return f"has a wrong {name}: it must be {kind}, got {reprlib.repr(row[name])}"
-    if data == "mbpp" and not isinstance(row["task_id"], int):
+    if source.splits and not isinstance(row["task_id"], int):
         return f"has a wrong task_id: it must be a whole number in {data}, got {row['task_id']!r}"
+    try:
+        for check in filter(None, (source.gap, source.check)):
+            check(row)
+    except UserError as error:
+        return str(error)
     return None
 
 
@@ -297,8 +613,12 @@ def _packaged_humaneval() -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _read(path: Path) -> list[tuple[str, Any]]:
-    """The rows of a file of JSON lines, each with its place in words."""
+def read_lines(path: Path) -> list[tuple[str, Any]]:
+    """The rows of a file of JSON lines, plain or gzipped, each with its place in words.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not JSON.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
     rows, number = [], 0
     try:

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -34,7 +34,7 @@ from CoDALanguageModel.decoding_settings import SETTINGS, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.infilling import lay_out
 from CoDALanguageModel.prompts import Codec
-from CoDALanguageModel.row import Request, Row, complete
+from CoDALanguageModel.row import DecodingCost, Request, Row, Sampling, complete
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class _Job:
     settings: dict[str, Any]
     until: list[str]
     asked: Asked
+    rivals: tuple[int, ...] = ()  # all lengths that are tried
 
     @property
     def seed(self) -> int:
@@ -105,7 +106,36 @@ class _Running:
         answer.new_tokens, answer.generation_s = reading.num_tokens, round(self.seconds, 4)
         answer.forwards, answer.cost = self.row.cost.forwards, self.row.cost.as_dict()
         answer.seed = self.job.seed
+        if self.job.rivals:  # the rule of `CoDALanguageModel.infilling`: the mean over all that was filled in
+            answer.nats = float(self.row.log_probability[self.job.gap].mean())
         return answer
+
+
+class _Rivals:
+    """Keeps the answers of the lengths that are tried for a gap until they are all there."""
+
+    def __init__(self) -> None:
+        self.answers: dict[int, dict[int, Answer]] = defaultdict(dict)
+
+    def best(self, job: _Job, answer: Answer) -> Answer | None:
+        """The answer with the highest mean log-probability per token, the first of equals, once it is known.
+
+        It has cost what all of them did.
+        """
+        if not job.rivals:
+            return answer
+        found = self.answers[job.index]
+        found[job.gap.stop - job.gap.start] = answer
+        if len(found) < len(job.rivals):
+            return None
+        del self.answers[job.index]
+        best = max((found[length] for length in job.rivals), key=lambda answer: answer.nats)
+        total = DecodingCost()
+        for other in found.values():
+            total.add(DecodingCost(**{f.name: other.cost[f.name] for f in dataclasses.fields(DecodingCost)}))
+        total.forwards = best.forwards = sum(other.forwards for other in found.values())
+        best.cost, best.generation_s = total.as_dict(), round(sum(a.generation_s for a in found.values()), 4)
+        return best
 
 
 @register_model("coda", "diffllm")
@@ -205,13 +235,18 @@ class CoDAEvalModel(HostedLM):
                 answers[index].seed = job.seed
                 session.keep([(job.asked, known(answers[index]))])
                 continue
-            groups[json.dumps([job.gap is not None, job.settings], sort_keys=True)].append(job)
+            for rival in self._rivals(job, request):
+                groups[json.dumps([rival.gap is not None, rival.settings], sort_keys=True)].append(rival)
         session.keep(found)
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Denoising")
         progress.update(sum(answer is not None for answer in answers))
         for group in groups.values():  # neighbours share forward passes and are of like length
             group.sort(key=lambda job: (-len(job.ids), job.index))
-        for job, answer in self._answered(list(chain.from_iterable(groups.values()))):
+        rivals = _Rivals()  # of gaps of unknown length
+        for job, made in self._answered(list(chain.from_iterable(groups.values()))):
+            answer = rivals.best(job, made)
+            if answer is None:
+                continue
             answers[job.index] = answer
             session.keep([(job.asked, known(answer))])
             progress.update()
@@ -256,6 +291,26 @@ class CoDAEvalModel(HostedLM):
         asked = Asked(request=request, repeat=repeat, settings=held, seed=seed)
         return _Job(index, repeat, ids, gap, settings, until, asked)
 
+    def _rivals(self, job: _Job, request: Instance) -> list[_Job]:
+        """The canvases of a job: its own, or one for each length that is tried for its gap."""
+        lengths = request.doc.get("infill_lengths") if job.gap else None
+        if not lengths:
+            return [job]
+        # Every length is filled to its end, so that the means are over all tokens.
+        settings = {**job.settings, "output_scores": True, "eos_early_stop": False}
+        start, before, behind = job.gap.start, job.ids[: job.gap.start], job.ids[job.gap.stop :]
+        masks = {length: [self.model.config.mask_token_id] * length for length in lengths}
+        return [
+            dataclasses.replace(
+                job,
+                ids=[*before, *masks[length], *behind],
+                gap=slice(start, start + length),
+                settings=settings,
+                rivals=tuple(lengths),
+            )
+            for length in lengths
+        ]
+
     def _request(self, ids: list[int], settings: dict[str, Any], seed: int) -> Request:
         """What is to be decoded, as the model room takes it."""
         return Request(ids=ids, settings=self.model.generation_config.merged(settings), seed=seed)
@@ -286,6 +341,11 @@ class CoDAEvalModel(HostedLM):
         settings.setdefault("max_new_tokens", self.model.generation_config.max_new_tokens)
         return settings, [until] if isinstance(until, str) else list(until)
 
+    def draws(self, settings: Mapping[str, Any]) -> bool:
+        """Whether answers with a task's settings are drawn."""
+        held, _ = self._settings(dict(settings), "the generation settings")
+        return Sampling.of(complete(self.model.generation_config.merged(held), self.model.config)).temperature > 0
+
     def _gap(self, document: dict[str, Any]) -> tuple[list[int], slice]:
         """Ids of a text with one gap, and where the gap is."""
         names = ("infill_prefix", "infill_middle", "infill_suffix")
@@ -293,7 +353,7 @@ class CoDAEvalModel(HostedLM):
         config, start = self.model.config, self.custom_prefix_token_id
         text = lay_out(
             [prefix, suffix],
-            [document["infill_tokens"] or len(middle)],
+            [max(document.get("infill_lengths") or [document["infill_tokens"] or len(middle)])],
             config.mask_token_id,
             config.document_start_id if start is None else start,
         )

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,9 @@ class HostedLM(HFLM):
 
     codec: Codec
 
+    fills_gaps = True
+    """Whether it is asked for the middle of a text as such, and not to go on behind its beginning."""
+
     likelihoods_at_once: int | None = None
     """Likelihoods that are computed between two entries of the journal; None: all."""
 
@@ -113,6 +116,12 @@ class HostedLM(HFLM):
             return self.codec.encode_chat(prompt.messages, continue_final_message=prompt.continues)
         return self.codec.encode_text(prompt)
 
+    @staticmethod
+    def draws(settings: Mapping[str, Any]) -> bool:
+        """Whether answers with these settings are drawn: two to one problem may differ."""
+        temperature = float(settings.get("temperature") or 0)
+        return settings.get("do_sample", temperature > 0) is not False and temperature != 0
+
     # Likelihoods, through the journal
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -132,7 +141,7 @@ class HostedLM(HFLM):
         """
         results: list[Any] = []
         step = len(requests) if whole else self.likelihoods_at_once or len(requests)
-        for start in range(0, len(requests), step):
+        for start in range(0, len(requests), step or 1):
             part = requests[start : start + step]
             asked = [Asked(request=r, settings=self.likelihood_settings(), seed=self.base_seed) for r in part]
             lines = [session.find(one) for one in asked]
@@ -179,9 +188,12 @@ def known(answer: str) -> dict[str, Any]:
 
 
 def known_likelihood(value: Any) -> dict[str, Any]:
-    """What the journal keeps of a likelihood: lm-eval's pair, or a number where whole texts are scored."""
+    """What the journal keeps of a likelihood: lm-eval's pair, or a number where whole texts are scored.
+
+    One that has no error was computed and not estimated.
+    """
     nats, is_greedy = value if isinstance(value, tuple) else (value, None)
-    return {"nats": float(nats), "stderr": getattr(nats, "stderr", None), "is_greedy": is_greedy}
+    return {"nats": float(nats), "stderr": getattr(nats, "stderr", 0.0), "is_greedy": is_greedy}
 
 
 def read_likelihood(line: dict[str, Any]) -> Any:

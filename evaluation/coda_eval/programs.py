@@ -13,11 +13,14 @@ import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from coda_eval.data import SAFIM_GAP, livecodebench_cases, problem, safim_cases
 from coda_eval.data import documents as load_documents
-from coda_eval.data import problem
 from coda_eval.sandbox import Bench, Program, Verdict, isolation_level, run_programs
+from coda_eval.sandbox_script import prelude
 from coda_eval.session import agree
 from CoDALanguageModel.errors import UserError
 
@@ -49,6 +52,9 @@ class Answer(str):
 
     seed: int | None = None
     """Base of its draws."""
+
+    nats: float | None = None
+    """Mean log-probability of the tokens of a gap when they were filled in, where several lengths are tried."""
 
     surplus: bool = False
     """True for the repeats that lm-eval adds to give every rank the same number of requests; never scored."""
@@ -83,9 +89,14 @@ class Judged(str):
 
 
 def extract_code(answer: str, entry_point: str | None = None) -> str:
-    """The code of a chat answer: the first fenced block that defines `entry_point`, else the first, else all."""
+    """The code of a chat answer: the first fenced block that defines `entry_point`, else the first, else all.
+
+    What is a program as it stands is taken whole.
+    """
     answer = answer.removeprefix("\ufeff")
     blocks = _FENCE.findall(answer)
+    if blocks and (tree := _parse(answer)) and tree.body:  # a program that has fences in its texts
+        return answer
     defines = re.compile(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(entry_point)}\b", re.M) if entry_point else None
     return next((block for block in blocks if defines and defines.search(block)), blocks[0] if blocks else answer)
 
@@ -185,6 +196,113 @@ def quickstart_program(row: dict[str, Any], answer: str) -> Program:
     )
 
 
+def mbpp_published_program(row: dict[str, Any], answer: str) -> Program:
+    """MBPP and MBPP+ as lm-eval's own tasks have them: three asserts and nothing else."""
+    return Program(
+        candidate=extract_code(answer),
+        tests="\n".join(row["test_list"][:3]),
+        called=_defined(row["code"]),
+        timeout_s=row["timeout_s"],
+    )
+
+
+@cache
+def _source(name: str) -> str:
+    """The source of a module of the sandbox."""
+    return Path(__file__).with_name(f"sandbox_{name}.py").read_text(encoding="utf-8")
+
+
+def script_program(program: str, cases: Sequence[tuple[str, list[str]]], timeout_s: float) -> Program:
+    """A program that reads a text and prints one: each case is a text and the outputs that are right.
+
+    It runs once for each case; the outputs never come into its reach.
+    """
+    return Program(
+        candidate=program,
+        host=_source("script"),
+        setup=_source("outputs"),
+        tests=f"check_script(run_script, {list(cases)!r})",
+        called=("run_script",),
+        timeout_s=timeout_s,
+    )
+
+
+def livecodebench_program(row: dict[str, Any], answer: str) -> Program:
+    """LiveCodeBench: a script that reads standard input, or a method of `Solution` that is called with JSON values."""
+    name, code = json.loads(row["metadata"]).get("func_name"), extract_code(answer)
+    cases = livecodebench_cases(row)
+    if not name:
+        return script_program(code, [(text, [output]) for text, output in cases], row["timeout_s"])
+    owner = "Solution()" if "class Solution" in code else ""
+    return Program(
+        candidate=prelude() + code,
+        setup=_source("outputs"),
+        tests=f"check_calls({owner}{owner and '.'}{name}, {cases!r})",
+        called=("Solution", name),
+        timeout_s=row["timeout_s"],
+    )
+
+
+def unittest_program(row: dict[str, Any], answer: str) -> Program:
+    """BigCodeBench: the function, and a class of unit tests that runs in its process and may patch what it uses."""
+    name = row["entry_point"]
+    return Program(
+        candidate=_join(row["complete_prompt"], extract_code(answer, name), name),
+        host=f"ENTRY_POINT = {name!r}\n{_source('unittest')}",
+        setup=_source("suite"),
+        tests=f"check_suite(run_tests, {row['test']!r})",
+        called=("run_tests",),
+        timeout_s=row["timeout_s"],
+    )
+
+
+def _predicted(answer: str, is_call: bool) -> ast.expr | None:
+    """The expression that an answer to CRUXEval gives: alone, or as a side of an assertion."""
+    tree = _parse(extract_code(answer).strip())
+    if tree is None or not tree.body:
+        return None
+    first = tree.body[0]
+    sides = [first.value] if isinstance(first, ast.Expr) else []
+    if isinstance(first, ast.Assert) and isinstance(first.test, ast.Compare):
+        sides = [first.test.left, *first.test.comparators]
+    calls = [isinstance(side, ast.Call) and isinstance(side.func, ast.Name) and side.func.id == "f" for side in sides]
+    return next((side for side, calls_f in zip(sides, calls, strict=True) if calls_f is is_call), None)
+
+
+def cruxeval_output_program(row: dict[str, Any], answer: str) -> Program:
+    """CRUXEval-O: the value of the answer must be the output. The function is not there to be called."""
+    made = _predicted(answer, is_call=False)
+    return Program(
+        candidate=f"def predicted():\n    return {ast.unparse(made)}\n" if made else answer,
+        tests=f"assert predicted() == ({row['output']})",
+        called=("predicted",),
+        timeout_s=row["timeout_s"],
+    )
+
+
+def cruxeval_input_program(row: dict[str, Any], answer: str) -> Program:
+    """CRUXEval-I: the function of the problem, called with the answer's arguments, must give the output."""
+    text = extract_code(answer).strip()
+    made = _predicted(text if text.startswith(("f(", "assert")) else f"f({text}", is_call=True)
+    collect = made and ast.Call(ast.Name("collect"), made.args, made.keywords)
+    return Program(
+        candidate="def collect(*positional, **named): return positional, named\n"
+        f"def arguments():\n    return {ast.unparse(collect)}\n"
+        if collect
+        else answer,
+        setup=row["code"],
+        tests=f"positional, named = arguments()\nassert f(*positional, **named) == ({row['output']})",
+        called=("arguments",),
+        timeout_s=row["timeout_s"],
+    )
+
+
+def safim_program(row: dict[str, Any], answer: str) -> Program:
+    """SAFIM in Python: the program with its gap filled, as a script with the problem's inputs and outputs."""
+    cases = [(case["input"], case["output"]) for case in safim_cases(row["unit_tests"])]
+    return script_program(row["eval_prompt"].replace(SAFIM_GAP, answer), cases, row["timeout_s"])
+
+
 PROGRAMS = {
     "humaneval": humaneval_program,
     "humaneval_plus": humaneval_program,
@@ -195,6 +313,15 @@ PROGRAMS = {
     "random_span_infilling": infilling_program,
     "random_span_light_infilling": infilling_program,
     "quickstart_problems": quickstart_program,
+    "mbpp_published": mbpp_published_program,
+    "mbpp_plus_published": mbpp_published_program,
+    "livecodebench": livecodebench_program,
+    "bigcodebench": unittest_program,
+    "bigcodebench_hard": unittest_program,
+    "cruxeval_input": cruxeval_input_program,
+    "cruxeval_output": cruxeval_output_program,
+    "safim_block": safim_program,
+    "safim_control": safim_program,
 }
 """How an answer becomes a program, by benchmark."""
 
@@ -310,10 +437,47 @@ def compare_middle(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]
     def record(answer: str, middle: str) -> str:
         exact = answer == middle
         status = "passed" if exact or answer.strip() == middle.strip() else "failed"
-        return Judged.of(answer, status=status, exact=exact)
+        first_line = _first_line(answer) == _first_line(middle)
+        return Judged.of(answer, status=status, exact=exact, first_line=first_line)
 
     pairs = zip(_scored(resps), docs, strict=True)
     return [[record(answer, doc["infill_middle"]) for answer in answers] for answers, doc in pairs]
+
+
+def _first_line(text: str) -> str:
+    """The first line that holds something, without the white space around it."""
+    return text.strip().partition("\n")[0].rstrip()
+
+
+def _call_of(text: str) -> tuple[list[str], dict[str | None, str]] | None:
+    """The arguments of a text that is one call, in a form that compares."""
+    try:
+        call = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    if not isinstance(call, ast.Call):
+        return None
+    return [ast.dump(value) for value in call.args], {one.arg: ast.dump(one.value) for one in call.keywords}
+
+
+def same_syntax(answer: str, truth: str, language: str) -> bool:
+    """SAFIM's comparison without tests: equal without white space, or Python calls with the same arguments.
+
+    Source: https://github.com/gonglinyuan/safim, evaluate.py; as there, white space goes before the call is read.
+    """
+    answer, truth = ("".join(text.split()) for text in (answer, truth))
+    call = _call_of(answer) if language == "python" else None
+    return answer == truth or (call is not None and call == _call_of(truth))
+
+
+def compare_syntax(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Filter of SAFIM's gaps that have no tests."""
+
+    def record(answer: str, doc: dict[str, Any]) -> str:
+        same = same_syntax(answer, doc["infill_middle"], doc["lang"])
+        return Judged.of(answer, status="passed" if same else "failed")
+
+    return [[record(answer, doc) for answer in answers] for answers, doc in zip(_scored(resps), docs, strict=True)]
 
 
 def pass_at_k(num_answers: int, num_passed: int, k: int) -> float:
@@ -331,13 +495,17 @@ def pass_at_k(num_answers: int, num_passed: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(num_answers - num_passed + 1, num_answers + 1))
 
 
+def ks_of(num_answers: int) -> list[int]:
+    """The k of pass@k that are scored: 1, 10 and 100 up to the number of answers, and that number."""
+    return sorted({k for k in (1, 10, 100) if k <= num_answers} | {num_answers})
+
+
 def score_programs(doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any]:
-    """Metrics of one problem: pass@k for k = 1, 10, 100 up to the number of answers, timeouts, outcomes, isolation."""
+    """Metrics of one problem: pass@k for the k of `ks_of`, timeouts, outcomes, isolation."""
     records = [json.loads(record) for record in results[0]]
     outcomes = Counter(record["status"] for record in records)
-    scores = {f"pass@{k}": pass_at_k(len(records), outcomes["passed"], k) for k in (1, 10, 100) if k <= len(records)}
     return {
-        **scores,
+        **{f"pass@{k}": pass_at_k(len(records), outcomes["passed"], k) for k in ks_of(len(records))},
         "timeouts": outcomes["timeout"] / len(records),
         "outcomes": dict(outcomes),
         "isolation": records[0]["isolation"],
@@ -351,6 +519,23 @@ def score_middle(doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any
         "exact_match": sum(record["status"] == "passed" for record in records) / len(records),
         "exact_match_raw": sum(record["exact"] for record in records) / len(records),
     }
+
+
+def score_lines(doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any]:
+    """Metrics of one gap of whole lines: those of `score_middle`, and whether its first line is right."""
+    records = [json.loads(record) for record in results[0]]
+    first = sum(record["first_line"] for record in records) / len(records)
+    return {**score_middle(doc, results), "exact_match_first_line": first}
+
+
+def score_syntax(doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any]:
+    """Metric of one gap of `compare_syntax`."""
+    statuses = [json.loads(record)["status"] for record in results[0]]
+    return {"syntax_match": statuses.count("passed") / len(statuses)}
+
+
+SCORES_ALL = (score_programs, score_middle, score_lines, score_syntax)
+"""Metrics of problems with any number of answers."""
 
 
 def count_outcomes(outcomes: Sequence[dict[str, int]]) -> str:

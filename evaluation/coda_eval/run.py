@@ -14,6 +14,7 @@ import logging
 import math
 import numbers
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -24,6 +25,7 @@ from typing import Any
 import lm_eval.models  # noqa: F401  registers lm-eval's own, which it does only while nothing is registered
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
 from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -34,7 +36,7 @@ from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 from coda_eval import session
 from coda_eval.data import DATA_VARIABLE, problem
 from coda_eval.journal import COMMAND, FILES, Journal, code_version, digest, hash_tokenizer, hash_weights
-from coda_eval.programs import PROGRAMS, Answer, Judged, Overlap
+from coda_eval.programs import PROGRAMS, SCORES_ALL, Answer, Judged, Overlap, ks_of, score_programs
 from coda_eval.records import Record, write_records
 from coda_eval.report import write_scores
 from CoDALanguageModel.decoding_settings import offered
@@ -62,6 +64,8 @@ AUTOREGRESSIVE = {"hf": "coda_hf", "hf-auto": "coda_hf", "huggingface": "coda_hf
 SCORES = "scores.json"
 """The score cards in a run's folder."""
 
+MAX_REPEATS = 1000
+"""Most answers to a problem."""
 _COVERED = {"pretrained", "revision", "subfolder", "peft", "delta", "gguf_file", "tokenizer", "dtype", "mc_num", "seed"}
 _COVERED |= {"batch_size", "max_batch_size", "device", "device_map", "parallelize", "trust_remote_code"}
 """Names in model_args that an identity has in another form, or that no answer depends on."""
@@ -100,12 +104,16 @@ def read_config(args: argparse.Namespace) -> EvaluatorConfig:
         UserError: it is refused, by lm-eval or by `refuse_caches`.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as lm-eval's own command
+    repeats, args.samples = read_repeats(args.samples)  # lm-eval would not have it beside --limit
     try:
         config = EvaluatorConfig.from_cli(args)
     except ValueError as error:  # lm-eval's own checks
         raise UserError(str(error)) from error
     config.model = AUTOREGRESSIVE.get(config.model, config.model)
     refuse_caches(config)
+    if not repeats:
+        repeats, config.samples = read_repeats(config.samples)  # of a --config file
+    config.samples = repeats or config.samples
     return config
 
 
@@ -147,6 +155,8 @@ def evaluate(
         SystemExit: tasks failed; the message names them, and the others are scored.
     """
     manager, names, versions = tasks
+    if isinstance(config.samples, int) and config.samples > 1:
+        refuse_greedy(model, manager, names, config.gen_kwargs)
     keep_answers(model)
     facts = facts_of(model, config, journal.folder if config.output_path else None)
     if resume and facts["identity"]["weights"] is None:
@@ -305,10 +315,10 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str], dict[s
     manager = TaskManager(include_path=config.include_path, include_defaults=False, metadata=config.metadata)
     if not all(name in manager.all_tasks for name in given):
         manager = config.process_tasks(config.metadata)
+    if isinstance(config.samples, int):
+        set_repeats(manager, config.samples)
     names = dict.fromkeys(name for task in given for name in (manager.match_tasks([task]) or _files(task)))
-    fills_gaps = config.model in OURS
-    if not fills_gaps:
-        get_model(config.model)  # refuses an unknown name
+    fills_gaps = config.model in OURS or getattr(get_model(config.model), "fills_gaps", False)
     reasons, versions = {}, {}
     for name in names:
         try:
@@ -323,6 +333,55 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str], dict[s
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UserError(f"{len(reasons)} of {len(names)} tasks cannot be run: {told}")
     return manager, list(names), versions
+
+
+def read_repeats(samples: Any) -> tuple[int, Any]:
+    """`--samples` apart: answers to each problem where it is a number, else 0 and lm-eval's own meaning of it.
+
+    Raises:
+        UserError: it is a number that is not positive.
+    """
+    text = str(samples).strip()
+    if not re.fullmatch(r"[+-]?\d+", text):
+        return 0, samples
+    if not 0 < int(text) <= MAX_REPEATS:
+        raise UserError(f"--samples must be in [1, {MAX_REPEATS}] (answers to each problem), got {text}")
+    return int(text), None
+
+
+def set_repeats(manager: TaskManager, repeats: int) -> None:
+    """Have every task that the manager loads ask for `repeats` answers to a problem and score them all."""
+    load = manager.load
+
+    def with_repeats(*arguments: Any, **named: Any) -> Any:
+        loaded = load(*arguments, **named)
+        for name, task in loaded["tasks"].items():
+            if repeats > 1 and task.config.process_results not in SCORES_ALL:
+                raise UserError(f"--samples {repeats}: {name} scores one answer to each problem; leave --samples out")
+            task.set_config("repeats", repeats)
+            if task.config.process_results is score_programs:
+                for metric in (f"pass@{k}" for k in ks_of(repeats)):
+                    task._aggregation_list[metric], task._higher_is_better[metric] = mean, True
+        return loaded
+
+    manager.load = with_repeats
+
+
+def refuse_greedy(model: LM, manager: TaskManager, names: list[str], gen_kwargs: Any) -> None:
+    """Refuse more than one answer to a problem where all would be the same.
+
+    Raises:
+        UserError: a task would be answered at temperature 0.
+    """
+    from coda_eval.hosted import HostedLM
+
+    for name, task in manager.load(names)["tasks"].items():
+        settings = {**(task.config.generation_kwargs or {}), **(gen_kwargs or {})}
+        if not getattr(model, "draws", HostedLM.draws)(settings):
+            raise UserError(
+                f"--samples with temperature 0 would give {name} the same answer each time: set a temperature, for "
+                "coda in --model_args (temperature=0.8), for others in --gen_kwargs (do_sample=True,temperature=0.8)"
+            )
 
 
 def keep_answers(model: LM) -> None:
@@ -373,7 +432,7 @@ def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM
         device=config.device,
         delete_requests_cache=config.cache_requests.get("delete_requests_cache", False),
         limit=config.limit,
-        samples=config.samples,
+        samples=None if isinstance(config.samples, int) else config.samples,
         check_integrity=config.check_integrity,
         write_out=config.write_out,
         log_samples=True,  # the records are made of them
@@ -489,7 +548,8 @@ def card_facts(
 ) -> dict[str, Any]:
     """What a results file says besides lm-eval's own facts, for the score cards."""
     state = session.current()
-    levels = {m["isolation,run"] for m in results["results"].values() if "isolation,run" in m}
+    ran = [m[key] for m in results["results"].values() for key in m if key.startswith("isolation,")]
+    levels = {level for levels in ran for level in levels.split("+")}
     of_tasks = {}
     for task, of_task in samples.items():
         errors = [e for r in records_of(task, of_task) for _, e in r.likelihoods or ()]

@@ -13,8 +13,9 @@ A candidate and its tests run in two processes (`sandbox_child.py`). The candida
 or pipe but its line to the checker, and what crosses is plain data. What remains possible: to recognise the tests'
 inputs and answer from a table; to answer differently from call to call; to be an object, where a test only asks for
 the truth, the length, the items or the order of the candidate's own objects; to pass tests that compare a candidate
-with itself; and whatever a fault of the kernel allows. Memory is looked at some twenty times a second, so a program
-may exceed its limit for that long; files in the scratch folder come on top.
+with itself; where the tests run in its process (`sandbox_unittest.py`), what stands there; and whatever a fault of the
+kernel allows. Memory is looked at some twenty times a second, so a program may exceed its limit for that long; files
+in the scratch folder come on top.
 
 Not here: what a program consists of (`programs.py`).
 """
@@ -36,10 +37,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tqdm import tqdm
 
 from coda_eval.sandbox_watch import SCRATCH_BYTES, Limits, Watch, kill, processes_of_user
@@ -60,6 +64,9 @@ ISOLATED = ("bubblewrap", "unshare", "landlock")
 
 PACKAGES = ("numpy", "tzdata")
 """Packages outside the standard library that programs may import: the MBPP+ tests need numpy, zoneinfo the zones."""
+
+PACKAGES_VARIABLE = "CODA_EVAL_PACKAGES"
+"""Environment variable with further packages that programs may import, by comma; what they require comes with them."""
 
 FIRST_UID = 61184
 """First user id that programs take when the caller is root: the range that systemd gives to transient users, so that
@@ -84,6 +91,9 @@ class Program:
 
     called: tuple[str, ...] = ()
     """Names that are the candidate's although `setup` or the builtins have them."""
+
+    host: str = ""
+    """Source that runs in the candidate's place and has it as the text `PROGRAM`: for programs that are not called."""
 
     timeout_s: float = 20.0
     """Limit in seconds of processor time of all its processes, plus the time in which it does nothing but wait."""
@@ -291,14 +301,42 @@ def _binds() -> tuple[list[tuple[str, str]], list[str]]:
     paths += [python, stdlib]
     paths += [str(path) for path in Path(base, "lib").glob("lib*.so*")]
     binds = {path: path for path in paths if os.path.exists(path)}
-    for name in PACKAGES:
+    for name in [*PACKAGES, *_further_packages()]:
         spec = find_spec(name)
-        if spec is not None and spec.submodule_search_locations:
+        if spec is not None and not spec.submodule_search_locations and spec.has_location:
+            binds[spec.origin] = f"/packages/{Path(spec.origin).name}"  # a module of one file
+        elif spec is not None and spec.submodule_search_locations:
             folder = Path(next(iter(spec.submodule_search_locations)))
             for source in (folder, folder.with_name(f"{name}.libs")):  # wheels keep their shared libraries beside
                 if source.is_dir():
                     binds[str(source)] = f"/packages/{source.name}"
     return list(binds.items()), ["/packages"]
+
+
+def _further_packages() -> list[str]:
+    """The packages that the environment asks for and all that they require, by the names they are imported by.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    asked = [name.strip() for name in os.environ.get(PACKAGES_VARIABLE, "").split(",") if name.strip()]
+    if missing := [name for name in asked if not name.isidentifier() or find_spec(name) is None]:
+        raise UserError(f"{PACKAGES_VARIABLE} names {', '.join(missing)}: not installed here")
+    providers = metadata.packages_distributions() if asked else {}
+    modules: dict[str, list[str]] = {}
+    for module, distributions in providers.items():
+        for distribution in distributions:
+            modules.setdefault(canonicalize_name(distribution), []).append(module)
+    found, to_see = dict.fromkeys(asked), list(asked)
+    while to_see:
+        for distribution in providers.get(to_see.pop(), ()):
+            for line in metadata.requires(distribution) or ():
+                required = Requirement(line)
+                if required.marker is None or required.marker.evaluate({"extra": ""}):
+                    fresh = [name for name in modules.get(canonicalize_name(required.name), ()) if name not in found]
+                    found |= dict.fromkeys(fresh)
+                    to_see += fresh
+    return [name for name in found if name.isidentifier()]
 
 
 def _site_folders() -> list[str]:
@@ -449,6 +487,7 @@ def _job(
     there = any(target == "/packages/numpy" for _, target in binds)
     return {
         "candidate": str(program.candidate),
+        "host": str(program.host),
         "report_fd": report_fd,
         "setup_fd": setup_fd,
         "tests_fd": tests_fd,

@@ -156,6 +156,8 @@ def become_candidate(job, line, setup_fd, gate):
     try:
         server, source, pid = Server(line), job.pop("candidate").removeprefix("\ufeff"), os.getpid()
         module = stage(source, job["workdir"])
+        if job["host"]:
+            module.PROGRAM, source = source, job["host"]
         answer = server.run(source, module)
         if os.getpid() == pid:  # not a child that the program forked and that came to the end of the source
             server.line.send(*answer)

@@ -177,8 +177,11 @@ def test_gaps_are_control_tokens_prefix_and_suffix_and_end_at_a_control_token(to
     ids = baseline._gap_ids(GAP)
     prefix, suffix = encode(tokenizer, tokens.lead + GAP["infill_prefix"]), encode(tokenizer, GAP["infill_suffix"])
     assert ids == [start, *prefix, end, *suffix, middle]
-    (answer,) = baseline.generate_until([request("the prefix alone", doc=GAP)], True)
-    assert answer == "12"
+    of_any_length = {**GAP, "infill_lengths": [4, 8]}  # the model itself ends a gap
+    answer, other = baseline.generate_until(
+        [request("the prefix alone", doc=doc) for doc in (GAP, of_any_length)], True
+    )
+    assert answer == other == "12"
     assert answer.new_tokens == 2
 
 

@@ -1,12 +1,15 @@
 """Problems come from the named place, and a missing or broken file is named."""
 
+import base64
 import gzip
 import json
+import pickle
+import zlib
 
 import pytest
 
 from coda_eval import data, programs
-from coda_eval.data import documents, problem
+from coda_eval.data import SAFIM_WORDS, documents, problem
 
 ROW = {"task_id": "a/0", "prefix": "p", "middle": "m", "suffix": "s"}
 
@@ -34,7 +37,10 @@ def test_files_are_found_plain_gzipped_and_one_level_below(tmp_path):
 def test_fixed_gap_length_reaches_the_document(tmp_path):
     (tmp_path / "quickstart_infill.jsonl").write_text(json.dumps(ROW))
     assert documents("quickstart_infill", data_dir=str(tmp_path), gap_length=7)["test"][0]["infill_tokens"] == 7
-    for wrong in (0, -1, "long", 2.5, True):
+    for given, tried in (("unknown", [4, 8, 16, 32, 64]), ([3, 5, 3], [3, 5])):
+        row = documents("quickstart_infill", data_dir=str(tmp_path), gap_length=given)["test"][0]
+        assert (row["infill_lengths"], row["infill_tokens"]) == (tried, 0)
+    for wrong in (0, -1, "long", 2.5, True, [], [1, "2"], [0], list(range(1, 18))):
         with pytest.raises(ValueError, match="gap_length must be 'true' or a positive number of tokens"):
             documents("quickstart_infill", data_dir=str(tmp_path), gap_length=wrong)
 
@@ -112,6 +118,27 @@ GOOD = {
     "text": "t",
     "code": "c",
     "test_list": ["assert True"],
+    "name": "x",
+    "id": "x",
+    "question_id": "x",
+    "language": "py",
+    "lang": "python",
+    "input": "1",
+    "output": "[1]",
+    "question_content": "q",
+    "starter_code": "",
+    "public_test_cases": json.dumps([{"input": "1", "output": "2", "testtype": "stdin"}]),
+    "private_test_cases": base64.b64encode(
+        zlib.compress(pickle.dumps(json.dumps([{"input": "1", "output": "2", "testtype": "stdin"}])))
+    ).decode(),
+    "metadata": "{}",
+    "complete_prompt": "def f():\n",
+    "instruct_prompt": "Write f.",
+    "code_prompt": "def f():\n",
+    "eval_prompt": "{{completion}}",
+    "ground_truth": "m",
+    "unit_tests": [{"input": "1", "output": ["2"]}],
+    "to_remove": "x\n",
 }
 """A row that every benchmark but MBPP, whose ids are numbers, accepts."""
 
@@ -130,6 +157,23 @@ LATE = {
     "middle": [None, 3],
     "text": [None],
     "code": [None, {}],
+    **{
+        name: [None, 3, "\ud800"]
+        for name in (
+            *("name", "id", "question_id", "language", "lang", "question_content", "starter_code", "instruct_prompt"),
+            *("complete_prompt", "code_prompt", "eval_prompt", "ground_truth", "to_remove"),
+        )
+    },
+    "input": [None, 3, "1 +"],
+    "output": [None, "(", "\ud800"],
+    "public_test_cases": [None, [], "[{}]", '[{"input": "", "output": 1, "testtype": "stdin"}]', "x", "bm8=", "{}"],
+    "private_test_cases": [
+        *(None, "x", "[1]", "AAAA"),
+        base64.b64encode(zlib.compress(pickle.dumps(print))).decode(),
+        base64.b64encode(zlib.compress(pickle.dumps("[" * 3))).decode(),
+    ],
+    "metadata": [None, "x", "[]", '{"func_name": 3}'],
+    "unit_tests": [None, "x", "{}", [], "[]", [{}], [{"input": "a", "output": "b"}], '[{"input": 1, "output": []}]'],
 }
 """Values of each field that nothing may be asked with, or that would fail when the answer is judged."""
 
@@ -137,21 +181,28 @@ LATE = {
 @pytest.mark.parametrize("name", sorted(data.SOURCES))
 def test_every_field_that_is_read_later_is_checked_on_load(tmp_path, name):
     source = data.SOURCES[name]
-    number = {"task_id": 11} if name == "mbpp" else {}
-    (file,) = source.files
+    number = {"task_id": 11} if source.splits else {}
+    if name.startswith("safim"):
+        number = {"prompt": f"# {SAFIM_WORDS}"}
+    if name.startswith("bigcodebench"):
+        number = {"test": "class TestCases: pass"}
+    file = source.files[0]
 
     def load(row, label):
         folder = tmp_path / label
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / file).write_text(json.dumps(row))
         return documents(name, data_dir=str(folder))
 
     whole = {**GOOD, **number}
+    if source.examples:
+        (tmp_path / "good").mkdir()
+        (tmp_path / "good" / "mbpp.jsonl").write_text("\n".join(json.dumps({**whole, "task_id": n}) for n in (2, 11)))
     assert len(load(whole, "good")["test"]) == 1
-    for field in (*source.keep, *source.needs):
+    for field in source.fields:
         with pytest.raises(ValueError, match=f"{file}: 1 of 1 rows cannot be used: line 1 lacks {field}$"):
             load({key: value for key, value in whole.items() if key != field}, f"no_{field}")
-    for field in (*source.keep, *source.needs, *source.may_have):
+    for field in (*source.fields, *source.may_have):
         for index, value in enumerate(LATE[field]):
             with pytest.raises(ValueError, match=f"{file}: .* line 1 has a wrong {field}: it must be "):
                 load({**whole, field: value}, f"{field}_{index}")
@@ -166,6 +217,7 @@ def test_fields_that_programs_read_are_fields_that_are_checked():
         "quickstart_problems": programs.quickstart_program,
         **{name: programs.infilling_program for name in data.SOURCES if name.endswith("_infilling")},
     }
+    builders = programs.PROGRAMS | builders
     for name, build in builders.items():
         read = set()
 
@@ -180,7 +232,7 @@ def test_fields_that_programs_read_are_fields_that_are_checked():
 
         build(Row({**GOOD, "timeout_s": 1.0}), "answer")
         source = data.SOURCES[name]
-        assert read <= {*source.keep, *source.needs, *source.may_have}, name
+        assert read <= {*source.fields, *source.may_have}, name
 
 
 def test_mbpp_without_a_problem_of_its_test_split_is_an_error(tmp_path):
@@ -192,3 +244,59 @@ def test_mbpp_without_a_problem_of_its_test_split_is_an_error(tmp_path):
 def test_data_dir_that_was_read_as_a_number_is_an_error():
     with pytest.raises(ValueError, match="data_dir must be the path of a folder, got 40000"):
         documents("humaneval", data_dir=40000)
+
+
+def test_gaps_of_lines_get_the_line_breaks_that_no_field_holds(tmp_path):
+    row = {**GOOD, "prompt": "a", "canonical_solution": "  b", "suffix": "c"}
+    rows = [{**row, "language": "py"}, {**row, "language": "js", "suffix": "\n"}, {**row, "name": "y", "suffix": ""}]
+    (tmp_path / "santacoder_fim.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = list(documents("santacoder_fim", data_dir=str(tmp_path))["test"])
+    gaps = [(r["task_id"], r["infill_prefix"], r["infill_middle"], r["infill_suffix"]) for r in found]
+    assert gaps == [("py/x", "a\n", "  b", "\nc"), ("js/x", "a\n", "  b", "\n"), ("py/y", "a\n", "  b", "\n")]
+    assert len(documents("santacoder_fim", data_dir=str(tmp_path), language="js")["test"]) == 1
+    with pytest.raises(ValueError, match="language must be one of js, py in santacoder_fim, got 'java'"):
+        documents("santacoder_fim", data_dir=str(tmp_path), language="java")
+
+
+def test_a_safim_row_without_its_one_gap_is_named(tmp_path):
+    good = {**GOOD, "prompt": f"a\n# {SAFIM_WORDS}\nb"}
+    rows = [good, {**good, "task_id": "x/2", "eval_prompt": "x"}, {**good, "task_id": "x/3", "lang": "java"}]
+    (tmp_path / "block_completion.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        ValueError, match="2 of 3 rows cannot be used: line 2 has no gap: prompt must .*; line 3 has no"
+    ):
+        documents("safim_block", data_dir=str(tmp_path))
+    (tmp_path / "block_completion.jsonl").write_text(json.dumps(good))
+    (row,) = documents("safim_block", data_dir=str(tmp_path))["test"]
+    assert (row["infill_prefix"], row["infill_middle"], row["infill_suffix"]) == ("a\n", "m", "\nb")
+
+
+def test_an_edit_shows_what_it_replaces_and_rows_without_a_name_get_their_number(tmp_path):
+    (tmp_path / "edit").mkdir()
+    row = json.dumps({**GOOD, "prompt": "a\n", "suffix": "c\n", "to_remove": "old\n", "canonical_solution": "new\n"})
+    (tmp_path / "edit" / "test.jsonl.gz").write_bytes(gzip.compress(f"{row}\n{row}".encode()))
+    rows = documents("real_fim_edit", data_dir=str(tmp_path))["test"]
+    assert rows["task_id"] == ["real_fim_edit/0", "real_fim_edit/1"]
+    whole = "".join(rows[0][f"infill_{name}"] for name in ("prefix", "middle", "suffix"))
+    assert whole == "a\n<<<<<<< ORIGINAL\nold\n=======\nnew\n>>>>>>> UPDATED\nc\n"
+
+
+NO_JSON = json.dumps([{"input": "x", "output": "2", "testtype": "functional"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("livecodebench", {"public_test_cases": "[]", "private_test_cases": "[]"}, "line 1 has no test cases"),
+        (
+            "livecodebench",
+            {"metadata": '{"func_name": "f"}', "public_test_cases": NO_JSON},
+            "test cases that are no JSON",
+        ),
+        ("bigcodebench", {"test": "class Tests: pass"}, r"must define the class TestCases once, .* \['Tests'\]"),
+    ],
+)
+def test_rows_whose_tests_would_show_nothing_are_refused(tmp_path, name, change, message):
+    (tmp_path / data.SOURCES[name].files[0]).write_text(json.dumps({**GOOD, **change}))
+    with pytest.raises(ValueError, match=message):
+        documents(name, data_dir=str(tmp_path))

@@ -432,3 +432,19 @@ def test_two_ranks_give_the_scores_and_answers_of_one_which_finds_them_again(mod
     assert out["results"]["quickstart_infill"] == one["results"]["quickstart_infill"]
     found = {row["doc"]["task_id"]: row["resps"][0][0] for rows in out["samples"].values() for row in rows}
     assert found == {task_id: answer for rows in one["samples"].values() for task_id, answer, _ in rows}
+
+
+def test_of_several_lengths_of_a_gap_the_likeliest_text_is_the_answer(model_dir):
+    """As `model.infill` chooses, in any company and order; the cost is that of all lengths."""
+    model = load(model_dir, batch_size=3)
+    doc = {"infill_prefix": "def a", "infill_middle": "?", "infill_suffix": "):\n", "infill_tokens": 0}
+    docs = [{**doc, "infill_lengths": lengths} for lengths in ([2, 5, 9], [9, 2, 5], [5])]
+    answers = model.generate_until([request({**d, "task_id": str(n)}) for n, d in enumerate(docs)], True)
+    pieces = model.codec.encode_pieces([doc["infill_prefix"], doc["infill_suffix"]])
+    filled = model.model.infill(pieces, infill_lengths=[2, 5, 9], end_of_gap=True, eos_early_stop=False, steps=8)
+    assert len(set(filled.candidates.values())) == 3
+    assert answers[0] == answers[1] == model.codec.decode(filled.gaps[0])
+    assert answers[0].nats == pytest.approx(filled.score, abs=1e-5)
+    assert answers[0].cost["tokens_committed"] == 16
+    one = model.model.infill(pieces, gap_lengths=[5], end_of_gap=True, eos_early_stop=False, steps=8)
+    assert answers[2] == model.codec.decode(one.gaps[0])

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 
 from coda_eval import harness, programs, sandbox
 from coda_eval.__main__ import main
-from coda_eval.hosted import Nats
+from coda_eval.hosted import Nats, known_likelihood
 from coda_eval.journal import Journal, code_version, hash_tokenizer, hash_weights
 from coda_eval.records import read_records
 from CoDALanguageModel import CoDALanguageModel
@@ -197,7 +198,7 @@ def test_nothing_meets_an_answer_to_another_question(evaluation, whole, tmp_path
     assert num_made("--gen_kwargs", "temperature=0.1") == 0  # model_args win: what holds is the same
     assert num_made("--apply_chat_template") == 10
     write(data_dir, [PROBLEMS[0] | {"prompt": "Subtract."}, *PROBLEMS[1:]], GAPS)
-    programs.problem.__globals__["_rows"].cache_clear()
+    programs.problem.__globals__["rows"].cache_clear()
     assert num_made() == 1
     other = tmp_path / "other"
     model = CoDALanguageModel.from_pretrained(model_dir)
@@ -356,6 +357,14 @@ def test_an_error_of_a_sum_is_that_of_its_parts_and_unknown_with_one_of_them():
     total = sum([Nats.of(-1.0, 0.3), Nats.of(-2.0, 0.4)])
     assert (total, total.stderr) == (-3.0, pytest.approx(0.5))
     assert sum([Nats.of(-1.0, None), Nats.of(-2.0, 0.4)]).stderr is None
+    assert known_likelihood((-1.0, True))["stderr"] == 0.0  # of an autoregressive model
+
+
+def test_what_lm_eval_gathers_from_other_ranks_keeps_what_it_remembers():
+    nats, entry = Nats.of(-1.0, 0.3), programs.Judged.of("a", "program", status="passed")
+    again = pickle.loads(pickle.dumps([nats, entry]))
+    assert again == [nats, entry]
+    assert (again[0].stderr, again[1].program, again[1].fields) == (0.3, "program", {"status": "passed"})
 
 
 def test_hashes_see_content_and_not_places(model_dir, tmp_path):

@@ -4,8 +4,12 @@ import gzip
 import itertools
 import json
 import os
+from pathlib import Path
 
+import lm_eval
 import pytest
+import yaml
+from lm_eval.utils import apply_template
 
 from coda_eval import programs
 from coda_eval.programs import Answer, extract_code, pass_at_k
@@ -149,6 +153,9 @@ def test_an_own_problem_fails_answers_that_do_nothing(test, oracle, evaluate, da
         ("coda_humaneval_multi_line_infilling", 4),
         ("coda_humaneval_random_span_infilling", 4),
         ("coda_humaneval_random_span_light_infilling", 4),
+        ("coda_mbpp_published", 3),
+        ("coda_mbpp_plus_published", 3),
+        ("coda_humaneval_plus_instruct_published", 2),
     ],
 )
 def test_canonical_solutions_of_the_shared_sets_pass(oracle, evaluate, coda_shared, monkeypatch, task, limit):
@@ -191,3 +198,39 @@ def test_mbpp_answers_answer_for_the_names_of_the_reference():
     verdicts = run_programs([programs.mbpp_program(row, answer) for answer in answers])
     assert [verdict.passed for verdict in verdicts] == [True, False, False]
     assert "defines no sum" in verdicts[2].error
+
+
+@pytest.mark.parametrize(("language", "count"), [("py", 1043), ("java", 1780), ("js", 1969)])
+def test_santacoder_fim_has_the_published_gaps(oracle, evaluate, coda_shared, monkeypatch, language, count):
+    monkeypatch.setenv("CODA_EVAL_DATA", str(coda_shared / "data"))
+    results, samples = evaluate(oracle(lambda answer: f"{answer}\n"), f"coda_santacoder_fim_{language}")
+    assert len(samples) == count
+    found = [results[f"exact_match{name},compare"] for name in ("", "_raw", "_first_line")]
+    assert found == [1.0, 0.0, 1.0]
+
+
+def test_published_prompts_are_those_of_lm_eval(tasks, coda_shared, monkeypatch):
+    """Word for word, of the first problems; instructions of MBPP+ have three asserts in the place of one."""
+    monkeypatch.setenv("CODA_EVAL_DATA", str(coda_shared / "data"))
+    theirs = Path(lm_eval.__file__).parent / "tasks"
+    checked = 0
+    for ours in ("humaneval", "humaneval_instruct", "humaneval_plus", "mbpp", "mbpp_plus", "mbpp_instruct"):
+        path = theirs / ours.partition("_")[0] / f"{ours}.yaml"
+        config = yaml.load(path.read_text(), Loader=_Plain)
+        while "include" in config:
+            base = yaml.load((path.parent / config.pop("include")).read_text(), Loader=_Plain)
+            config = {**base, **config}
+        (task,) = tasks.load([f"coda_{ours}_published"])["tasks"].values()
+        for row in list(task.test_docs())[:3]:
+            assert task.doc_to_text(row) == apply_template(config["doc_to_text"], row)
+            prefix = config.get("gen_prefix")
+            assert (task.doc_to_prefix(row) or "") == (apply_template(prefix, row) if prefix else "")
+            checked += 1
+    assert checked == 18
+
+
+class _Plain(yaml.SafeLoader):
+    """Reads lm-eval's task files without the functions that they name."""
+
+
+_Plain.add_multi_constructor("!function", lambda loader, suffix, node: None)

@@ -1,8 +1,12 @@
 """What can be known is checked before the model loads; a task that fails stops no other; no two runs share a folder."""
 
+import collections
 import dataclasses
 import functools
+import itertools
 import json
+import math
+import re
 import sys
 
 import pytest
@@ -13,6 +17,8 @@ from lm_eval.tasks import TaskManager
 
 from coda_eval import programs
 from coda_eval.__main__ import TASKS, main
+from coda_eval.harness import CoDAEvalModel
+from coda_eval.judge import judge
 from coda_eval.records import Record, read_records
 from coda_eval.report import score_cards
 from CoDALanguageModel.errors import UserError
@@ -319,3 +325,76 @@ def test_records_with_an_unknown_or_a_missing_field_are_refused(tmp_path):
     (tmp_path / "records.jsonl").write_text(json.dumps(fields)[:-3])
     with pytest.raises(UserError, match="line 1 is not JSON"):
         read_records(tmp_path)
+
+
+def test_samples_is_the_number_of_answers_to_each_problem(evaluation, stub, data_dir, monkeypatch):
+    """pass@1 and pass@10 are those of all choices of 1 and of 10 among the answers; with --limit, too."""
+    write_rows(data_dir, *({**ROW, "task_id": f"q/{n}"} for n in range(3)))
+    right = {"q/0": range(10), "q/1": [3, 7]}
+
+    def generate(self, requests, disable_tqdm=False):
+        made = collections.Counter()
+        answers = []
+        for request in requests:
+            name = request.doc["task_id"]
+            answers.append(ROW["canonical_solution"] if made[name] in right.get(name, ()) else "")
+            made[name] += 1
+        return answers
+
+    monkeypatch.setattr(stub, "generate_until", generate)
+    assert evaluation("--samples", 12, "--limit", 3, "--gen_kwargs", "do_sample=True,temperature=0.8") == ""
+    results = results_of(evaluation.output)["quickstart_problems"]
+    for k in (1, 10, 12):
+        found = [
+            sum(any(n in right.get(name, ()) for n in c) for c in itertools.combinations(range(12), k))
+            for name in ("q/0", "q/1", "q/2")
+        ]
+        assert results[f"pass@{k},run"] == pytest.approx(sum(found) / 3 / math.comb(12, k))
+    assert "pass@100,run" not in results
+    for path in evaluation.output.rglob("results_*.json"):
+        path.unlink()
+    judge(evaluation.output)  # which asks for as many answers
+    again = results_of(evaluation.output)["quickstart_problems"]
+    assert {k: v for k, v in again.items() if "pass@" in k} == {k: v for k, v in results.items() if "pass@" in k}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--samples", "0"), r"--samples must be in \[1, 1000\] \(answers to each problem\), got 0"),
+        (("--samples", "-3"), r"--samples must be in \[1, 1000\].*got -3"),
+        (("--samples", "10"), "--samples with temperature 0 would give quickstart_problems the same answer each time"),
+        (("--samples", "2", "--gen_kwargs", "do_sample=False,temperature=0.5"), "--samples with temperature 0"),
+    ],
+)
+def test_a_number_of_answers_that_means_nothing_is_refused(evaluation, stub, data_dir, flags, message):
+    write_rows(data_dir, ROW)
+    assert re.search(message, evaluation(*flags))
+    assert stub.asked == 0
+
+
+def test_a_config_file_may_ask_for_the_number_of_answers(evaluation, stub, data_dir, tmp_path):
+    write_rows(data_dir, ROW)
+    (tmp_path / "run.yaml").write_text("samples: 3\n")
+    assert "--samples with temperature 0" in evaluation("--config", tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("samples: 3\ngen_kwargs: {do_sample: true, temperature: 0.7}\n")
+    assert evaluation("--config", tmp_path / "run.yaml") == ""
+    assert [record.repeat for record in read_records(evaluation.output)] == [0, 1, 2]
+
+
+def test_samples_of_problems_is_still_lm_evals(evaluation, stub, data_dir):
+    write_rows(data_dir, *({**ROW, "task_id": f"q/{n}"} for n in range(3)))
+    assert evaluation("--samples", '{"quickstart_problems": [2]}', "--log_samples") == ""
+    assert [record.task_id for record in read_records(evaluation.output)] == ["q/2"]
+
+
+def test_the_diffusion_model_draws_by_whatever_sets_its_temperature(model_dir):
+    for settings, given, draws in (
+        ({}, {}, False),
+        ({"temperature": 0.5}, {}, True),
+        ({}, {"temperature": 0.5}, True),
+        ({"temperature": 0.0}, {"temperature": 0.5}, False),
+        ({}, {"temperature": 0.5, "do_sample": False}, False),
+    ):
+        model = CoDAEvalModel(model_dir, device="cpu", **settings)
+        assert model.draws({"until": [], "max_gen_toks": 4, **given}) is draws
