@@ -18,7 +18,7 @@ from CoDALanguageModel.row import complete
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
 CORPUS = [
     '{"name": "a b", "count": 12, "tags": ["x", "yy"], "none": null, "on": true, "off": false}',
-    "é ü 日本 \U0001f600",
+    "\u00e9 \u00fc \u65e5\u672c \U0001f600",
 ]
 ALGS = ["origin", "maskgit_plus", "topk_margin", "entropy", "p2"]
 REGIMES = [
@@ -192,11 +192,11 @@ def random_schema(rng, depth=2):
             **rng.choice([{}, {"minimum": low}, {"minimum": low, "maximum": low + rng.randint(0, 300)}]),
         }
     if kind == "enum":
-        return {"enum": rng.sample([1, "a", "é\n", None, True, [1, "b"], {"k": []}, -2.5], rng.randint(1, 4))}
+        return {"enum": rng.sample([1, "a", "\u00e9\n", None, True, [1, "b"], {"k": []}, -2.5], rng.randint(1, 4))}
     if kind == "pattern":
         return {"type": "string", "pattern": rng.choice(["^[A-Z]{2}[0-9]+$", 'a\\\\"b', "^(foo|bar)$", "\\w-\\d"])}
     if kind == "object":
-        names = rng.sample(["a", "name", "x y", "é", '"q"'], rng.randint(0, 4))
+        names = rng.sample(["a", "name", "x y", "\u00e9", '"q"'], rng.randint(0, 4))
         fields = {name: random_schema(rng, depth - 1) for name in names}
         return {"type": "object", "properties": fields, "required": [n for n in names if rng.random() < 0.6]}
     if kind == "array":

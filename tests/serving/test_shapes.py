@@ -200,7 +200,8 @@ def call_text(name, arguments):
 
 
 def test_calls_in_free_text_are_read_and_what_is_none_is_text(serve, serving_fakes):
-    good = f"Let me see.\n\n{call_text('now', {})}\n{call_text('weather', {'a': 'é'})}"
+    calls = "\n".join([call_text("now", {}), call_text("weather", {"a": "\u00e9"})])
+    good = f"Let me see.\n\n{calls}"
     bad = [call_text("other", {}), call_text("now", []), "<tool_call>{not json}</tool_call>", "a < b <tool"]
 
     class Encoder(serving_fakes.ByteEncoder):
@@ -231,7 +232,7 @@ def test_calls_in_free_text_are_read_and_what_is_none_is_text(serve, serving_fak
         assert content == (message["content"] or "")
         if text is good:
             assert (message["content"], whole["choices"][0]["finish_reason"]) == ("Let me see.", "tool_calls")
-            expected = [("now", {}), ("weather", {"a": "é"})]
+            expected = [("now", {}), ("weather", {"a": "\u00e9"})]
             for given in (message["tool_calls"], calls):
                 assert [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in given] == expected
             assert [call["index"] for call in calls] == [0, 1]
