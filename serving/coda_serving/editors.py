@@ -21,7 +21,7 @@ from .canvases import AUTO, Asked, Pieces, encode_pieces, encode_text, lay_out, 
 from .engine import Answer, Delta
 from .errors import ApiError, documented, invalid
 from .generation import Generation
-from .protocol import NEUTRAL_FOR_ALL, SamplingRequest, StrictModel, Text
+from .protocol import SamplingRequest, StrictModel, Text
 from .replies import check_model, respond
 from .responses import (
     AssistantMessage,
@@ -50,7 +50,7 @@ class ExtraFile(StrictModel):
 class InfillRequest(SamplingRequest):
     """Body of `/infill`, as llama.cpp's server takes it and llama.vim and llama.vscode send it."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "dry_multiplier": (0,),
         "dynatemp_range": (0,),
         "grammar": ("",),
@@ -117,7 +117,7 @@ class InfillRequest(SamplingRequest):
 class FimRequest(SamplingRequest):
     """Body of `/v1/fim/completions`, as Mistral's client and Continue send it."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {"min_tokens": (0,)}
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"min_tokens": (0,)}
     closed: ClassVar[frozenset[str]] = frozenset({"n"})
     ignored: ClassVar[frozenset[str]] = SamplingRequest.ignored | {"prompt_cache_key"}
 
@@ -368,8 +368,8 @@ FIM = Form(
     choice=lambda i, a: FimChoice(
         index=i, message=AssistantMessage(content=a.text), text=a.text, finish_reason=a.finish_reason
     ),
-    part=lambda i, text, end: FimChunkChoice(
-        index=i, delta=ChatDelta(content=text or None), text=text, finish_reason=end
+    part=lambda i, d, end: FimChunkChoice(
+        index=i, delta=ChatDelta(content=d.text or None), text=d.text, finish_reason=end
     ),
     opening=lambda i: FimChunkChoice(index=i, delta=ChatDelta(role="assistant", content=""), text=""),
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, create_model, model_validator
 
-from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, Setting
+from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, NUM_BEST, Setting
 from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 
 from .errors import invalid
@@ -17,12 +17,6 @@ from .settings import DECODING, MAX_SEED, typed
 logger = logging.getLogger(__name__)
 
 MAX_CHOICES = 128
-
-NEUTRAL_FOR_ALL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-}
-"""Fields that are not supported, with the values that ask for nothing and are therefore accepted."""
 
 
 def _check_unicode(text: str) -> str:
@@ -94,7 +88,8 @@ DecodingFields = create_model(
 class SamplingRequest(DecodingFields):
     """Fields that conversations and plain texts share. Null means the server's default."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Fields that are not supported, with the values that ask for nothing and are therefore accepted."""
     closed: ClassVar[frozenset[str]] = frozenset()
     """Fields of other endpoints that this one has not."""
     ignored: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
@@ -149,6 +144,11 @@ class SamplingRequest(DecodingFields):
         return given
 
     @property
+    def num_best(self) -> int | None:
+        """Most probable tokens to tell of; None tells no log-probabilities."""
+        return None
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -198,11 +198,10 @@ class Message(StrictModel):
 class ChatRequest(SamplingRequest):
     """Body of `/v1/chat/completions`."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "audio": (),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "logprobs": (False,),
         "modalities": (["text"],),
         "parallel_tool_calls": (True, False),
         "prediction": (),
@@ -210,7 +209,6 @@ class ChatRequest(SamplingRequest):
         "response_format": ({"type": "text"},),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
-        "top_logprobs": (0,),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -218,6 +216,21 @@ class ChatRequest(SamplingRequest):
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Newer name of `max_tokens`."""
+    logprobs: bool | None = None
+    """Tell of each token its log-probability when it was committed."""
+    top_logprobs: int | None = Field(None, ge=0, le=NUM_BEST)
+    """Most probable tokens to tell of beside each."""
+
+    @property
+    def num_best(self) -> int | None:
+        """Most probable tokens to tell of; None tells no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _top_of_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise invalid(f"top_logprobs={self.top_logprobs} needs logprobs=true", param="top_logprobs")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> "ChatRequest":
@@ -245,10 +258,8 @@ class Infill(StrictModel):
 class CompletionRequest(SamplingRequest):
     """Body of `/v1/completions`; with `suffix` or `infill`, gaps in a text are filled."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "best_of": (1,),
-        "echo": (False,),
-        "logprobs": (),
     }
 
     prompt: (
@@ -263,6 +274,31 @@ class CompletionRequest(SamplingRequest):
     """Text behind the gap. Null or empty: the text simply goes on."""
     infill: Infill | None = None
     """Gaps in a text. Extension."""
+    max_tokens: int | None = Field(None, ge=0, le=LARGEST_INTEGER)
+    """Masks of an answer, or of all gaps of unknown length together; 0 only echoes."""
+    logprobs: int | None = Field(None, ge=0, le=NUM_BEST)
+    """Tell of each token its log-probability when it was committed, and of so many of the most probable ones."""
+    echo: bool | None = None
+    """Repeat the prompt before the answer. With `logprobs` it is scored too: each token after all before it."""
+
+    @property
+    def num_best(self) -> int | None:
+        """Most probable tokens to tell of; None tells no log-probabilities."""
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens must be at least 1, or 0 with echo=true, got 0", param="max_tokens")
+        if self.max_tokens == 0 and self.stream:
+            raise invalid("max_tokens=0 only echoes, and there is nothing to stream", param="max_tokens")
+        if self.echo and (self.suffix or self.infill is not None):
+            raise invalid("echo repeats a prompt that goes on, not text around a gap", param="echo")
+        if self.echo and self.logprobs is not None and self.stream:
+            raise invalid("echo with logprobs scores the whole prompt first and cannot be streamed", param="echo")
+        if self.logprobs is not None and self.infill is not None and len(self.infill.pieces or "..") > 2:
+            raise invalid("logprobs are told of one gap, not of several", param="logprobs")
+        return self
 
     @model_validator(mode="after")
     def _some_prompt(self) -> "CompletionRequest":

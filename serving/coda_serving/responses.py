@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 from CoDALanguageModel.answers import FinishReason
 
-from .engine import Answer
+from .engine import Answer, Delta
+from .logprobs import ChatLogprobs, Spelling, TextLogprobs
 
 
 class Usage(BaseModel):
@@ -67,7 +68,7 @@ class ChatChoice(BaseModel):
 
     index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
 
 
@@ -91,7 +92,7 @@ class ChatChunkChoice(BaseModel):
 
     index: int
     delta: ChatDelta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -108,7 +109,7 @@ class CompletionChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: FinishReason | None
 
 
@@ -170,10 +171,12 @@ class Form:
     event: type[BaseModel]
     choice: Callable[[int, Answer], BaseModel]
     """An answer of a whole response, by its index."""
-    part: Callable[[int, str, FinishReason | None], BaseModel]
+    part: Callable[[int, Delta, FinishReason | None], BaseModel]
     """What an event adds to an answer: text, or its end."""
     opening: Callable[[int], BaseModel] | None = None
     """What begins each answer of a stream, where something does."""
+    spelling: Spelling | None = None
+    """How log-probabilities are told, where they are."""
 
     def whole(self, head: Head, answers: Sequence[Answer], usage: Usage) -> BaseModel:
         """The whole response."""
@@ -186,7 +189,7 @@ CHAT = Form(
     response=ChatCompletion,
     event=ChatChunk,
     choice=lambda i, a: ChatChoice(index=i, message=AssistantMessage(content=a.text), finish_reason=a.finish_reason),
-    part=lambda i, text, end: ChatChunkChoice(index=i, delta=ChatDelta(content=text or None), finish_reason=end),
+    part=lambda i, d, end: ChatChunkChoice(index=i, delta=ChatDelta(content=d.text or None), finish_reason=end),
     opening=lambda i: ChatChunkChoice(index=i, delta=ChatDelta(role="assistant", content="")),
 )
 TEXT = Form(
@@ -194,7 +197,7 @@ TEXT = Form(
     response=Completion,
     event=Completion,
     choice=lambda i, a: CompletionChoice(index=i, text=a.text, finish_reason=a.finish_reason),
-    part=lambda i, text, end: CompletionChoice(index=i, text=text, finish_reason=end),
+    part=lambda i, d, end: CompletionChoice(index=i, text=d.text, finish_reason=end),
 )
 INFILL = dataclasses.replace(
     TEXT,
@@ -205,3 +208,17 @@ INFILL = dataclasses.replace(
         infill=Filling(gaps=a.gaps, lengths=a.gap_lengths, score=a.score),
     ),
 )
+
+
+def with_logprobs(form: Form, spelling: Spelling) -> Form:
+    """A form of OpenAI's that also tells log-probabilities."""
+    spell = spelling.chat if form is CHAT else spelling.text
+
+    def choice(index: int, answer: Answer) -> BaseModel:
+        return form.choice(index, answer).model_copy(update={"logprobs": spell(answer.tokens)})
+
+    def part(index: int, delta: Delta, end: FinishReason | None) -> BaseModel:
+        logprobs = spell(delta.tokens) if delta.tokens else None
+        return form.part(index, delta, end).model_copy(update={"logprobs": logprobs})
+
+    return dataclasses.replace(form, choice=choice, part=part, spelling=spelling)

@@ -112,10 +112,10 @@ async def answer_events(
     try:
         async for index, event in generation.events():
             if isinstance(event, Delta):
-                yield frame(form.part(index, event.text, None))
+                yield frame(form.part(index, event, None))
             else:
                 answers.append(event)
-                yield frame(form.part(index, "", event.finish_reason))
+                yield frame(form.part(index, Delta(""), event.finish_reason))
     except ApiError as error:  # the status has been sent already
         yield error_event(error)
         return
