@@ -112,9 +112,10 @@ SHUTTING_DOWN = ApiError(503, "the server is shutting down", code="server_shutti
 """For requests that the end of the server cuts off."""
 
 FIELDS_OF_BODIES = {setting.api for setting in offered("server")}.union(
-    "content echo filename include_obfuscation include_usage infill input_extra input_prefix input_suffix lengths "
-    "logprobs max_completion_tokens messages model n n_indent n_predict name pieces prompt random_seed response_fields role "
-    "stop stop_sequences stream stream_options suffix system text time top_logprobs type".split()
+    "content echo filename include_obfuscation include_usage infill input_extra input_prefix input_suffix "
+    "lengths logprobs max_completion_tokens messages model n n_indent n_predict name pieces prompt "
+    "random_seed response_fields role server stop stop_sequences stream stream_options suffix system text "
+    "time top_logprobs type".split()
 )
 """Names that may stand in the path to a fault. Pydantic puts the branch of a union there too, which is no field."""
 
