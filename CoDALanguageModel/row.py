@@ -49,6 +49,9 @@ class DecodingCost:
     tokens_evaluated: int = 0
     """Tokens in these rows, without padding to equal lengths."""
 
+    tokens_shared: int = 0
+    """Tokens at the start of the text whose keys and values were those of another row, and not computed."""
+
     tokens_committed: int = 0
     """Tokens that were filled in, end tokens included and tails behind them not."""
 

@@ -119,7 +119,6 @@ class FimRequest(SamplingRequest):
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"min_tokens": (0,)}
     closed: ClassVar[frozenset[str]] = frozenset({"n"})
-    ignored: ClassVar[frozenset[str]] = SamplingRequest.ignored | {"prompt_cache_key"}
 
     prompt: Text
     """Text before the gap."""
@@ -235,7 +234,7 @@ class InfillForm:
             "model": head.model,
             "tokens_predicted": tokens,
             "tokens_evaluated": usage.prompt_tokens,
-            "tokens_cached": 0,
+            "tokens_cached": usage.prompt_tokens_details.cached_tokens,
             "truncated": self._truncated,
             "stop_type": stop_type,
             "stopping_word": answer.stop or "",

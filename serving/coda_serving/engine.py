@@ -49,6 +49,10 @@ class Answer:
     """Tokens that the text stands for, without the end token."""
     forwards: int
     """Forward passes that its row took part in."""
+    rows: int = 0
+    """Rows that it had in these passes: more than one where drafts are verified."""
+    cached_tokens: int = 0
+    """Tokens of its prompt whose keys and values another row had computed."""
     finish_reason: FinishReason
     stop: str | None = None
     """The stop string that ended it, if one did."""
@@ -96,6 +100,10 @@ class RowStep(NamedTuple):
     """Mean log-probability of the filled tokens when they were committed, of a candidate that is full."""
     evidence: Sequence["Evidence"] = ()
     """What the model thought of `ids`, where that is kept."""
+    rows: int = 0
+    """Rows that it had in these passes."""
+    cached_tokens: int = 0
+    """Tokens of its prompt that another row had computed."""
 
 
 class Rows(Protocol):
@@ -356,6 +364,8 @@ class Engine:
                 text=reading.text,
                 num_tokens=num_tokens,
                 forwards=step.forwards,
+                rows=step.rows,
+                cached_tokens=step.cached_tokens,
                 finish_reason=reading.finish_reason,
                 stop=reading.stop,
                 gaps=reader.texts if isinstance(reader, GapReader) else (reading.text,),

@@ -85,6 +85,14 @@ DecodingFields = create_model(
 """A field for each of `DECODING`; null means the server's default."""
 
 
+REASONS = {
+    "best_of": "the log-probabilities of two answers depend on the orders of their commits, and do not compare; ask "
+    "for n answers and choose",
+    "min_tokens": "an end token may come anywhere in a canvas, so that no least length can be promised",
+}
+"""Why fields are not supported, where that is not plain."""
+
+
 class SamplingRequest(DecodingFields):
     """Fields that conversations and plain texts share. Null means the server's default."""
 
@@ -92,7 +100,18 @@ class SamplingRequest(DecodingFields):
     """Fields that are not supported, with the values that ask for nothing and are therefore accepted."""
     closed: ClassVar[frozenset[str]] = frozenset()
     """Fields of other endpoints that this one has not."""
-    ignored: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {
+            "metadata",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "store",
+            "user",
+        }
+    )
     """Fields that cannot change an answer here; they are accepted, and named in the log."""
 
     model: str | None = Field(None, max_length=4096)
@@ -121,7 +140,9 @@ class SamplingRequest(DecodingFields):
                 logger.info("ignored request field: %s", name)
             elif name in cls.neutral:
                 if value is not None and value not in cls.neutral[name]:
-                    raise invalid(f"{name} is not supported by this server", param=name, code="unsupported_field")
+                    reason = f": {REASONS[name]}" if name in REASONS else ""
+                    message = f"{name} is not supported by this server{reason}"
+                    raise invalid(message, param=name, code="unsupported_field")
             else:
                 raise _unknown(name, [*(cls.model_fields.keys() - cls.closed), *cls.ignored, *cls.neutral])
         return kept
@@ -203,6 +224,7 @@ class ChatRequest(SamplingRequest):
         "function_call": ("none", "auto"),
         "functions": ([],),
         "modalities": (["text"],),
+        "moderation": (),
         "parallel_tool_calls": (True, False),
         "prediction": (),
         "reasoning_effort": (),

@@ -15,6 +15,13 @@ from .engine import Answer, Delta
 from .logprobs import ChatLogprobs, Spelling, TextLogprobs
 
 
+class PromptTokens(BaseModel):
+    """What became of the tokens of the prompts."""
+
+    cached_tokens: int
+    """Those whose keys and values another request had computed, counted for every answer, `prompt_tokens` at most."""
+
+
 class Usage(BaseModel):
     """Cost of a request, all its answers together."""
 
@@ -24,9 +31,12 @@ class Usage(BaseModel):
     """Tokens of the answers, end tokens not counted."""
     total_tokens: int
     forwards: int
-    """Forward passes, each row counted. Extension."""
+    """Forward passes, each answer's counted. Extension."""
+    rows: int
+    """Rows in these passes: more where drafts are verified. Extension."""
     tokens_per_forward: float
     """`completion_tokens / forwards`. Extension."""
+    prompt_tokens_details: PromptTokens
 
     @classmethod
     def of(cls, prompt_tokens: int, answers: Sequence[Answer]) -> "Usage":
@@ -38,7 +48,11 @@ class Usage(BaseModel):
             completion_tokens=tokens,
             total_tokens=prompt_tokens + tokens,
             forwards=forwards,
+            rows=sum(answer.rows for answer in answers),
             tokens_per_forward=round(tokens / forwards, 3) if forwards else 0.0,
+            prompt_tokens_details=PromptTokens(
+                cached_tokens=min(prompt_tokens, sum(answer.cached_tokens for answer in answers))
+            ),
         )
 
 

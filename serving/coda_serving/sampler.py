@@ -189,6 +189,8 @@ class Rows:
                     ids=row.ids[start:settled],
                     is_full=settled == end or finished is not None,
                     forwards=row.cost.forwards,
+                    rows=row.cost.rows_evaluated,
+                    cached_tokens=row.cost.tokens_shared,
                     error=error,
                     score=None if finished is None else _score(row),
                     evidence=[row.evidence[column] for column in range(start, settled)] if tells else (),
