@@ -206,11 +206,16 @@ class Canvas:
         if decision.log_probability is None or not any(self.rows[at].config.output_scores for at in step.places):
             return None
         values = decision.log_probability[place, column].tolist()
+        at = place.tolist()
         best: list[tuple[tuple[int, float], ...]] = [()] * len(values)
         if decision.best is not None:
+            keeps = [self.rows[i].sampling.keeps_best for i in step.places]
             pairs = decision.best[place, column].tolist()
-            best = [tuple(zip(map(int, tokens), known, strict=True)) for tokens, known in pairs]
-        steps = [step.commits[i].step for i in place.tolist()]
+            best = [
+                tuple(zip(map(int, p[0]), p[1], strict=True)) if keeps[i] else ()
+                for i, p in zip(at, pairs, strict=True)
+            ]
+        steps = [step.commits[i].step for i in at]
         return [Evidence(*each) for each in zip(values, steps, best, strict=True)]
 
     def _store(self, x: Tensor, step: Step, rows: Tensor) -> Tensor:
