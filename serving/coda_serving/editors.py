@@ -14,14 +14,16 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, RootModel, model_validator
 
 from CoDALanguageModel.decoding_settings import LARGEST_INTEGER
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.fill_tokens import file_text
+from CoDALanguageModel.prompts import TextTooLong
 
 from .bodies import body_schema, read_body
-from .canvases import AUTO, Asked, Pieces, encode_pieces, encode_text, lay_out, started
+from .canvases import AUTO, Asked, Pieces, encode_pieces, lay_out, started
 from .engine import Answer, Delta
 from .errors import ApiError, documented, invalid
 from .generation import Generation
-from .protocol import SamplingRequest, StrictModel, Text
+from .protocol import SamplingRequest, StrictModel, Text, check_one_length
 from .replies import check_model, respond
 from .responses import (
     AssistantMessage,
@@ -127,6 +129,11 @@ class FimRequest(SamplingRequest):
     max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Another name of `max_tokens`, which some clients send beside it."""
 
+    @model_validator(mode="after")
+    def _one_length(self) -> "FimRequest":
+        check_one_length(self.max_tokens, self.max_completion_tokens)
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _one_seed(cls, data: Any) -> Any:
@@ -195,17 +202,19 @@ class InfillForm:
     def canvases(self, service: Service, body: InfillRequest) -> Asked:
         """Files, prefix and prompt before the gap, and the suffix behind it; what does not fit is left out."""
         most = body.n_predict if body.n_predict and body.n_predict > 0 else body.max_tokens
-        before, after = body.input_prefix + body.prompt, body.input_suffix
-        pieces = encode_pieces(service, body, (before, after), "input_prefix")
+        before, cut_before = _encode(service, body.input_prefix + body.prompt, "input_prefix")
+        after, cut_after = _encode(service, body.input_suffix, "input_suffix", is_suffix=True)
+        pieces = [before, after] if after else [before]
         context = service.limits.context_length
         if most is not None and most >= context:
             raise invalid(f"n_predict must be less than the context of {context} tokens, got {most}", "n_predict")
         room = context - (most or min(service.settings.max_tokens, context // 2))
-        pieces, self._truncated = _fit(pieces, room)
+        pieces, cut = _fit(pieces, room)
+        self._truncated = cut or cut_before or cut_after
         for file in reversed(body.input_extra):
             text = file_text(file.filename, file.text) if file.filename else file.text
-            ids = encode_text(service, body, text + ("" if text.endswith("\n") else "\n"), "input_extra")
-            if sum(map(len, pieces)) + len(ids) > room:
+            ids, cut = _encode(service, text + ("" if text.endswith("\n") else "\n"), "input_extra")
+            if cut or sum(map(len, pieces)) + len(ids) > room:
                 self._truncated = True
                 break
             pieces = [ids + pieces[0], *pieces[1:]]
@@ -301,6 +310,21 @@ def until_dedent(text: str, indent: int, *, is_whole: bool = True) -> str:
             return text[:start]
         start = end + 1
     return text
+
+
+def _encode(service: Service, text: str, param: str, *, is_suffix: bool = False) -> tuple[list[int], bool]:
+    """Ids of a text; of one that surely does not fit, of so much next to the gap as may. And whether it was cut."""
+    cut = False
+    while True:
+        try:
+            ids = service.encoder.encode_text(text, joins=is_suffix, max_tokens=service.limits.context_length)
+        except TextTooLong:
+            half = len(text) // 2
+            text, cut = text[:half] if is_suffix else text[half:], True
+        except UserError as error:
+            raise invalid(str(error), param=param) from error
+        else:
+            return ids, cut
 
 
 def _fit(pieces: Pieces, room: int) -> tuple[Pieces, bool]:

@@ -256,12 +256,7 @@ class ChatRequest(SamplingRequest):
 
     @model_validator(mode="after")
     def _one_length(self) -> "ChatRequest":
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise invalid(
-                f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} are the same "
-                "setting: give one of them",
-                param="max_completion_tokens",
-            )
+        check_one_length(self.max_tokens, self.max_completion_tokens)
         return self
 
 
@@ -358,6 +353,16 @@ class CompletionRequest(SamplingRequest):
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
+
+
+def check_one_length(max_tokens: int | None, max_completion_tokens: int | None) -> None:
+    """Refuse two lengths that differ."""
+    if None not in (max_tokens, max_completion_tokens) and max_tokens != max_completion_tokens:
+        raise invalid(
+            f"max_tokens={max_tokens} and max_completion_tokens={max_completion_tokens} are the same setting: give one "
+            "of them",
+            param="max_completion_tokens",
+        )
 
 
 def _unknown(name: str, known: list[str]) -> Exception:
