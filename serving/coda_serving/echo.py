@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from CoDALanguageModel.answers import Decode
 from CoDALanguageModel.decoding_settings import DecodingSettings
+from CoDALanguageModel.errors import UserError
 
 from .canvases import Asked, check_rows, completion_canvases, completion_texts
 from .engine import Answer
@@ -54,32 +55,36 @@ class Echo:
         for ids in self._prompts:
             if len(ids) > service.limits.context_length:
                 raise invalid(f"the prompt of {len(ids)} tokens does not fit in the context", param="prompt")
-        given = body.prompts
-        self._texts = [p if isinstance(p, str) else self._decode(p, ()) for p in given]
         self._n, self._has_answers = body.n or 1, body.max_tokens != 0
         num_tokens = sum(map(len, self._prompts))
         asked = completion_canvases(service, body) if self._has_answers else Asked([], num_tokens)
+        echoes = [self._scoring(service, body, ids) for ids in self._prompts]
+        self._texts = [p if isinstance(p, str) else self._decode(p, ()) for p in body.prompts]
         if body.num_best is None:
             return asked
         self._scored = [i for i, ids in enumerate(self._prompts) if len(ids) > 1]
-        options = DecodingSettings(block_length=1, steps=service.limits.context_length)
-        echoes = [
-            CanvasRequest(
-                prompt_ids=tuple(ids[:1]),
-                max_tokens=len(ids) - 1,
-                suffix_ids=(),
-                options=options,
-                seed=0,
-                logprobs=body.num_best,
-                forced=tuple(ids[1:]),
-            )
-            for ids in (self._prompts[i] for i in self._scored)
-        ]
-        for echo in echoes:
-            service.limits.check(echo)
-        answers = [*asked.answers, *([echo] for echo in echoes)]
+        answers = [*asked.answers, *([echoes[i]] for i in self._scored)]
         check_rows(service, answers, "prompt")
         return Asked(answers, num_tokens)
+
+    @staticmethod
+    def _scoring(service: Service, body: CompletionRequest, ids: list[int]) -> CanvasRequest:
+        """The canvas that scores a prompt; of one token there is nothing to score."""
+        has_more = len(ids) > 1
+        canvas = CanvasRequest(
+            prompt_ids=tuple(ids[:1]),
+            max_tokens=max(1, len(ids) - 1),
+            suffix_ids=() if has_more else None,
+            options=DecodingSettings(block_length=1, steps=service.limits.context_length),
+            seed=0,
+            logprobs=body.num_best,
+            forced=tuple(ids[1:]) if has_more else None,
+        )
+        try:
+            service.limits.check(canvas)
+        except UserError as error:
+            raise invalid(str(error), param="prompt") from error
+        return canvas
 
     def whole(self, head: Head, answers: Sequence[Answer], usage: Usage) -> Completion:
         """The whole response."""

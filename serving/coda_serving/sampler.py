@@ -107,7 +107,7 @@ class ModelSampler:
                 f"the prompt of {prompt} tokens and max_tokens={request.max_tokens} do not fit in the context of "
                 f"{self.context_length} tokens"
             )
-        ids = tuple(itertools.chain(*request.pieces))
+        ids = tuple(itertools.chain(*request.pieces, request.forced or ()))
         if self.mask_token_id in ids or not all(0 <= i < self.num_token_ids for i in ids):
             raise UserError(
                 f"prompt ids must be in [0, {self.num_token_ids}) and not the mask token {self.mask_token_id}"

@@ -128,6 +128,14 @@ def test_an_echo_alone_needs_no_answer_and_streams_without_logprobs(client):
     assert pieces[0].choices[0].text == PROMPT
 
 
+@pytest.mark.parametrize("prompt", [[10**6], [5, 10**6], [5, -1], [5, "mask"]])
+@pytest.mark.parametrize("asked", [{"logprobs": 1}, {}, {"max_tokens": 3}], ids=str)
+def test_an_echo_of_ids_that_are_none_is_refused(client, model, prompt, asked):
+    ids = [model.config.mask_token_id if token == "mask" else token for token in prompt]
+    with pytest.raises(openai.BadRequestError, match="prompt ids must be in"):
+        client.completions.create(**{"model": "tiny-coda", "prompt": ids, "max_tokens": 0, "echo": True} | asked)
+
+
 def test_lm_evals_loglikelihood_runs_against_the_server(live_server, model_folder, model, chatml_tokenizer):
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
