@@ -141,6 +141,11 @@ def row_uniforms(name: str, seeds: list[int], steps: list[int], length: int) -> 
     return torch.from_numpy(np.stack(draws))
 
 
+def rows_at_once(logits: Tensor) -> int:
+    """Rows of (N, V) scores that are best gone through at a time."""
+    return max(1, ELEMENTS_AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+
+
 def propose(
     logits: Tensor,
     order: Judge,
@@ -174,7 +179,7 @@ def propose(
         ValueError: uniforms are missing.
     """
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    at_once = max(1, ELEMENTS_AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    at_once = rows_at_once(logits)
     if len(logits) > at_once:
         options |= {"with_certainty": with_certainty, "extra": extra}
         parts = []

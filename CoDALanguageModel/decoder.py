@@ -3,13 +3,15 @@
 Not here: batches that are given and taken whole (`generation_coda`), text, and who may wait (the server).
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 
 from .blocks import BlockScorer
 from .canvas import Canvas
-from .row import Decode, FinishReason, Request, Row
+from .constraints import Lexicon, constraint_of
+from .row import Decode, FinishReason, Request, Row, complete
 from .scoring import Scorer
 from .speculation import Speculation
 from .stepwise import Stepwise
@@ -45,10 +47,11 @@ class Decoding:
     Args:
         model: a `CoDALanguageModel` in evaluation mode.
         decode: turns token ids into text, for rows with `stop_strings`.
+        lexicon: of the tokenizer, for rows with `regex` or `json_schema` whose request has no constraint.
     """
 
-    def __init__(self, model: Any, *, decode: Decode | None = None):
-        self._model, self._decode = model, decode
+    def __init__(self, model: Any, *, decode: Decode | None = None, lexicon: Lexicon | None = None):
+        self._model, self._decode, self._lexicon = model, decode, lexicon
         self._lanes: dict[tuple[bool, bool], Stepwise] = {}
         self._num_admitted = 0
 
@@ -74,6 +77,10 @@ class Decoding:
         Raises:
             UserError: it cannot be decoded; nothing has changed then.
         """
+        if request.constraint is None and self._lexicon is not None:
+            config = complete(request.settings, self._model.config)
+            made = constraint_of(config, self._model.config.vocab_size, self._lexicon)
+            request = request if made is None else dataclasses.replace(request, constraint=made)
         row = Row(request, self._num_admitted, self._model.config, self._decode)
         self._num_admitted += 1
         is_cached, speculates = row.config.kv_cache != "none", bool(row.config.speculate)

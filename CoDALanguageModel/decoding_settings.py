@@ -151,6 +151,10 @@ def _are_strings(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(text, str) and text for text in value)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _are_token_ids(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(map(_is_token_id, value))
 
@@ -250,6 +254,17 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (
         name="stop_strings", kind=list, default=None, optional=True, words="a list of non-empty strings",
         holds=_are_strings, withheld={"server": "the field is `stop`", "evaluation": "the task's `until` says it"},
         says="texts that end a row; `diffusion_generate` then needs the tokenizer",
+    ),
+    Setting(
+        name="regex", kind=str, default=None, optional=True, words="a regular expression", holds=_is_text,
+        withheld={"server": "the field is `guided_regex`"},
+        says="the whole answer, or all from the first gap to the last, matches it; `diffusion_generate` then needs the "
+        "tokenizer, as with `json_schema`",
+    ),
+    Setting(
+        name="json_schema", kind=dict, default=None, optional=True, words="a JSON schema (an object)",
+        withheld={"server": "the field is `response_format`"},
+        says="it is one line of JSON that is valid by this schema; what of a schema is kept stands in `json_schema.py`",
     ),
     Setting(
         name="num_return_sequences", kind=int, default=1, least=1,
@@ -405,6 +420,16 @@ def check_together(values: Mapping[str, Any]) -> None:
     for name in ("refresh_interval", "refresh_window", "cache_drift"):
         if values[name] is not None and not SETTINGS["kv_cache"].is_approximate(values["kv_cache"]):
             raise UserError(f"{name} needs kv_cache 'prefix' or 'dual', got {values['kv_cache']!r}")
+    shapes = [name for name in ("regex", "json_schema") if values[name] is not None]
+    if len(shapes) > 1:
+        raise UserError("regex and json_schema exclude each other: set one of them")
+    if shapes and values["speculate"]:
+        raise UserError(
+            f"speculate cannot be used with {shapes[0]}: what is allowed at a position depends on what a step commits "
+            "at others, so that it cannot be told how near a draft is to another choice"
+        )
+    if shapes and values["stop_strings"]:
+        raise UserError(f"stop_strings cannot be used with {shapes[0]}: an answer that is cut would not match")
     if values["suffix_window"] is not None and values["block_length"] is None:
         raise UserError("suffix_window needs block_length: it counts from the end of the block")
     if values["eta"] is not None and values["remask"] is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.utils import ModelOutput
 
+from .constraints import Lexicon, constraint_of
 from .decoder import Decoding, Progress
 from .decoding_settings import SETTINGS
 from .errors import UserError
@@ -116,7 +117,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                 passes so far; False stops the decoding. The canvas is not to be changed.
             logits_processor: transformers' processors, called with the (N, T + max_new_tokens) canvases and the
                 (N, V) scores of the positions that are being filled; at padding they see masks.
-            tokenizer: turns ids into text; needed with `stop_strings`.
+            tokenizer: turns ids into text; needed with `stop_strings`, `regex` and `json_schema`.
             **overrides: settings that replace those of the configuration, see `DiffusionGenerationConfig`.
 
         Returns:
@@ -133,13 +134,24 @@ class DiffusionGenerationMixin(GenerationMixin):
         config = complete(config, self.config)
         if config.stop_strings and tokenizer is None:
             raise UserError("stop_strings need the tokenizer: pass tokenizer=...")
+        is_shaped = config.regex is not None or config.json_schema is not None
+        if is_shaped and tokenizer is None:
+            raise UserError("regex and json_schema need the tokenizer: pass tokenizer=...")
+        constraint = constraint_of(config, self.config.vocab_size, Lexicon.of(tokenizer)) if is_shaped else None
         inputs, attention_mask = _check_inputs(inputs, attention_mask, config, self.device)
         seeds = _seeds(config, len(inputs))
         inputs = inputs.repeat_interleave(config.num_return_sequences, 0)
         attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, 0)
         decoding = Decoding(self, decode=tokenizer.decode if tokenizer is not None else None)
         requests = [
-            Request(ids=ids, attention_mask=real, settings=config, seed=seed, processors=logits_processor or ())
+            Request(
+                ids=ids,
+                attention_mask=real,
+                settings=config,
+                seed=seed,
+                processors=logits_processor or (),
+                constraint=constraint,
+            )
             for ids, real, seed in zip(inputs.tolist(), attention_mask.tolist(), seeds, strict=True)
         ]
         return self._decode_all(decoding, requests, config, inputs, step_callback)

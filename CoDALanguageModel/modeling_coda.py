@@ -34,11 +34,15 @@ from .blocks import BlockScorer as BlockScorer  # isort: skip
 from .cache import CanvasCache as CanvasCache  # isort: skip
 from .candidates import Candidates as Candidates  # isort: skip
 from .canvas import Canvas as Canvas  # isort: skip
+from .constraints import Constraint as Constraint  # isort: skip
 from .decoder import Decoding as Decoding  # isort: skip
 from .decoding_settings import Setting as Setting  # isort: skip
 from .errors import UserError as UserError  # isort: skip
 from .infilling import InfillOutput as InfillOutput  # isort: skip
+from .json_schema import of_schema as of_schema  # isort: skip
+from .limits import Limits as Limits  # isort: skip
 from .orders import Order as Order  # isort: skip
+from .regular import Automaton as Automaton  # isort: skip
 from .row import Row as Row  # isort: skip
 from .schedule import Commit as Commit  # isort: skip
 from .scoring import Scorer as Scorer  # isort: skip

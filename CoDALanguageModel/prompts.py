@@ -8,13 +8,14 @@ laid out in `infilling`; where an answer ends is decided in `answers`.
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from .constraints import Lexicon
 from .errors import UserError, half_surrogate
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Codec:
         template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
         # Tags such as <think> that the template looks for in the assistant's earlier turns keep their meaning there.
         self._assistant_tags = {content for content in self._plain_added if content in template}
+        self._knows_tools = "tools" in template and "<tool_call>" in template
         self._adds_space = _ids(self._first, "x") != _ids(self._later, "x")
         self._after_control = self._find_after_control()
         self._check_joints()
@@ -120,6 +122,11 @@ class Codec:
             raise UserError(f"{folder}: {error}") from error
 
     @property
+    def lexicon(self) -> Lexicon:
+        """The bytes of the tokens, which constraints need."""
+        return Lexicon.of(self._tokenizer)
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be encoded."""
         return self._tokenizer.chat_template is not None
@@ -129,6 +136,7 @@ class Codec:
         messages: Sequence[dict[str, str]],
         *,
         continue_final_message: bool = False,
+        tools: Sequence[dict[str, Any]] = (),
         max_tokens: int | None = None,
     ) -> list[int]:
         """Ids of a conversation, up to where the assistant's next turn begins.
@@ -136,15 +144,21 @@ class Codec:
         Args:
             messages: `{"role", "content"}` each, roles that the chat template knows.
             continue_final_message: the last message is the beginning of the answer: stop where its text stops.
+            tools: functions that the model may call, as the template wants them.
             max_tokens: as for `encode_text`.
 
         Raises:
             TextTooLong: it has more than `max_tokens`.
+            NoTools: the template knows none.
             UserError: the tokenizer has no chat template, the template refuses the messages, leaves one out or opens
                 no answer, a text is no Unicode, or it turns out that the template cannot be taken apart as needed.
         """
         if not self.has_chat_template:
             raise UserError("the model's tokenizer has no chat template")
+        if tools and not self._knows_tools:
+            raise NoTools(
+                "tools cannot be used: the model's chat template does not write them, with calls in <tool_call>"
+            )
         if not self._template_is_checked:  # it refused every probe, so the first conversation that it takes is one
             self._compare_with_tokenizer(messages)
             self._template_is_checked = True
@@ -153,22 +167,29 @@ class Codec:
                 f"the chat template writes {self._missing_header!r} before an answer but knows no generation prompt "
                 "(add_generation_prompt), so that the model would not be asked to answer"
             )
-        return self._encode_chat(messages, continue_final_message, max_tokens)
+        return self._encode_chat(messages, continue_final_message, max_tokens, tools)
 
     def _encode_chat(
         self,
         messages: Sequence[dict[str, str]],
         continue_final_message: bool = False,
         max_tokens: int | None = None,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> list[int]:
-        marks = self.marks(message["content"] for message in messages)
+        marks = self.marks([*(message["content"] for message in messages), *_texts(tools)])
 
         def hidden(message: dict[str, str]) -> dict[str, str]:
             kept = self._assistant_tags if message["role"] == "assistant" else ()
             return {**message, "content": marks.hide(message["content"], kept)}
 
         chat = [hidden(message) for message in messages]
-        rendered = self.render(chat, continue_final_message)
+        more = {"tools": _mapped(tools, marks.hide)} if tools else {}
+        rendered = self._render(
+            chat,
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+            **more,
+        )
         self._refuse_too_long(rendered, self._longest_rendered, max_tokens)
         for message in chat:  # earlier turns of the assistant may be shortened, e.g. by their thoughts
             if message["role"] != "assistant" and message["content"].strip() not in rendered:
@@ -250,10 +271,10 @@ class Codec:
             messages, add_generation_prompt=not continue_final_message, continue_final_message=continue_final_message
         )
 
-    def _render(self, messages: Sequence[dict[str, str]], **ends: bool) -> str:
+    def _render(self, messages: Sequence[dict[str, str]], **options: Any) -> str:
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, **self._template_arguments, **ends
+                list(messages), tokenize=False, **self._template_arguments, **options
             )
         except Exception as error:  # a template is a program of the model's author; it refuses by raising anything
             raise TemplateRefusal(f"the chat template refuses these messages: {error}") from error
@@ -352,6 +373,22 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids if text else []
 
 
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A value of JSON with other texts."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _mapped(part, change) for key, part in value.items()}
+    return [_mapped(part, change) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in a value of JSON."""
+    found: list[str] = []
+    _mapped(value, lambda text: found.append(text) or text)
+    return found
+
+
 def _without_implicit_space(description: dict) -> dict:
     """The description of a tokenizer that puts no space before a text, and takes none away."""
 
@@ -414,6 +451,10 @@ class TextTooLong(UserError):
     def __init__(self, least_tokens: int, max_tokens: int) -> None:
         super().__init__(f"the text of at least {least_tokens} tokens does not fit in {max_tokens} tokens")
         self.least_tokens, self.max_tokens = least_tokens, max_tokens
+
+
+class NoTools(UserError):
+    """The chat template does not write tools."""
 
 
 class TemplateRefusal(UserError):

@@ -5,7 +5,7 @@ All that a step does here is about the tokens that changed in it. Not here: tens
 
 import copy
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .attention_coda import block_numbers
 from .configuration_coda import CoDAConfig, token_ids
+from .constraints import Cells, Constraint
 from .diffusion import scored_by
 from .errors import UserError
 from .generation_config_coda import DiffusionGenerationConfig
@@ -116,6 +117,9 @@ class Request:
     forced: Sequence[int] | None = None
     """One token per column: what is committed at masks instead of the model's choice; the model only judges it."""
 
+    constraint: Constraint | None = None
+    """What `constraints.constraint_of` made of `regex` or `json_schema`, where the settings have one of them."""
+
 
 class Sampling(NamedTuple):
     """What a decision depends on besides the scores of a row, its step and its seed."""
@@ -186,6 +190,8 @@ class Row:
         self._check()
         self.vocabulary = Vocabulary(config, model.vocab_size, request.processors)
         self.sampling = Sampling.of(config, request)
+        self.constraint = request.constraint
+        self._constrain()
         self._coming = plan_commits(
             [last - first for first, last in pairwise(self.starts)],
             steps=config.steps,
@@ -197,7 +203,8 @@ class Row:
         self._totals: list[int] = []
         """Tokens that the steps commit up to each of them."""
         self.eos_ids = frozenset(token_ids(config.eos_token_id))
-        self.key: Hashable = (self.vocabulary.key, self.width if self.vocabulary.processors else None, self.sampling)
+        width = self.width if self.vocabulary.processors else None
+        self.key: Hashable = (self.vocabulary.key, width, self.sampling, self.constraint)
         """Equal for rows that are treated alike."""
         self.cost = DecodingCost()
         self.committed = self.num_steps = self.num_settled = self._searched = 0
@@ -287,6 +294,44 @@ class Row:
                     f"the gap: all text must stand before token {behind}, where the gap's block of block_size="
                     f"{model.block_size} ends, or the model must have attention 'full'"
                 )
+
+    def _constrain(self) -> None:
+        """Lay out what the constraint covers: all from the first gap to the last."""
+        name = next((name for name in ("regex", "json_schema") if getattr(self.config, name) is not None), None)
+        if (name is None) != (self.constraint is None):
+            raise UserError(
+                "regex and json_schema need what is made of them with the tokenizer: give `diffusion_generate` "
+                "tokenizer=..., `Decoding` lexicon=..., or `Request` constraint=..."
+            )
+        if self.constraint is None:
+            return
+        first, last = self.columns.index(self.gaps[0]), self.columns.index(self.gaps[-1])
+        self.covered = self.columns[first : last + 1]
+        """Columns that the constraint covers."""
+        self.cell_of = {column: i for i, column in enumerate(self.covered)}
+        """Place of each of them among the cells."""
+        self.cells = Cells(self.constraint, self._cell_tokens(()))
+        if not self.cells.is_completable:
+            least, given = self.constraint.least, len(self.gaps)
+            if given == self.config.max_new_tokens:
+                if given < least:
+                    raise UserError(f"max_new_tokens must be at least {least} for this {name}, got {given}")
+                raise UserError(
+                    f"max_new_tokens={given}: no text of so many tokens matches {name}, and none may end before"
+                )
+            raise UserError(
+                f"gaps of {given} masks cannot be filled so that all from the first to the last matches {name}; the "
+                f"shortest text of it has {least} tokens"
+            )
+
+    def _cell_tokens(self, masked: Collection[int]) -> list[int | None]:
+        mask, ids = self.config.mask_token_id, self.ids
+        return [None if ids[column] == mask or column in masked else ids[column] for column in self.covered]
+
+    def open_cells(self, masked: Collection[int]) -> Cells:
+        """The cells that the constraint covers, as they are now; columns in `masked` as if they were masked."""
+        self.cells.update(self._cell_tokens(masked))
+        return self.cells
 
     def span(self, block: int) -> tuple[int, int]:
         """The first position of the model's block in which a block is decoded, and the one behind its last."""

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .candidates import Candidates, Extra, ScoresNotFinite, propose, row_uniforms
+from .candidates import Candidates, Extra, ScoresNotFinite, propose, row_uniforms, rows_at_once
 from .canvas import Canvas, Decision, Step
 from .decoding_settings import NUM_BEST
+from .limits import Again, Limits
 from .orders import choose
 from .row import Row, Sampling
 from .scoring import Scorer, Scores
@@ -101,6 +102,11 @@ class Stepwise:
             with_certainty=how.rule is not None,
             extra=self.extra,
         )
+        remasked = self._remask(step, ids) if how.remask else None
+        limits = None
+        if first.constraint is not None:
+            limits, again = self._limits(step, scores, remasked), self._again(step, ids.shape[1], scores)
+            candidates = limits.correct(candidates, again)
 
         if how.is_forced:
             candidates = candidates._replace(tokens=self._forced(step, ids)[row, column])
@@ -113,16 +119,22 @@ class Stepwise:
         shuffle = None
         if how.order.is_shuffled(how.alg_temp):
             shuffle = self._uniforms("order", step, ids.shape[1], row, column)
-        ranking = spread(how.order.rank(candidates.confidence, how.alg_temp, shuffle), -torch.inf)
+        rank = how.order.rank(candidates.confidence, how.alg_temp, shuffle)
+        ranking = spread(rank, -torch.inf)
         counts = step.index.new_tensor([commit.count for commit in step.commits])
-        remasked = self._remask(step, ids) if how.remask else None
         if remasked is not None:
             counts = counts + remasked.sum(dim=1)
         chosen = choose(ranking, counts)
         margin = self.margin(how, candidates, ranking, counts, chosen, spread)
+        accepted = None
         if how.rule is not None:
             certainty = spread(candidates.probability, -torch.inf), spread(candidates.entropy, torch.inf)
-            chosen = chosen | how.rule.accept(how.bound, *certainty)
+            accepted = how.rule.accept(how.bound, *certainty)
+            chosen = chosen | accepted
+        if limits is not None:
+            also = None if accepted is None else accepted[row, column]
+            is_chosen, tokens = limits.choose(rank, counts, also, again)
+            chosen, candidates = spread(is_chosen, False), candidates._replace(tokens=tokens)
         log_probability = best = None
         if how.keeps_scores:
             chosen_logits = logits.gather(1, candidates.tokens[:, None]).squeeze(1).float()
@@ -146,6 +158,54 @@ class Stepwise:
             tokens = ids.new_tensor(self.canvas.rows[place].request.forced)[: ids.shape[1]]
             forced[i, : len(tokens)] = tokens
         return forced
+
+    def _limits(self, step: Step, scores: Scores, remasked: Tensor | None) -> Limits:
+        """What the constraint of the rows allows; columns that are decided anew or masked again are open."""
+        rows = [self.canvas.rows[place] for place in step.places]
+        opened: list[set[int]] = [set() for _ in rows]
+        if rows[0].sampling.order.keeps_deciding:
+            for i, column in zip(scores.row.tolist(), scores.column.tolist(), strict=True):
+                opened[i].add(column)
+        if remasked is not None:
+            for i, column in remasked.nonzero().tolist():
+                opened[i].add(column)
+        return Limits(rows, scores.row, scores.column, opened)
+
+    def _again(self, step: Step, length: int, scores: Scores) -> Again:
+        """What chooses tokens anew, of those that are allowed, for rows that are treated alike."""
+        row, column, logits = scores
+        first = self.canvas.rows[step.places[0]]
+        how = first.sampling
+        class_of = first.constraint.classes_on(logits.device)
+        draws: dict[str, Tensor] = {}
+
+        def again(name: str, where: list[int], kinds: Tensor) -> Candidates:
+            if how.temperature > 0 and name not in draws:
+                draws[name] = self._uniforms(name, step, length, row, column)
+            at_once = rows_at_once(logits)
+            parts = []
+            for start in range(0, len(where), at_once):
+                place = row.new_tensor(where[start : start + at_once])
+                is_allowed = kinds[start : start + at_once].index_select(1, class_of)
+                allowed = logits[place].masked_fill_(~is_allowed, -torch.inf)
+                is_empty = ~allowed.amax(dim=1).isfinite()
+                if bool(is_empty.any()):
+                    logits[place[is_empty]] = -torch.inf
+                    raise ScoresNotFinite("the logits processors exclude every token that the constraint allows")
+                parts.append(
+                    propose(
+                        allowed,
+                        how.order,
+                        temperature=how.temperature,
+                        top_p=how.top_p,
+                        top_k=how.top_k,
+                        uniforms=draws[name][place] if draws else None,
+                    )
+                )
+            tokens, confidence = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+            return Candidates(tokens, confidence, None, None)
+
+        return again
 
     def margin(
         self,

@@ -34,6 +34,8 @@ class Vocabulary:
             self.processors.insert(0, RepetitionPenaltyLogitsProcessor(penalty=float(config.repetition_penalty)))
         excluded = banned | {token for token, value in self.bias.items() if value == -math.inf}
         num_ids = min(config.num_token_ids or vocab_size, vocab_size)
+        self.excluded = frozenset(excluded | set(range(num_ids, vocab_size)))
+        """Ids that cannot come out, whatever the model gives."""
         if len(excluded) >= num_ids and excluded.issuperset(range(num_ids)):
             raise UserError(
                 f"no token may come out: suppress_tokens and logit_bias exclude all of the {num_ids} ids of the "

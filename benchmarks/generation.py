@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import platform
+import random
 import re
 import statistics
 import time
@@ -26,7 +27,10 @@ from rich.table import Table
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.cache import PagedCache
+from CoDALanguageModel.constraints import Lexicon, TokenAutomaton
 from CoDALanguageModel.decoder import Decoding
+from CoDALanguageModel.json_schema import of_schema
+from CoDALanguageModel.regular import automaton
 from CoDALanguageModel.row import Request
 from CoDALanguageModel.schedule import commit_counts
 
@@ -254,6 +258,73 @@ def case_batch(repeats: int) -> dict[str, Any]:
     return {"rows": measured, "facts": {"equal tokens": same}, "goal": ">= 2x, identical tokens"}
 
 
+def words(count: int) -> Lexicon:
+    """A vocabulary of bytes and random pieces of text, with the lengths of a real one's tokens."""
+    rng = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz" * 4 + "ETAOIN_-.:;,/()[]{}<>=\"' 0123456789\n\u00e9\u4e2d\u6587"
+    tokens = [bytes([byte]) for byte in range(256)]
+    seen = set(tokens)
+    while len(tokens) < count:
+        text = " " * rng.randint(0, 1) + "".join(
+            rng.choice(letters) for _ in range(rng.choice((1, 2, 3, 4, 5, 6, 8, 11)))
+        )
+        if (token := text.encode()) not in seen:
+            seen.add(token)
+            tokens.append(token)
+    lexicon = Lexicon(None)
+    vars(lexicon)["tokens"] = tokens
+    return lexicon
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "email": {"type": "string", "format": "email"},
+        "roles": {"type": "array", "items": {"enum": ["reader", "writer", "owner"]}},
+        "address": {
+            "type": "object",
+            "properties": {"street": {"type": "string", "maxLength": 40}, "city": {"type": "string"}},
+            "required": ["street", "city"],
+        },
+    },
+    "required": ["name", "age", "address"],
+}
+
+
+def case_constrained(repeats: int) -> dict[str, Any]:
+    """Hidden 512, vocabulary 151,936, prompt 64, 128 new, 32 steps: free against answers by a schema."""
+    model = small_model()
+    lexicon, x = words(model.config.num_token_ids - 300), prompts(model, 1, 64)[0].tolist()
+    settings = {"max_new_tokens": 128, "steps": 32, "alg": "entropy", "eos_early_stop": False}
+
+    def run(**options: Any) -> list[int]:
+        decoding = Decoding(model, lexicon=lexicon)
+        row = decoding.admit(Request(ids=x, settings=model.generation_config.merged(settings | options)))
+        while decoding.rows:
+            decoding.step()
+        return row.text_ids()
+
+    shapes = {"object of five fields": {"json_schema": PERSON}, "any object": {"json_schema": {"type": "object"}}}
+    rows, facts = {}, {}
+    for temperature in (0.0, 1.0):
+        free = f"free, temperature {temperature:g}"
+        contenders = {free: partial(run, temperature=temperature)}
+        contenders |= {
+            f"{k}, temperature {temperature:g}": partial(run, temperature=temperature, **v) for k, v in shapes.items()
+        }
+        measured = measure(contenders, repeats)
+        for name in list(contenders)[1:]:
+            facts[f"cost of a step in %, {name}"] = 100 * (measured[name]["median_s"] / measured[free]["median_s"] - 1)
+        rows |= measured
+    for name, schema in (("object of five fields", PERSON), ("any object", {"type": "object"})):
+        start = time.perf_counter()
+        TokenAutomaton(automaton(of_schema(schema)), lexicon)
+        facts[f"seconds to compile, {name}"] = time.perf_counter() - start
+    return {"rows": rows, "facts": facts, "goal": "<= 20 % a step where no proposal of the model is allowed"}
+
+
 def case_length(repeats: int) -> dict[str, Any]:
     """Time against new tokens 64 to 1024, four tokens a step: stepwise, with the dual cache, and with windows too."""
     model = random_model(
@@ -469,6 +540,7 @@ CASES = {
     "published_shape": case_published_shape,
     "quickstart": case_quickstart,
     "batch": case_batch,
+    "constrained": case_constrained,
     "length": case_length,
     "blocks_4": case_blocks_4,
     "blocks_32": case_blocks_32,

@@ -279,7 +279,7 @@ class CoDAEvalModel(HostedLM):
 
     def _answered(self, jobs: list[_Job]) -> Iterator[tuple[_Job, Answer]]:
         """Decode at most `batch_size` jobs at a time; where one ends the next joins at once."""
-        decoding = Decoding(self.model, decode=self.codec.decode)
+        decoding = Decoding(self.model, decode=self.codec.decode, lexicon=self.codec.lexicon)
         waiting, running = deque(jobs), {}
         while waiting or running:
             while waiting and len(running) < int(self.batch_size):

@@ -26,6 +26,7 @@ from .protocol import ChatRequest, CompletionRequest, SamplingRequest
 from .replies import check_model, respond
 from .responses import CHAT, INFILL, TEXT, ChatCompletion, Completion, Form, ModelCard, ModelList, with_logprobs
 from .service import Service
+from .tools import completed, form_of
 
 
 def build_app(service: Service) -> FastAPI:
@@ -109,7 +110,7 @@ def _model_routes(service: Service) -> APIRouter:
     async def chat(request: Request) -> Any:
         """Answer a conversation."""
         body = await read_body(request, ChatRequest)
-        return await respond(service, request, body, chat_canvases, _told(service, body, CHAT))
+        return await respond(service, request, body, chat_canvases, _told(service, body, form_of(body, CHAT)))
 
     @router.post(
         "/v1/completions",
@@ -120,7 +121,8 @@ def _model_routes(service: Service) -> APIRouter:
     async def complete(request: Request) -> Any:
         """Continue texts, or fill gaps: between prompt and suffix, or between the pieces of `infill`."""
         body = await read_body(request, CompletionRequest)
-        form = _told(service, body, TEXT if body.infill is None else INFILL)
+        form = TEXT if body.infill is None else INFILL
+        form = _told(service, body, form if body.shape is None else completed(form))
         if body.echo:
             echo = Echo(form, service.engine.decode)
             return await respond(service, request, body, echo.canvases, echo, events=echo.events)

@@ -5,18 +5,19 @@ Not here: denoising them (`engine`), or replying (`replies`).
 
 import secrets
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from CoDALanguageModel.decoding_settings import DecodingSettings
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.fill_tokens import read_fill_prompt
 from CoDALanguageModel.infilling import candidate_lengths
-from CoDALanguageModel.prompts import TextTooLong
+from CoDALanguageModel.prompts import NoTools, TextTooLong
 
 from .errors import ApiError, invalid
-from .protocol import ChatRequest, CompletionRequest, DecodingFields, SamplingRequest
+from .protocol import ChatRequest, CompletionRequest, DecodingFields, SamplingRequest, Shape
 from .scheduler import CanvasRequest
 from .service import Service
+from .tools import callable_tools, shape_of
 
 AUTO = "auto"
 """Lengths of gaps that nobody knows: several are tried, and the best answer is kept."""
@@ -39,7 +40,8 @@ def chat_canvases(service: Service, body: ChatRequest) -> Asked:
     """One canvas per answer to a conversation."""
     max_tokens = body.max_completion_tokens or body.max_tokens
     messages = [message.as_text() for message in body.messages]
-    return conversation_canvases(service, body, messages, max_tokens)
+    tools = [tool.model_dump(exclude_none=True) for tool in callable_tools(body)]
+    return conversation_canvases(service, body, messages, max_tokens, tools=tools, shape=shape_of(body))
 
 
 def conversation_canvases(
@@ -49,17 +51,22 @@ def conversation_canvases(
     max_tokens: int | None,
     *,
     continue_final_message: bool = False,
+    tools: Sequence[dict[str, Any]] = (),
+    shape: Shape | None = None,
 ) -> Asked:
     """One canvas per answer to a conversation, or per end of its last message."""
     _check_number(service, body, 1)
-    options = {"continue_final_message": True} if continue_final_message else {}
+    options: dict[str, Any] = {"continue_final_message": True} if continue_final_message else {}
+    options |= {"tools": tools} if tools else {}
     try:
         prompt_ids = service.encoder.encode_chat(messages, max_tokens=service.limits.context_length, **options)
     except TextTooLong as error:
         raise _context_exceeded(error.max_tokens, f"at least {error.least_tokens}", max_tokens, "messages") from error
     except UserError as error:
-        raise invalid(str(error), param="messages") from error
-    return lay_out(service, body, [[prompt_ids]], max_tokens, "messages")
+        raise invalid(str(error), param="tools" if isinstance(error, NoTools) else "messages") from error
+    if shape is not None and shape.beginning:
+        prompt_ids = [*prompt_ids, *service.encoder.encode_answer(shape.beginning)]
+    return lay_out(service, body, [[prompt_ids]], max_tokens, "messages", shape=shape)
 
 
 def completion_canvases(service: Service, body: CompletionRequest) -> Asked:
@@ -70,7 +77,7 @@ def completion_canvases(service: Service, body: CompletionRequest) -> Asked:
     else:
         lengths = infill.lengths if infill.lengths == AUTO else tuple(infill.lengths)
     param = "prompt" if infill is None or infill.pieces is None else "infill"
-    return lay_out(service, body, texts, body.max_tokens, param, lengths)
+    return lay_out(service, body, texts, body.max_tokens, param, lengths, body.shape)
 
 
 def completion_texts(service: Service, body: CompletionRequest) -> list[Pieces]:
@@ -139,6 +146,7 @@ def lay_out(
     max_tokens: int | None,
     param: str,
     lengths: tuple[int, ...] | Literal["auto"] | None = None,
+    shape: Shape | None = None,
 ) -> Asked:
     """The canvases of each text and answer.
 
@@ -150,12 +158,17 @@ def lay_out(
         param: the field that the texts came from.
         lengths: masks of each gap; None for one of `max_tokens`; `auto` tries several lengths for the gaps of texts
             that have any.
+        shape: what the answers must match.
 
     Raises:
         ApiError: something does not fit, or cannot be denoised.
     """
     options, seed = _options(service, body)
     stop = service.limits.stop if body.stop is None else body.stop_strings
+    constraint = None
+    if shape is not None:
+        options, constraint = _shaped(service, body, options, shape)
+        stop = ()
     answers: list[list[CanvasRequest]] = []
     for pieces in texts:
         is_auto = lengths == AUTO and len(pieces) > 1
@@ -170,17 +183,46 @@ def lay_out(
                 stop=stop,
                 is_candidate=is_auto,
                 logprobs=body.num_best,
+                constraint=constraint,
             )
             for combination in _combinations(service, pieces, max_tokens, param, AUTO if is_auto else lengths)
         ]
-        for canvas in candidates:
-            try:
-                service.limits.check(canvas)
-            except UserError as error:
-                raise _refused(body, error) from error
+        faults = {canvas: fault for canvas in candidates if (fault := _fault(service, canvas)) is not None}
+        # Of lengths that compete some may be too short for what must match.
+        if faults and (len(faults) == len(candidates) or shape is None):
+            error = next(iter(faults.values()))
+            raise _refused(body, error) from error
+        candidates = [canvas for canvas in candidates if canvas not in faults]
         answers += [[canvas.with_seed(seed + i) for canvas in candidates] for i in range(body.n or 1)]
     check_rows(service, answers, param)
     return Asked(answers, sum(len(piece) for pieces in texts for piece in pieces))
+
+
+def _fault(service: Service, canvas: CanvasRequest) -> UserError | None:
+    """Why a canvas cannot be denoised."""
+    try:
+        service.limits.check(canvas)
+    except UserError as error:
+        return error
+    return None
+
+
+def _shaped(
+    service: Service, body: SamplingRequest, options: DecodingSettings, shape: Shape
+) -> tuple[DecodingSettings, Any]:
+    """The options with what answers must match, and what is made of it."""
+    if body.stop is not None:
+        raise invalid(f"stop cannot be used with {shape.param}: an answer that is cut would not match", param="stop")
+    # Speculation changes no token, so that an operator's default may be left out.
+    own = shape.settings | ({} if body.decoding.get("speculate") else {"speculate": 0})
+    try:
+        options = DecodingSettings(**(vars(options) | own))
+    except UserError as error:
+        raise _refused(body, error) from error
+    try:
+        return options, service.limits.constraint(options, service.encoder.lexicon)
+    except UserError as error:
+        raise invalid(str(error), param=shape.param) from error
 
 
 def _combinations(
@@ -252,5 +294,6 @@ def _context_exceeded(context: int, prompt_tokens: str, max_tokens: int | None, 
 
 def _refused(body: DecodingFields, error: UserError) -> ApiError:
     """400 for a message that begins with the name of the setting at fault, or is about several."""
-    name = str(error).partition(" ")[0]
-    return invalid(str(error), param=name if name in type(body).model_fields else None)
+    text = str(error).replace("max_new_tokens", "max_tokens")
+    name = text.partition(" ")[0]
+    return invalid(text, param=name if name in type(body).model_fields else None)

@@ -4,7 +4,7 @@ Not here: what comes back (`responses`).
 """
 
 import logging
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, create_model, model_validator
 
@@ -26,6 +26,7 @@ def _check_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
 
 
@@ -180,6 +181,69 @@ class SamplingRequest(DecodingFields):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+class Shape(NamedTuple):
+    """What an answer must match."""
+
+    param: str
+    """The field that says so."""
+    settings: dict[str, Any]
+    """`regex` or `json_schema`."""
+    beginning: str = ""
+    """Text with which the answer begins, and which is not in what must match."""
+
+
+class ResponseFormat(StrictModel):
+    """`response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+    """`name`, `schema`, and without effect `description` and `strict`: an answer is always by the schema."""
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> "ResponseFormat":
+        given = self.json_schema
+        if (given is None) == (self.type == "json_schema"):
+            raise invalid(
+                "response_format needs json_schema with type json_schema, and only then", param="response_format"
+            )
+        for name, value in (given or {}).items():
+            kinds = {"name": str, "schema": dict, "description": str | None, "strict": bool | None}
+            if name not in kinds:
+                raise invalid(f"unknown field 'response_format.json_schema.{name}'", f"response_format.{name}")
+            if not isinstance(value, kinds[name]):
+                raise invalid(f"response_format.json_schema.{name} is of the wrong type", param="response_format")
+        if given is not None and not given.get("name"):
+            raise invalid("response_format.json_schema needs a name", param="response_format")
+        return self
+
+
+class ShapedRequest(SamplingRequest):
+    """Fields that say what answers must match."""
+
+    response_format: ResponseFormat | None = None
+    """`json_object`: any object, nested as `CoDALanguageModel.json_schema` says; `json_schema`: by a schema."""
+    guided_regex: NonEmptyText | None = None
+    """A regular expression that the whole answer matches. Extension."""
+
+    @property
+    def shape(self) -> Shape | None:
+        """What these fields say.
+
+        Raises:
+            ApiError: both say something, or `stop` could cut the answer.
+        """
+        form = self.response_format
+        shape = None if self.guided_regex is None else Shape("guided_regex", {"regex": self.guided_regex})
+        if form is not None and form.type != "text":
+            if shape is not None:
+                raise invalid(
+                    "guided_regex and response_format exclude each other: give one of them", param="guided_regex"
+                )
+            schema = {"type": "object"} if form.json_schema is None else form.json_schema.get("schema", {})
+            shape = Shape("response_format", {"json_schema": schema})
+        return shape
+
+
 class TextPart(StrictModel):
     """The one kind of content part that there is."""
 
@@ -187,12 +251,76 @@ class TextPart(StrictModel):
     text: Text
 
 
+class EarlierFunction(StrictModel):
+    """What was called."""
+
+    name: FunctionName
+    arguments: Text
+    """JSON."""
+
+
+class EarlierCall(StrictModel):
+    """A call of an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: EarlierFunction
+
+    def as_text(self) -> str:
+        """As Qwen's template writes it."""
+        return f'<tool_call>\n{{"name": "{self.function.name}", "arguments": {self.function.arguments}}}\n</tool_call>'
+
+
+class Function(StrictModel):
+    """A function that the model may call."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of an object."""
+    strict: bool | None = None
+    """Without effect: a call that is asked for is by the schema, and any other is not held to it."""
+
+
+class Tool(StrictModel):
+    """One of `tools`."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(StrictModel):
+    """The function that must be called."""
+
+    name: FunctionName
+
+
+class NamedTool(StrictModel):
+    """`tool_choice` that names one."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class Message(StrictModel):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    """`developer` is another word for `system`."""
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """`developer` is another word for `system`; `tool` gives what a function gave back."""
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[EarlierCall], Field(fail_fast=True)] | None = None
+    """Of the assistant."""
+    tool_call_id: str | None = None
+    """Of a tool; the model sees the order of the results alone."""
+
+    @model_validator(mode="after")
+    def _check_role(self) -> "Message":
+        if self.content is None and not self.tool_calls:
+            raise invalid("messages: content is missing", param="messages.content")
+        for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                raise invalid(f"messages: {name} says nothing in the role {self.role!r}", param=f"messages.{name}")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -204,7 +332,7 @@ class Message(StrictModel):
                 logger.info("ignored message field: name")
             elif name not in cls.model_fields and value is not None and value != []:
                 raise invalid(
-                    f"messages: field {name} is not supported (supported: role, content)",
+                    f"messages: field {name} is not supported (supported: role, content, tool_calls, tool_call_id)",
                     param=f"messages.{name}",
                     code="unsupported_field",
                 )
@@ -212,11 +340,13 @@ class Message(StrictModel):
 
     def as_text(self) -> dict[str, str]:
         """Role and text, parts joined by line ends, as the chat template wants it."""
-        parts = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": parts}
+        content = self.content or ""
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+        text = "\n".join([*([text] if text else []), *(call.as_text() for call in self.tool_calls or ())])
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatRequest(SamplingRequest):
+class ChatRequest(ShapedRequest):
     """Body of `/v1/chat/completions`."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -228,9 +358,6 @@ class ChatRequest(SamplingRequest):
         "parallel_tool_calls": (True, False),
         "prediction": (),
         "reasoning_effort": (),
-        "response_format": ({"type": "text"},),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -238,6 +365,10 @@ class ChatRequest(SamplingRequest):
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Newer name of `max_tokens`."""
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] | None = None
+    """Functions that the model may call."""
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """`required`: the answer is a call of one of them; `auto`, the default: it may hold calls."""
     logprobs: bool | None = None
     """Tell of each token its log-probability when it was committed."""
     top_logprobs: int | None = Field(None, ge=0, le=NUM_BEST)
@@ -252,6 +383,8 @@ class ChatRequest(SamplingRequest):
     def _top_of_logprobs(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise invalid(f"top_logprobs={self.top_logprobs} needs logprobs=true", param="top_logprobs")
+        if self.logprobs and self.tools and self.tool_choice != "none":
+            raise invalid("logprobs are told of text and not of calls: say tool_choice none", param="logprobs")
         return self
 
     @model_validator(mode="after")
@@ -272,7 +405,7 @@ class Infill(StrictModel):
     """Masks of each gap; `auto` tries several and keeps the best answer."""
 
 
-class CompletionRequest(SamplingRequest):
+class CompletionRequest(ShapedRequest):
     """Body of `/v1/completions`; with `suffix` or `infill`, gaps in a text are filled."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {

@@ -50,7 +50,7 @@ async def respond(
     """Denoise what a body asks for, and say it in the endpoint's form, whole or as it becomes final."""
     settings = service.settings
     check_model(settings, body.model)
-    asked = await run_in_threadpool(canvases_of, service, body)
+    asked = await _prepare(service, body, canvases_of)
     generation = Generation(service.engine, asked.answers, settings.request_timeout_s)
     head = Head.new(form.id_prefix, settings.public_name)
     usage_of = partial(Usage.of, asked.prompt_tokens)
@@ -61,6 +61,19 @@ async def respond(
     # Written in a thread: long answers would keep the event loop.
     content = await run_in_threadpool(lambda: form.whole(head, answers, usage_of(answers)).model_dump_json())
     return Response(content, media_type="application/json")
+
+
+async def _prepare(service: Service, body: SamplingRequest, canvases_of: Callable[[Service, Any], Asked]) -> Asked:
+    """The canvases, made in a thread; in one of its own where that may take long."""
+    is_shaped = getattr(body, "shape", None) is not None or getattr(body, "tools", None)
+    if not is_shaped:
+        return await run_in_threadpool(canvases_of, service, body)
+    limit_s = service.settings.request_timeout_s
+    try:
+        async with asyncio.timeout(limit_s):
+            return await asyncio.get_running_loop().run_in_executor(service.shaper, canvases_of, service, body)
+    except TimeoutError:
+        raise ApiError(504, f"no answer within {limit_s:g} s", code="timeout") from None
 
 
 async def _unless_client_leaves(request: Request, generation: Generation) -> list[Answer]:

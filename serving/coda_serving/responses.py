@@ -77,13 +77,42 @@ class AssistantMessage(BaseModel):
     refusal: None = None
 
 
+class CalledFunction(BaseModel):
+    """What is to be called."""
+
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class ToolCall(BaseModel):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ToolCallDelta(ToolCall):
+    """A call in a stream; it comes in one piece."""
+
+    index: int
+
+
+class CallingMessage(AssistantMessage):
+    """An answer that asks for calls."""
+
+    content: str | None
+    tool_calls: list[ToolCall]
+
+
 class ChatChoice(BaseModel):
     """One of the answers of a conversation."""
 
     index: int
-    message: AssistantMessage
+    message: CallingMessage | AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_calls"]
 
 
 class ChatCompletion(Head):
@@ -99,6 +128,7 @@ class ChatDelta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -107,7 +137,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
 
 
 class ChatChunk(Head):
@@ -185,8 +215,8 @@ class Form:
     event: type[BaseModel]
     choice: Callable[[int, Answer], BaseModel]
     """An answer of a whole response, by its index."""
-    part: Callable[[int, Delta, FinishReason | None], BaseModel]
-    """What an event adds to an answer: text, or its end."""
+    part: Callable[[int, Delta, FinishReason | None], BaseModel | None]
+    """What an event adds to an answer: text, or its end; None where it adds nothing yet."""
     opening: Callable[[int], BaseModel] | None = None
     """What begins each answer of a stream, where something does."""
     spelling: Spelling | None = None
@@ -226,7 +256,7 @@ INFILL = dataclasses.replace(
 
 def with_logprobs(form: Form, spelling: Spelling) -> Form:
     """A form of OpenAI's that also tells log-probabilities."""
-    spell = spelling.chat if form is CHAT else spelling.text
+    spell = spelling.chat if form.response is ChatCompletion else spelling.text
 
     def choice(index: int, answer: Answer) -> BaseModel:
         return form.choice(index, answer).model_copy(update={"logprobs": spell(answer.tokens)})

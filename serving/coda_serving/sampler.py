@@ -9,10 +9,12 @@ import torch
 
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.answers import end_ids
+from CoDALanguageModel.constraints import Constraint, Lexicon, constraint_of
 from CoDALanguageModel.decoder import Decoding
+from CoDALanguageModel.decoding_settings import DecodingSettings
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.infilling import lay_out
-from CoDALanguageModel.row import Request, Row
+from CoDALanguageModel.row import Request, Row, complete
 from CoDALanguageModel.weight_files import refuse_not_finite
 
 from .engine import RowStep
@@ -143,7 +145,18 @@ class ModelSampler:
             seed=request.seed,
             keeps_best=bool(request.logprobs),
             forced=None if request.forced is None else [*request.prompt_ids, *request.forced],
+            constraint=request.constraint,
         )
+
+    def constraint(self, options: DecodingSettings, lexicon: Lexicon) -> Constraint | None:
+        """What `regex` or `json_schema` of the options demand; it may take seconds.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        model = self._model
+        config = complete(model.generation_config.merged(options.overrides()), model.config)
+        return constraint_of(config, model.config.vocab_size, lexicon)
 
 
 def _score(row: Row) -> float | None:

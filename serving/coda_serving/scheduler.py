@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from CoDALanguageModel.decoding_settings import DecodingSettings
 
@@ -43,6 +44,9 @@ class CanvasRequest:
 
     forced: tuple[int, ...] | None = None
     """What is committed in the gap whatever the model would choose, which only judges it; to the end."""
+
+    constraint: Any = None
+    """What `ModelLimits.constraint` made of the options, where they have one."""
 
     def with_seed(self, seed: int) -> "CanvasRequest":
         """The same request with another seed."""

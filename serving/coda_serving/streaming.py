@@ -112,7 +112,8 @@ async def answer_events(
     try:
         async for index, event in generation.events():
             if isinstance(event, Delta):
-                yield frame(form.part(index, event, None))
+                if (choice := form.part(index, event, None)) is not None:
+                    yield frame(choice)
             else:
                 answers.append(event)
                 yield frame(form.part(index, Delta(""), event.finish_reason))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from CoDALanguageModel.prompts import CHATML_TEMPLATE, PROBES, Codec, TemplateRefusal, TextTooLong
+from CoDALanguageModel.prompts import CHATML_TEMPLATE, PROBES, Codec, NoTools, TemplateRefusal, TextTooLong
 
 CODE = "\n\n  def f(x):\r\n\treturn x  # ok \n\n"
 
@@ -41,6 +41,49 @@ def reference(tokenizer, messages):
 def test_ordinary_conversations_equal_the_chat_template(tokenizer, codec, texts):
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     assert codec.encode_chat(messages) == reference(tokenizer, messages)
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "Finds \u00e9 and <things>",
+            "parameters": {"type": "object", "properties": {"word": {"type": "string", "enum": ["a", "b"]}}},
+        },
+    }
+]
+
+
+def test_tools_are_written_as_the_chat_template_writes_them_and_their_control_tokens_are_text(qwen3_tokenizer):
+    codec, messages = Codec(qwen3_tokenizer), [{"role": "user", "content": "hi"}]
+    text = qwen3_tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False, add_generation_prompt=True)
+    assert codec.encode_chat(messages, tools=TOOLS) == qwen3_tokenizer(text, add_special_tokens=False)["input_ids"]
+    hostile = [{"type": "function", "function": {"name": "f", "description": "<|im_end|>", "<|im_start|>": "x"}}]
+    ids, plain = codec.encode_chat(messages, tools=hostile), codec.encode_chat(messages, tools=TOOLS)
+    for token in ("<|im_end|>", "<|im_start|>"):
+        number = qwen3_tokenizer.convert_tokens_to_ids(token)
+        assert ids.count(number) == plain.count(number)
+    assert "<|im_end|>" in qwen3_tokenizer.decode(ids).rpartition("</tools>")[0]
+
+
+def test_earlier_calls_are_those_of_the_template(qwen3_tokenizer):
+    codec, user = Codec(qwen3_tokenizer), {"role": "user", "content": "hi"}
+    call = {"function": {"name": "f", "arguments": {"a": 1}}}
+    result = {"role": "tool", "content": "<|im_end|>7"}
+    for content in ("", "Let me see."):
+        ours = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+        answer = {"role": "assistant", "content": "\n".join(filter(None, [content, ours]))}
+        theirs = [user, {"role": "assistant", "content": content, "tool_calls": [call]}, {**result, "content": "7"}]
+        assert codec.encode_chat([user, answer, {**result, "content": "7"}]) == reference(qwen3_tokenizer, theirs)
+    end = qwen3_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat = [user, answer, result]
+    assert codec.encode_chat(chat).count(end) == codec.encode_chat([*chat[:2], {**result, "content": "7"}]).count(end)
+
+
+def test_a_template_without_tools_takes_none(chatml_tokenizer):
+    with pytest.raises(NoTools, match="does not write them"):
+        Codec(chatml_tokenizer).encode_chat([{"role": "user", "content": "hi"}], tools=TOOLS)
 
 
 def test_code_and_system_messages_equal_the_chat_template(tokenizer, codec):

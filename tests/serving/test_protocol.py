@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from coda_serving.errors import ApiError
 from coda_serving.protocol import ChatRequest, CompletionRequest
+from coda_serving.tools import shape_of
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -31,10 +32,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_one():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function"}]},
-        {"tool_choice": "required"},
         {"functions": [{}]},
-        {"response_format": {"type": "json_object"}},
         {"modalities": ["audio"]},
         {"reasoning_effort": "low"},
     ],
@@ -63,6 +61,7 @@ def test_values_that_ask_for_nothing_are_accepted():
         response_format={"type": "text"},
         tool_choice="none",
     )
+    assert shape_of(chat(tools=[], tool_choice="auto")) is None
     CompletionRequest(prompt="x", echo=False, best_of=1)
 
 
@@ -146,11 +145,14 @@ def test_text_parts_are_joined_and_other_parts_refused():
         chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
 
 
-def test_a_message_as_the_client_dumps_it_is_accepted_and_tool_calls_are_not():
+def test_a_message_as_the_client_dumps_it_is_accepted_with_its_calls():
     dumped = {"role": "assistant", "content": "a", "refusal": None, "audio": None, "tool_calls": None}
     assert chat(messages=[dumped]).messages[0].content == "a"
-    with pytest.raises(ApiError, match="field tool_calls is not supported"):
-        chat(messages=[dumped | {"tool_calls": [{"id": "1"}]}])
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    (message,) = chat(messages=[dumped | {"content": None, "tool_calls": [call]}]).messages
+    assert message.as_text()["content"] == '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    with pytest.raises(ApiError, match="field audio is not supported"):
+        chat(messages=[dumped | {"audio": {"id": "1"}}])
 
 
 def test_text_must_be_unicode():
