@@ -623,7 +623,7 @@ def main() -> None:
         stored.write_text(json.dumps(numbers, indent=2) + "\n")
     numbers = {name: numbers[name] for name in CASES if name in numbers}
     draw(numbers, HERE / "generation.png")
-    lines = [BEGIN, "## Decoding", "", "`python benchmarks/generation.py`; on a GPU: not measured.", ""]
+    lines = [BEGIN, "## Decoding", "", "`python benchmarks/generation.py`; on a GPU: see the end.", ""]
     lines += ["![speed-ups and time against length](generation.png)", ""]
     with console.capture():
         for name, case in numbers.items():

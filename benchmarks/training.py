@@ -46,7 +46,7 @@ OTHERS = {"memory": "training_memory.py", "reader": "training_reader.py"}
 console = Console()
 
 
-def make_data(folder: Path) -> None:
+def make_data(folder: Path, *, documents: int = 400, document_length: int = LENGTH) -> None:
     """A tokenizer folder and shards of random tokens below `folder`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -62,8 +62,8 @@ def make_data(folder: Path) -> None:
     shards.mkdir()
     rng = np.random.default_rng(0)
     with ShardWriter(shards, "train-000000", "uint16") as writer:
-        for _ in range(400):
-            writer.add([*rng.integers(300, VOCABULARY, LENGTH - 1).tolist(), 0])
+        for _ in range(documents):
+            writer.add([*rng.integers(300, VOCABULARY, document_length - 1).tolist(), 0])
         record = writer.commit()
     facts = {
         "fingerprint": "benchmark",
@@ -174,9 +174,7 @@ def report(results: dict[str, Any], rounds: int) -> list[str]:
         cells = (f"{row['median_s']:.3f}", f"{row['ratio']:.2f}", f"{row['first_step_s']:.1f}")
         table.add_row(name, *cells)
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append("| GPU: 1.7B, 8192, bf16 | not measured | | |")
     console.print(table)
-    console.print("GPU: not measured")
     lines += ["", *findings(results)]
     for line in findings(results):
         console.print(line)

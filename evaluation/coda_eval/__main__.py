@@ -1,7 +1,9 @@
-"""lm-eval's command line with our model and our tasks: `python -m coda_eval [run|ls|validate] ...`."""
+"""The command line: `run`, `ls` and `validate` are lm-eval's with our model and our tasks, the others are ours."""
 
 import argparse
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import yaml
@@ -10,6 +12,13 @@ from CoDALanguageModel.errors import UserError
 
 TASKS = Path(__file__).with_name("tasks")
 """Folder of our task files; always searched, besides lm-eval's own."""
+
+
+COMMANDS = {
+    "judge": "judge",
+    "report": "report",
+}
+"""Commands of our own, and the module of this package whose `main(argv)` runs each."""
 
 
 def add_our_tasks(args: argparse.Namespace) -> argparse.Namespace:
@@ -27,6 +36,24 @@ def add_our_tasks(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the command that the arguments name.
+
+    Raises:
+        SystemExit: it could not be done; the message says why.
+    """
+    name, *rest = sys.argv[1:] or [""]
+    try:
+        if name in COMMANDS:
+            importlib.import_module(f"coda_eval.{COMMANDS[name]}").main(rest)
+        else:
+            _evaluate()
+    except UserError as error:
+        if os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
+            raise SystemExit(f"coda_eval: error: {error}") from error
+        raise
+
+
+def _evaluate() -> None:
     """Parse lm-eval's arguments and run its command."""
     # Read by accelerate when it is first imported. With torch_xla installed, it would otherwise run several processes
     # as if each were alone; evaluation runs on CPU and GPU.
@@ -40,16 +67,16 @@ def main() -> None:
 
     setup_logging()
     cli = HarnessCLI()
-    try:
-        args = add_our_tasks(cli.parse_args())
-        if args.command == "run":
-            run(args)
-        else:
-            cli.execute(args)
-    except UserError as error:
-        if os.environ.get("LOGLEVEL", "").upper() != "DEBUG":
-            raise SystemExit(f"coda_eval: error: {error}") from error
-        raise
+    cli._subparsers.choices["run"].add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --output_path: answers that its journal has are not made again",
+    )
+    args = add_our_tasks(cli.parse_args())
+    if args.command == "run":
+        run(args)
+    else:
+        cli.execute(args)
 
 
 if __name__ == "__main__":

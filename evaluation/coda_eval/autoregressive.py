@@ -12,6 +12,7 @@ Two things go wrong when a task's text is simply handed to such a model, and are
 
 import copy
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +27,10 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from coda_eval import session
-from coda_eval.hosted import ChatPrompt, HostedLM, answer_record, on_device, place
+from coda_eval.hosted import ChatPrompt, HostedLM, known, on_device, place
+from coda_eval.journal import digest
 from coda_eval.programs import Answer
+from coda_eval.session import Asked, slot
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.fill_tokens import FILL_ENDS, FILL_TOKENS, FillTokens
 from CoDALanguageModel.prompts import Codec
@@ -43,8 +46,8 @@ class _Prompt:
     """One answer to make."""
 
     index: int  # place in the list of requests
-    repeat: int  # which of the answers to one document
-    ids: list[int]
+    asked: Asked
+    ids: list[int] | None  # None where lm-eval's own way is right
     tail: str  # text that the answer has to begin with and that is no part of it
     settings: dict[str, Any]
     ends: frozenset[int]
@@ -64,46 +67,58 @@ class AutoregressiveModel(HostedLM):
 
     def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         repeats: dict[int, int] = {}
-        prompts, plain, surplus = [], [], set()
+        prompts, surplus = [], set()
         for index, request in enumerate(requests):
             repeats[id(request)] = repeat = repeats.get(id(request), -1) + 1
             if repeat >= (request.repeats or 1):  # lm-eval evens out ranks by repeating the last request
                 surplus.add(index)
-            prompt = self._prompt(index, request, repeat)
-            if prompt is None:
-                plain.append((index, repeat))
-            else:
-                prompts.append(prompt)
+            prompts.append(self._prompt(index, request, repeat))
         answers = [Answer()] * len(requests)
-        if plain:
-            made = super().generate_until([requests[index] for index, _ in plain], disable_tqdm)
-            for (index, _), text in zip(plain, made, strict=True):
-                answers[index] = Answer(text)
-            session.save_answers([answer_record(requests[i], repeat, answers[i]) for i, repeat in plain])
         progress = tqdm(total=len(prompts), disable=disable_tqdm or self.rank != 0, desc="Generating")
         for batch in self._batches(prompts):
-            for prompt, answer in zip(batch, self._answer(batch), strict=True):
+            for prompt, answer in zip(batch, self._answered(batch), strict=True):
                 answers[prompt.index] = answer
-            session.save_answers([answer_record(requests[p.index], p.repeat, answers[p.index]) for p in batch])
             progress.update(len(batch))
         progress.close()
         for index, answer in enumerate(answers):
             answer.surplus = index in surplus
         return answers
 
+    def _answered(self, batch: list[_Prompt]) -> list[Answer]:
+        """The answers of a batch: from the journal if it has all of them, else made together, with draws of their own.
+
+        So a run that is gone on with makes the batches that it would have made, whose roundings and draws are the same.
+        """
+        asked = [prompt.asked for prompt in batch]
+        lines = [session.find(one) for one in asked]
+        if all(line is not None for line in lines):
+            session.keep(list(zip(asked, lines, strict=True)))
+            return [Answer.read(line) for line in lines]
+        started = time.monotonic()
+        drawn = digest([[self.base_seed, slot(one.request, one.repeat)] for one in asked])
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(drawn[:12], 16))
+            answers = self._answer(batch) if batch[0].ids is not None else self._answer_plainly(batch)
+        for answer in answers:
+            answer.generation_s = round((time.monotonic() - started) / len(batch), 4)
+            answer.seed = self.base_seed
+        session.keep([(one, known(answer)) for one, answer in zip(asked, answers, strict=True)])
+        return answers
+
     # Prompts
 
-    def _prompt(self, index: int, request: Instance, repeat: int) -> _Prompt | None:
-        """What the model is asked with, or None where lm-eval's own way is right."""
+    def _prompt(self, index: int, request: Instance, repeat: int) -> _Prompt:
+        """What the model is asked with."""
         text, given = request.args
         is_gap = isinstance(request.doc, dict) and "infill_prefix" in request.doc
-        if not is_gap and (not text[-1:].isspace() or self.think_end_token is not None or self._ends_header(text)):
-            return None
-        if self.backend != "causal":
-            if is_gap:
-                raise UserError(f"{place(request)}: only decoder models fill gaps, not {self.backend}")
-            return None
         settings = dict(normalize_gen_kwargs(copy.deepcopy(given), self.max_gen_toks))
+        held = {**self.model.generation_config.to_diff_dict(), **settings}
+        asked = Asked(request=request, repeat=repeat, settings=held, seed=self.base_seed)
+        if is_gap and self.backend != "causal":
+            raise UserError(f"{place(request)}: only decoder models fill gaps, not {self.backend}")
+        heals = text[-1:].isspace() and self.think_end_token is None and not self._ends_header(text)
+        if self.backend != "causal" or not (is_gap or heals):
+            return _Prompt(index, asked, None, "", given, frozenset())
         if is_gap:
             ids, tail = self._gap_ids(request.doc), ""
         else:
@@ -113,7 +128,7 @@ class AutoregressiveModel(HostedLM):
                 f"{place(request)}: {len(ids)} tokens of prompt and max_gen_toks={settings['max_gen_toks']} "
                 f"exceed the context of {self.max_length} tokens; set --gen_kwargs max_gen_toks=N to a smaller number"
             )
-        return _Prompt(index, repeat, ids, tail, settings, self._fill_ends if is_gap else frozenset(self._end_ids()))
+        return _Prompt(index, asked, ids, tail, settings, self._fill_ends if is_gap else frozenset(self._end_ids()))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation with what `encode_prompt` needs; where the codec or the template refuses it, lm-eval's own."""
@@ -201,12 +216,28 @@ class AutoregressiveModel(HostedLM):
         size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
         groups: dict[str, list[_Prompt]] = {}
         for prompt in prompts:
-            groups.setdefault(repr((prompt.settings, sorted(prompt.ends))), []).append(prompt)
+            kind = prompt.ids is None
+            groups.setdefault(repr((kind, prompt.settings, sorted(prompt.ends))), []).append(prompt)
         batches = []
         for group in groups.values():
-            group.sort(key=lambda prompt: -len(prompt.ids))
+            group.sort(key=self._order)
             batches += [group[start : start + size] for start in range(0, len(group), size)]
         return batches
+
+    def _order(self, prompt: _Prompt) -> tuple[int, str]:
+        """Where a prompt stands among those of its kind; lm-eval's own prompts as lm-eval sorts them."""
+        if prompt.ids is not None:
+            return -len(prompt.ids), ""
+        text = prompt.asked.request.args[0]
+        return -len(self.tok_encode(text)), text
+
+    def _answer_plainly(self, batch: list[_Prompt]) -> list[Answer]:
+        """Generate one batch as lm-eval does."""
+        size, self.batch_size_per_gpu = self.batch_size_per_gpu, len(batch)  # else `auto` is tried anew each time
+        try:
+            return list(map(Answer, super().generate_until([p.asked.request for p in batch], disable_tqdm=True)))
+        finally:
+            self.batch_size_per_gpu = size
 
     def _answer(self, batch: list[_Prompt]) -> list[Answer]:
         """Generate one batch, left-padded, and cut each answer at its end."""

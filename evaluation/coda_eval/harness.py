@@ -23,9 +23,10 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from coda_eval import session
-from coda_eval.hosted import ChatPrompt, HostedLM, answer_record, place
+from coda_eval.hosted import ChatPrompt, HostedLM, Nats, known, place
 from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
+from coda_eval.session import Asked
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.answers import AnswerReader, end_ids
 from CoDALanguageModel.decoder import Decoding, Progress
@@ -33,12 +34,15 @@ from CoDALanguageModel.decoding_settings import SETTINGS, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.infilling import lay_out
 from CoDALanguageModel.prompts import Codec
-from CoDALanguageModel.row import Request, Row
+from CoDALanguageModel.row import Request, Row, complete
 
 logger = logging.getLogger(__name__)
 
 LOADER_SETTINGS = frozenset({"attn_implementation", "device_map", "load_in_4bit", "load_in_8bit"})
 """Keyword arguments of `from_pretrained` that model_args may hold."""
+
+_NOT_OF_ANSWERS = ("seed", "num_return_sequences", "output_history", "output_scores", "return_dict_in_generate")
+"""Settings that no answer depends on here; each has its own seed."""
 
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -68,7 +72,12 @@ class _Job:
     gap: slice | None  # where the answer stands in the ids, if it does
     settings: dict[str, Any]
     until: list[str]
-    seed: int
+    asked: Asked
+
+    @property
+    def seed(self) -> int:
+        """Base of the answer's draws."""
+        return self.asked.seed
 
 
 @dataclasses.dataclass
@@ -95,6 +104,7 @@ class _Running:
         answer = Answer(reading.text)
         answer.new_tokens, answer.generation_s = reading.num_tokens, round(self.seconds, 4)
         answer.forwards, answer.cost = self.row.cost.forwards, self.row.cost.as_dict()
+        answer.seed = self.job.seed
         return answer
 
 
@@ -118,6 +128,8 @@ class CoDAEvalModel(HostedLM):
     """
 
     AUTO_MODEL_CLASS = CoDALanguageModel
+
+    likelihoods_at_once = 64
 
     def __init__(self, pretrained: Any, *, mc_num: int = 128, seed: int | None = None, **kwargs: Any) -> None:
         loader = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
@@ -173,6 +185,7 @@ class CoDAEvalModel(HostedLM):
         repeats: Counter[int] = Counter()
         originals: dict[tuple[int, int], int] = {}
         copies: list[tuple[int, int]] = []
+        found: list[tuple[Asked, dict[str, Any]]] = []
         for index, request in enumerate(requests):
             repeat, wanted = repeats[id(request)], request.repeats or 1
             repeats[id(request)] += 1
@@ -181,18 +194,26 @@ class CoDAEvalModel(HostedLM):
                 continue
             originals[id(request), repeat] = index
             job = self._job(index, request, repeat)
+            line = session.find(job.asked)
+            if line is not None:
+                answers[index] = Answer.read(line)
+                found.append((job.asked, line))
+                continue
             if job.gap and job.gap.start == job.gap.stop:  # an empty gap: nothing to ask
                 answers[index] = Answer()
                 answers[index].new_tokens = answers[index].forwards = 0
-                session.save_answers([answer_record(request, repeat, answers[index])])
+                answers[index].seed = job.seed
+                session.keep([(job.asked, known(answers[index]))])
                 continue
             groups[json.dumps([job.gap is not None, job.settings], sort_keys=True)].append(job)
+        session.keep(found)
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Denoising")
+        progress.update(sum(answer is not None for answer in answers))
         for group in groups.values():  # neighbours share forward passes and are of like length
             group.sort(key=lambda job: (-len(job.ids), job.index))
         for job, answer in self._answered(list(chain.from_iterable(groups.values()))):
             answers[job.index] = answer
-            session.save_answers([answer_record(requests[job.index], job.repeat, answer)])
+            session.keep([(job.asked, known(answer))])
             progress.update()
         progress.close()
         for index, original in copies:
@@ -223,20 +244,21 @@ class CoDAEvalModel(HostedLM):
             )
         if not ids:
             raise UserError(f"{name}: the prompt is empty")
-        base = torch.initial_seed() if self.seed is None else self.seed
-        content = json.dumps([base, request.task_name, self._identity(request), repeat])
+        content = json.dumps([self.base_seed, request.task_name, self._identity(request), repeat])
         seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:7])
-        job = _Job(index, repeat, ids, gap, settings, until, seed)
-        if gap is None or gap.start < gap.stop:
-            try:  # before any answer is made
-                Row(self._request(job), 0, self.model.config, self.codec.decode)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from error
-        return job
+        try:  # before any answer is made
+            config = complete(self.model.generation_config.merged(settings), self.model.config)
+            if gap is None or gap.start < gap.stop:
+                Row(self._request(ids, settings, seed), 0, self.model.config, self.codec.decode)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        held = {name: getattr(config, name) for name in SETTINGS if name not in _NOT_OF_ANSWERS} | {"until": until}
+        asked = Asked(request=request, repeat=repeat, settings=held, seed=seed)
+        return _Job(index, repeat, ids, gap, settings, until, asked)
 
-    def _request(self, job: _Job) -> Request:
-        """A job as the model room takes it."""
-        return Request(ids=job.ids, settings=self.model.generation_config.merged(job.settings), seed=job.seed)
+    def _request(self, ids: list[int], settings: dict[str, Any], seed: int) -> Request:
+        """What is to be decoded, as the model room takes it."""
+        return Request(ids=ids, settings=self.model.generation_config.merged(settings), seed=seed)
 
     @staticmethod
     def _identity(request: Instance) -> str:
@@ -284,7 +306,7 @@ class CoDAEvalModel(HostedLM):
         while waiting or running:
             while waiting and len(running) < int(self.batch_size):
                 job = waiting.popleft()
-                row = decoding.admit(self._request(job))
+                row = decoding.admit(self._request(job.ids, job.settings, job.seed))
                 running[row] = _Running(job, row, self._reader(job, row.config))
             started = time.monotonic()
             progress = decoding.step()
@@ -325,18 +347,21 @@ class CoDAEvalModel(HostedLM):
         The second value, whether greedy decoding would give the continuation, is always False: it would cost as many
         forward passes as the continuation has tokens.
         """
-        seed = torch.initial_seed() if self.seed is None else self.seed
         size = override_bs or int(self.batch_size)
         pairs = [(context, continuation) for _, context, continuation in requests]
         bounds: list[LikelihoodBound] = bound_log_likelihoods(
-            self.model, pairs, mc_num=self.mc_num, seed=seed, batch_size=size, max_length=self.max_length
+            self.model, pairs, mc_num=self.mc_num, seed=self.base_seed, batch_size=size, max_length=self.max_length
         )
-        if bounds:
-            worst = max(bound.stderr for bound in bounds)
-            logger.info(
-                "likelihood bounds: %d, mc_num %d, largest standard error %.4f nats", len(bounds), self.mc_num, worst
-            )
-        return [(bound.nats, False) for bound in bounds]
+        return [(Nats.of(bound.nats, bound.stderr), False) for bound in bounds]
+
+    def likelihood_settings(self) -> dict[str, Any]:
+        """What a likelihood depends on besides the model and the texts."""
+        return {"mc_num": self.mc_num}
+
+    @property
+    def base_seed(self) -> int:
+        """The seed that all draws come from."""
+        return super().base_seed if self.seed is None else self.seed
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval stores with the results: HFLM's facts and every setting fixed by model_args."""

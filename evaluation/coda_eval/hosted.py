@@ -1,8 +1,9 @@
 """What our models have in common as guests of lm-eval: ranks, answers that are kept, no cache that lies."""
 
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
+from coda_eval import session
 from coda_eval.programs import Answer
+from coda_eval.session import Asked, label
 from CoDALanguageModel.answers import end_ids
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import Codec
@@ -45,14 +48,36 @@ class ChatPrompt(str):
         return str(self), self.messages, self.continues
 
 
+class Nats(float):
+    """A log-likelihood that remembers the standard error of its estimate; None where it is not known."""
+
+    stderr: float | None = None
+
+    @classmethod
+    def of(cls, nats: float, stderr: float | None) -> "Nats":
+        """A value and its error."""
+        value = cls(nats)
+        value.stderr = stderr
+        return value
+
+    def __add__(self, other: float) -> "Nats":  # lm-eval sums over the windows of a long text
+        errors = [self.stderr, getattr(other, "stderr", 0.0)]
+        return Nats.of(float(self) + float(other), None if None in errors else math.hypot(*errors))
+
+    __radd__ = __add__
+
+
 class HostedLM(HFLM):
-    """lm-eval's Hugging Face model, which knows its rank also without GPUs and has no cache.
+    """lm-eval's Hugging Face model, which knows its rank also without GPUs and has no cache but the journal.
 
     Raises:
         UserError: `pretrained` is not a path or a model, or the processes do not see each other.
     """
 
     codec: Codec
+
+    likelihoods_at_once: int | None = None
+    """Likelihoods that are computed between two entries of the journal; None: all."""
 
     def __init__(self, pretrained: Any, **kwargs: Any) -> None:
         if isinstance(pretrained, (int, float, tuple, list, dict, set, bool)) or pretrained is None:
@@ -94,6 +119,48 @@ class HostedLM(HFLM):
             return self.codec.encode_chat(prompt.messages, continue_final_message=prompt.continues)
         return self.codec.encode_text(prompt)
 
+    # Likelihoods, through the journal
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihoods in nats, and whether greedy decoding would give the continuation."""
+        return self._remembered(requests, lambda part: HFLM.loglikelihood(self, part, disable_tqdm))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, in nats."""
+        return self._remembered(requests, lambda all_: HFLM.loglikelihood_rolling(self, all_, disable_tqdm), whole=True)
+
+    def _remembered(
+        self, requests: list[Instance], compute: Callable[[list[Instance]], list[Any]], whole: bool = False
+    ) -> list[Any]:
+        """Likelihoods from the journal, or computed; together, since the ranks meet on the way, where they are `whole`.
+
+        What is computed together is computed together again, so that no rounding differs after a restart.
+        """
+        results: list[Any] = []
+        step = len(requests) if whole else self.likelihoods_at_once or len(requests)
+        for start in range(0, len(requests), step):
+            part = requests[start : start + step]
+            asked = [Asked(request=r, settings=self.likelihood_settings(), seed=self.base_seed) for r in part]
+            lines = [session.find(one) for one in asked]
+            are_found = all(line is not None for line in lines)
+            if session.everywhere(are_found) if whole else are_found:
+                session.keep(list(zip(asked, lines, strict=True)))
+                results += [read_likelihood(line) for line in lines]
+                continue
+            fresh = compute(part)
+            session.keep([(one, known_likelihood(value)) for one, value in zip(asked, fresh, strict=True)])
+            results += fresh
+        return results
+
+    def likelihood_settings(self) -> dict[str, Any]:
+        """What a likelihood depends on besides the model and the texts."""
+        return {}
+
+    @property
+    def base_seed(self) -> int:
+        """The seed that all draws come from."""
+        return torch.initial_seed()
+
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Refuse lm-eval's cache.
 
@@ -107,21 +174,26 @@ class HostedLM(HFLM):
         return set(end_ids(self.tokenizer, self.model.config, self.model.generation_config))
 
 
-def label(request: Instance) -> Any:
-    """What names a request's document: its own id, or its place in the task."""
-    document = request.doc if isinstance(request.doc, dict) else {}
-    return document.get("task_id", request.doc_id)
-
-
 def place(request: Instance) -> str:
     """The task and the document of a request, for messages."""
     return f"task {request.task_name}, document {label(request)}"
 
 
-def answer_record(request: Instance, repeat: int, answer: str) -> dict[str, Any]:
-    """What the file of answers says about an answer."""
-    where = {"task": request.task_name, "doc_id": request.doc_id, "task_id": label(request), "repeat": repeat}
-    return {**where, "answer": str(answer), **Answer.cost_of(answer)}
+def known(answer: str) -> dict[str, Any]:
+    """What the journal keeps of an answer."""
+    return {"answer": str(answer), **Answer.cost_of(answer)}
+
+
+def known_likelihood(value: Any) -> dict[str, Any]:
+    """What the journal keeps of a likelihood: lm-eval's pair, or a number where whole texts are scored."""
+    nats, is_greedy = value if isinstance(value, tuple) else (value, None)
+    return {"nats": float(nats), "stderr": getattr(nats, "stderr", None), "is_greedy": is_greedy}
+
+
+def read_likelihood(line: dict[str, Any]) -> Any:
+    """The likelihood of a line of the journal, as lm-eval takes it."""
+    nats = Nats.of(line["nats"], line["stderr"])
+    return nats if line["is_greedy"] is None else (nats, line["is_greedy"])
 
 
 def on_device(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

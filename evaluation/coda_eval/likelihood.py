@@ -32,10 +32,13 @@ from CoDALanguageModel.errors import UserError
 
 @dataclass(frozen=True)
 class LikelihoodBound:
-    """A bound on log p in nats, and the standard error of its estimate (0 where it is exact)."""
+    """A bound on log p in nats, and the standard error of its estimate: 0 where it is exact, None where it is unknown.
+
+    It is unknown where one set of masks was drawn.
+    """
 
     nats: float
-    stderr: float
+    stderr: float | None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def plan_masks(length: int, mc_num: int, rng: np.random.Generator) -> MaskPlan:
     Returns:
         All sets, or `mc_num` sampled ones: l = floor(((u + j / n) mod 1) * L) + 1 for j < n, which gives every l
         the same chance (rounding a linspace does not), and for each l a uniform set. Weight L / (l * n).
+        Generators in the same state give sets of like share and order of tokens whatever the length: u and the order
+        of the first tokens are the same, so that what choices of several lengths have in common is scored alike.
 
     Raises:
         UserError: `length` or `mc_num` is not positive.
@@ -111,15 +116,15 @@ def plan_masks(length: int, mc_num: int, rng: np.random.Generator) -> MaskPlan:
         return MaskPlan(masked, np.array([1 / (math.comb(length, size) * size) for size in sizes.tolist()]), True)
     fractions = (rng.random() + np.arange(mc_num) / mc_num) % 1.0
     sizes = np.floor(fractions * length).astype(int) + 1
-    ranks = rng.random((mc_num, length)).argsort(axis=1).argsort(axis=1)
+    ranks = rng.random((length, mc_num)).argsort(axis=0).argsort(axis=0).T  # a row of draws for each token
     return MaskPlan(ranks < sizes[:, None], length / (sizes * mc_num), False)
 
 
 def combine(plan: MaskPlan, scores: np.ndarray) -> LikelihoodBound:
     """The bound from each set's summed log-probability (N,); the error treats the samples as independent."""
     terms = plan.weights * scores
-    if plan.is_exact or len(terms) < 2:
-        return LikelihoodBound(float(terms.sum()), 0.0)
+    if plan.is_exact or len(terms) == 1:
+        return LikelihoodBound(float(terms.sum()), 0.0 if plan.is_exact else None)
     return LikelihoodBound(float(terms.sum()), float(terms.std(ddof=1) * math.sqrt(len(terms))))
 
 
@@ -134,8 +139,8 @@ def bound_log_likelihoods(
 ) -> list[LikelihoodBound]:
     """Bounds for (context ids, continuation ids) pairs.
 
-    Pairs with the same context and length share their mask sets, so that the choices of one question are compared on
-    the same sets. Inputs of several pairs are batched together.
+    Pairs with the same context share the draws of their mask sets, so that the choices of one question are compared on
+    the same sets as far as their lengths allow. Inputs of several pairs are batched together.
 
     Raises:
         UserError: an empty context or continuation, or a pair longer than `max_length`.
@@ -151,7 +156,7 @@ def bound_log_likelihoods(
     layouts = [Layout.of(context, continuation, model.config) for context, continuation in pairs]
     plans = [
         [
-            plan_masks(size, mc_num, named_rng("likelihood", seed, size, *context, *([block] if block else [])))
+            plan_masks(size, mc_num, named_rng("likelihood", seed, block, *context))
             for block, size in enumerate(layout.sizes)
         ]
         for layout, (context, _) in zip(layouts, pairs, strict=True)
@@ -167,7 +172,13 @@ def bound_log_likelihoods(
                 if i < len(score):
                     score[i] = value
     bounds = [list(map(combine, *of_pair)) for of_pair in zip(plans, scores, strict=True)]
-    return [LikelihoodBound(sum(b.nats for b in of), math.hypot(*(b.stderr for b in of))) for of in bounds]
+    return list(map(_sum, bounds))
+
+
+def _sum(bounds: Sequence[LikelihoodBound]) -> LikelihoodBound:
+    """The bound of a continuation from those of its blocks."""
+    errors = [bound.stderr for bound in bounds]
+    return LikelihoodBound(sum(bound.nats for bound in bounds), None if None in errors else math.hypot(*errors))
 
 
 def masks_of(plan: MaskPlan, i: int) -> np.ndarray:

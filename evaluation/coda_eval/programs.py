@@ -10,13 +10,14 @@ import logging
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from coda_eval.data import documents as load_documents
 from coda_eval.data import problem
-from coda_eval.sandbox import Program, Verdict, isolation_level, run_programs
+from coda_eval.sandbox import Bench, Program, Verdict, isolation_level, run_programs
 from coda_eval.session import agree
 from CoDALanguageModel.errors import UserError
 
@@ -46,6 +47,9 @@ class Answer(str):
     cost: dict[str, float] | None = None
     """`DecodingCost` of its row."""
 
+    seed: int | None = None
+    """Base of its draws."""
+
     surplus: bool = False
     """True for the repeats that lm-eval adds to give every rank the same number of requests; never scored."""
 
@@ -53,6 +57,29 @@ class Answer(str):
     def cost_of(text: str) -> dict[str, Any]:
         """What is known of the cost of any text; None for the rest."""
         return {name: getattr(text, name, None) for name in ("new_tokens", "forwards", "generation_s", "cost")}
+
+    @classmethod
+    def read(cls, line: Mapping[str, Any]) -> "Answer":
+        """The answer of a line of the journal."""
+        answer = cls(line["answer"])
+        for name in ("new_tokens", "forwards", "generation_s", "cost", "seed"):
+            setattr(answer, name, line[name])
+        return answer
+
+
+class Judged(str):
+    """A log entry: JSON, since lm-eval logs anything else as Python source, that remembers what it was made of."""
+
+    fields: dict[str, Any]
+    program: str | None
+    """The text that was judged."""
+
+    @classmethod
+    def of(cls, answer: str, program: str | None = None, **fields: Any) -> "Judged":
+        """The entry of an answer: its verdict and its cost."""
+        entry = cls(json.dumps({**fields, **Answer.cost_of(answer)}))
+        entry.fields, entry.program = fields, program
+        return entry
 
 
 def extract_code(answer: str, entry_point: str | None = None) -> str:
@@ -172,9 +199,9 @@ PROGRAMS = {
 """How an answer becomes a program, by benchmark."""
 
 
-def _record(answer: str, **fields: Any) -> str:
-    """One log entry as JSON, since lm-eval logs anything else as Python source: the verdict and the answer's cost."""
-    return json.dumps({**fields, **Answer.cost_of(answer)})
+def program_of(document: dict[str, Any], answer: str) -> Program:
+    """The program that judges an answer to a document of a task that runs programs."""
+    return PROGRAMS[document["benchmark"]](problem(document), answer)
 
 
 def _scored(resps: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -211,24 +238,68 @@ def documents(data: str, **kwargs: Any) -> dict[str, Any]:
     return load_documents(data, **kwargs)
 
 
+class Overlap:
+    """Judges answers while others are made; `run` then finds the verdicts by the whole program, tests included.
+
+    What it does not find there, it runs itself: nothing depends on what was judged early.
+    """
+
+    current: "Overlap | None" = None
+    """The one of this process while its block runs."""
+
+    def __init__(self) -> None:
+        self._bench: Bench | None = None
+        self._begun: list[Future[tuple[Program, Verdict]]] = []
+        self._early: dict[Program, deque[Verdict]] = defaultdict(deque)
+
+    def judge(self, document: Any, answer: str) -> None:
+        """Begin to judge an answer, if its task runs programs."""
+        if not isinstance(document, dict) or document.get("benchmark") not in PROGRAMS:
+            return
+        if self._bench is None:
+            self._bench = Bench(*sandbox_settings())
+        self._begun.append(self._bench.submit(lambda: program_of(document, answer)))
+
+    def verdict(self, program: Program) -> Verdict | None:
+        """The verdict on a program, each but once; None where there is none."""
+        while self._begun:
+            begun = self._begun.pop()
+            if begun.exception() is None:  # else the program is built again, and the error met there
+                judged, verdict = begun.result()
+                if verdict.status != "near":
+                    self._early[judged].append(verdict)
+        return self._early[program].popleft() if self._early.get(program) else None
+
+    def __enter__(self) -> "Overlap":
+        Overlap.current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Overlap.current = None
+        if self._bench is not None:
+            self._bench.__exit__()
+
+
 def run(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Filter of every task that runs programs: one record (JSON) per answer, in order."""
     kept = _scored(resps)
 
-    def judge() -> list[Verdict]:
+    def judge() -> list[tuple[Program, Verdict]]:
         programs = []
         for doc, answers in zip(docs, kept, strict=True):
-            row, build = problem(doc), PROGRAMS[doc["benchmark"]]
-            programs += [build(row, answer) for answer in answers]
+            programs += [program_of(doc, answer) for answer in answers]
         level, workers = sandbox_settings()
-        return run_programs(programs, level=level, workers=workers)
+        early = [judge.verdict(program) if (judge := Overlap.current) else None for program in programs]
+        late = [program for program, verdict in zip(programs, early, strict=True) if verdict is None]
+        verdicts = iter(run_programs(late, level=level, workers=workers))
+        return [(program, verdict or next(verdicts)) for program, verdict in zip(programs, early, strict=True)]
 
-    verdicts = iter(agree(judge))
+    judged = iter(agree(judge))
 
     def record(answer: str) -> str:
-        verdict = next(verdicts)
-        fields = {name: getattr(verdict, name) for name in ("status", "error", "seconds", "isolation")}
-        return _record(answer, **fields)
+        program, verdict = next(judged)
+        fields = {name: getattr(verdict, name) for name in ("status", "error", "seconds", "cpu_seconds", "isolation")}
+        return Judged.of(answer, program.candidate, **fields)
 
     return [[record(answer) for answer in answers] for answers in kept]
 
@@ -238,7 +309,8 @@ def compare_middle(resps: Sequence[Sequence[str]], docs: Sequence[dict[str, Any]
 
     def record(answer: str, middle: str) -> str:
         exact = answer == middle
-        return _record(answer, status="passed" if exact or answer.strip() == middle.strip() else "failed", exact=exact)
+        status = "passed" if exact or answer.strip() == middle.strip() else "failed"
+        return Judged.of(answer, status=status, exact=exact)
 
     pairs = zip(_scored(resps), docs, strict=True)
     return [[record(answer, doc["infill_middle"]) for answer in answers] for answers, doc in pairs]

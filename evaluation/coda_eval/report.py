@@ -6,13 +6,15 @@ Wilson interval, the settings that made it and what its answers cost, the versio
 
 import argparse
 import json
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from coda_eval.records import FILE, Record, read_records
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import wilson_interval
-from CoDALanguageModel.run_files import read_rows
+from CoDALanguageModel.run_files import write_whole
 
 DETAILS = ("isolation", "timeouts", "outcomes")
 """Metrics that describe a run and are no scores."""
@@ -24,22 +26,47 @@ def score_cards(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: there is no results file, or one is not lm-eval's.
     """
-    paths = sorted(Path(folder).rglob("results_*.json"), key=lambda path: path.name)
+    paths = list(Path(folder).rglob("results_*.json"))
     if not paths:
         raise UserError(f"no results_*.json in {str(folder)!r}: give the folder of --output_path")
-    return [card for path in paths for card in _cards_of(path)]
+    return cards_of(paths)
 
 
-def _cards_of(path: Path) -> list[dict[str, Any]]:
+def cards_of(results: Iterable[Path]) -> list[dict[str, Any]]:
+    """Every score of results files, oldest first; of a task that a run's folder has several results of, the newest.
+
+    Raises:
+        UserError: one is not lm-eval's.
+    """
+    cards = {}
+    for path in sorted(results, key=lambda path: path.name):
+        folder = _run_folder(path)
+        for card in _cards_of(path, folder):
+            key = folder, card["task"], card["metric"], card["filter"]
+            cards.pop(key, None)
+            cards[key] = card
+    return list(cards.values())
+
+
+def _run_folder(path: Path) -> Path:
+    """The folder of the run that a results file is of: it holds the records."""
+    return next((folder for folder in path.parents[:2] if (folder / FILE).is_file()), path.parent)
+
+
+def _cards_of(path: Path, folder: Path) -> list[dict[str, Any]]:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         config, results = run["config"], run["results"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a results file of lm-eval: {error!r}") from error
     cards = []
-    costs = _costs_beside(path)
+    records = defaultdict(list)
+    for record in read_records(folder) if (folder / FILE).is_file() else ():
+        records[record.task].append(record)
     for task, metrics in results.items():
         counts = run.get("n-samples", {}).get(task)
+        cost = _cost_of(records[task]) if records[task] else {}
+        of_task = run.get("coda_eval", {}).get("tasks", {}).get(task, {})
         for key, value in metrics.items():
             name, _, stage = key.partition(",")
             if not isinstance(value, (int, float)) or name.endswith("_stderr") or name in DETAILS or not stage:
@@ -52,44 +79,62 @@ def _cards_of(path: Path) -> list[dict[str, Any]]:
                 {
                     "task": task,
                     "metric": name,
+                    "filter": stage,
                     "score": value,
                     "n": count,
                     "stderr": stderr if isinstance(stderr, (int, float)) else None,
                     "wilson95": interval and [round(bound, 6) for bound in interval],
+                    "bootstrap95": of_task.get("bootstrap95", {}).get(key),
+                    "likelihood_stderr": of_task.get("likelihood_stderr"),
                     **{detail: metrics.get(f"{detail},{stage}") for detail in DETAILS},
-                    "cost": costs.get(task),
+                    "cost": cost or None,
+                    "forwards": cost.get("forwards"),
+                    "tokens_per_forward": _tokens_per_forward(cost),
+                    "judging_s": cost and round(sum(record.seconds or 0.0 for record in records[task]), 3) or None,
                     **_provenance(run, config, task, path),
                 }
             )
     return cards
 
 
-def _costs_beside(path: Path) -> dict[str, dict[str, float]]:
-    """What the answers of each task cost together, from the files of answers in the run's folder."""
-    costs: dict[str, Counter[str]] = {}
-    for file in sorted(file for folder in path.parents[:2] for file in folder.glob("answers_rank*.jsonl")):
-        for record in read_rows(file):
-            cost = costs.setdefault(record["task"], Counter())
-            cost["answers"] += 1
-            cost.update({name: record.get(name) or 0 for name in ("new_tokens", "forwards", "generation_s")})
-            counted = dict(record.get("cost") or {})
-            for name in ("forwards", "tokens_per_forward"):  # said already, and a ratio
-                counted.pop(name, None)
-            cost.update(counted)
-    return {task: {name: round(value, 3) for name, value in cost.items()} for task, cost in costs.items()}
+def _cost_of(records: Sequence[Record]) -> dict[str, float]:
+    """What the answers of a task cost together."""
+    cost: Counter[str] = Counter(answers=len(records))
+    for record in records:
+        cost.update({name: getattr(record, name) or 0 for name in ("new_tokens", "forwards")})
+        counted = dict(record.cost or {})
+        for name in ("forwards", "tokens_per_forward"):  # said already, and a ratio
+            counted.pop(name, None)
+        cost.update(counted)
+    return {name: round(value, 3) for name, value in cost.items()}
+
+
+def _tokens_per_forward(cost: Mapping[str, float]) -> float | None:
+    """Tokens committed by each row of a forward pass, of models that count them."""
+    return round(cost["tokens_committed"] / cost["rows_evaluated"], 4) if cost.get("rows_evaluated") else None
 
 
 def _provenance(run: dict[str, Any], config: dict[str, Any], task: str, path: Path) -> dict[str, Any]:
     """Which run a score came from, in enough detail to repeat it."""
     names = ("model", "model_args", "generation_settings", "gen_kwargs", "batch_size", "limit", "torch_seed", "device")
     versions = ("lm_eval_version", "transformers_version", "git_hash", "chat_template_sha")
+    facts, seconds = run.get("coda_eval", {}), run.get("total_evaluation_time_seconds")
+    of_task = facts.get("tasks", {}).get(task, {})
     return {
         "settings": {name: config.get(name) for name in names},
+        "resolved": of_task.get("settings"),
+        "hashes": {
+            **{name: facts.get(name) for name in ("weights", "tokenizer", "code")},
+            "data": of_task.get("data"),
+        },
+        **{name: facts.get(name) for name in ("dtype", "device", "world_size", "selfcheck")},
+        "seed": config.get("torch_seed"),
+        "batch_size": config.get("batch_size"),
         "task_generation_kwargs": run.get("configs", {}).get(task, {}).get("generation_kwargs"),
         "task_version": run.get("versions", {}).get(task),
         "task_hash": run.get("task_hashes", {}).get(task),
         "versions": {name: run.get(name) for name in versions},
-        "seconds": run.get("total_evaluation_time_seconds"),
+        "seconds": seconds and float(seconds),
         "file": path.name,
     }
 
@@ -120,12 +165,17 @@ def as_markdown(cards: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def write_scores(results: Sequence[Path], target: Path) -> None:
+    """Write the cards of results files to `target`."""
+    write_whole(target, json.dumps(cards_of(results), indent=2) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the score cards of a folder as JSON or Markdown, and print the Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m coda_eval.report", description="Score cards of evaluation runs.")
+    parser = argparse.ArgumentParser(prog="python -m coda_eval report", description="Score cards of evaluation runs.")
     parser.add_argument("results_dir", help="folder that --output_path named")
     parser.add_argument("--output", type=Path, help="file to write: .json or .md")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.output is not None and args.output.suffix not in (".json", ".md"):
         parser.error(f"--output must end in .json or .md, got {str(args.output)!r}")
     try:

@@ -6,17 +6,22 @@ refusals, the folder that no two runs share, one model for all tasks, and the ac
 
 import argparse
 import contextlib
+import dataclasses
 import glob
+import importlib.util
 import json
 import logging
+import math
+import numbers
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -27,13 +32,31 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
 from coda_eval import session
-from coda_eval.hosted import CACHE_LIES, HostedLM, answer_record
+from coda_eval.data import DATA_VARIABLE, problem
+from coda_eval.harness import generation_settings
+from coda_eval.hosted import CACHE_LIES, HostedLM, known, known_likelihood
+from coda_eval.journal import COMMAND, FILES, Journal, code_version, digest, hash_tokenizer, hash_weights
+from coda_eval.programs import PROGRAMS, Answer, Judged, Overlap
+from coda_eval.records import Record, write_records
+from coda_eval.report import write_scores
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.intervals import bootstrap_interval
+from CoDALanguageModel.run_files import write_whole
 
 logger = logging.getLogger(__name__)
 
 AUTOREGRESSIVE = {"hf": "coda_hf", "hf-auto": "coda_hf", "huggingface": "coda_hf"}
 """lm-eval's names of Hugging Face models, and the model of ours that runs them."""
+
+SCORES = "scores.json"
+"""The score cards in a run's folder."""
+
+_COVERED = {"pretrained", "revision", "subfolder", "peft", "delta", "gguf_file", "tokenizer", "dtype", "mc_num", "seed"}
+_COVERED |= {"batch_size", "max_batch_size", "device", "device_map", "parallelize", "trust_remote_code"}
+"""Names in model_args that an identity has in another form, or that no answer depends on."""
+
+_HOSTS = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
+"""Settings of a command that say where results are published, keys to these places among them."""
 
 NO_SEEDS = (None, None, None, None)
 
@@ -42,50 +65,130 @@ def run(args: argparse.Namespace) -> None:
     """Check the command, load the model, then run the tasks one by one.
 
     Args:
-        args: lm-eval's parsed arguments of `run`.
+        args: lm-eval's parsed arguments of `run`, and `resume`: whether to go on with what is in the folder.
 
     Raises:
         UserError: something is wrong that can be known before a model is loaded, or the model refuses its settings.
         SystemExit: tasks failed; the message names them, and the others are scored.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as lm-eval's own command
+    resume = vars(args).pop("resume", False)
     try:
         config = EvaluatorConfig.from_cli(args)
     except ValueError as error:  # lm-eval's own checks
         raise UserError(str(error)) from error
     config.model = AUTOREGRESSIVE.get(config.model, config.model)
     refuse_caches(config)
-    output = claim_folder(config.output_path)
-    manager, names = check_tasks(config)
+    output = claim_folder(config.output_path, resume)
+    manager, names, versions = check_tasks(config)
+    with (
+        _answers_folder(output) as folder,
+        contextlib.closing(Journal(folder, _rank(), resume=resume)) as journal,  # refused before a model is loaded
+        Overlap() as overlap,
+    ):
+        model = load_model(config)
+        keep_answers(model)
+        facts = facts_of(model, config, folder if output is not None else None)
+        if resume and facts["identity"]["weights"] is None:
+            raise UserError(f"--resume is for coda and hf: the weights of {config.model!r} are not known by their hash")
+        command = {"arguments": dataclasses.asdict(config) | dict.fromkeys(_HOSTS, {}), "tasks": names}
+        command |= {"data": os.environ.get(DATA_VARIABLE), "versions": versions}
+        name = digest([command, facts["identity"]])
+        if output is not None and _speaks():
+            said = json.dumps({"name": name, **command, **facts}, indent=1, default=str)
+            write_whole(folder / COMMAND, said + "\n")
+        state = session.Session(
+            journal=journal,
+            name=name,
+            model=facts["identity"],
+            versions=versions,
+            code=code_version(),
+            judge=overlap.judge,
+        )
+        with session.opened(state):
+            if resume:
+                logger.info("%d answers are in %s", journal.found, folder)
+            run_tasks(config, manager, names, model, facts)
+            if resume:
+                unused = journal.found - journal.used
+                logger.info("%d of these answers were used by this process and %d not", journal.used, unused)
+
+
+def load_model(config: EvaluatorConfig) -> LM:
+    """The model that a command names.
+
+    Raises:
+        UserError: it refuses its settings, or cannot be loaded.
+    """
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
     if config.seed:
         set_torch_seed(config.seed[2])  # rows that a tokenizer adds to the embeddings are drawn
     try:
-        model = get_model(config.model).create_from_arg_obj(config.model_args, sizes)
+        return get_model(config.model).create_from_arg_obj(config.model_args, sizes)
     except UserError:
         raise
     except (OSError, ValueError) as error:  # a name that is neither a folder nor on the Hub, or a broken file
         raise UserError(f"the model could not be loaded: {error}") from error
-    keep_answers(model)
+
+
+def run_tasks(
+    config: EvaluatorConfig, manager: TaskManager, names: Sequence[str], model: LM, facts: Mapping[str, Any]
+) -> None:
+    """Run the tasks one by one in the present session.
+
+    Raises:
+        SystemExit: tasks failed; the message names them, and the others are scored.
+    """
     failed: dict[str, str] = {}
-    with _answers_folder(output) as folder, session.opened(session.Session(folder=folder)) as state:
-        for name in names:
-            try:
-                run_task(config, manager, name, model)
-            except Exception as error:  # of any kind: the other tasks are still to be scored
-                if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, session.TaskFailed):
-                    raise  # the other ranks do not know of it: going on alone would leave them waiting
-                expected = isinstance(error.__cause__ or error, (UserError, session.TaskFailed))
-                if _speaks() or not expected:
-                    logger.error("%s failed: %s", name, error, exc_info=not expected)
-                failed[name] = f"{type(error).__name__}: {error}"
-        if failed:
-            session.wait()
-            if not _speaks():
-                raise SystemExit(1)
-            account = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
-            kept = f"; {state.answers} answers are kept in {state.file()}" if state.answers else ""
-            raise SystemExit(f"coda_eval: error: {len(failed)} of {len(names)} tasks failed: {account}{kept}")
+    for name in names:
+        try:
+            run_task(config, manager, name, model, facts)
+        except Exception as error:  # of any kind: the other tasks are still to be scored
+            if os.environ.get("WORLD_SIZE", "1") != "1" and not isinstance(error, session.TaskFailed):
+                raise  # the other ranks do not know of it: going on alone would leave them waiting
+            expected = isinstance(error.__cause__ or error, (UserError, session.TaskFailed))
+            if _speaks() or not expected:
+                logger.error("%s failed: %s", name, error, exc_info=not expected)
+            failed[name] = f"{type(error).__name__}: {error}"
+    if failed:
+        session.wait()
+        if not _speaks():
+            raise SystemExit(1)
+        account = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+        journal = session.current().journal
+        kept = f"; {journal.made} answers are kept in {journal.path}" if journal.made else ""
+        raise SystemExit(f"coda_eval: error: {len(failed)} of {len(names)} tasks failed: {account}{kept}")
+
+
+def facts_of(model: LM, config: EvaluatorConfig, folder: Path | None) -> dict[str, Any]:
+    """What is known of a model: its `identity`, on which answers depend, and what else a score card says of it.
+
+    Args:
+        model: the loaded model.
+        config: the command.
+        folder: of the run; without one nothing is cited, and the weights are not hashed.
+    """
+    given = dict(config.model_args)
+    if not isinstance(model, HostedLM):
+        identity = {"class": config.model, "arguments": given, "weights": None, "tokenizer": None}
+        return {"identity": identity, "info": {}, "chat_template": "", "world_size": model.world_size}
+    covered = generation_settings() | _COVERED
+    identity = {
+        "class": type(model).__name__,
+        "weights": hash_weights(given, folder) if folder is not None else None,
+        "tokenizer": hash_tokenizer(model.tokenizer),
+        "dtype": str(model.model.dtype),
+        "device": model.device.type,
+        "arguments": {name: value for name, value in given.items() if name not in covered},
+    }
+    is_gpu = model.device.type == "cuda"
+    return {
+        "identity": identity,
+        "info": model.get_model_info(),
+        "chat_template": model.chat_template(config.apply_chat_template) if config.apply_chat_template else "",
+        "device": torch.cuda.get_device_name(model.device) if is_gpu else model.device.type,
+        "world_size": model.world_size,
+    }
 
 
 def refuse_caches(config: EvaluatorConfig) -> None:
@@ -111,22 +214,24 @@ def results_in(output: Path) -> list[Path]:
     return sorted(output.rglob("results_*.json"))
 
 
-def claim_folder(output_path: str | None) -> Path | None:
-    """The `--output_path`: its folder is made, and holds no results yet.
+def claim_folder(output_path: str | None, resume: bool = False) -> Path | None:
+    """The `--output_path`: its folder is made, and holds no results yet, unless a run there is gone on with.
 
     Raises:
         UserError: it holds results or answers of an earlier run, or nothing can be written there.
     """
     if not output_path:
+        if resume:
+            raise UserError("--resume needs --output_path: the folder of the run to go on with")
         return None
     output = Path(output_path)
-    folder = output.parent if output.suffix == ".json" else output
+    folder = _folder_of(output)
     if not _speaks():
         return output  # the first process looks for all: its answers may already be there
-    if found := [*results_in(output), *sorted(folder.glob("answers_rank*.jsonl"))]:
+    if not resume and (found := [*results_in(output), *sorted(folder.glob(FILES))]):
         raise UserError(
             f"--output_path {output_path!r} holds results of an earlier run ({found[0]}), which could not be told from "
-            "the new ones: give another folder, or remove them"
+            "the new ones: give another folder, remove them, or go on with that run by --resume"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,11 +242,11 @@ def claim_folder(output_path: str | None) -> Path | None:
     return output
 
 
-def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
+def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str], dict[str, Any]]:
     """Load every task with its problems, which also tries the sandbox that answers will run in.
 
     Returns:
-        lm-eval's index of tasks, and the tasks and groups to run by name or file.
+        lm-eval's index of tasks, the tasks and groups to run by name or file, and the versions of the tasks.
 
     Raises:
         UserError: a task is unknown, or cannot be run; every such task is named with its reason.
@@ -154,10 +259,11 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
         manager = config.process_tasks(config.metadata)
     names = dict.fromkeys(name for task in given for name in (manager.match_tasks([task]) or _files(task)))
     fills_gaps = issubclass(get_model(config.model), HostedLM)
-    reasons = {}
+    reasons, versions = {}, {}
     for name in names:
         try:
             loaded = manager.load([name])["tasks"].values()
+            versions |= {task.task_name: task.VERSION for task in loaded}
         except (ValueError, OSError, ImportError) as error:  # its files, its data set on the Hub, or what it needs
             reasons[name] = str(error)
             continue
@@ -166,29 +272,33 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str]]:
     if reasons:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UserError(f"{len(reasons)} of {len(names)} tasks cannot be run: {told}")
-    return manager, list(names)
+    return manager, list(names), versions
 
 
 def keep_answers(model: LM) -> None:
     """Have the answers of a model of lm-eval's written when it has made them; ours write their own, batch by batch."""
     if isinstance(model, HostedLM):
         return
-    generate = model.generate_until
 
-    def keeping(requests: list[Instance], *args: Any, **kwargs: Any) -> list[str]:
-        answers = generate(requests, *args, **kwargs)
-        repeats: Counter[int] = Counter()
-        records = []
-        for request, answer in zip(requests, answers, strict=True):
-            records.append(answer_record(request, repeats[id(request)], answer))
-            repeats[id(request)] += 1
-        session.save_answers(records)
-        return answers
+    def keeping(compute: Callable[..., list[Any]], told: Callable[[Any], dict[str, Any]]) -> Callable[..., list[Any]]:
+        def computed(requests: list[Instance], *args: Any, **kwargs: Any) -> list[Any]:
+            answers = compute(requests, *args, **kwargs)
+            repeats: Counter[int] = Counter()
+            kept = []
+            for request, answer in zip(requests, answers, strict=True):
+                kept.append((session.Asked(request=request, repeat=repeats[id(request)]), told(answer)))
+                repeats[id(request)] += 1
+            session.keep(kept)
+            return answers
 
-    model.generate_until = keeping
+        return computed
+
+    model.generate_until = keeping(model.generate_until, known)
+    model.loglikelihood = keeping(model.loglikelihood, known_likelihood)
+    model.loglikelihood_rolling = keeping(model.loglikelihood_rolling, known_likelihood)
 
 
-def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM) -> None:
+def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM, facts: Mapping[str, Any]) -> None:
     """Run a task or group and write its results, as lm-eval's own command does.
 
     Raises:
@@ -214,7 +324,7 @@ def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM
         samples=config.samples,
         check_integrity=config.check_integrity,
         write_out=config.write_out,
-        log_samples=config.log_samples,
+        log_samples=True,  # the records are made of them
         evaluation_tracker=tracker,
         system_instruction=config.system_instruction,
         apply_chat_template=config.apply_chat_template,
@@ -232,10 +342,16 @@ def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM
     if results is None:  # another rank writes
         return
     results["config"]["model"] = tracker.general_config_tracker.model_source = config.model
-    samples = results.pop("samples", None)
+    samples = results.pop("samples")
     if config.show_config:
         print(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
-    _write(config, tracker, results, samples)
+    folder = _folder_of(Path(config.output_path)) if config.output_path else None
+    if folder:
+        write_records(folder, [r for task, of_task in samples.items() for r in records_of(task, of_task)])
+        results["coda_eval"] = card_facts(results, samples, facts)
+    _write(config, tracker, results, samples)  # lm-eval changes the samples
+    if folder:
+        write_scores(results_in(Path(config.output_path)), folder / SCORES)
     for host in loggers:
         host.post_init(results)
         host.log_eval_result()
@@ -268,13 +384,24 @@ def _write(
 
 def _count_samples(output: Path, name: str) -> int:
     """Lines of the samples files of a task and date."""
-    folder = output.parent if output.suffix == ".json" else output
-    return sum(path.read_bytes().count(b"\n") for path in folder.rglob(f"samples_{glob.escape(name)}.jsonl"))
+    return sum(
+        path.read_bytes().count(b"\n") for path in _folder_of(output).rglob(f"samples_{glob.escape(name)}.jsonl")
+    )
+
+
+def _folder_of(output: Path) -> Path:
+    """The run's folder: the output itself, or where it is to lie."""
+    return output.parent if output.suffix == ".json" else output
+
+
+def _rank() -> int:
+    """Which of the processes this is."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _speaks() -> bool:
     """Whether this process writes the results."""
-    return os.environ.get("RANK", "0") == "0"
+    return _rank() == 0
 
 
 def _files(task: str) -> list[str]:
@@ -293,7 +420,7 @@ def _has_gaps(task: Any) -> bool:
 def _answers_folder(output: Path | None) -> Iterator[Path]:
     """The folder for answers: that of the output, or a temporary one that stays where a task failed."""
     if output is not None:
-        yield output.parent if output.suffix == ".json" else output
+        yield _folder_of(output)
         return
     folder = Path(tempfile.mkdtemp(prefix="coda-eval-answers-"))
     try:
@@ -303,3 +430,96 @@ def _answers_folder(output: Path | None) -> Iterator[Path]:
             folder.rmdir()
         raise
     shutil.rmtree(folder)
+
+
+def card_facts(
+    results: Mapping[str, Any], samples: Mapping[str, list[dict[str, Any]]], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a results file says besides lm-eval's own facts, for the score cards."""
+    state = session.current()
+    levels = {m["isolation,run"] for m in results["results"].values() if "isolation,run" in m}
+    of_tasks = {}
+    for task, of_task in samples.items():
+        errors = [e for r in records_of(task, of_task) for _, e in r.likelihoods or ()]
+        of_tasks[task] = {
+            "settings": state.settings.get(task),
+            "data": digest([_whole(s["doc"]) for s in sorted(of_task, key=lambda s: s["doc_id"])]),
+            "bootstrap95": _bootstraps(results["results"][task], of_task),
+            "likelihood_stderr": _error_of(errors) if errors else None,
+        }
+    return {
+        **{name: facts["identity"].get(name) for name in ("weights", "tokenizer", "dtype")},
+        **{name: facts.get(name) for name in ("device", "world_size")},
+        "code": sorted({line["code"] for line in state.journal.answers.values() if line["run"] == state.name})
+        or [state.code],
+        "selfcheck": _selfcheck(levels),
+        "tasks": of_tasks,
+    }
+
+
+def _whole(document: Any) -> Any:
+    """A document with its tests, where they are kept apart."""
+    is_ours = isinstance(document, dict) and document.get("benchmark") in PROGRAMS
+    return [{k: v for k, v in document.items() if k != "data_dir"}, problem(document)] if is_ours else document
+
+
+def _bootstraps(metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Bootstrap intervals of those scores of a task that are means over its documents."""
+    found = {}
+    for key, score in metrics.items():
+        name, _, stage = key.partition(",")
+        values = [s[name] for s in samples if s["filter"] == stage and isinstance(s.get(name), numbers.Real)]
+        if isinstance(score, numbers.Real) and values and math.isclose(sum(values) / len(values), score):
+            found[key] = [round(bound, 6) for bound in bootstrap_interval(values)]
+    return found
+
+
+def _error_of(errors: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and largest of the known standard errors of likelihoods, in nats, and how many are not known."""
+    known_ones = [error for error in errors if error is not None]
+    mean, largest = (sum(known_ones) / len(known_ones), max(known_ones)) if known_ones else (None, None)
+    return {"mean": mean, "largest": largest, "unknown": len(errors) - len(known_ones)}
+
+
+def _selfcheck(levels: Iterable[str]) -> Any:
+    """What the self-check said last of the isolation levels that ran; None where it has not run."""
+    if importlib.util.find_spec("coda_eval.selfcheck") is None:
+        return None
+    last_result = importlib.import_module("coda_eval.selfcheck").last_result
+    return {level: last_result(level.split()[0]) for level in sorted(levels)} or None
+
+
+def records_of(task: str, samples: Iterable[dict[str, Any]]) -> list[Record]:
+    """The records of a task from lm-eval's samples; of several filters the first one counts."""
+    samples = list(samples)
+    of_first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    return [r for sample in sorted(of_first, key=lambda s: s["doc_id"]) for r in _records_of_document(task, sample)]
+
+
+def _records_of_document(task: str, sample: dict[str, Any]) -> Iterable[Record]:
+    document = sample["doc"] if isinstance(sample["doc"], dict) else {}
+    prompt = str(sample["arguments"][0][0])
+    where = {"task": task, "task_id": document.get("task_id", sample["doc_id"]), "doc_id": sample["doc_id"]}
+    nothing = {field.name: None for field in dataclasses.fields(Record)}
+    score = next((sample[name] for name in sample["metrics"] if isinstance(sample[name], numbers.Real)), None)
+    score = None if score is None else float(score)
+    if not isinstance(sample["resps"][0][0], str):  # likelihoods: a request for each choice
+        values = [sample["resps"][choice][0] for choice in range(len(sample["resps"]))]
+        known_ones = [known_likelihood(value) for value in values]
+        likelihoods = [[value["nats"], value["stderr"]] for value in known_ones]
+        facts = {"prompt": prompt, "repeat": 0, "score": score, "likelihoods": likelihoods}
+        yield Record(**nothing | where | facts)
+        return
+    answers = [answer for answer in sample["resps"][0] if not getattr(answer, "surplus", False)]
+    entries = sample["filtered_resps"][0]
+    for repeat, answer in enumerate(answers):
+        entry = entries[repeat] if isinstance(entries, list) and len(entries) == len(answers) else None
+        facts = nothing | {"score": score}
+        if isinstance(entry, Judged):
+            facts |= {name: entry.fields.get(name) for name in ("status", "error", "seconds", "cpu_seconds")}
+            facts |= {"program": entry.program, "score": float(entry.fields["status"] == "passed")}
+        spent = Answer.cost_of(answer)
+        cost = None if spent["cost"] is None else {**spent["cost"], "generation_s": spent["generation_s"]}
+        facts |= {"new_tokens": spent["new_tokens"], "forwards": spent["forwards"], "cost": cost}
+        facts |= {"seed": getattr(answer, "seed", None), "answer": str(answer), "prompt": prompt, "repeat": repeat}
+        yield Record(**facts | where)

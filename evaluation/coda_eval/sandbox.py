@@ -34,11 +34,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from tqdm import tqdm
 
@@ -46,6 +46,8 @@ from coda_eval.sandbox_watch import SCRATCH_BYTES, Limits, Watch, kill, processe
 from CoDALanguageModel.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 LEVELS = ("bubblewrap", "unshare", "landlock", "rlimits")
 """Isolation levels, best first."""
@@ -167,25 +169,50 @@ def run_programs(
         UserError: the level is unknown or does not work here.
     """
     level = isolation_level(level)
-    workers = workers or default_workers()
     limits = limits or Limits()
     with (
-        ThreadPoolExecutor(workers) as pool,
+        Bench(level, workers, limits) as bench,
         tqdm(total=len(programs), desc="programs", unit="", delay=10, mininterval=10, maxinterval=60) as progress,
     ):
-        gate = _Gate(workers)
-
-        def run(program: Program) -> Verdict:
-            verdict = gate.run(_run_surely, program, level, limits)
+        verdicts = []
+        for future in [bench.submit(lambda program=program: program) for program in programs]:
+            verdicts.append(future.result()[1])
             progress.update()
-            return verdict
-
-        verdicts = list(pool.map(run, programs))
     for place, verdict in enumerate(verdicts):
         if verdict.status == "near":  # the machine was too busy to tell
             again = _run_surely(programs[place], level, limits)
             verdicts[place] = replace(again, status="timeout") if again.status == "near" else again
     return verdicts
+
+
+class Bench:
+    """Runs programs as they come, several at once, each in its own sandbox and interpreter.
+
+    Args:
+        level: one of `LEVELS` that works here.
+        workers: programs at once; by default one per core.
+        limits: resource limits of each program.
+    """
+
+    def __init__(self, level: str, workers: int | None = None, limits: Limits | None = None) -> None:
+        workers = workers or default_workers()
+        self._level, self._limits = level, limits or Limits()
+        self._pool, self._gate = ThreadPoolExecutor(workers), _Gate(workers)
+
+    def submit(self, build: Callable[[], Program]) -> Future[tuple[Program, Verdict]]:
+        """The program that `build` gives and the verdict on it: `near` where the machine was too busy to tell."""
+        return self._pool.submit(self._gate.run, self._judge, build)
+
+    def _judge(self, build: Callable[[], Program]) -> tuple[Program, Verdict]:
+        program = build()
+        return program, _run_surely(program, self._level, self._limits)
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the programs that run; those that do not yet are left out."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 class _Gate:
@@ -194,7 +221,7 @@ class _Gate:
     def __init__(self, workers: int) -> None:
         self.workers, self.running, self.lock = workers, 0, threading.Lock()
 
-    def run(self, function: Callable[..., Verdict], *arguments: Any) -> Verdict:
+    def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Call `function` once there is room."""
         while not self._enter():
             time.sleep(0.2)

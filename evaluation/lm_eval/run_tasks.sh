@@ -1,5 +1,5 @@
 # Sourced by the evaluation scripts: run_tasks "TASK ..." chat|gaps MODEL_DIR [lm-eval arguments ...]
-# runs all tasks in one process, logs it, and writes a score card of those that succeeded.
+# runs all tasks in one process and logs it.
 # shellcheck shell=bash
 
 # json_object PYTHON NAME VALUE ...: an object of texts, but of numbers where a NAME ends in "=". Paths with commas,
@@ -38,11 +38,11 @@ run_tasks() {
     return 2
   fi
   local output="${OUTPUT_DIR:-runs/eval/$(basename -- "$model_dir")/$(date +%Y%m%d-%H%M%S)-$$}" old=""
-  if [[ -d $output ]]; then
-    old="$(find "$output" \( -name 'results_*.json' -o -name 'answers_rank*.jsonl' -o -name scores.json \) -print -quit)"
+  if [[ -d $output && " $* " != *" --resume "* ]]; then
+    old="$(find "$output" \( -name 'results_*.json' -o -name 'journal_rank*.jsonl' -o -name scores.json \) -print -quit)"
   fi
   if [[ -n $old ]]; then
-    echo "error: OUTPUT_DIR $output holds results of an earlier run ($old); name another folder" >&2
+    echo "error: OUTPUT_DIR $output holds results of an earlier run ($old); name another folder, or add --resume" >&2
     return 2
   fi
   local gpus
@@ -78,9 +78,6 @@ run_tasks() {
   local status=0
   "${launcher[@]}" -m coda_eval run --model "$model" --model_args "$model_args" --tasks "${names[@]}" \
     --batch_size "${BATCH_SIZE:-32}" --output_path "$output" --log_samples "${options[@]}" "$@" \
-    2>&1 | tee "$output/run.log" || status=$?
-  if [[ -n $(find "$output" -name 'results_*.json' -print -quit) ]]; then
-    "$python" -m coda_eval.report "$output" --output "$output/scores.json" || status=$?
-  fi
+    2>&1 | tee -a "$output/run.log" || status=$?
   return "$status"
 }

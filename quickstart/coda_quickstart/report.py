@@ -23,6 +23,11 @@ from CoDALanguageModel.intervals import wilson_interval
 from CoDALanguageModel.run_files import read_rows
 
 STAGES = (("pretrain", "Pre-training"), ("midtrain", "Mid-training"), ("model", "Fine-tuning"))
+VALIDATION = (
+    "Validation loss: pre- and mid-training are validated on held-out standard library files, fine-tuning on held-out "
+    "instructions. Mid-training sees generated functions mostly, which are easier to guess than that library, so its "
+    "training loss is far below its validation loss."
+)
 TIME_TITLES = {
     "data": "corpus, tokenizer, instruction set, held-out problems",
     "shards": "token shards",
@@ -83,12 +88,21 @@ def read_scores(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def training_table(run_dir: Path) -> list[dict[str, Any]]:
-    """Per stage: steps, tokens seen, tokens per second, last training and validation loss."""
+    """Per stage: steps, tokens seen, tokens per second, last training and validation loss.
+
+    Raises:
+        UserError: a stage logged no loss.
+    """
     rows = []
     for folder, title in STAGES:
         metrics = read_rows(run_dir / folder / "metrics.jsonl")
         logged = [row for row in metrics if "loss" in row]
         training, validation = curves(metrics)
+        if not training:
+            raise UserError(
+                f"{run_dir / folder / 'metrics.jsonl'} holds no training loss: the stage's logging interval must be at "
+                "most its number of steps"
+            )
         speeds = sorted(row["tokens_per_s"] for row in logged if row.get("tokens_per_s"))
         rows.append(
             {
@@ -179,6 +193,7 @@ def write_report(run_dir: Path) -> str:
         denoising=denoising_html(denoised["steps"]),
         answers=_answer_blocks(answers),
         training=_training_rows(training),
+        validation=html.escape(VALIDATION),
         times=_time_rows(times),
         settings=html.escape(json.dumps({"model": _shape(config), "data": data, "machine": machine()}, indent=2)),
     )
@@ -207,7 +222,7 @@ def markdown_tables(summary: Mapping[str, Any]) -> str:
         lines += [f"| {' | '.join(_compared_cells(row))} |" for row in summary["comparison"]]
     lines += ["", "| training | steps | tokens | tokens/s | loss | validation loss |", "|---|---:|---:|---:|---:|---:|"]
     lines += [f"| {' | '.join(_training_cells(row))} |" for row in summary["training"]]
-    lines += ["", "| stage | seconds |", "|---|---:|"]
+    lines += ["", VALIDATION, "", "| stage | seconds |", "|---|---:|"]
     lines += [f"| {_time_title(name)} | {seconds:.0f} |" for name, seconds in summary["times_s"].items()]
     lines += [f"| **all** | **{sum(summary['times_s'].values()):.0f}** |"]
     lines += ["", f"{summary['parameters'] / 1e6:.2f} M parameters; {summary['machine']}."]

@@ -9,8 +9,10 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from coda_eval import session
 from coda_eval.autoregressive import FILL_TOKENS, AutoregressiveModel
 from coda_eval.harness import CoDAEvalModel
+from coda_eval.journal import Journal
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.row import complete
@@ -113,8 +115,33 @@ def test_prompts_that_need_no_healing_are_lm_evals_own(newline_model):
     assert own.generate_until(asked, True) == plain
     chat = own.apply_chat_template([{"role": "user", "content": "a"}])
     assert chat.endswith("assistant\n")
-    assert own._prompt(0, request(chat), 0) is None
+    assert own._prompt(0, request(chat), 0).ids is None
     assert own._prompt(0, request(chat + "```python\n"), 0).tail == "\n"
+
+
+def test_draws_are_the_same_after_a_restart(newline_model, tmp_path):
+    tokenizer, model = newline_model
+    drawn = {"do_sample": True, "temperature": 40.0}
+    texts = ["x", "def f():\n", "def g():", "y = 1\n", "zz", "a\n\n", "b"]
+    asked = [request(text, doc={"task_id": text}, **drawn) for text in texts]
+    asked += [request("x", doc={"task_id": "three"}, repeats=3, **drawn)] * 3
+
+    def answers(folder, resume=False):
+        with session.opened(session.Session(journal=Journal(folder, resume=resume), model={"weights": "w"})) as state:
+            texts = AutoregressiveModel(model, tokenizer=tokenizer, batch_size=2).generate_until(asked, True)
+            return texts, state.journal
+
+    whole, journal = answers(tmp_path / "whole")
+    assert len({whole[0], *whole[-3:]}) == 4  # of one prompt, in several batches
+    lines = journal.path.read_bytes().splitlines(keepends=True)
+    assert sum(b'"answer": ' in line for line in lines) == 10
+    for count in range(1, len(lines) + 1, 2):
+        output = tmp_path / str(count)
+        output.mkdir()
+        (output / "journal_rank0.jsonl").write_bytes(b"".join(lines[:count]))
+        again, journal = answers(output, resume=True)
+        assert again == whole
+        assert (journal.made == 0) == (count == len(lines))
 
 
 def test_a_control_token_in_a_message_of_a_baseline_is_text(newline_model):

@@ -16,7 +16,9 @@ from lm_eval.api.registry import get_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import coda_eval.autoregressive  # noqa: F401  registers the model coda_hf
+from coda_eval import session
 from coda_eval.harness import CoDAEvalModel, _Job, generation_settings
+from coda_eval.journal import Journal
 from CoDALanguageModel.decoder import Decoding
 from CoDALanguageModel.decoding_settings import SETTINGS, Setting
 from CoDALanguageModel.row import complete
@@ -344,9 +346,14 @@ from lm_eval.tasks import TaskManager
 from coda_eval.__main__ import TASKS
 from coda_eval import programs, session
 from coda_eval.harness import CoDAEvalModel
+from coda_eval.journal import Journal
 model = CoDAEvalModel(sys.argv[1], device="cpu", batch_size=2, steps=8, max_new_tokens=8, temperature=0.9, seed=5)
 tasks = TaskManager(include_path=[str(TASKS)], include_defaults=False)
-with session.opened(session.Session(folder=Path(sys.argv[2] + ".answers"))):
+def opened(name):
+    folder = Path(sys.argv[2] + name)
+    return session.opened(session.Session(journal=Journal(folder, model.rank), model={"weights": "tiny"}))
+
+with opened(".failed"):
     run_programs, failures = programs.run_programs, []
     if model.world_size > 1:
         def broken(*args, **kwargs):
@@ -362,7 +369,8 @@ with session.opened(session.Session(folder=Path(sys.argv[2] + ".answers"))):
                 failures.append(str(error))
             model._max_length = None
         programs.run_programs = run_programs
-out = simple_evaluate(model, tasks=["quickstart_infill", "quickstart_problems"], task_manager=tasks)
+with opened(".whole"):
+    out = simple_evaluate(model, tasks=["quickstart_infill", "quickstart_problems"], task_manager=tasks)
 if model.rank == 0:
     samples = {
         task: sorted((s["doc"]["task_id"], s["resps"][0][0], len(s["filtered_resps"][0])) for s in rows)
@@ -375,7 +383,7 @@ if dist.is_initialized():
 """
 
 
-def test_two_ranks_give_the_scores_and_answers_of_one(model_dir, tmp_path):
+def test_two_ranks_give_the_scores_and_answers_of_one_which_finds_them_again(model_dir, tasks, tmp_path, monkeypatch):
     gaps = [{"task_id": f"g/{n}", "prefix": "x = ", "middle": "1" * (n + 1), "suffix": "\n"} for n in range(5)]
     problems = [
         {"task_id": f"p/{n}", "prompt": "f" * (n + 1), "entry_point": "f", "test": "", "canonical_solution": ""}
@@ -409,6 +417,18 @@ def test_two_ranks_give_the_scores_and_answers_of_one(model_dir, tmp_path):
     assert len(two["failures"]) == 2
     assert two["failures"][0].startswith("rank 1: UserError: task quickstart_infill, document g/")
     assert two["failures"][1] == "rank 1: RuntimeError: no more memory"
-    kept = [file.read_text().splitlines() for file in sorted((tmp_path / "2.json.answers").iterdir())]
-    problems = [json.loads(line)["task_id"] for lines in kept for line in lines if "quickstart_problems" in line]
+    kept = [file.read_text().splitlines() for file in sorted((tmp_path / "2.json.failed").iterdir())]
+    problems = [row["task_id"] for lines in kept for row in map(json.loads, lines) if row.get("prompt", "")[:1] == "f"]
     assert sorted(problems) == ["p/0", "p/1", "p/2"]
+    # One process goes on where two were: every answer is found, and none is made.
+    monkeypatch.setenv("CODA_EVAL_DATA", str(tmp_path))
+    model = load(model_dir, batch_size=2, temperature=0.9, seed=5)
+    monkeypatch.setattr(model, "_answered", lambda jobs: pytest.fail("an answer was made") if jobs else iter(()))
+    journal = Journal(tmp_path / "2.json.whole", resume=True)
+    assert journal.found == 8
+    with session.opened(session.Session(journal=journal, model={"weights": "tiny"})):
+        out = simple_evaluate(model, tasks=["quickstart_infill", "quickstart_problems"], task_manager=tasks)
+    assert (journal.used, journal.made) == (8, 0)
+    assert out["results"]["quickstart_infill"] == one["results"]["quickstart_infill"]
+    found = {row["doc"]["task_id"]: row["resps"][0][0] for rows in out["samples"].values() for row in rows}
+    assert found == {task_id: answer for rows in one["samples"].values() for task_id, answer, _ in rows}

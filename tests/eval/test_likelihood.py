@@ -197,6 +197,41 @@ def test_likelihood_with_blocks_of_one_token_is_that_of_the_autoregressive_model
         assert bound.stderr == 0.0
 
 
+def test_choices_of_any_length_share_their_draws():
+    short, long_ = (plan_masks(length, 64, np.random.default_rng(5)).masked for length in (12, 15))
+    shares = np.abs(short.mean(axis=1) - long_.mean(axis=1))
+    assert shares.max() < 1 / 12  # one fraction for both, rounded up to tokens
+    alone = plan_masks(15, 64, np.random.default_rng(6)).masked
+    same, other = ((short == masked[:, :12]).mean() for masked in (long_, alone))
+    assert same > 0.9
+    assert other < 0.7
+
+
+def test_shared_draws_make_a_comparison_of_choices_surer(make_model):
+    model = make_model()
+    context, first = draw(6, 10)
+    pairs = [(context, first), (context, [*first, 7, 9])]  # one begins as the other
+    values = []
+    for seed in range(30):
+        one, other = bound_log_likelihoods(model, pairs, mc_num=8, seed=seed, batch_size=32, max_length=64)
+        values.append((one.nats, other.nats))
+    gaps = np.array([other - one for one, other in values])
+    apart = np.array([values[(i + 1) % 30][1] - values[i][0] for i in range(30)])
+    assert gaps.std() < 0.9 * apart.std()
+
+
+def test_the_error_of_one_set_of_masks_is_not_known(make_model):
+    model = make_model()
+    texts = draw(5, 4, 1)
+    pairs = [(texts[0], texts[1]), (texts[0], texts[2])]
+    sampled, exact = bound_log_likelihoods(model, pairs, mc_num=1, seed=0, batch_size=4, max_length=64)
+    assert sampled.stderr is None
+    assert exact.stderr == 0.0
+    blocks = make_model(attention="block_causal", block_size=3)
+    (mixed,) = bound_log_likelihoods(blocks, [(texts[0], texts[1])], mc_num=1, seed=0, batch_size=4, max_length=64)
+    assert mixed.stderr is None
+
+
 def test_texts_are_never_cut():
     with pytest.raises(ValueError, match="a context of 5 and a continuation of 4 tokens exceed the context of 8"):
         bound_log_likelihoods(TableModel(), [([1] * 5, [1] * 4)], mc_num=4, seed=0, batch_size=1, max_length=8)

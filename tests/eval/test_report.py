@@ -1,9 +1,11 @@
 """Score cards hold score, interval and provenance; intervals are Wilson's."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
+from coda_eval.records import Record
 from coda_eval.report import as_markdown, score_cards
 
 RUN = {
@@ -43,18 +45,19 @@ def test_card_holds_score_interval_settings_and_isolation(tmp_path):
 def test_card_holds_what_the_answers_cost(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "results_2026.json").write_text(json.dumps(RUN))
-    cost = {"forwards": 4, "tokens_evaluated": 50, "tokens_per_forward": 1.5}
-    answer = {"task": "coda_humaneval", "new_tokens": 5, "forwards": 4, "generation_s": 0.5}
-    records = [answer | {"cost": cost}] * 2 + [answer | {"cost": None}, answer | {"task": "other"}]
-    (tmp_path / "answers_rank0.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    cost = {"forwards": 4, "tokens_evaluated": 50, "tokens_per_forward": 1.5, "generation_s": 0.5}
+    nothing = {field.name: None for field in dataclasses.fields(Record)}
+    answer = nothing | {"task": "coda_humaneval", "new_tokens": 5, "forwards": 4}
+    rows = [answer | {"cost": cost}] * 2 + [answer, answer | {"task": "other"}]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (card,) = score_cards(tmp_path)
-    plain = {"answers": 3, "new_tokens": 15, "forwards": 12, "generation_s": 1.5}
+    plain = {"answers": 3, "new_tokens": 15, "forwards": 12, "generation_s": 1.0}
     assert card["cost"] == plain | {"tokens_evaluated": 100}
 
 
 def test_command_writes_json_and_markdown_and_names_what_is_wrong(tmp_path):
     def run(*arguments):
-        command = [sys.executable, "-m", "coda_eval.report", *map(str, arguments)]
+        command = [sys.executable, "-m", "coda_eval", "report", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True)
 
     missing = run(tmp_path)

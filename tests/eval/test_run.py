@@ -1,5 +1,6 @@
 """What can be known is checked before the model loads; a task that fails stops no other; no two runs share a folder."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -12,6 +13,8 @@ from lm_eval.tasks import TaskManager
 
 from coda_eval import programs
 from coda_eval.__main__ import TASKS, main
+from coda_eval.records import Record, read_records
+from coda_eval.report import score_cards
 from CoDALanguageModel.errors import UserError
 
 ROW = {
@@ -78,6 +81,10 @@ def evaluation(monkeypatch, data_dir, tmp_path_factory):
 
 def write_rows(folder, *rows, name="quickstart_problems.jsonl"):
     (folder / name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+
+
+def answers_in(journal):
+    return [row for row in map(json.loads, journal.read_text().splitlines()) if "answer" in row]
 
 
 def results_of(folder):
@@ -169,6 +176,8 @@ def test_a_task_that_fails_stops_no_other_and_is_named_at_the_end(evaluation, st
     assert list(results) == ["coda_humaneval"]
     assert results["coda_humaneval"]["pass@1,run"] == 1.0
     assert results["coda_humaneval"]["outcomes,run"] == "2 programs: 0 failed, 2 passed, 0 timeout"
+    (card,) = json.loads((evaluation.output / "scores.json").read_text())
+    assert (card["task"], card["score"], card["isolation"] != "") == ("coda_humaneval", 1.0, True)
     assert stub.built == 1
 
 
@@ -181,9 +190,9 @@ def test_a_failure_to_judge_loses_no_answer(evaluation, stub, data_dir, monkeypa
     monkeypatch.setattr(programs, "run_programs", broken)
     said = evaluation("--limit", "2", tasks="quickstart_problems coda_humaneval")
     assert "2 of 2 tasks failed: quickstart_problems (RecursionError: too deep)" in said
-    (file,) = evaluation.output.glob("answers_rank0.jsonl")
+    (file,) = evaluation.output.glob("journal_rank0.jsonl")
     assert f"3 answers are kept in {file}" in said
-    answers = [json.loads(line) for line in file.read_text().splitlines()]
+    answers = answers_in(file)
     assert [(answer["task"], answer["task_id"]) for answer in answers] == [
         ("quickstart_problems", "q/0"),
         ("coda_humaneval", "HumanEval/0"),
@@ -208,8 +217,8 @@ def test_without_a_folder_for_results_a_failure_names_where_the_answers_are(
     monkeypatch.setattr(programs, "run_programs", lambda *args, **kwargs: 1 // 0)
     said = evaluation(output="")
     (folder,) = scratch.iterdir()
-    assert f"1 answers are kept in {folder}/answers_rank0.jsonl" in said
-    assert json.loads((folder / "answers_rank0.jsonl").read_text())["answer"] == ROW["canonical_solution"]
+    assert f"1 answers are kept in {folder}/journal_rank0.jsonl" in said
+    assert answers_in(folder / "journal_rank0.jsonl")[0]["answer"] == ROW["canonical_solution"]
 
 
 def test_files_and_patterns_of_tasks_run_each_by_itself(evaluation, stub, data_dir, tmp_path, monkeypatch):
@@ -231,13 +240,13 @@ def test_a_second_run_never_mixes_with_the_first(evaluation, stub, data_dir):
     write_rows(data_dir, ROW)
     assert evaluation() == ""
     first = {path: path.read_bytes() for path in evaluation.output.rglob("*.*")}
-    assert len(first) == 2  # results and answers
+    assert len(first) == 5  # results, answers, command, records and score cards
     assert "holds results of an earlier run" in evaluation()
     assert stub.built == 1
     assert {path: path.read_bytes() for path in evaluation.output.rglob("*.*")} == first
     (results,) = evaluation.output.rglob("results_*.json")
     results.unlink()
-    assert "answers_rank0.jsonl), which could not be told from the new ones" in evaluation()
+    assert "journal_rank0.jsonl), which could not be told from the new ones" in evaluation()
     assert stub.built == 1
 
 
@@ -271,7 +280,42 @@ def test_the_diffusion_model_writes_its_answers_as_it_makes_them(evaluation, mod
         tasks="quickstart_problems,quickstart_infill",
     )
     assert said == ""
-    answers = [json.loads(line) for line in (evaluation.output / "answers_rank0.jsonl").read_text().splitlines()]
+    answers = answers_in(evaluation.output / "journal_rank0.jsonl")
     assert [answer["task_id"] for answer in answers] == ["q/0", "q/1", "g/0"]
     assert all(answer["forwards"] >= 1 and answer["generation_s"] > 0 for answer in answers)
     assert set(results_of(evaluation.output)) == {"quickstart_problems", "quickstart_infill"}
+    records = read_records(evaluation.output)
+    assert [(r.task, r.task_id, r.repeat) for r in records] == [
+        ("quickstart_problems", "q/0", 0),
+        ("quickstart_problems", "q/1", 0),
+        ("quickstart_infill", "g/0", 0),
+    ]
+    assert [r.answer for r in records] == [answer["answer"] for answer in answers]
+    assert all(r.score == 0.0 and r.status == "failed" and r.seed >= 0 and r.cost["generation_s"] > 0 for r in records)
+    assert records[0].program == records[0].answer
+    assert records[0].cpu_seconds is not None
+    assert records[2].program is None
+    cards = json.loads((evaluation.output / "scores.json").read_text())
+    assert [(card["task"], card["metric"], card["n"]) for card in cards] == [
+        ("quickstart_problems", "pass@1", 2),
+        ("quickstart_infill", "exact_match", 1),
+        ("quickstart_infill", "exact_match_raw", 1),
+    ]
+    assert cards == score_cards(evaluation.output)
+
+
+def test_records_with_an_unknown_or_a_missing_field_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no records.jsonl in"):
+        read_records(tmp_path)
+    fields = {field.name: None for field in dataclasses.fields(Record)}
+    for rows, message in (
+        ([fields, fields | {"scores": 1}], r"records.jsonl: line 2 has an unknown field 'scores'.*score"),
+        ([{name: None for name in fields if name != "seed"}], "line 1 lacks seed"),
+        ([[]], "line 1 must be a JSON object"),
+    ):
+        (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(UserError, match=message):
+            read_records(tmp_path)
+    (tmp_path / "records.jsonl").write_text(json.dumps(fields)[:-3])
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        read_records(tmp_path)

@@ -62,6 +62,7 @@ def test_the_report_shows_scores_times_and_answers_and_loads_nothing(run_dir):
     assert "$" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.S)
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?https?:", page)
     assert tables in (run_dir / "report.md").read_text()
+    assert all("held-out standard library files" in text for text in (page, tables))  # what validation is of
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["parameters"] == 17
     assert summary["training"][2] == {
@@ -77,6 +78,12 @@ def test_the_report_shows_scores_times_and_answers_and_loads_nothing(run_dir):
 def test_a_missing_stage_is_named(run_dir):
     (run_dir / "answers.json").unlink()
     with pytest.raises(ValueError, match=r"the report needs all stages; missing: .*answers.json"):
+        report.write_report(run_dir)
+
+
+def test_a_stage_that_logged_no_loss_is_named(run_dir):
+    write_lines(run_dir / "model" / "metrics.jsonl", [{"step": 5, "eval_held_out_loss": 1.25}])
+    with pytest.raises(ValueError, match="model/metrics.jsonl holds no training loss: the stage's logging interval"):
         report.write_report(run_dir)
 
 

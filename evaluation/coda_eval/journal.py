@@ -1,0 +1,242 @@
+"""The journal of a run: every answer as it is made, under a key of all that it depends on.
+
+Each rank appends to its own `journal_rank*.jsonl` in the run's folder; a run that goes on reads those of all ranks. A
+line is an answer, settings that answers name by their digest, or a reference by which a later command takes an answer
+of an earlier one. Lines reach the kernel before the next answer is made, so that no answer is lost when the process is
+killed; the disk is waited for every few seconds only, since a machine that goes down costs no more than these.
+
+Not here: what a key is made of for a request (`session.py`), what became of an answer (`records.py`).
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import write_whole
+from CoDALanguageModel.weight_files import weight_files
+
+logger = logging.getLogger(__name__)
+
+FILES = "journal_rank*.jsonl"
+"""Pattern of the names of the journals in a run's folder."""
+
+COMMAND = "command.json"
+"""Name of the file that says what the last command in a folder was asked to do, and with which model."""
+
+HASHES = "hashes.json"
+"""Name of the file that keeps the hashes of weight files, by path, size and time of change."""
+
+_SYNC_S = 5.0  # between two waits for the disk
+
+
+def digest(value: Any) -> str:
+    """Hash of anything that JSON can say, 24 hexadecimal digits; what it cannot say counts as its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+class Journal:
+    """The answers of all ranks at the start, and a file to append this rank's to.
+
+    Args:
+        folder: of the run.
+        rank: of this process.
+        resume: whether the files that are there are read and gone on with; else there must be none.
+
+    Raises:
+        UserError: a file is broken elsewhere than at its end, or another process writes to this rank's.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0, *, resume: bool = False) -> None:
+        self.folder, self.path = folder, folder / f"journal_rank{rank}.jsonl"
+        self.answers: dict[str, dict[str, Any]] = {}
+        """Lines of answers by their key."""
+
+        self.settings: dict[str, dict[str, Any]] = {}
+        """Settings by their digest."""
+
+        self.taken: dict[str, set[str]] = {}
+        """Keys of the answers that each command made or took, by its name."""
+
+        self.made = self.used = 0
+        self._known: set[str] = set()  # digests of settings in this rank's file
+        self._file: int | None = None
+        self._synced = time.monotonic()
+        self._resume = resume
+        if resume and self.path.exists():
+            self._open()
+        for path in sorted(folder.glob(FILES)) if resume else ():
+            end = self._read(path)
+            if path == self.path and end < path.stat().st_size:
+                os.ftruncate(self._file, end)
+        self.found = len(self.answers)
+
+    def _open(self) -> None:
+        # A command that is no resumption makes the file: a second one ends here instead of mixing its answers in.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (0 if self._resume else os.O_EXCL)
+        try:
+            self._file = os.open(self.path, flags, 0o666)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileExistsError, BlockingIOError) as error:
+            raise UserError(f"another command writes to {self.path}: give it a folder of its own") from error
+
+    def _read(self, path: Path) -> int:
+        """Read a file, and return where its last whole line ends."""
+        data = path.read_bytes()
+        end = 0
+        for number, line in enumerate(data.splitlines(keepends=True), 1):
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError as error:  # of the JSON, or of its encoding
+                if end + len(line) < len(data):
+                    raise UserError(f"{path}: line {number} is not JSON; mend it, or remove it") from error
+                row = None
+            if row is None:
+                logger.warning("%s ends in a line that was not written completely; it is left out", path)
+                break
+            self._take(row)
+            end += len(line)
+        return end
+
+    def _take(self, row: dict[str, Any]) -> None:
+        if "resolved" in row:
+            self.settings[row["settings"]] = row["resolved"]
+            return
+        if "settings" in row:
+            self.answers[row["key"]] = row
+        self.taken.setdefault(row["run"], set()).add(row["key"])
+
+    def write(self, rows: Sequence[dict[str, Any]], settings: Mapping[str, dict[str, Any]]) -> None:
+        """Append answers and references, before them the settings that the file does not have yet, by their digests.
+
+        Raises:
+            OSError: the file cannot be written; it then ends as it did.
+        """
+        if self._file is None:
+            self._open()
+        fresh = [{"settings": name, "resolved": settings[name]} for name in settings if name not in self._known]
+        data = "".join(json.dumps(row, default=str) + "\n" for row in [*fresh, *rows]).encode("ascii")
+        start, left = os.fstat(self._file).st_size, memoryview(data)
+        try:
+            while left:
+                left = left[os.write(self._file, left) :]
+        except OSError:
+            os.ftruncate(self._file, start)
+            raise
+        self._known |= settings.keys()
+        for row in [*fresh, *rows]:
+            self._take(row)
+        self.made += sum("settings" in row for row in rows)
+        if time.monotonic() - self._synced > _SYNC_S:
+            self.sync()
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        if self._file is not None:
+            os.fsync(self._file)
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Leave the file, whole and on the disk."""
+        self.sync()
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def hash_weights(arguments: Mapping[str, Any], folder: Path | None = None) -> str:
+    """Hash of the files that a model is loaded from: weights, configuration, adapters, and its code where that runs.
+
+    Args:
+        arguments: those of lm-eval's Hugging Face models: `pretrained`, `revision`, `peft` and so on.
+        folder: of a run, which keeps the hashes of files.
+    """
+    revision = arguments.get("revision") or "main"
+    files: list[Path] = []
+    for name in ("pretrained", "peft", "delta"):
+        if arguments.get(name):
+            root = _model_folder(str(arguments[name]), revision, str(arguments.get("subfolder") or ""))
+            weights = [root / arguments["gguf_file"]] if arguments.get("gguf_file") else weight_files(root)
+            files += weights or [
+                path for kind in ("safetensors", "bin", "pt") for path in sorted(root.glob(f"*.{kind}"))
+            ]
+            files += [root / file for file in ("config.json", "adapter_config.json") if (root / file).is_file()]
+            files += sorted(root.glob("*.py")) if arguments.get("trust_remote_code") else []
+    return digest([[path.name, of_file] for path, of_file in zip(files, _hash_files(files, folder), strict=True)])
+
+
+def _model_folder(name: str, revision: str, subfolder: str) -> Path:
+    """A folder, or where the files of a Hub name lie after it was loaded."""
+    if os.path.isdir(name):
+        return Path(name, subfolder)
+    for file in ("config.json", "adapter_config.json"):
+        path = cached_file(
+            name,
+            file,
+            revision=revision,
+            subfolder=subfolder,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if path is not None:
+            return Path(path).parent
+    raise UserError(f"{name!r} has no config.json, so that its weights cannot be found")
+
+
+def _hash_files(paths: Iterable[Path], folder: Path | None) -> list[str]:
+    store = folder / HASHES if folder is not None else None
+    known = json.loads(store.read_text()) if store is not None and store.is_file() else {}
+    hashes = {}
+    for path in map(Path.resolve, paths):
+        stat = path.stat()
+        facts = [stat.st_size, stat.st_mtime_ns]
+        if known.get(str(path), [])[:2] == facts:
+            hashes[str(path)] = known[str(path)]
+            continue
+        with path.open("rb") as file:
+            hashes[str(path)] = [*facts, hashlib.file_digest(file, "sha256").hexdigest()]
+    if store is not None and any(known.get(path) != facts for path, facts in hashes.items()):
+        write_whole(store, json.dumps(known | hashes, indent=1) + "\n")
+    return [found for _, _, found in hashes.values()]
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """Hash of a tokenizer with its chat template, as it was loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).rglob("*.*"))}
+    config = json.loads(files.pop("tokenizer_config.json"))
+    for name in ("is_local", "local_files_only", "name_or_path"):  # where it came from
+        config.pop(name, None)
+    return digest([files, config])
+
+
+@cache
+def code_version() -> str:
+    """Commit of this checkout, with a mark where its files differ from it; else the version of the package."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(here.parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", here.name) and (commit := git("rev-parse", "HEAD")):
+        return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no", ":/") else commit
+    return f"coda-lm {importlib.metadata.version('coda-lm')}"
