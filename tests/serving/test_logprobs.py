@@ -181,11 +181,37 @@ def test_mistakes_are_named(serve, body, param, words):
     assert words in response.json()["error"]["message"]
 
 
-def test_top_logprobs_need_logprobs(serve):
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"top_logprobs": 2}, "needs logprobs=true"),
+        ({"logprobs": True, "tools": [{"type": "function", "function": {"name": "f"}}]}, "of text and not of calls"),
+    ],
+)
+def test_a_chat_tells_them_of_text_that_asks_for_them(serve, body, words):
     async def test(client):
-        return await client.post("/v1/chat/completions", json={"messages": MESSAGES, "top_logprobs": 2})
+        return await client.post("/v1/chat/completions", json={"messages": MESSAGES} | body)
 
-    assert "needs logprobs=true" in serve(test).json()["error"]["message"]
+    assert words in serve(test).json()["error"]["message"]
+
+
+def test_an_answer_that_matches_and_candidates_with_a_bias_tell_them_too(client):
+    shaped = client.completions.create(
+        model="tiny-coda", prompt="a", max_tokens=12, logprobs=1, echo=True, extra_body={"guided_regex": "[ab]{2,4}"}
+    )
+    logprobs = shaped.choices[0].logprobs
+    assert len(logprobs.tokens) == 1 + shaped.usage.completion_tokens
+    assert shaped.choices[0].finish_reason == "stop"
+    biased = client.completions.create(
+        model="tiny-coda",
+        prompt="a = ",
+        suffix="\nb",
+        max_tokens=6,
+        logprobs=1,
+        logit_bias={"5": 1},
+        extra_body={"infill": {}},
+    )
+    assert len(biased.choices[0].logprobs.tokens) == biased.usage.completion_tokens
 
 
 def test_tokens_that_are_no_text_are_named_by_their_ids(serving_fakes):
