@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .generation_config_coda import DiffusionGenerationConfig
     from .infilling import InfillOutput
     from .modeling_coda import CoDALanguageModel, CoDAOutput
-    from .row import DecodingCost, DecodingStalled, Request, Row
+    from .row import DecodingCost, DecodingStalled, Evidence, Request, Row
 
 __all__ = [
     "CoDAConfig",
@@ -26,6 +26,7 @@ __all__ = [
     "DecodingStalled",
     "DiffusionGenerationConfig",
     "DiffusionGenerationOutput",
+    "Evidence",
     "InfillOutput",
     "Progress",
     "Request",
@@ -41,6 +42,7 @@ _MODULES = {
     "DecodingStalled": "row",
     "DiffusionGenerationConfig": "generation_config_coda",
     "DiffusionGenerationOutput": "generation_coda",
+    "Evidence": "row",
     "InfillOutput": "infilling",
     "Progress": "decoder",
     "Request": "row",

@@ -75,6 +75,7 @@ class BlockScorer(Scorer):
         self._store(due)
         for row, parent, shared in followers:
             self.texts[row] = self.cache.open(self.texts[parent], shared)
+            row.cost.tokens_shared = shared
         self._store({row: row.whole_blocks(len(row.prefix) - LONGEST_PART) for row in rows})
 
     def _store(self, due: dict[Row, int]) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .row import Row
+from .row import Evidence, Row
 from .schedule import Commit
 
 EMPTY = {"ids": 0, "attention_mask": 0, "position_ids": 0, "column": 0, "source": 0, "ordinal": -1, "block": -1}
@@ -62,6 +62,9 @@ class Decision(NamedTuple):
 
     margin: Tensor | None
     """(R,) float32: the least error of the logits, in nats, that could have changed the decision."""
+
+    best: Tensor | None = None
+    """(R, T, 2, K) float64: ids of the most probable tokens of each scored position, and their log-probabilities."""
 
 
 class Canvas:
@@ -188,13 +191,32 @@ class Canvas:
         numbers = torch.cat([counts, place, column, updated[place, column]]).tolist()  # all that goes to the host
         counts, rest = numbers[: len(step.places)], numbers[len(step.places) :]
         places, columns, tokens = (rest[i * len(place) : (i + 1) * len(place)] for i in range(3))
+        evidence = self._evidence(step, decision, place, column)
         first = 0
         for i, (at, commit, count) in enumerate(zip(step.places, step.commits, counts, strict=True)):
             last = first
             while last < len(places) and places[last] == i:
                 last += 1
-            self.rows[at].take(commit, count, columns[first:last], tokens[first:last])
+            known = None if evidence is None else evidence[first:last]
+            self.rows[at].take(commit, count, columns[first:last], tokens[first:last], known)
             first = last
+
+    def _evidence(self, step: Step, decision: Decision, place: Tensor, column: Tensor) -> list[Evidence] | None:
+        """What the model thought of the tokens that have changed, where a row keeps it."""
+        if decision.log_probability is None or not any(self.rows[at].config.output_scores for at in step.places):
+            return None
+        values = decision.log_probability[place, column].tolist()
+        at = place.tolist()
+        best: list[tuple[tuple[int, float], ...]] = [()] * len(values)
+        if decision.best is not None:
+            keeps = [self.rows[i].sampling.keeps_best for i in step.places]
+            pairs = decision.best[place, column].tolist()
+            best = [
+                tuple(zip(map(int, p[0]), p[1], strict=True)) if keeps[i] else ()
+                for i, p in zip(at, pairs, strict=True)
+            ]
+        steps = [step.commits[i].step for i in at]
+        return [Evidence(*each) for each in zip(values, steps, best, strict=True)]
 
     def _store(self, x: Tensor, step: Step, rows: Tensor) -> Tensor:
         return rows if step.places == self._whole else x.index_copy(0, step.index, rows)

@@ -16,6 +16,9 @@ from .errors import UserError, did_you_mean
 LARGEST_INTEGER = 2**31 - 1
 """Of every setting that counts something: arithmetic on the device has 64 bits."""
 
+NUM_BEST = 20
+"""Most probable tokens that are kept beside one committed, where they are."""
+
 LEAST_RANDOMNESS = 1e-6
 """A temperature below this is 0: dividing by it would exceed float32, and it means the most probable choice."""
 
@@ -234,6 +237,14 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (
     Setting(
         name="repetition_penalty", kind=float, default=None, optional=True, least=1e-6, most=1e6,
         says="divides the scores of tokens that stand in the row already",
+    ),
+    Setting(
+        name="presence_penalty", kind=float, default=0.0, least=-2, most=2,
+        says="taken from the logits of tokens that stand in the gaps or the answer already, on whichever side",
+    ),
+    Setting(
+        name="frequency_penalty", kind=float, default=0.0, least=-2, most=2,
+        says="the same, as many times as the token stands there",
     ),
     Setting(
         name="suppress_tokens", kind=list, default=None, optional=True, words="a list of token ids (integers >= 0)",

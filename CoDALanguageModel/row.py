@@ -50,6 +50,9 @@ class DecodingCost:
     tokens_evaluated: int = 0
     """Tokens in these rows, without padding to equal lengths."""
 
+    tokens_shared: int = 0
+    """Tokens at the start of the text whose keys and values were those of another row, and not computed."""
+
     tokens_committed: int = 0
     """Tokens that were filled in, end tokens included and tails behind them not."""
 
@@ -78,6 +81,15 @@ class DecodingCost:
                 setattr(self, f.name, getattr(self, f.name) + getattr(row, f.name))
 
 
+class Evidence(NamedTuple):
+    """What the model thought of a token when it was committed, before temperature and filters."""
+
+    log_probability: float
+    step: int
+    best: tuple[tuple[int, float], ...]
+    """The most probable tokens there and their log-probabilities, where the request keeps them."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """One canvas to fill."""
@@ -99,6 +111,12 @@ class Request:
     """transformers' logits processors, called with the (N, width) canvases and (N, V) scores of rows with the same
     processors."""
 
+    keeps_best: bool = False
+    """With `output_scores`, keep the `NUM_BEST` most probable tokens beside each one committed."""
+
+    forced: Sequence[int] | None = None
+    """One token per column: what is committed at masks instead of the model's choice; the model only judges it."""
+
     constraint: Constraint | None = None
     """What `constraints.constraint_of` made of `regex` or `json_schema`, where the settings have one of them."""
 
@@ -116,9 +134,11 @@ class Sampling(NamedTuple):
     remask: Callable[[Tensor, Tensor], Tensor] | None
     eta: float | None
     keeps_scores: bool
+    keeps_best: bool
+    is_forced: bool
 
     @classmethod
-    def of(cls, config: DiffusionGenerationConfig) -> "Sampling":
+    def of(cls, config: DiffusionGenerationConfig, request: Request) -> "Sampling":
         """What the settings say."""
         rule = config.parallel_rule
         return cls(
@@ -132,6 +152,8 @@ class Sampling(NamedTuple):
             remask=None if config.remask is None else REMASKS[config.remask],
             eta=config.eta,
             keeps_scores=config.output_scores or config.remask is not None,
+            keeps_best=config.output_scores and request.keeps_best,
+            is_forced=request.forced is not None,
         )
 
 
@@ -167,7 +189,7 @@ class Row:
         self._lay_out()
         self._check()
         self.vocabulary = Vocabulary(config, model.vocab_size, request.processors)
-        self.sampling = Sampling.of(config)
+        self.sampling = Sampling.of(config, request)
         self.constraint = request.constraint
         self._constrain()
         self._coming = plan_commits(
@@ -199,6 +221,8 @@ class Row:
         self.commit_steps = [-1] * self.width if config.output_scores else None
         self.log_probability: Tensor | None = None
         """(width,) float32 with `output_scores`, once the row has left the decoding."""
+        self.evidence: dict[int, Evidence] = {}
+        """Of each committed column, with `output_scores`."""
         self.cached_block, self.cache_age = -1, 0
         self.drafts: list[tuple[Tensor, Tensor]] = []
 
@@ -248,6 +272,8 @@ class Row:
         if not self.gaps:
             raise UserError("nothing to fill: max_new_tokens is 0 and inputs hold no mask token")
         longest = self.num_real - config.max_new_tokens
+        if self.request.forced is not None and len(self.request.forced) != self.width:
+            raise UserError(f"forced must hold one token per column ({self.width}), got {len(self.request.forced)}")
         if self.num_real > model.max_position_embeddings:
             raise UserError(
                 f"the prompt of {longest} tokens and max_new_tokens={config.max_new_tokens} do not fit in the context "
@@ -376,7 +402,9 @@ class Row:
         number = attrgetter("block")
         return self.plan[bisect_left(self.plan, block, key=number) : bisect_right(self.plan, block, key=number)]
 
-    def take(self, commit: Commit, count: int, columns: list[int], tokens: list[int]) -> None:
+    def take(
+        self, commit: Commit, count: int, columns: list[int], tokens: list[int], evidence: list[Evidence] | None = None
+    ) -> None:
         """Note what a step did.
 
         Args:
@@ -384,6 +412,7 @@ class Row:
             count: tokens that it chose.
             columns: where the canvas has changed.
             tokens: what stands there now.
+            evidence: what the model thought of them, where it is kept.
         """
         config = self.config
         if not count:  # although its plan asks for it in every step
@@ -396,6 +425,8 @@ class Row:
             self.ids[column] = token
             if self.commit_steps is not None and token != config.mask_token_id:
                 self.commit_steps[column] = commit.step
+        if self.config.output_scores and evidence is not None:
+            self.evidence.update(zip(columns, evidence, strict=True))
         self.changed += columns
         self.committed += count
         self.num_steps += 1

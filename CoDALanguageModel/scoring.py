@@ -254,6 +254,10 @@ class Scorer:
     def _process(self, step: Step, ids: Tensor, scores: Scores) -> Scores:
         """Apply each row's biases, processors and bans to fresh logits."""
         parts = self.canvas.parts(step)
+        is_filled = (self.canvas.take(self.canvas.ordinal, step) >= 0) & (
+            ids != self.canvas.take(self.canvas.mask_ids, step)
+        )
+        filled = torch.where(is_filled, ids, -1)
         if not self.canvas.is_unpadded:  # what stands at padding is no text: a processor sees a mask there
             padding = self.canvas.take(self.canvas.attention_mask, step) == 0
             ids = torch.where(padding, self.canvas.take(self.canvas.mask_ids, step), ids)
@@ -265,7 +269,8 @@ class Scorer:
             if row.vocabulary.processors and ids_of_part.shape[1] < row.width:  # masks that no step has reached
                 behind = (0, row.width - ids_of_part.shape[1])
                 ids_of_part = torch.nn.functional.pad(ids_of_part, behind, value=row.config.mask_token_id)
-            logits = row.vocabulary.apply(part.logits, ids_of_part, part.row)
+            filled_of_part = filled if len(parts) == 1 else filled[positions[0] : positions[-1] + 1]
+            logits = row.vocabulary.apply(part.logits, ids_of_part, part.row, filled_of_part)
             if len(parts) == 1:
                 return scores._replace(logits=logits)
             if logits is not part.logits:  # a processor's; biases and bans are written into the view

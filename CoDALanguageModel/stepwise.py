@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .candidates import Candidates, Extra, ScoresNotFinite, propose, row_uniforms, rows_at_once
 from .canvas import Canvas, Decision, Step
+from .decoding_settings import NUM_BEST
 from .limits import Again, Limits
 from .orders import choose
 from .row import Row, Sampling
@@ -107,6 +108,9 @@ class Stepwise:
             limits, again = self._limits(step, scores, remasked), self._again(step, ids.shape[1], scores)
             candidates = limits.correct(candidates, again)
 
+        if how.is_forced:
+            candidates = candidates._replace(tokens=self._forced(step, ids)[row, column])
+
         def spread(values: Tensor, fill: float | Tensor) -> Tensor:
             grid = fill.clone() if isinstance(fill, Tensor) else values.new_full(ids.shape, fill)
             grid[row, column] = values
@@ -131,11 +135,29 @@ class Stepwise:
             also = None if accepted is None else accepted[row, column]
             is_chosen, tokens = limits.choose(rank, counts, also, again)
             chosen, candidates = spread(is_chosen, False), candidates._replace(tokens=tokens)
-        log_probability = None
+        log_probability = best = None
         if how.keeps_scores:
             chosen_logits = logits.gather(1, candidates.tokens[:, None]).squeeze(1).float()
-            log_probability = spread(chosen_logits - logits.float().logsumexp(dim=1), 0.0)
-        return Decision(chosen, spread(candidates.tokens, ids), remasked, log_probability, margin)
+            total = logits.float().logsumexp(dim=1)
+            log_probability = spread(chosen_logits - total, 0.0)
+            if how.keeps_best:
+                best = self._best(logits, total, row, column, ids.shape)
+        return Decision(chosen, spread(candidates.tokens, ids), remasked, log_probability, margin, best)
+
+    def _best(self, logits: Tensor, total: Tensor, row: Tensor, column: Tensor, shape: torch.Size) -> Tensor:
+        """(R, T, 2, K) float64: ids of the most probable tokens of each scored position, and log-probabilities."""
+        values, tokens = logits.float().topk(min(NUM_BEST, logits.shape[1]), dim=1)
+        best = values.new_zeros(*shape, 2, values.shape[1], dtype=torch.float64)
+        best[row, column] = torch.stack([tokens.double(), (values - total[:, None]).double()], dim=1)
+        return best
+
+    def _forced(self, step: Step, ids: Tensor) -> Tensor:
+        """(R, T) int64: what rows are to hold, for rows that are forced."""
+        forced = torch.zeros_like(ids)
+        for i, place in enumerate(step.places):
+            tokens = ids.new_tensor(self.canvas.rows[place].request.forced)[: ids.shape[1]]
+            forced[i, : len(tokens)] = tokens
+        return forced
 
     def _limits(self, step: Step, scores: Scores, remasked: Tensor | None) -> Limits:
         """What the constraint of the rows allows; columns that are decided anew or masked again are open."""

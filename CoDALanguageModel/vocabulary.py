@@ -26,6 +26,7 @@ class Vocabulary:
             banned.add(config.pad_token_id)
         self.banned = sorted(banned)
         self.bias = {int(token): float(value) for token, value in (config.logit_bias or {}).items()}
+        self.penalties = float(config.presence_penalty), float(config.frequency_penalty)
         self.num_ids = config.num_token_ids
         self._banned: Tensor | None = None
         self.processors = LogitsProcessorList(processors)
@@ -45,11 +46,14 @@ class Vocabulary:
             tuple(self.bias.items()),
             self.num_ids,
             config.repetition_penalty,
+            self.penalties,
             tuple(map(id, processors)),
         )
 
-    def apply(self, logits: Tensor, ids: Tensor, row: Tensor) -> Tensor:
+    def apply(self, logits: Tensor, ids: Tensor, row: Tensor, filled: Tensor) -> Tensor:
         """Change fresh logits (N, V) of positions in rows `row` (N,) of the canvases `ids` (R, width).
+
+        `filled` (R, T) are the tokens of these rows that decoding has committed, and -1 elsewhere.
 
         Biases and bans are written into `logits`; a processor may give another tensor.
         """
@@ -59,6 +63,11 @@ class Vocabulary:
             self._biases = torch.tensor(list(self.bias.values()), device=logits.device)
         if self.bias:
             logits[:, self._biased] += self._biases.to(logits)
+        if any(self.penalties):
+            presence, frequency = self.penalties
+            counts = torch.zeros(len(filled), logits.shape[1], device=logits.device)
+            counts.scatter_add_(1, filled.clamp(min=0), (filled >= 0).float())
+            logits -= (presence * (counts > 0) + frequency * counts).to(logits)[row]
         if self.processors:
             logits = self.processors(ids[row], logits)
         logits[:, self._banned] = -torch.inf

@@ -161,6 +161,27 @@ def test_the_server_fills_a_gap_in_the_last_block_and_says_which_models_fill_oth
     assert (other.status_code, other.json()["error"]["param"]) == (400, "steps")
 
 
+def test_the_server_scores_a_prompt_counts_what_was_shared_and_refuses_unseen_text_behind_a_gap(ask):
+    prompt = PROMPTS[3]
+    echo = {"prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 0}
+    body = {"prompt": prompt, **ASKED}
+    fim = {"input_prefix": "a", "input_suffix": "b", "n_predict": 9}
+    scored, anew = ask([echo, echo])
+    values = scored.json()["choices"][0]["logprobs"]["token_logprobs"]
+    assert values[0] is None
+    assert all(value < 0 for value in values[1:])
+    assert anew.json()["choices"][0]["logprobs"]["token_logprobs"][1:] == pytest.approx(values[1:], abs=1e-4)
+    alone, *both = [response.json()["usage"] for response in (*ask([body]), *ask([body, body]))]
+    assert alone["prompt_tokens_details"] == {"cached_tokens": 0}
+    shared = [usage["prompt_tokens_details"]["cached_tokens"] for usage in both]
+    assert sorted(shared)[0] == 0
+    assert 32 <= sorted(shared)[1] <= alone["prompt_tokens"]
+    assert alone["rows"] == alone["forwards"]
+    (refused,) = ask([fim], "/infill")
+    assert refused.status_code == 400
+    assert "later block" in refused.json()["error"]["message"]
+
+
 def test_the_server_says_how_the_model_attends(ask):
     (card,) = ask([None], "/v1/models")[0].json()["data"]
     assert (card["attention"], card["block_size"]) == ("block_causal", 4)

@@ -17,12 +17,14 @@ from starlette.exceptions import HTTPException
 from . import editors, messages
 from .bodies import body_parts, body_schema, read_body
 from .canvases import chat_canvases, completion_canvases
+from .echo import Echo
 from .errors import ApiError, body_at, documented
 from .gate import Gate
+from .logprobs import Spelling
 from .observe import ObserveMiddleware
-from .protocol import ChatRequest, CompletionRequest
+from .protocol import ChatRequest, CompletionRequest, SamplingRequest
 from .replies import check_model, respond
-from .responses import CHAT, INFILL, TEXT, ChatCompletion, Completion, ModelCard, ModelList
+from .responses import CHAT, INFILL, TEXT, ChatCompletion, Completion, Form, ModelCard, ModelList, with_logprobs
 from .service import Service
 from .tools import completed, form_of
 
@@ -108,7 +110,7 @@ def _model_routes(service: Service) -> APIRouter:
     async def chat(request: Request) -> Any:
         """Answer a conversation."""
         body = await read_body(request, ChatRequest)
-        return await respond(service, request, body, chat_canvases, form_of(body, CHAT))
+        return await respond(service, request, body, chat_canvases, _told(service, body, form_of(body, CHAT)))
 
     @router.post(
         "/v1/completions",
@@ -120,11 +122,18 @@ def _model_routes(service: Service) -> APIRouter:
         """Continue texts, or fill gaps: between prompt and suffix, or between the pieces of `infill`."""
         body = await read_body(request, CompletionRequest)
         form = TEXT if body.infill is None else INFILL
-        return await respond(
-            service, request, body, completion_canvases, form if body.shape is None else completed(form)
-        )
+        form = _told(service, body, form if body.shape is None else completed(form))
+        if body.echo:
+            echo = Echo(form, service.engine.decode)
+            return await respond(service, request, body, echo.canvases, echo, events=echo.events)
+        return await respond(service, request, body, completion_canvases, form)
 
     return router
+
+
+def _told(service: Service, body: SamplingRequest, form: Form) -> Form:
+    """The form of an answer, with log-probabilities where they are asked for."""
+    return form if body.num_best is None else with_logprobs(form, Spelling(service.engine.decode, body.num_best))
 
 
 def _describe_bodies(app: FastAPI) -> None:

@@ -71,22 +71,24 @@ def conversation_canvases(
 
 def completion_canvases(service: Service, body: CompletionRequest) -> Asked:
     """One canvas per prompt and answer, or several where a gap's length is not known; prompts first."""
+    infill, texts = body.infill, completion_texts(service, body)
+    if infill is None:
+        lengths: tuple[int, ...] | Literal["auto"] | None = None if body.suffix else AUTO
+    else:
+        lengths = infill.lengths if infill.lengths == AUTO else tuple(infill.lengths)
+    param = "prompt" if infill is None or infill.pieces is None else "infill"
+    return lay_out(service, body, texts, body.max_tokens, param, lengths, body.shape)
+
+
+def completion_texts(service: Service, body: CompletionRequest) -> list[Pieces]:
+    """The prompts, and what stands behind their gaps."""
     infill = body.infill
     if infill is not None and infill.pieces is not None:
         _check_number(service, body, 1)
-        texts = [encode_pieces(service, body, infill.pieces, "infill.pieces")]
-    else:
-        _check_number(service, body, len(body.prompts))
-        suffix = encode_text(service, body, body.suffix, "suffix", joins=True) if body.suffix else None
-        texts = [_prompt_pieces(service, body, prompt, suffix) for prompt in body.prompts]
-    if infill is not None:
-        lengths: tuple[int, ...] | Literal["auto"] | None = (
-            infill.lengths if infill.lengths == AUTO else tuple(infill.lengths)
-        )
-    else:
-        lengths = None if body.suffix else AUTO
-    param = "prompt" if infill is None or infill.pieces is None else "infill"
-    return lay_out(service, body, texts, body.max_tokens, param, lengths, body.shape)
+        return [encode_pieces(service, body, infill.pieces, "infill.pieces")]
+    _check_number(service, body, len(body.prompts))
+    suffix = encode_text(service, body, body.suffix, "suffix", joins=True) if body.suffix else None
+    return [_prompt_pieces(service, body, prompt, suffix) for prompt in body.prompts]
 
 
 def _prompt_pieces(
@@ -180,6 +182,7 @@ def lay_out(
                 seed=seed,
                 stop=stop,
                 is_candidate=is_auto,
+                logprobs=body.num_best,
                 constraint=constraint,
             )
             for combination in _combinations(service, pieces, max_tokens, param, AUTO if is_auto else lengths)
@@ -191,7 +194,7 @@ def lay_out(
             raise _refused(body, error) from error
         candidates = [canvas for canvas in candidates if canvas not in faults]
         answers += [[canvas.with_seed(seed + i) for canvas in candidates] for i in range(body.n or 1)]
-    _check_rows(service, answers, param)
+    check_rows(service, answers, param)
     return Asked(answers, sum(len(piece) for pieces in texts for piece in pieces))
 
 
@@ -267,12 +270,13 @@ def _check_number(service: Service, body: SamplingRequest, num_prompts: int) -> 
         )
 
 
-def _check_rows(service: Service, answers: list[list[CanvasRequest]], param: str) -> None:
+def check_rows(service: Service, answers: list[list[CanvasRequest]], param: str) -> None:
+    """Refuse more canvases than the queue ever holds."""
     rows, most = sum(map(len, answers)), service.engine.max_queue
     if rows > most:
         raise invalid(
-            f"the lengths to try for these gaps make {rows} answers, more than the queue of {most} holds (MAX_QUEUE): "
-            "give the lengths, a smaller max_tokens, or fewer prompts at a time",
+            f"the lengths to try and the prompts to score make {rows} answers, more than the queue of {most} holds "
+            "(MAX_QUEUE): give the lengths, a smaller max_tokens, or fewer prompts at a time",
             param=param,
         )
 

@@ -14,14 +14,16 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, RootModel, model_validator
 
 from CoDALanguageModel.decoding_settings import LARGEST_INTEGER
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.fill_tokens import file_text
+from CoDALanguageModel.prompts import TextTooLong
 
 from .bodies import body_schema, read_body
-from .canvases import AUTO, Asked, Pieces, encode_pieces, encode_text, lay_out, started
+from .canvases import AUTO, Asked, Pieces, encode_pieces, lay_out, started
 from .engine import Answer, Delta
 from .errors import ApiError, documented, invalid
 from .generation import Generation
-from .protocol import NEUTRAL_FOR_ALL, SamplingRequest, StrictModel, Text
+from .protocol import SamplingRequest, StrictModel, Text, check_one_length
 from .replies import check_model, respond
 from .responses import (
     AssistantMessage,
@@ -50,7 +52,7 @@ class ExtraFile(StrictModel):
 class InfillRequest(SamplingRequest):
     """Body of `/infill`, as llama.cpp's server takes it and llama.vim and llama.vscode send it."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "dry_multiplier": (0,),
         "dynatemp_range": (0,),
         "grammar": ("",),
@@ -117,9 +119,8 @@ class InfillRequest(SamplingRequest):
 class FimRequest(SamplingRequest):
     """Body of `/v1/fim/completions`, as Mistral's client and Continue send it."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {"min_tokens": (0,)}
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"min_tokens": (0,)}
     closed: ClassVar[frozenset[str]] = frozenset({"n"})
-    ignored: ClassVar[frozenset[str]] = SamplingRequest.ignored | {"prompt_cache_key"}
 
     prompt: Text
     """Text before the gap."""
@@ -127,6 +128,11 @@ class FimRequest(SamplingRequest):
     """Text behind the gap; null or empty: the text simply goes on."""
     max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_INTEGER)
     """Another name of `max_tokens`, which some clients send beside it."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "FimRequest":
+        check_one_length(self.max_tokens, self.max_completion_tokens)
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -196,17 +202,19 @@ class InfillForm:
     def canvases(self, service: Service, body: InfillRequest) -> Asked:
         """Files, prefix and prompt before the gap, and the suffix behind it; what does not fit is left out."""
         most = body.n_predict if body.n_predict and body.n_predict > 0 else body.max_tokens
-        before, after = body.input_prefix + body.prompt, body.input_suffix
-        pieces = encode_pieces(service, body, (before, after), "input_prefix")
+        before, cut_before = _encode(service, body.input_prefix + body.prompt, "input_prefix")
+        after, cut_after = _encode(service, body.input_suffix, "input_suffix", is_suffix=True)
+        pieces = [before, after] if after else [before]
         context = service.limits.context_length
         if most is not None and most >= context:
             raise invalid(f"n_predict must be less than the context of {context} tokens, got {most}", "n_predict")
         room = context - (most or min(service.settings.max_tokens, context // 2))
-        pieces, self._truncated = _fit(pieces, room)
+        pieces, cut = _fit(pieces, room)
+        self._truncated = cut or cut_before or cut_after
         for file in reversed(body.input_extra):
             text = file_text(file.filename, file.text) if file.filename else file.text
-            ids = encode_text(service, body, text + ("" if text.endswith("\n") else "\n"), "input_extra")
-            if sum(map(len, pieces)) + len(ids) > room:
+            ids, cut = _encode(service, text + ("" if text.endswith("\n") else "\n"), "input_extra")
+            if cut or sum(map(len, pieces)) + len(ids) > room:
                 self._truncated = True
                 break
             pieces = [ids + pieces[0], *pieces[1:]]
@@ -235,7 +243,7 @@ class InfillForm:
             "model": head.model,
             "tokens_predicted": tokens,
             "tokens_evaluated": usage.prompt_tokens,
-            "tokens_cached": 0,
+            "tokens_cached": usage.prompt_tokens_details.cached_tokens,
             "truncated": self._truncated,
             "stop_type": stop_type,
             "stopping_word": answer.stop or "",
@@ -304,6 +312,21 @@ def until_dedent(text: str, indent: int, *, is_whole: bool = True) -> str:
     return text
 
 
+def _encode(service: Service, text: str, param: str, *, is_suffix: bool = False) -> tuple[list[int], bool]:
+    """Ids of a text; of one that surely does not fit, of so much next to the gap as may. And whether it was cut."""
+    cut = False
+    while True:
+        try:
+            ids = service.encoder.encode_text(text, joins=is_suffix, max_tokens=service.limits.context_length)
+        except TextTooLong:
+            half = len(text) // 2
+            text, cut = text[:half] if is_suffix else text[half:], True
+        except UserError as error:
+            raise invalid(str(error), param=param) from error
+        else:
+            return ids, cut
+
+
 def _fit(pieces: Pieces, room: int) -> tuple[Pieces, bool]:
     """The ids around a gap that fit: of the suffix at least a quarter, from its beginning; of the prefix its end."""
     before, after = pieces[0], pieces[1] if len(pieces) > 1 else []
@@ -368,8 +391,8 @@ FIM = Form(
     choice=lambda i, a: FimChoice(
         index=i, message=AssistantMessage(content=a.text), text=a.text, finish_reason=a.finish_reason
     ),
-    part=lambda i, text, end: FimChunkChoice(
-        index=i, delta=ChatDelta(content=text or None), text=text, finish_reason=end
+    part=lambda i, d, end: FimChunkChoice(
+        index=i, delta=ChatDelta(content=d.text or None), text=d.text, finish_reason=end
     ),
     opening=lambda i: FimChunkChoice(index=i, delta=ChatDelta(role="assistant", content=""), text=""),
 )

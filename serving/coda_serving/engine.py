@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from CoDALanguageModel.answers import AnswerReader, Decode, FinishReason
 
@@ -18,7 +18,17 @@ from .gaps import GapReader
 from .metrics import Metrics
 from .scheduler import CanvasRequest, Job, QueueFull, Scheduler
 
+if TYPE_CHECKING:
+    from CoDALanguageModel.row import Evidence
+
 logger = logging.getLogger(__name__)
+
+
+class Judged(NamedTuple):
+    """A token that was committed, and what the model thought of it."""
+
+    token: int
+    evidence: "Evidence"
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,8 @@ class Delta:
     """Text that has become final."""
 
     text: str
+    tokens: tuple[Judged, ...] = ()
+    """Tokens that have become final with it, where the request asks for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +49,10 @@ class Answer:
     """Tokens that the text stands for, without the end token."""
     forwards: int
     """Forward passes that its row took part in."""
+    rows: int = 0
+    """Rows that it had in these passes: more than one where drafts are verified."""
+    cached_tokens: int = 0
+    """Tokens of its prompt whose keys and values another row had computed."""
     finish_reason: FinishReason
     stop: str | None = None
     """The stop string that ended it, if one did."""
@@ -46,6 +62,8 @@ class Answer:
     """Masks that each gap had."""
     score: float | None = None
     """Mean log-probability of all filled tokens when they were committed, of an answer that competes by it."""
+    tokens: tuple[Judged, ...] = ()
+    """Its tokens, where the request asks for them."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,12 @@ class RowStep(NamedTuple):
     """What was wrong with this row alone."""
     score: float | None = None
     """Mean log-probability of the filled tokens when they were committed, of a candidate that is full."""
+    evidence: Sequence["Evidence"] = ()
+    """What the model thought of `ids`, where that is kept."""
+    rows: int = 0
+    """Rows that it had in these passes."""
+    cached_tokens: int = 0
+    """Tokens of its prompt that another row had computed."""
 
 
 class Rows(Protocol):
@@ -154,6 +178,11 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="coda-engine", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="coda-engine-watchdog", daemon=True)
         metrics.watch(num_waiting=lambda: self.num_waiting, num_running=lambda: self.num_running)
+
+    @property
+    def decode(self) -> Decode:
+        """Token ids to text."""
+        return self._decode
 
     @property
     def is_alive(self) -> bool:
@@ -317,22 +346,32 @@ class Engine:
         if job.cancelled:
             return  # dropped before the next step
         reading = reader.feed(step.ids, is_full=step.is_full)
-        if len(reading.text) > len(job.shown):
-            job.listener(Delta(reading.text[len(job.shown) :]))
-            job.shown = reading.text
-        if reading.finish_reason is not None and (step.is_full or not job.request.is_candidate):
+        request = job.request
+        if request.logprobs is not None:
+            job.judged += map(Judged, step.ids, step.evidence)
+        goes_on = request.is_candidate or request.forced is not None
+        is_over = reading.finish_reason is not None and (step.is_full or not goes_on)
+        judged = job.judged if request.forced is not None else job.judged[: reading.num_tokens]
+        if len(reading.text) > len(job.shown) or (is_over and len(judged) > job.num_judged):
+            job.listener(Delta(reading.text[len(job.shown) :], tuple(judged[job.num_judged :])))
+            job.shown, job.num_judged = reading.text, len(judged)
+        if is_over:
             run.rows.drop(step.row)
             del run.jobs[step.row]
-            self._metrics.tokens.inc(reading.num_tokens)
+            num_tokens = 0 if request.forced is not None else reading.num_tokens
+            self._metrics.tokens.inc(num_tokens)
             answer = Answer(
                 text=reading.text,
-                num_tokens=reading.num_tokens,
+                num_tokens=num_tokens,
                 forwards=step.forwards,
+                rows=step.rows,
+                cached_tokens=step.cached_tokens,
                 finish_reason=reading.finish_reason,
                 stop=reading.stop,
                 gaps=reader.texts if isinstance(reader, GapReader) else (reading.text,),
-                gap_lengths=job.request.gap_lengths,
+                gap_lengths=request.gap_lengths,
                 score=step.score,
+                tokens=tuple(judged),
             )
             self._finish(job, answer)
 

@@ -66,7 +66,7 @@ class Generation:
                 best = self._choose(index, place, event)
                 if best is None:
                     continue
-                yield index, Delta(best.text)
+                yield index, Delta(best.text, best.tokens)
                 event = best
             if isinstance(event, Answer):
                 unfinished -= 1
@@ -80,7 +80,8 @@ class Generation:
         if not isinstance(event, Answer) or len(answers) < self._num_candidates[index]:
             return None
         best = max((answers[i] for i in range(len(answers))), key=lambda answer: answer.score)
-        return dataclasses.replace(best, forwards=sum(answer.forwards for answer in answers.values()))
+        forwards, rows = (sum(getattr(answer, name) for answer in answers.values()) for name in ("forwards", "rows"))
+        return dataclasses.replace(best, forwards=forwards, rows=rows)
 
     async def answers(self) -> list[Answer]:
         """All answers, in the order of the requests.

@@ -133,6 +133,8 @@ class MessagesUsage(BaseModel):
 
     input_tokens: int
     output_tokens: int
+    cache_read_input_tokens: int = 0
+    """Tokens whose keys and values another request had computed."""
     forwards: int = 0
     """Forward passes, each row counted. Extension."""
     tokens_per_forward: float = 0.0
@@ -144,6 +146,7 @@ class MessagesUsage(BaseModel):
         return cls(
             input_tokens=usage.prompt_tokens,
             output_tokens=usage.completion_tokens,
+            cache_read_input_tokens=usage.prompt_tokens_details.cached_tokens,
             forwards=usage.forwards,
             tokens_per_forward=usage.tokens_per_forward,
         )

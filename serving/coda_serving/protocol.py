@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, create_model, model_validator
 
-from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, Setting
+from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, NUM_BEST, Setting
 from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 
 from .errors import invalid
@@ -17,12 +17,6 @@ from .settings import DECODING, MAX_SEED, typed
 logger = logging.getLogger(__name__)
 
 MAX_CHOICES = 128
-
-NEUTRAL_FOR_ALL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-}
-"""Fields that are not supported, with the values that ask for nothing and are therefore accepted."""
 
 
 def _check_unicode(text: str) -> str:
@@ -92,13 +86,33 @@ DecodingFields = create_model(
 """A field for each of `DECODING`; null means the server's default."""
 
 
+REASONS = {
+    "best_of": "the log-probabilities of two answers depend on the orders of their commits, and do not compare; ask "
+    "for n answers and choose",
+    "min_tokens": "an end token may come anywhere in a canvas, so that no least length can be promised",
+}
+"""Why fields are not supported, where that is not plain."""
+
+
 class SamplingRequest(DecodingFields):
     """Fields that conversations and plain texts share. Null means the server's default."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Fields that are not supported, with the values that ask for nothing and are therefore accepted."""
     closed: ClassVar[frozenset[str]] = frozenset()
     """Fields of other endpoints that this one has not."""
-    ignored: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {
+            "metadata",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "store",
+            "user",
+        }
+    )
     """Fields that cannot change an answer here; they are accepted, and named in the log."""
 
     model: str | None = Field(None, max_length=4096)
@@ -127,7 +141,9 @@ class SamplingRequest(DecodingFields):
                 logger.info("ignored request field: %s", name)
             elif name in cls.neutral:
                 if value is not None and value not in cls.neutral[name]:
-                    raise invalid(f"{name} is not supported by this server", param=name, code="unsupported_field")
+                    reason = f": {REASONS[name]}" if name in REASONS else ""
+                    message = f"{name} is not supported by this server{reason}"
+                    raise invalid(message, param=name, code="unsupported_field")
             else:
                 raise _unknown(name, [*(cls.model_fields.keys() - cls.closed), *cls.ignored, *cls.neutral])
         return kept
@@ -148,6 +164,11 @@ class SamplingRequest(DecodingFields):
         if given.get("top_k") in (-1, 0):
             given["top_k"] = None
         return given
+
+    @property
+    def num_best(self) -> int | None:
+        """Most probable tokens to tell of; None tells no log-probabilities."""
+        return None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -328,16 +349,15 @@ class Message(StrictModel):
 class ChatRequest(ShapedRequest):
     """Body of `/v1/chat/completions`."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "audio": (),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "logprobs": (False,),
         "modalities": (["text"],),
+        "moderation": (),
         "parallel_tool_calls": (True, False),
         "prediction": (),
         "reasoning_effort": (),
-        "top_logprobs": (0,),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -349,15 +369,27 @@ class ChatRequest(ShapedRequest):
     """Functions that the model may call."""
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     """`required`: the answer is a call of one of them; `auto`, the default: it may hold calls."""
+    logprobs: bool | None = None
+    """Tell of each token its log-probability when it was committed."""
+    top_logprobs: int | None = Field(None, ge=0, le=NUM_BEST)
+    """Most probable tokens to tell of beside each."""
+
+    @property
+    def num_best(self) -> int | None:
+        """Most probable tokens to tell of; None tells no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _top_of_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise invalid(f"top_logprobs={self.top_logprobs} needs logprobs=true", param="top_logprobs")
+        if self.logprobs and self.tools and self.tool_choice != "none":
+            raise invalid("logprobs are told of text and not of calls: say tool_choice none", param="logprobs")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> "ChatRequest":
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise invalid(
-                f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens} are the same "
-                "setting: give one of them",
-                param="max_completion_tokens",
-            )
+        check_one_length(self.max_tokens, self.max_completion_tokens)
         return self
 
 
@@ -376,10 +408,8 @@ class Infill(StrictModel):
 class CompletionRequest(ShapedRequest):
     """Body of `/v1/completions`; with `suffix` or `infill`, gaps in a text are filled."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_FOR_ALL | {
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "best_of": (1,),
-        "echo": (False,),
-        "logprobs": (),
     }
 
     prompt: (
@@ -394,6 +424,31 @@ class CompletionRequest(ShapedRequest):
     """Text behind the gap. Null or empty: the text simply goes on."""
     infill: Infill | None = None
     """Gaps in a text. Extension."""
+    max_tokens: int | None = Field(None, ge=0, le=LARGEST_INTEGER)
+    """Masks of an answer, or of all gaps of unknown length together; 0 only echoes."""
+    logprobs: int | None = Field(None, ge=0, le=NUM_BEST)
+    """Tell of each token its log-probability when it was committed, and of so many of the most probable ones."""
+    echo: bool | None = None
+    """Repeat the prompt before the answer. With `logprobs` it is scored too: each token after all before it."""
+
+    @property
+    def num_best(self) -> int | None:
+        """Most probable tokens to tell of; None tells no log-probabilities."""
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens must be at least 1, or 0 with echo=true, got 0", param="max_tokens")
+        if self.max_tokens == 0 and self.stream:
+            raise invalid("max_tokens=0 only echoes, and there is nothing to stream", param="max_tokens")
+        if self.echo and (self.suffix or self.infill is not None):
+            raise invalid("echo repeats a prompt that goes on, not text around a gap", param="echo")
+        if self.echo and self.logprobs is not None and self.stream:
+            raise invalid("echo with logprobs scores the whole prompt first and cannot be streamed", param="echo")
+        if self.logprobs is not None and self.infill is not None and len(self.infill.pieces or "..") > 2:
+            raise invalid("logprobs are told of one gap, not of several", param="logprobs")
+        return self
 
     @model_validator(mode="after")
     def _some_prompt(self) -> "CompletionRequest":
@@ -431,6 +486,16 @@ class CompletionRequest(ShapedRequest):
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
+
+
+def check_one_length(max_tokens: int | None, max_completion_tokens: int | None) -> None:
+    """Refuse two lengths that differ."""
+    if None not in (max_tokens, max_completion_tokens) and max_tokens != max_completion_tokens:
+        raise invalid(
+            f"max_tokens={max_tokens} and max_completion_tokens={max_completion_tokens} are the same setting: give one "
+            "of them",
+            param="max_completion_tokens",
+        )
 
 
 def _unknown(name: str, known: list[str]) -> Exception:

@@ -11,7 +11,15 @@ from pydantic import BaseModel
 
 from CoDALanguageModel.answers import FinishReason
 
-from .engine import Answer
+from .engine import Answer, Delta
+from .logprobs import ChatLogprobs, Spelling, TextLogprobs
+
+
+class PromptTokens(BaseModel):
+    """What became of the tokens of the prompts."""
+
+    cached_tokens: int
+    """Those whose keys and values another request had computed, counted for every answer, `prompt_tokens` at most."""
 
 
 class Usage(BaseModel):
@@ -23,9 +31,12 @@ class Usage(BaseModel):
     """Tokens of the answers, end tokens not counted."""
     total_tokens: int
     forwards: int
-    """Forward passes, each row counted. Extension."""
+    """Forward passes, each answer's counted. Extension."""
+    rows: int
+    """Rows in these passes: more where drafts are verified. Extension."""
     tokens_per_forward: float
     """`completion_tokens / forwards`. Extension."""
+    prompt_tokens_details: PromptTokens
 
     @classmethod
     def of(cls, prompt_tokens: int, answers: Sequence[Answer]) -> "Usage":
@@ -37,7 +48,11 @@ class Usage(BaseModel):
             completion_tokens=tokens,
             total_tokens=prompt_tokens + tokens,
             forwards=forwards,
+            rows=sum(answer.rows for answer in answers),
             tokens_per_forward=round(tokens / forwards, 3) if forwards else 0.0,
+            prompt_tokens_details=PromptTokens(
+                cached_tokens=min(prompt_tokens, sum(answer.cached_tokens for answer in answers))
+            ),
         )
 
 
@@ -96,7 +111,7 @@ class ChatChoice(BaseModel):
 
     index: int
     message: CallingMessage | AssistantMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | Literal["tool_calls"]
 
 
@@ -121,7 +136,7 @@ class ChatChunkChoice(BaseModel):
 
     index: int
     delta: ChatDelta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | Literal["tool_calls"] | None = None
 
 
@@ -138,7 +153,7 @@ class CompletionChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: FinishReason | None
 
 
@@ -200,10 +215,12 @@ class Form:
     event: type[BaseModel]
     choice: Callable[[int, Answer], BaseModel]
     """An answer of a whole response, by its index."""
-    part: Callable[[int, str, FinishReason | None], BaseModel | None]
+    part: Callable[[int, Delta, FinishReason | None], BaseModel | None]
     """What an event adds to an answer: text, or its end; None where it adds nothing yet."""
     opening: Callable[[int], BaseModel] | None = None
     """What begins each answer of a stream, where something does."""
+    spelling: Spelling | None = None
+    """How log-probabilities are told, where they are."""
 
     def whole(self, head: Head, answers: Sequence[Answer], usage: Usage) -> BaseModel:
         """The whole response."""
@@ -216,7 +233,7 @@ CHAT = Form(
     response=ChatCompletion,
     event=ChatChunk,
     choice=lambda i, a: ChatChoice(index=i, message=AssistantMessage(content=a.text), finish_reason=a.finish_reason),
-    part=lambda i, text, end: ChatChunkChoice(index=i, delta=ChatDelta(content=text or None), finish_reason=end),
+    part=lambda i, d, end: ChatChunkChoice(index=i, delta=ChatDelta(content=d.text or None), finish_reason=end),
     opening=lambda i: ChatChunkChoice(index=i, delta=ChatDelta(role="assistant", content="")),
 )
 TEXT = Form(
@@ -224,7 +241,7 @@ TEXT = Form(
     response=Completion,
     event=Completion,
     choice=lambda i, a: CompletionChoice(index=i, text=a.text, finish_reason=a.finish_reason),
-    part=lambda i, text, end: CompletionChoice(index=i, text=text, finish_reason=end),
+    part=lambda i, d, end: CompletionChoice(index=i, text=d.text, finish_reason=end),
 )
 INFILL = dataclasses.replace(
     TEXT,
@@ -235,3 +252,17 @@ INFILL = dataclasses.replace(
         infill=Filling(gaps=a.gaps, lengths=a.gap_lengths, score=a.score),
     ),
 )
+
+
+def with_logprobs(form: Form, spelling: Spelling) -> Form:
+    """A form of OpenAI's that also tells log-probabilities."""
+    spell = spelling.chat if form.response is ChatCompletion else spelling.text
+
+    def choice(index: int, answer: Answer) -> BaseModel:
+        return form.choice(index, answer).model_copy(update={"logprobs": spell(answer.tokens)})
+
+    def part(index: int, delta: Delta, end: FinishReason | None) -> BaseModel:
+        logprobs = spell(delta.tokens) if delta.tokens else None
+        return form.part(index, delta, end).model_copy(update={"logprobs": logprobs})
+
+    return dataclasses.replace(form, choice=choice, part=part, spelling=spelling)

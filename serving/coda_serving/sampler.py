@@ -109,7 +109,7 @@ class ModelSampler:
                 f"the prompt of {prompt} tokens and max_tokens={request.max_tokens} do not fit in the context of "
                 f"{self.context_length} tokens"
             )
-        ids = tuple(itertools.chain(*request.pieces))
+        ids = tuple(itertools.chain(*request.pieces, request.forced or ()))
         if self.mask_token_id in ids or not all(0 <= i < self.num_token_ids for i in ids):
             raise UserError(
                 f"prompt ids must be in [0, {self.num_token_ids}) and not the mask token {self.mask_token_id}"
@@ -137,11 +137,14 @@ class ModelSampler:
             ids, length = list(request.prompt_ids), request.max_tokens
         else:
             ids, length = lay_out(request.pieces, request.gap_lengths, self.mask_token_id).ids, 0
-        own = {"max_new_tokens": length, "output_scores": request.is_candidate}
+        keeps_scores = request.is_candidate or request.logprobs is not None
+        own = {"max_new_tokens": length, "output_scores": keeps_scores}
         return Request(
             ids=ids,
             settings=self._model.generation_config.merged(request.options.overrides() | own),
             seed=request.seed,
+            keeps_best=bool(request.logprobs),
+            forced=None if request.forced is None else [*request.prompt_ids, *request.forced],
             constraint=request.constraint,
         )
 
@@ -167,8 +170,8 @@ class Rows:
     def __init__(self, sampler: ModelSampler) -> None:
         self._sampler = sampler
         self._decoding = sampler.decoding()
-        self._read: dict[Row, tuple[int, int]] = {}
-        """Columns of each answer: the next one to read, and the one behind it."""
+        self._read: dict[Row, tuple[int, int, bool]] = {}
+        """Columns of each answer, the next one to read and the one behind it; and whether to tell its evidence."""
 
     def admit(self, request: CanvasRequest) -> Row:
         """Take a canvas in from the next step on.
@@ -179,7 +182,7 @@ class Rows:
         row = self._decoding.admit(self._sampler.canvas(request))
         start = len(request.prompt_ids)
         # From the first gap to the end of the last one, the text between them included.
-        self._read[row] = start, request.num_positions - len(request.pieces[-1])
+        self._read[row] = start, request.num_positions - len(request.pieces[-1]), request.logprobs is not None
         return row
 
     @torch.inference_mode()
@@ -187,10 +190,10 @@ class Rows:
         """Take one step of every row."""
         steps = []
         for row, settled, _, finished, error in self._decoding.step():
-            start, end = self._read[row]
+            start, end, tells = self._read[row]
             settled = max(start, min(settled, end))
             if finished is None and error is None:
-                self._read[row] = settled, end
+                self._read[row] = settled, end, tells
             else:
                 del self._read[row]
             steps.append(
@@ -199,8 +202,11 @@ class Rows:
                     ids=row.ids[start:settled],
                     is_full=settled == end or finished is not None,
                     forwards=row.cost.forwards,
+                    rows=row.cost.rows_evaluated,
+                    cached_tokens=row.cost.tokens_shared,
                     error=error,
                     score=None if finished is None else _score(row),
+                    evidence=[row.evidence[column] for column in range(start, settled)] if tells else (),
                 )
             )
         return steps

@@ -39,6 +39,12 @@ class CanvasRequest:
     is_candidate: bool = False
     """Whether the answer competes with others by its score: it is then denoised to the end."""
 
+    logprobs: int | None = None
+    """Most probable tokens to tell of beside each one committed, besides its log-probability; None tells nothing."""
+
+    forced: tuple[int, ...] | None = None
+    """What is committed in the gap whatever the model would choose, which only judges it; to the end."""
+
     constraint: Any = None
     """What `ModelLimits.constraint` made of the options, where they have one."""
 
@@ -70,6 +76,10 @@ class Job:
     listener: Callable[[object], None]
     cancelled: bool = False
     shown: str = ""
+    judged: list = dataclasses.field(default_factory=list)
+    """Tokens that have become final, as `engine.Judged`, where the request asks for them."""
+    num_judged: int = 0
+    """Those that the listener has been told of."""
     done: bool = False
     passed: int = 0
     """Younger jobs that were let in before it, for want of room for it."""

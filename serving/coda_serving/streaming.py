@@ -112,11 +112,11 @@ async def answer_events(
     try:
         async for index, event in generation.events():
             if isinstance(event, Delta):
-                if (choice := form.part(index, event.text, None)) is not None:
+                if (choice := form.part(index, event, None)) is not None:
                     yield frame(choice)
             else:
                 answers.append(event)
-                yield frame(form.part(index, "", event.finish_reason))
+                yield frame(form.part(index, Delta(""), event.finish_reason))
     except ApiError as error:  # the status has been sent already
         yield error_event(error)
         return

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from .engine import Answer
+from .engine import Answer, Delta
 from .errors import invalid
 from .protocol import ChatRequest, Shape, Tool
 from .responses import (
@@ -102,7 +102,7 @@ def completed(form: Form) -> Form:
     return dataclasses.replace(
         form,
         choice=lambda i, answer: form.choice(i, dataclasses.replace(answer, finish_reason="stop")),
-        part=lambda i, text, end: form.part(i, text, end and "stop"),
+        part=lambda i, delta, end: form.part(i, delta, end and "stop"),
     )
 
 
@@ -121,8 +121,8 @@ def _calling(form: Form, names: set[str], *, is_call: bool) -> Form:
         message = CallingMessage(content=text or None, tool_calls=calls)
         return ChatChoice(index=index, message=message, finish_reason="tool_calls")
 
-    def part(index: int, text: str, end: Literal["stop", "length"] | None) -> BaseModel | None:
-        texts[index] = whole = texts.get(index, "") + text
+    def part(index: int, delta: Delta, end: Literal["stop", "length"] | None) -> BaseModel | None:
+        texts[index] = whole = texts.get(index, "") + delta.text
         if end is None:
             seen = "" if is_call else _before_call(whole)
             calls = []
@@ -131,12 +131,12 @@ def _calling(form: Form, names: set[str], *, is_call: bool) -> Form:
         new = seen[shown.get(index, 0) :]
         shown[index] = max(len(seen), shown.get(index, 0))
         if end is None:
-            return form.part(index, new, None) if new else None
+            return form.part(index, Delta(new), None) if new else None
         if not calls:
-            return form.part(index, new, end)
+            return form.part(index, Delta(new), end)
         deltas = [ToolCallDelta(index=i, **dict(call)) for i, call in enumerate(calls)]
-        delta = ChatDelta(content=new or None, tool_calls=deltas)
-        return ChatChunkChoice(index=index, delta=delta, finish_reason="tool_calls")
+        added = ChatDelta(content=new or None, tool_calls=deltas)
+        return ChatChunkChoice(index=index, delta=added, finish_reason="tool_calls")
 
     return dataclasses.replace(form, choice=choice, part=part)
 

@@ -19,6 +19,7 @@ REGIMES = [
     {"alg_temp": 0.4, "temperature": 0.9, "top_p": 0.8},
     {"temperature": 0.7, "top_k": 9, "logit_bias": {"5": 2.0}},
     {"repetition_penalty": 1.3},
+    {"presence_penalty": 1.5, "frequency_penalty": -0.4},
     {"alg": "p2"},
     {"alg": "p2", "temperature": 0.7},
     {"threshold": 0.3},

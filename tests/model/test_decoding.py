@@ -15,6 +15,7 @@ REGIMES = [
     {"alg_temp": 0.4, "temperature": 0.9, "top_p": 0.8},
     {"temperature": 0.7, "top_k": 9, "logit_bias": {"5": 2.0}},
     {"repetition_penalty": 1.3},
+    {"presence_penalty": 1.5, "frequency_penalty": -0.4},
     {"suppress_tokens": [1, 2, 3], "output_scores": True},
     {"kv_cache": "prefix"},
     {"kv_cache": "dual", "refresh_interval": 2},

@@ -618,6 +618,8 @@ NUMBERS = {
     "top_p": {"temperature": 0.7},
     "top_k": {"temperature": 0.7},
     "repetition_penalty": {},
+    "presence_penalty": {},
+    "frequency_penalty": {},
     "threshold": {},
     "factor": {},
     "entropy_bound": {},

@@ -150,6 +150,17 @@ def test_llama_vim_gets_the_fields_it_asks_for(serve, sampler):
     assert lengths(sampler) == [1, 2, 4, 8, 16, 32]
 
 
+def test_responses_are_counted_by_their_routes(serve, sampler):
+    async def test(client):
+        for url, body in (("/infill", LLAMA_VIM), ("/v1/fim/completions", MISTRAL), ("/v1/messages", {})):
+            await client.post(url, json=body)
+        return (await client.get("/metrics")).text
+
+    text = serve(test, sampler)
+    for path, status in (("/infill", 200), ("/v1/fim/completions", 200), ("/v1/messages", 400)):
+        assert f'coda_responses_total{{path="{path}",status="{status}"}} 1.0' in text
+
+
 def test_llama_vim_warms_caches_up_without_an_answer(serve, sampler):
     response = ask(serve, sampler, "/infill", LLAMA_VIM_RING)
     assert (response.status_code, response.json()) == (200, {})
@@ -235,6 +246,11 @@ def test_what_does_not_fit_is_left_out_and_said(serve, serving_fakes):
     request = sampler.batches[1][0]
     assert bytes(request.prompt_ids) == b"p" * 10 + b"q" * 50
     assert bytes(request.suffix_ids) == b"s" * 20
+    body = {"input_extra": files, "input_prefix": "p" * 900, "input_suffix": "s" * 500 + "z" * 500, "n_predict": 20}
+    assert ask(serve, sampler, "/infill", body).json()["truncated"] is True
+    request = sampler.batches[2][0]
+    assert (set(request.prompt_ids), set(request.suffix_ids)) == ({ord("p")}, {ord("s")})
+    assert request.num_positions <= 100
 
 
 @pytest.mark.parametrize(

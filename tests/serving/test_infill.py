@@ -12,7 +12,7 @@ from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.infilling import MAX_CANDIDATES, candidate_lengths
 
 BEFORE, AFTER = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))\n"
-DECODING = {"steps": 64, "temperature": 0.7, "seed": 5}
+DECODING = {"steps": 64, "temperature": 0.7, "alg_temp": 0.2, "seed": 5}
 
 
 def test_powers_of_two_and_the_longest_are_tried():

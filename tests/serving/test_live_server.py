@@ -123,8 +123,8 @@ def test_infilling_lists_and_choices_through_the_official_client(client):
 
 
 def test_errors_are_the_official_clients_exceptions(client, live_server):
-    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
-        client.chat.completions.create(model="tiny-coda", messages=MESSAGES, logprobs=True)
+    with pytest.raises(openai.BadRequestError, match="audio is not supported"):
+        client.chat.completions.create(model="tiny-coda", messages=MESSAGES, audio={"voice": "a", "format": "wav"})
     with pytest.raises(openai.BadRequestError, match="maximum context length is 512"):
         client.chat.completions.create(model="tiny-coda", messages=MESSAGES, max_tokens=600)
     blocks = {"steps": 1, "block_length": 32}
