@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -66,6 +67,10 @@ def _evaluate() -> None:
     from coda_eval.run import run
 
     setup_logging()
+    ours, theirs = logging.getLogger("coda_eval"), logging.getLogger("lm_eval")
+    ours.setLevel(theirs.level)
+    for handler in theirs.handlers:
+        ours.addHandler(handler)
     cli = HarnessCLI()
     cli._subparsers.choices["run"].add_argument(
         "--resume",
