@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,10 @@ def lm_eval_arguments(argv: Sequence[str]) -> argparse.Namespace:
     from lm_eval.utils import setup_logging
 
     setup_logging()
+    ours, theirs = logging.getLogger("coda_eval"), logging.getLogger("lm_eval")
+    ours.setLevel(theirs.level)
+    for handler in theirs.handlers:
+        ours.addHandler(handler)
     sys.argv[1:] = argv  # which lm-eval reads
     cli = HarnessCLI()
     cli._subparsers.choices["run"].add_argument(

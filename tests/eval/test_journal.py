@@ -178,7 +178,9 @@ def test_two_commands_never_write_to_one_journal(tmp_path):
     assert Journal(tmp_path, resume=True).found == 1
 
 
-def test_nothing_meets_an_answer_to_another_question(evaluation, whole, tmp_path, data_dir, model_dir, monkeypatch):
+def test_nothing_meets_an_answer_to_another_question(
+    evaluation, whole, tmp_path, data_dir, model_dir, monkeypatch, caplog
+):
     monkeypatch.setattr(programs, "run_programs", lambda late, **_: [VERDICT] * len(late))
     monkeypatch.setattr(programs.Overlap, "judge", lambda self, document, answer: None)
 
@@ -187,7 +189,10 @@ def test_nothing_meets_an_answer_to_another_question(evaluation, whole, tmp_path
         assert evaluation(whole, "--resume", *flags, **changes) == ""
         return len(answer_lines(whole)) - before
 
-    assert num_made() == 0
+    with caplog.at_level("INFO"):
+        assert num_made() == 0
+    assert f"10 answers are in {whole}" in caplog.text
+    assert "10 of these answers were used by this process and 0 not" in caplog.text
     assert num_made(batch_size=1) == 0
     assert num_made("--limit", "2") == 0
     assert num_made(steps=5) == 10
