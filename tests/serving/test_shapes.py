@@ -39,6 +39,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "tree", "parameters": TREE}},
     {"type": "function", "function": {"name": "now"}},
 ]
+DEEP = json.loads("[" * 700 + "]" * 700)
 TOOLS_TEMPLATE = (
     "{% if tools %}{{ '<|im_start|>system\n<tools>' + tools | tojson + '</tools> call with <tool_call><|im_end|>\n' }}"
     "{% endif %}" + CHATML_TEMPLATE
@@ -287,6 +288,11 @@ def test_a_call_that_cannot_be_told_is_text(call):
             },
             "tools",
             "type object",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"default": DEEP}}}]},
+            "tools",
+            "nested deeper than 100",
         ),
         ({"messages": [{"role": "user"}]}, "messages.content", "content is missing"),
         (
