@@ -246,22 +246,14 @@ class _Reader:
     @staticmethod
     def _types(value: Any, at: str) -> set[str]:
         types = value if isinstance(value, list) else [value]
-        wrong = next((kind for kind in types if not isinstance(kind, str) or kind not in KEYWORDS), None)
-        if not types or wrong is not None:
+        if not types or not all(isinstance(kind, str) and kind in KEYWORDS for kind in types):
             raise UserError(
                 f"json_schema at {at}/type: it must be one or some of {', '.join(KEYWORDS)}, got {_short(value)}"
             )
         return set(types)
 
     def _object(self, given: Mapping[str, Any], at: str, depth: int, within: tuple[str, ...]) -> Node | None:
-        fields, required, others = (given.get(k) for k in ("properties", "required", "additionalProperties"))
-        fields, required = {} if fields is None else fields, [] if required is None else required
-        is_right = isinstance(fields, dict) and isinstance(required, list)
-        if not is_right or not all(isinstance(name, str) for name in required):
-            raise UserError(f"json_schema at {at}: properties must be an object and required a list of names")
-        missing = next((name for name in required if name not in fields), None)
-        if missing is not None:
-            raise UserError(f"json_schema at {at}: required {_short(missing)} is none of the properties")
+        (fields, required), others = self._fields(given, at), given.get("additionalProperties")
         if not fields:
             if others is False or "properties" in given and others is None:
                 return literal("{}")
@@ -282,6 +274,19 @@ class _Reader:
             elif name in required:
                 return None
         return Seq((literal("{"), Fields(tuple(parts), COMMA), literal("}")))
+
+    @staticmethod
+    def _fields(given: Mapping[str, Any], at: str) -> tuple[dict[str, Any], list[str]]:
+        """`properties` and `required` of an object."""
+        fields, required = (given.get(k) for k in ("properties", "required"))
+        fields, required = {} if fields is None else fields, [] if required is None else required
+        is_right = isinstance(fields, dict) and isinstance(required, list)
+        if not is_right or not all(isinstance(name, str) for name in required):
+            raise UserError(f"json_schema at {at}: properties must be an object and required a list of names")
+        missing = next((name for name in required if name not in fields), None)
+        if missing is not None:
+            raise UserError(f"json_schema at {at}: required {_short(missing)} is none of the properties")
+        return fields, required
 
     def _array(self, given: Mapping[str, Any], at: str, depth: int, within: tuple[str, ...]) -> Node | None:
         least, most = self._counts(given, "minItems", "maxItems", at)
@@ -374,7 +379,7 @@ class _Reader:
         found = self._root
         for step in filter(None, target[1:].split("/")):
             step = unquote(step).replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and step.isdecimal() and int(step) < len(found):
+            if isinstance(found, list) and step.isdecimal() and len(step) < 10 and int(step) < len(found):
                 found = found[int(step)]
             elif isinstance(found, dict) and step in found:
                 found = found[step]
@@ -398,10 +403,9 @@ class _Reader:
             return not any(x == y for x in values[0] for y in values[1])
         if any(self._kinds(x) != {"object"} for x in (a, b)):
             return False
-        names = [set(x.get("required") or ()) & set(x.get("properties") or ()) for x in (a, b)]
-        return any(
-            self._are_apart(a["properties"][name], b["properties"][name], at, depth + 1) for name in names[0] & names[1]
-        )
+        # Behind a reference that leads back there may be what has not been read yet.
+        (fields, required), (others, also) = (self._fields(x, at) for x in (a, b))
+        return any(self._are_apart(fields[name], others[name], at, depth + 1) for name in set(required) & set(also))
 
     def _kinds(self, schema: Mapping[str, Any]) -> set[str]:
         """Types that values may have; whole numbers are numbers."""

@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 MAX_CHOICES = 128
 
+MAX_NESTING = 100
+"""Objects and lists in each other in the parameters of a tool."""
+
 
 def _check_unicode(text: str) -> str:
     if (half := half_surrogate(text)) is not None:
@@ -280,6 +283,23 @@ class Function(StrictModel):
     """JSON schema of an object."""
     strict: bool | None = None
     """Without effect: a call that is asked for is by the schema, and any other is not held to it."""
+
+    @model_validator(mode="after")
+    def _check_depth(self) -> "Function":
+        """What follows, from the template of a conversation to the schema of a call, goes down by recursion."""
+        level: list[Any] = [self.parameters]
+        for _ in range(MAX_NESTING):
+            level = [
+                part
+                for whole in level
+                for part in (whole.values() if isinstance(whole, dict) else whole if isinstance(whole, list) else ())
+            ]
+            if not level:
+                return self
+        raise invalid(
+            f"tools: the parameters of {self.name} are nested deeper than {MAX_NESTING} objects and lists",
+            param="tools",
+        )
 
 
 class Tool(StrictModel):

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from CoDALanguageModel.errors import half_surrogate
+
 from .engine import Answer, Delta
 from .errors import invalid
 from .protocol import ChatRequest, Shape, Tool
@@ -150,12 +152,15 @@ def read_calls(text: str, names: Sequence[str] | set[str]) -> tuple[str, list[To
     for match in CALL.finditer(text):
         try:
             call = json.loads(match[1])
-        except ValueError:
+            if not isinstance(call, dict) or not isinstance(call.get("arguments"), dict):
+                return text, []
+            arguments = json.dumps(call["arguments"], ensure_ascii=False, allow_nan=False)
+        except (ValueError, RecursionError):
             return text, []
-        if not isinstance(call, dict) or call.get("name") not in names or not isinstance(call.get("arguments"), dict):
+        name = call.get("name")
+        if not isinstance(name, str) or name not in names or half_surrogate(arguments) is not None:
             return text, []
-        arguments = json.dumps(call["arguments"], ensure_ascii=False)
-        function = CalledFunction(name=call["name"], arguments=arguments)
+        function = CalledFunction(name=name, arguments=arguments)
         calls.append(ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", function=function))
     return (text.partition(OPENING)[0].rstrip() if calls else text), calls
 

@@ -140,6 +140,7 @@ def _nested(levels):
         ({"type": "string", "pattern": "a", "maxLength": 3}, "pattern beside minLength and maxLength"),
         ({"type": "string", "format": "uri"}, "at #/format: it must be one of date, time"),
         ({"type": "strin"}, "at #/type: it must be one or some of object"),
+        ({"type": [None, "string"]}, "at #/type: it must be one or some of object"),
         ({"type": "integer", "minItems": 3}, "minItems says nothing about the type 'integer'"),
         ({"type": "integer", "minimum": 0.5}, "at #/minimum: it must be a whole number"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "no number is within"),
@@ -163,6 +164,15 @@ def _nested(levels):
         ({"$ref": "#/$defs/x"}, "there is no '#/\\$defs/x'"),
         ({"$ref": "#"}, "a reference leads back to itself"),
         ({"properties": {"n": {"$ref": "#"}}, "required": ["n"]}, "a reference leads back to itself"),
+        ({"anyOf": [{"$ref": "#/anyOf/" + "1" * 5000}]}, "there is no '#/anyOf/1"),
+        (
+            {  # what `oneOf` must tell apart holds a part that has not been read
+                "properties": {"a": {"oneOf": [{"$ref": "#"}] * 2}, "b": {"type": "object", "required": 3}},
+                "type": "object",
+                "required": ["b"],
+            },
+            "required a list of names",
+        ),
         (3, "a schema must be an object or true, got 3"),
     ],
 )

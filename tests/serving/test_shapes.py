@@ -39,6 +39,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "tree", "parameters": TREE}},
     {"type": "function", "function": {"name": "now"}},
 ]
+DEEP = json.loads("[" * 700 + "]" * 700)
 TOOLS_TEMPLATE = (
     "{% if tools %}{{ '<|im_start|>system\n<tools>' + tools | tojson + '</tools> call with <tool_call><|im_end|>\n' }}"
     "{% endif %}" + CHATML_TEMPLATE
@@ -249,6 +250,21 @@ def test_an_unclosed_call_is_one_if_it_is_whole():
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        '{"name": ["now"], "arguments": {}}',
+        '{"name": "now", "arguments": {"a": NaN}}',
+        '{"name": "now", "arguments": {"a": 1e999}}',
+        '{"name": "now", "arguments": {"a": "\\ud800"}}',
+        f'{{"name": "now", "arguments": {"[" * 50_000}',
+    ],
+)
+def test_a_call_that_cannot_be_told_is_text(call):
+    text = f"<tool_call>{call}</tool_call>"
+    assert read_calls(text, {"now"}) == (text, [])
+
+
+@pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
         ({"response_format": {"type": "json"}}, "response_format.type", "json_schema"),
@@ -272,6 +288,11 @@ def test_an_unclosed_call_is_one_if_it_is_whole():
             },
             "tools",
             "type object",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"default": DEEP}}}]},
+            "tools",
+            "nested deeper than 100",
         ),
         ({"messages": [{"role": "user"}]}, "messages.content", "content is missing"),
         (
