@@ -37,8 +37,8 @@ MAX_CACHED = 2**24
 MOST_CACHED = 64
 """Automata that are kept."""
 
-MAX_REMEMBERED = 2**25
-"""Bytes of sets, and of what they allow, that an automaton remembers."""
+MAX_REMEMBERED = 2**22
+"""Bytes of sets, and of what they allow, that a constraint remembers: of all that are kept half a gigabyte."""
 
 MOST_BOUND = 2
 """Constraints of one automaton that are kept."""

@@ -85,10 +85,15 @@ def _moved(schema: Any, at: str) -> Any:
         return [_moved(part, at) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        key: f"{at}{part[1:]}" if key == "$ref" and isinstance(part, str) and part[:1] == "#" else _moved(part, at)
-        for key, part in schema.items()
-    }
+    moved = {}
+    for key, part in schema.items():
+        if key == "$ref" and isinstance(part, str) and part[:1] == "#":
+            moved[key] = f"{at}{part[1:]}"
+        elif key in ("properties", "$defs", "definitions") and isinstance(part, dict):  # names, and no keywords
+            moved[key] = {name: _moved(named, at) for name, named in part.items()}
+        else:
+            moved[key] = part if key in ("const", "enum") else _moved(part, at)  # values, and no schemas
+    return moved
 
 
 def form_of(body: ChatRequest, form: Form) -> Form:

@@ -17,7 +17,7 @@ from coda_serving.metrics import Metrics
 from coda_serving.sampler import ModelSampler
 from coda_serving.scheduler import Scheduler
 from coda_serving.settings import ServerSettings
-from coda_serving.tools import read_calls
+from coda_serving.tools import _moved, read_calls
 from CoDALanguageModel.prompts import CHATML_TEMPLATE, Codec
 
 USER = [{"role": "user", "content": "hi"}]
@@ -318,6 +318,14 @@ def test_a_schema_is_refused_with_the_keyword_and_its_place(ask):
     with pytest.raises(openai.BadRequestError, match="#/properties/a: keyword 'multipleOf' is not supported") as caught:
         ask(chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}))
     assert caught.value.param == "response_format"
+
+
+def test_references_of_a_function_are_moved_and_its_values_are_not():
+    value = {"$ref": "#/a"}
+    schema = {"$defs": {"enum": value}, "properties": {"const": value, "b": {"const": value}, "c": {"enum": [value]}}}
+    moved = {"$ref": "#/x/a"}
+    properties = {"const": moved, "b": {"const": value}, "c": {"enum": [value]}}
+    assert _moved(schema, "#/x") == {"$defs": {"enum": moved}, "properties": properties}
 
 
 def test_an_operators_speculation_and_the_folders_stop_strings_stand_back(ask):
