@@ -182,6 +182,8 @@ OUTPUTS = {" ['==', False]": True, "['=' * 2, 0]": True, " ['==', True]": False,
 OUTPUTS |= {"```python\nassert f('==') == ['==', False]\n```": True, "(": False, "x = 1": False, "": False}
 INPUTS = {"'==')": True, "f('==')": True, "x='==')": True, "assert ['==', False] == f('==')": True, "1)": False}
 INPUTS |= {"1) or ['==', False]": False, "__import__('os')._exit(0))": False, "*['=='])": True, "": False}
+OUTPUTS |= {"1+" * 2000 + "1": False, "f" + "()" * 900: False}
+INPUTS |= {"1+" * 2000 + "1)": False}
 INPUTS |= {"[f := lambda x: ['==', False]][0]('a')": False}
 
 
