@@ -133,7 +133,7 @@ def _join(prompt: str, code: str, entry_point: str) -> str:
     if entry_point not in _defined(code):
         return prompt + code
     future = [n for n in _parse(code).body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
-    lines = code.splitlines(keepends=True)
+    lines = [line.decode() for line in code.encode().splitlines(keepends=True)]  # Python's: no U+2028
     first = future[-1].end_lineno if future else 0
     above = next((text for text in (prompt, f"{prompt}    pass\n") if _parse(text)), "")  # a stub may have no body
     return "".join([*lines[:first], "\n" * bool(first), above, "\n\n", *lines[first:]])
