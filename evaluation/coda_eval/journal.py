@@ -95,16 +95,20 @@ class Journal:
         data = path.read_bytes()
         end = 0
         for number, line in enumerate(data.splitlines(keepends=True), 1):
+            is_whole = line.endswith(b"\n")
             try:
-                row = json.loads(line) if line.endswith(b"\n") else None
+                row = json.loads(line) if is_whole else None
             except ValueError as error:  # of the JSON, or of its encoding
                 if end + len(line) < len(data):
                     raise UserError(f"{path}: line {number} is not JSON; mend it, or remove it") from error
-                row = None
-            if row is None:
+                is_whole = False
+            if not is_whole:
                 logger.warning("%s ends in a line that was not written completely; it is left out", path)
                 break
-            self._take(row)
+            try:
+                self._take(row)
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{path}: line {number} is no line of a journal; mend it, or remove it") from error
             end += len(line)
         return end
 

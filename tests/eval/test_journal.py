@@ -9,7 +9,9 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,6 +149,12 @@ def test_a_torn_last_line_is_dropped_and_said_and_a_broken_one_before_it_refused
     path.write_bytes(b"{\n" + json.dumps(row).encode() + b"\n")
     with pytest.raises(UserError, match="journal_rank0.jsonl: line 1 is not JSON"):
         Journal(tmp_path, resume=True)
+    for strange in (b"null", b"5", b"[]", b"{}", b'{"resolved": {}}', b'{"key": "k", "settings": "s"}'):
+        path = Path(tempfile.mkdtemp(dir=tmp_path), "journal_rank0.jsonl")
+        path.write_bytes(whole := strange + b"\n" + json.dumps(row).encode() + b"\n")
+        with pytest.raises(UserError, match="journal_rank0.jsonl: line 1 is no line of a journal"):
+            Journal(path.parent, resume=True)
+        assert path.read_bytes() == whole
 
 
 def test_a_full_disk_leaves_no_half_of_a_line(tmp_path, monkeypatch):
