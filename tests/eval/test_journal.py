@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,6 +261,24 @@ def test_judging_goes_on_after_it_failed_and_takes_the_last_command_of_a_folder(
     assert evaluation(output, "--resume") == ""
     assert evaluation.judge(output) == ""
     assert [record.answer for record in judged(output)] == first
+
+
+def test_judging_takes_the_answers_of_the_last_run_where_the_same_command_gave_others(evaluation, model_dir, tmp_path):
+    """A setting of the checkpoint was changed and changed back; then an older rank's answers stand in a later file."""
+    output, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    path = model / "generation_config.json"
+    first = json.loads(path.read_text())
+    found = []
+    for settings in (first, first | {"top_k": 1}, first):
+        path.write_text(json.dumps(settings))
+        assert evaluation(output, "--resume", model=model, tasks="quickstart_infill") == ""
+        found.append([record.answer for record in judged(output)])
+        assert evaluation.judge(output) == ""
+        assert [record.answer for record in judged(output)] == found[-1]
+        if len(found) == 1:
+            (output / "journal_rank0.jsonl").rename(output / "journal_rank1.jsonl")
+    assert found[0] == found[2] != found[1]
 
 
 def test_judge_and_resume_say_what_is_missing(evaluation, tmp_path, data_dir):
