@@ -65,7 +65,7 @@ class Journal:
         """Settings by their digest."""
 
         self.taken: dict[str, set[str]] = {}
-        """Keys of the answers that each command made or took, by its name."""
+        """Keys of the answers that each command made or took, by its `Session.name`."""
 
         self.made = self.used = 0
         self._known: set[str] = set()  # digests of settings in this rank's file
@@ -204,8 +204,9 @@ def _model_folder(name: str, revision: str, subfolder: str) -> Path:
 def _hash_files(paths: Iterable[Path], folder: Path | None) -> list[str]:
     store = folder / HASHES if folder is not None else None
     known = json.loads(store.read_text()) if store is not None and store.is_file() else {}
+    paths = [path.resolve() for path in paths]  # in the Hub's cache, files of the same content are one
     hashes = {}
-    for path in map(Path.resolve, paths):
+    for path in dict.fromkeys(paths):
         stat = path.stat()
         facts = [stat.st_size, stat.st_mtime_ns]
         if known.get(str(path), [])[:2] == facts:
@@ -215,7 +216,7 @@ def _hash_files(paths: Iterable[Path], folder: Path | None) -> list[str]:
             hashes[str(path)] = [*facts, hashlib.file_digest(file, "sha256").hexdigest()]
     if store is not None and any(known.get(path) != facts for path, facts in hashes.items()):
         write_whole(store, json.dumps(known | hashes, indent=1) + "\n")
-    return [found for _, _, found in hashes.values()]
+    return [hashes[str(path)][2] for path in paths]
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

@@ -412,4 +412,12 @@ def test_hashes_see_content_and_not_places(model_dir, tmp_path):
     assert hash_tokenizer(AutoTokenizer.from_pretrained(copy)) != hash_tokenizer(
         AutoTokenizer.from_pretrained(model_dir)
     )
+    shutil.copytree(model_dir, tmp_path / "hub")  # as in its cache: files of the same content are links to one
+    (tmp_path / "blob").write_bytes(b"")
+    for name in ("a.py", "b.py"):
+        (tmp_path / "hub" / name).symlink_to(tmp_path / "blob")
+    told = {"pretrained": str(tmp_path / "hub"), "trust_remote_code": True}
+    both = hash_weights(told)
+    (tmp_path / "hub" / "b.py").unlink()
+    assert hash_weights(told) != both
     assert code_version()
