@@ -344,7 +344,8 @@ class CoDAEvalModel(HostedLM):
     def draws(self, settings: Mapping[str, Any]) -> bool:
         """Whether answers with a task's settings are drawn."""
         held, _ = self._settings(dict(settings), "the generation settings")
-        return Sampling.of(complete(self.model.generation_config.merged(held), self.model.config)).temperature > 0
+        request = self._request([], held, 0)
+        return Sampling.of(complete(request.settings, self.model.config), request).temperature > 0
 
     def _gap(self, document: dict[str, Any]) -> tuple[list[int], slice]:
         """Ids of a text with one gap, and where the gap is."""
