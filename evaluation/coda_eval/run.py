@@ -564,8 +564,7 @@ def card_facts(
     return {
         **{name: facts["identity"].get(name) for name in ("weights", "tokenizer", "dtype")},
         **{name: facts.get(name) for name in ("device", "world_size")},
-        "code": sorted({line["code"] for key, line in state.journal.answers.items() if key in taken})
-        or [state.code],
+        "code": sorted({line["code"] for key, line in state.journal.answers.items() if key in taken}) or [state.code],
         "selfcheck": _selfcheck(levels),
         "tasks": of_tasks,
     }
