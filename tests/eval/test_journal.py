@@ -285,6 +285,10 @@ def test_judge_and_resume_say_what_is_missing(evaluation, tmp_path, data_dir):
     assert "no command.json in" in evaluation.judge(tmp_path / "nothing")
     output = tmp_path / "run"
     assert evaluation(output, tasks="quickstart_infill") == ""
+    said = (output / "command.json").read_bytes()
+    (output / "command.json").write_text("{")
+    assert "command.json is not JSON" in evaluation.judge(output)
+    (output / "command.json").write_bytes(said)
     lines = (output / "journal_rank0.jsonl").read_bytes().splitlines(keepends=True)
     (output / "journal_rank0.jsonl").write_bytes(b"".join(lines[:-1]))
     said = evaluation.judge(output)
