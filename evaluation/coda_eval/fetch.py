@@ -20,6 +20,7 @@ from coda_eval.data import DATA_VARIABLE
 from CoDALanguageModel.errors import UserError, did_you_mean
 
 CHUNK = 1 << 20
+MAX_BYTES = 1 << 28
 TIMEOUT_S = 60.0
 
 
@@ -139,7 +140,10 @@ def fetch(file: File, folder: Path) -> bool:
         if _is_right(target, file):
             return False
         raise UserError(f"{target} is there and is not the published file: remove it, or keep it and fetch no other")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error}") from error
     _download(file.url, part)
     if not _is_right(part, file):
         part.unlink()
@@ -169,6 +173,9 @@ def _download(url: str, part: Path) -> None:
             with part.open("ab" if goes_on else "wb") as file:
                 while chunk := answer.read(CHUNK):
                     file.write(chunk)
+                    if file.tell() > MAX_BYTES:
+                        part.unlink()
+                        raise UserError(f"{url} gave more than {MAX_BYTES} bytes, which no set has: nothing kept")
             left = answer.length
         if left:
             raise UserError(f"{url} broke off with {left} bytes to come: fetch again to go on")

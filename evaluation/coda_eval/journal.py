@@ -65,7 +65,7 @@ class Journal:
         """Settings by their digest."""
 
         self.taken: dict[str, set[str]] = {}
-        """Keys of the answers that each command made or took, by its name."""
+        """Keys of the answers that each command made or took, by its `Session.name`."""
 
         self.made = self.used = 0
         self._known: set[str] = set()  # digests of settings in this rank's file
@@ -95,16 +95,20 @@ class Journal:
         data = path.read_bytes()
         end = 0
         for number, line in enumerate(data.splitlines(keepends=True), 1):
+            is_whole = line.endswith(b"\n")
             try:
-                row = json.loads(line) if line.endswith(b"\n") else None
+                row = json.loads(line) if is_whole else None
             except ValueError as error:  # of the JSON, or of its encoding
                 if end + len(line) < len(data):
                     raise UserError(f"{path}: line {number} is not JSON; mend it, or remove it") from error
-                row = None
-            if row is None:
+                is_whole = False
+            if not is_whole:
                 logger.warning("%s ends in a line that was not written completely; it is left out", path)
                 break
-            self._take(row)
+            try:
+                self._take(row)
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{path}: line {number} is no line of a journal; mend it, or remove it") from error
             end += len(line)
         return end
 
@@ -200,8 +204,9 @@ def _model_folder(name: str, revision: str, subfolder: str) -> Path:
 def _hash_files(paths: Iterable[Path], folder: Path | None) -> list[str]:
     store = folder / HASHES if folder is not None else None
     known = json.loads(store.read_text()) if store is not None and store.is_file() else {}
+    paths = [path.resolve() for path in paths]  # in the Hub's cache, files of the same content are one
     hashes = {}
-    for path in map(Path.resolve, paths):
+    for path in dict.fromkeys(paths):
         stat = path.stat()
         facts = [stat.st_size, stat.st_mtime_ns]
         if known.get(str(path), [])[:2] == facts:
@@ -211,7 +216,7 @@ def _hash_files(paths: Iterable[Path], folder: Path | None) -> list[str]:
             hashes[str(path)] = [*facts, hashlib.file_digest(file, "sha256").hexdigest()]
     if store is not None and any(known.get(path) != facts for path, facts in hashes.items()):
         write_whole(store, json.dumps(known | hashes, indent=1) + "\n")
-    return [found for _, _, found in hashes.values()]
+    return [hashes[str(path)][2] for path in paths]
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

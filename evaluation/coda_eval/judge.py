@@ -95,7 +95,10 @@ def judge(folder: Path) -> None:
     path = folder / COMMAND
     if not path.is_file():
         raise UserError(f"no {COMMAND} in {str(folder)!r}: give the --output_path of a run")
-    command = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        command = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}; the run's own command with --resume writes it anew") from error
     if command["data"]:
         os.environ.setdefault(DATA_VARIABLE, command["data"])
     config = EvaluatorConfig(**command["arguments"])

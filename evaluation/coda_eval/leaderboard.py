@@ -92,6 +92,7 @@ def _row(folder: Path) -> Row:
     given = settings.get("model_args")
     given = dict(given) if isinstance(given, dict) else {"model_args": given} if given else {}
     name = str(given.pop("pretrained", settings.get("model")))
+    given = {**(settings.get("gen_kwargs") or {}), **given}  # in the order of their precedence
     spent: Counter[str] = Counter()
     for cost in {
         card["task"]: card.get("cost") or {} for card in cards

@@ -101,6 +101,14 @@ def extract_code(answer: str, entry_point: str | None = None) -> str:
     return next((block for block in blocks if defines and defines.search(block)), blocks[0] if blocks else answer)
 
 
+def _unparse(tree: ast.expr | None) -> str:
+    """The source of an expression; none for what is nested deeper than Python can write it."""
+    try:
+        return ast.unparse(tree) if tree else ""
+    except RecursionError:
+        return ""
+
+
 def _parse(code: str) -> ast.Module | None:
     """The syntax tree of `code`, if it is a program of its own."""
     try:
@@ -125,7 +133,7 @@ def _join(prompt: str, code: str, entry_point: str) -> str:
     if entry_point not in _defined(code):
         return prompt + code
     future = [n for n in _parse(code).body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
-    lines = code.splitlines(keepends=True)
+    lines = [line.decode() for line in code.encode().splitlines(keepends=True)]  # Python's: no U+2028
     first = future[-1].end_lineno if future else 0
     above = next((text for text in (prompt, f"{prompt}    pass\n") if _parse(text)), "")  # a stub may have no body
     return "".join([*lines[:first], "\n" * bool(first), above, "\n\n", *lines[first:]])
@@ -271,9 +279,9 @@ def _predicted(answer: str, is_call: bool) -> ast.expr | None:
 
 def cruxeval_output_program(row: dict[str, Any], answer: str) -> Program:
     """CRUXEval-O: the value of the answer must be the output. The function is not there to be called."""
-    made = _predicted(answer, is_call=False)
+    made = _unparse(_predicted(answer, is_call=False))
     return Program(
-        candidate=f"def predicted():\n    return {ast.unparse(made)}\n" if made else answer,
+        candidate=f"def predicted():\n    return {made}\n" if made else answer,
         tests=f"assert predicted() == ({row['output']})",
         called=("predicted",),
         timeout_s=row["timeout_s"],
@@ -284,10 +292,10 @@ def cruxeval_input_program(row: dict[str, Any], answer: str) -> Program:
     """CRUXEval-I: the function of the problem, called with the answer's arguments, must give the output."""
     text = extract_code(answer).strip()
     made = _predicted(text if text.startswith(("f(", "assert")) else f"f({text}", is_call=True)
-    collect = made and ast.Call(ast.Name("collect"), made.args, made.keywords)
+    collect = _unparse(made and ast.Call(ast.Name("collect"), made.args, made.keywords))
     return Program(
         candidate="def collect(*positional, **named): return positional, named\n"
-        f"def arguments():\n    return {ast.unparse(collect)}\n"
+        f"def arguments():\n    return {collect}\n"
         if collect
         else answer,
         setup=row["code"],

@@ -13,6 +13,11 @@ from CoDALanguageModel.run_files import write_whole
 FILE = "records.jsonl"
 """Name of the file in a run's folder."""
 
+_NUMBER = ((int, float, type(None)), "a number")
+_KINDS = dict.fromkeys(("repeat", "score", "new_tokens", "forwards"), _NUMBER)
+_KINDS |= {"cost": ((dict, type(None)), "an object"), "status": ((str, type(None)), "a text")}
+"""What fields that are computed with hold."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -68,19 +73,22 @@ def read_records(folder: str | os.PathLike[str]) -> list[Record]:
     names = [field.name for field in dataclasses.fields(Record)]
     needed = {field.name for field in dataclasses.fields(Record) if field.default is dataclasses.MISSING}
     records = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{path}: line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{path}: line {number} must be a JSON object, got {line.strip()[:80]}")
+                raise UserError(f"{path}: line {number} must be a JSON object, got {json.dumps(row)[:80]}")
             for name in row:
                 if name not in names:
                     raise UserError(f"{path}: line {number} has an unknown field {name!r}{did_you_mean(name, names)}")
             if missing := sorted(needed - row.keys()):
                 raise UserError(f"{path}: line {number} lacks {', '.join(missing)}")
+            for name, (kind, what) in _KINDS.items():
+                if not isinstance(value := row[name], kind):
+                    raise UserError(f"{path}: line {number}: {name} must be {what} or null, got {value!r:.80}")
             records.append(Record(**row))
     return records
 

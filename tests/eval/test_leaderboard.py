@@ -47,6 +47,12 @@ def test_every_run_is_a_row_and_every_metric_a_column(rows):
     assert "| -1.5000 |  |  | rlimits (not isolated) |" in first[3]
 
 
+def test_settings_are_shown_however_they_were_given(tmp_path):
+    settings = CARD["settings"] | {"gen_kwargs": {"steps": 8, "top_p": 0.9}}
+    (row,) = read_rows([write_run(tmp_path / "run", {"settings": settings})])
+    assert row.settings == "steps=32, top_p=0.9"
+
+
 def test_the_tokens_of_a_task_count_once_whatever_its_metrics(rows):
     assert [row.tokens_per_forward for row in rows] == [2.5, None]
 

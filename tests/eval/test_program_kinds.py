@@ -140,6 +140,20 @@ SUITES = {
         False,
     ),
     "skips": ("    import unittest\n    raise unittest.SkipTest('no')", False),
+    "stops its tests": ("    import unittest.case\n    raise unittest.case._ShouldStop", False),
+    "puts its own class of tests": (
+        f"{BELOW}class Fake(unittest.TestCase):\n    def assertEqual(self, a, b):\n        assert a == 0\n"
+        "    def assertRaises(self, *a): pass\nunittest.TestCase = Fake",
+        False,
+    ),
+    "puts its own unittest": (
+        f"{BELOW}import sys, types, unittest.mock\nfake = types.ModuleType('unittest')\n"
+        "fake.__dict__.update(vars(unittest))\nclass Fake(unittest.TestCase):\n"
+        "    def assertEqual(self, a, b):\n        assert a == 0\n    def assertRaises(self, *a): pass\n"
+        "fake.TestCase = Fake\nsys.modules['unittest'] = fake\ndef helper(x): return 0\n"
+        "def task_func(x): return 0",
+        False,
+    ),
     "dies": ("    import os\n    os._exit(0)", False),
     "leaves": ("    import sys\n    sys.exit(0)", False),
     "leaves a process behind": (
@@ -168,6 +182,8 @@ OUTPUTS = {" ['==', False]": True, "['=' * 2, 0]": True, " ['==', True]": False,
 OUTPUTS |= {"```python\nassert f('==') == ['==', False]\n```": True, "(": False, "x = 1": False, "": False}
 INPUTS = {"'==')": True, "f('==')": True, "x='==')": True, "assert ['==', False] == f('==')": True, "1)": False}
 INPUTS |= {"1) or ['==', False]": False, "__import__('os')._exit(0))": False, "*['=='])": True, "": False}
+OUTPUTS |= {"1+" * 2000 + "1": False, "f" + "()" * 900: False}
+INPUTS |= {"1+" * 2000 + "1)": False}
 INPUTS |= {"[f := lambda x: ['==', False]][0]('a')": False}
 
 

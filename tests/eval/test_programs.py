@@ -178,6 +178,7 @@ def test_answers_of_every_form_are_judged_as_programs():
         "whole function": WHOLE,
         "with future lines": f"from __future__ import annotations\n{WHOLE}",
         "fenced, with future lines": f'```python\n"""Adds."""\nfrom __future__ import annotations\n{WHOLE}```',
+        "future lines below odd white space": f'"""a\u2028b\x0cc"""\nfrom __future__ import annotations\n{WHOLE}',
         "byte order mark": f"\ufeff{WHOLE}",
         "fenced after a byte order mark": f"\ufeff```python\n{WHOLE}```",
         "helper named like the test": WHOLE + "def check(x):\n    return x\n",

@@ -325,6 +325,17 @@ def test_records_with_an_unknown_or_a_missing_field_are_refused(tmp_path):
     (tmp_path / "records.jsonl").write_text(json.dumps(fields)[:-3])
     with pytest.raises(UserError, match="line 1 is not JSON"):
         read_records(tmp_path)
+    (tmp_path / "records.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        read_records(tmp_path)
+    for strange, message in (
+        ({"score": "1"}, "line 1: score must be a number or null, got '1'"),
+        ({"cost": [1]}, "line 1: cost must be an object or null, got"),
+        ({"status": 3}, "line 1: status must be a text or null, got 3"),
+    ):
+        (tmp_path / "records.jsonl").write_text(json.dumps(fields | strange))
+        with pytest.raises(UserError, match=message):
+            read_records(tmp_path)
 
 
 def test_samples_is_the_number_of_answers_to_each_problem(evaluation, stub, data_dir, monkeypatch):
