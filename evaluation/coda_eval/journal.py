@@ -223,11 +223,12 @@ def hash_tokenizer(tokenizer: Any) -> str:
     """Hash of a tokenizer with its chat template, as it was loaded."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).rglob("*.*"))}
+        files = {path.name: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
     config = json.loads(files.pop("tokenizer_config.json"))
     for name in ("is_local", "local_files_only", "name_or_path"):  # where it came from
         config.pop(name, None)
-    return digest([files, config])
+    # One of sentencepiece is no text.
+    return digest([{name: hashlib.sha256(content).hexdigest() for name, content in files.items()}, config])
 
 
 @cache

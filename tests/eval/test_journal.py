@@ -416,6 +416,13 @@ def test_hashes_see_content_and_not_places(model_dir, tmp_path):
     assert hash_tokenizer(AutoTokenizer.from_pretrained(copy)) != hash_tokenizer(
         AutoTokenizer.from_pretrained(model_dir)
     )
+
+    class Sentencepiece:  # the file of one is no text
+        def save_pretrained(self, folder):
+            (Path(folder) / "tokenizer_config.json").write_text("{}")
+            (Path(folder) / "tokenizer.model").write_bytes(b"\x80\xff")
+
+    assert hash_tokenizer(Sentencepiece()) == hash_tokenizer(Sentencepiece())
     shutil.copytree(model_dir, tmp_path / "hub")  # as in its cache: files of the same content are links to one
     (tmp_path / "blob").write_bytes(b"")
     for name in ("a.py", "b.py"):
