@@ -198,7 +198,8 @@ def layer_mask(
     if attention_mask is not None and attention_mask.ndim == 4:
         if kernel.startswith("flash_attention"):
             raise UserError(f"{kernel} takes no (B, 1, T, T) attention_mask: use attn_implementation 'sdpa'")
-        return _kernel_mask(attention_mask, kernel, hidden.dtype), {}
+        # Flex gains nothing from a mask that is in memory, and compiled for a CPU it writes where it must not: sdpa's.
+        return _kernel_mask(attention_mask, "sdpa" if kernel == "flex_attention" else kernel, hidden.dtype), {}
     if kernel in ("sdpa", "eager"):
         if visibility is not None:
             allowed = visibility.mask()

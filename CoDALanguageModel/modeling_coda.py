@@ -110,6 +110,8 @@ class CoDAAttention(Qwen3Attention):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
+        if name == "flex_attention" and isinstance(attention_mask, Tensor):
+            name = "sdpa"  # see `layer_mask`
         if name.startswith(("flex", "flash")):
             # Under autocast the norms and the rotation give float32. The other kernels cast for themselves, after key
             # heads are repeated, so that the gradients of a group's heads are summed in float32.

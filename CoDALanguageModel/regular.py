@@ -7,6 +7,7 @@ Not here: tokens (`constraints`), schemas (`json_schema`).
 import re
 import re._constants as code
 import re._parser as parser
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,12 +55,12 @@ class Network:
         return len(self.edges) - 1
 
 
-class Node:
+class Node(ABC):
     """A part of an expression."""
 
+    @abstractmethod
     def build(self, net: Network, start: int, end: int) -> None:
         """Lead from `start` to `end` by exactly the texts of this part."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from coda_eval.exchange import read_samples
+from CoDALanguageModel.errors import UserError
 
 
 @register_model("coda_samples")
@@ -47,8 +48,8 @@ class SamplesLM(LM):
         """Not known.
 
         Raises:
-            NotImplementedError: always.
+            UserError: always.
         """
-        raise NotImplementedError("a file of samples has no likelihoods")
+        raise UserError("a file of samples has no likelihoods: import it for a task whose answers are generated")
 
     loglikelihood_rolling = loglikelihood

@@ -102,6 +102,16 @@ def test_a_rule_means_the_same_to_every_kernel(name, make_model, tokens, uncompi
 
 
 @torch.no_grad()
+def test_a_mask_in_memory_goes_to_sdpa_where_flex_is_asked_for(make_model, tokens, uncompiled):
+    ids, allowed = tokens(2, 12), dense("block-causal")
+    settings = {"attention_mask": allowed, "position_ids": torch.arange(12)[None]}
+    want, got = (
+        make_model(attn_implementation=kernel)(ids, **settings).logits for kernel in ("sdpa", "flex_attention")
+    )
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
 def test_padding_is_seen_by_nobody_under_any_rule(make_model, tokens, uncompiled):
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[0, :2] = mask[1, 9:] = 0
