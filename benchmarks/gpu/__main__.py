@@ -117,7 +117,7 @@ def run_all(commands: dict[str, list[str]], seconds: float, report: Report) -> N
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         for place, name in enumerate(names):
             worker = workers[-1]
@@ -131,6 +131,7 @@ def run_all(commands: dict[str, list[str]], seconds: float, report: Report) -> N
     finally:
         for worker in workers:
             worker.kill()
+        signal.signal(signal.SIGTERM, before)
 
 
 def work(name: str, options: argparse.Namespace) -> None:
