@@ -75,7 +75,7 @@ for auto_class in (AutoModel, AutoModelForCausalLM):
     with torch.no_grad():
         logits[auto_class.__name__] = model.float()(input_ids=ids).logits
 save_file(logits, outputs)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # it needs no code of the folder
 names = ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids")
 print(json.dumps({
     "types": types,
@@ -157,7 +157,12 @@ def load_tokenizer(folder: Path, gguf: dict[str, str], family: Family | None = N
         )
     check_tokenizer(folder)
     if family is None or family.is_autoregressive:
-        return AutoTokenizer.from_pretrained(folder, **gguf)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **gguf)
+        except ValueError as error:
+            raise UserError(
+                f"{str(folder)!r} holds no tokenizer that loads without code of its own: {error}"
+            ) from error
     is_whole = (folder / "tokenizer.json").is_file()
     tokenizer = (PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer).from_pretrained(folder)
     tokenizer.init_kwargs.pop("auto_map", None)  # which names that code, and would be written into the new folder

@@ -364,6 +364,15 @@ def test_a_model_with_code_of_its_own_is_refused_by_its_type_without_a_question(
         ValueError, match="model_type must be one of CoDA, qwen3, qwen2, llama, .*llada, got 'unheard-of'"
     ):
         convert(str(source), str(tmp_path / "made"))
+    (source / "model.safetensors").unlink()  # as the folder of a tokenizer it is good
+    make_autoregressive(tmp_path / "plain")
+    convert(str(tmp_path / "plain"), str(tmp_path / "made"), tokenizer_dir=str(source), check=False)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
+    settings["tokenizer_class"] = "OwnTokenizer"
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="holds no tokenizer that loads without code of its own"):
+        convert(str(tmp_path / "plain"), str(tmp_path / "other"), tokenizer_dir=str(source), check=False)
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "misshapen"])
