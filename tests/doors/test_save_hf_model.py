@@ -631,7 +631,9 @@ def test_command_line_flags_are_stable(capsys):
         main(["--help"])
     usage = capsys.readouterr().out
     flags = ("--checkpoint_dir", "--output_dir", "--tokenizer", "--dtype", "--mask_token", "--overwrite")
-    for flag in (*flags, "--attention", "--block_size", "--block_origin"):
+    flags += ("--attention", "--block_size", "--block_origin")
+    hub = ("--push_to_hub", "--dry_run", "--private", "--license", "--backbone", "--data", "--stage", "--scores")
+    for flag in (*flags, *hub):
         assert flag in usage
 
 
