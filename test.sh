@@ -25,7 +25,7 @@ case "${1:-}" in
     *)
         environment=tested
         venv=$repo/.venv
-        setup=(bash "$repo/setup_env.sh")
+        setup=(bash "$repo/setup_env.sh" --all)
         tests=(tests)
         ;;
 esac
