@@ -105,14 +105,27 @@ def build_root(root, binds, scratch_bytes):
     mount(None, "/", None, 32 | 1 | 2)
 
 
-def enter_namespaces(user):
-    """Leave the machine's namespaces: CLONE_NEWNS, NEWUTS, NEWIPC, NEWPID, NEWNET and, for `user`, NEWUSER.
+def renew_scratch(scratch_bytes):
+    """Cover what a program may write to below the root that programs share: /tmp and, where there are, terminals.
+
+    Needs a mount namespace of the program's own. Flags: MS_NOSUID 2, MS_NODEV 4, MS_NOEXEC 8, MS_REC 16384,
+    MS_PRIVATE 1 << 18.
+    """
+    mount(None, "/", None, 16384 | (1 << 18))
+    mount("tmpfs", "/tmp", "tmpfs", 2 | 4, f"size={scratch_bytes},mode=1777")
+    if os.path.isdir("/dev/pts"):
+        mount("devpts", "/dev/pts", "devpts", 2 | 8, "newinstance,ptmxmode=0666,mode=620")
+
+
+def enter_namespaces(user, processes=True):
+    """Leave the namespaces: CLONE_NEWNS, NEWUTS, NEWIPC, NEWNET, for `user` NEWUSER and for `processes` NEWPID.
 
     The caller's id becomes an ordinary one inside: to map the root id takes CAP_SETFCAP, which a container may lack.
     The next fork is the first process of the PID namespace.
     """
     uid, gid = os.geteuid(), os.getegid()
-    call("unshare", 0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000 | (0x10000000 if user else 0))
+    flags = (0x10000000 if user else 0) | (0x20000000 if processes else 0)
+    call("unshare", 0x00020000 | 0x04000000 | 0x08000000 | 0x40000000 | flags)
     if user:
         for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {uid} 1"), ("gid_map", f"1000 {gid} 1")):
             try:
