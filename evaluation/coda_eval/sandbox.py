@@ -76,6 +76,9 @@ FIRST_UID = 61184
 no account owns it. Each program has its own, which makes the limit on processes a limit per program, also while the
 kernel still takes a fork bomb down."""
 
+PRELOADED = ("collections", "heapq", "itertools", "math", "re", "typing")
+"""Modules of the standard library that programs often import: a zygote has them before it forks."""
+
 _CHILD = [f"sandbox_{name}" for name in ("values", "line", "walls", "candidate", "checker", "child")]
 """Modules of the process inside the sandbox, each after those that it imports; the last one has `main`."""
 
@@ -575,7 +578,7 @@ def _run(program: Program, zygotes: _Zygotes, limits: Limits) -> Verdict:
         tests.write(marshal.dumps((str(program.setup), str(program.tests), tuple(map(str, program.called)))))
         for file in (job, tests):
             file.seek(0)
-        zygote = stack.enter_context(zygotes.one(("numpy",) if uses_numpy else ()))
+        zygote = stack.enter_context(zygotes.one((*PRELOADED, "numpy") if uses_numpy else PRELOADED))
         pid = zygote.start(*(file.fileno() for file in (job, tests, writer, setup_writer)))
         watch = Watch(pid, program.timeout_s, limits, folder)
         try:

@@ -11,6 +11,7 @@ outside to wait. That child forks the candidate (`sandbox_candidate`) and become
 has tests and report pipe; both hold an end of the line between them (`sandbox_line`).
 """
 
+import gc
 import marshal
 import os
 import signal
@@ -89,6 +90,7 @@ def serve(shared):
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
+    gc.freeze()  # forks then share these objects for longer
     control.sendall(b"ready")
     while True:
         descriptors = socket.recv_fds(control, 1, 4)[1]

@@ -53,10 +53,12 @@ ARGUMENTS |= {"fcntl": (72, 25), "ioctl": (16, 29), "setsockopt": (54, 208), "so
 """System calls that are refused by their arguments."""
 
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
 def call(name, *args):
     """Call a libc function that returns 0 on success; raise OSError otherwise."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if getattr(libc, name)(*args) != 0:
+    if getattr(LIBC, name)(*args) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
 
@@ -95,9 +97,8 @@ def build_root(root, binds, scratch_bytes):
     mount("tmpfs", root + "/tmp", "tmpfs", 2 | 4, f"size={scratch_bytes},mode=1777")
     os.makedirs(root + "/old", exist_ok=True)
     os.chdir(root)
-    libc = ctypes.CDLL(None, use_errno=True)
     number = {"x86_64": 155, "aarch64": 41, "riscv64": 41}[os.uname().machine]
-    if libc.syscall(ctypes.c_long(number), b".", b"old") != 0:
+    if LIBC.syscall(ctypes.c_long(number), b".", b"old") != 0:
         raise OSError(ctypes.get_errno(), "pivot_root: " + os.strerror(ctypes.get_errno()))
     os.chdir("/")
     call("umount2", b"/old", 2)  # MNT_DETACH
@@ -167,10 +168,9 @@ def close_files(readable, listed, writable):
     Raises:
         OSError: the kernel has no Landlock, or one that does not hold signals back yet (before Linux 6.12).
     """
-    libc = ctypes.CDLL(None, use_errno=True)
 
     def landlock(number, *arguments):  # 444 to 446 on every architecture
-        result = libc.syscall(ctypes.c_long(number), *arguments)
+        result = LIBC.syscall(ctypes.c_long(number), *arguments)
         if result < 0:
             raise OSError(ctypes.get_errno(), f"landlock: {os.strerror(ctypes.get_errno())}")
         return result
@@ -190,15 +190,14 @@ def close_files(readable, listed, writable):
         rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, fd), 12)
         landlock(445, ruleset, 1, rule, 0)
         os.close(fd)
-    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     landlock(446, ruleset, 0)
     os.close(ruleset)
 
 
 def drop_privileges(uid):
     """Become `uid` where one is given, give up every capability, and forbid to gain any."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     if uid is not None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)

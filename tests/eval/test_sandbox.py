@@ -324,7 +324,7 @@ def test_one_zygote_serves_all_programs_that_want_the_same_modules(level, monkey
     numeric = Program(candidate="import numpy\ndef f(x): return int(numpy.int64(4))", tests=TESTS)
     verdicts = run_programs([GOOD, numeric] * 5, level=level, workers=1)
     assert [verdict.error for verdict in verdicts] == [""] * 10
-    assert [zygote.preload for zygote in made] == [(), ("numpy",)]
+    assert ["numpy" in zygote.preload for zygote in made] == [False, True]
     assert all(zygote._process.returncode == 0 for zygote in made)
 
 
