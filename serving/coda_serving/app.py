@@ -70,6 +70,13 @@ def _open_routes(service: Service) -> APIRouter:
         }
         return JSONResponse(body, status_code=200 if engine.is_alive else 503)
 
+    @router.get("/ready", responses={503: {"description": "No: it is loading, draining or stopped"}})
+    async def ready() -> Response:
+        """Whether to send requests here: 200, or 503 while loading, and while answers are finished before the end."""
+        engine = service.engine
+        status = "stopped" if not engine.is_alive else "draining" if engine.is_draining else "ready"
+        return JSONResponse({"status": status}, status_code=200 if status == "ready" else 503)
+
     return router
 
 

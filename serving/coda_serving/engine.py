@@ -171,6 +171,8 @@ class Engine:
         self._metrics = metrics
         self._seconds_per_job = 1.0
         self._run = _Run(sampler.start())
+        self.is_draining = False
+        """Whether what was accepted is finished and nothing more is to come; for those who ask the engine."""
         self._stopping = False
         self._stopped = threading.Event()
         self._stuck: threading.Thread | None = None
@@ -224,15 +226,15 @@ class Engine:
         if self._thread.is_alive():
             logger.warning("the model is still busy after %s s", timeout_s)
 
-    def submit(self, requests: Sequence[CanvasRequest], listeners: Sequence[Listener]) -> list[Job]:
-        """Queue all `requests` or none.
+    def submit(self, requests: Sequence[CanvasRequest], listeners: Sequence[Listener], caller: str = "") -> list[Job]:
+        """Queue all `requests` of a caller or none.
 
         Raises:
             QueueFull: there is no room for all of them.
         """
         jobs = [Job(request, listener) for request, listener in zip(requests, listeners, strict=True)]
         try:
-            self._scheduler.submit(jobs)
+            self._scheduler.submit(jobs, caller)
         except QueueFull:
             self._metrics.rejected.inc()
             raise
@@ -264,7 +266,7 @@ class Engine:
             if job.cancelled:
                 run.rows.drop(row)
                 del run.jobs[row]
-        for job in self._scheduler.take([job.request.num_positions for job, _ in run.jobs.values()]):
+        for job in self._scheduler.take([job for job, _ in run.jobs.values()]):
             run.progress_s = time.monotonic()
             try:
                 row = run.rows.admit(job.request)

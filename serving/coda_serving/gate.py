@@ -10,6 +10,7 @@ import hmac
 import json
 
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import SHUTTING_DOWN, ApiError, body_at
@@ -21,6 +22,11 @@ LINGER_S = 2.0
 
 GUARDED = frozenset({"/metrics", "/v1", "/infill"})
 """Paths that need a key, besides all below `/v1`."""
+
+
+def caller_of(request: HTTPConnection) -> str:
+    """Whom a request counts for where callers take turns: its address."""
+    return "" if request.client is None else request.client.host
 
 
 class BodyTooLarge(Exception):
@@ -50,7 +56,7 @@ class Gate:
         headers = Headers(scope=scope)
         fault = self._fault_of_key(scope["path"], headers) or self._fault_of_length(headers)
         if fault is not None:
-            await _respond(send, scope["path"], fault, receive)
+            await refuse(send, scope["path"], fault, receive)
             return
         received = 0
         started = False
@@ -73,10 +79,10 @@ class Gate:
             await self._app(scope, counted_receive, noted_send)
         except BodyTooLarge:
             if not started:
-                await _respond(send, scope["path"], self._too_large(f"more than {self._limit}"), receive)
+                await refuse(send, scope["path"], self._too_large(f"more than {self._limit}"), receive)
         except asyncio.CancelledError:  # the web server ends what still runs when its time to stop is over
             if not started:
-                await _respond(send, scope["path"], SHUTTING_DOWN)
+                await refuse(send, scope["path"], SHUTTING_DOWN)
 
     def _fault_of_key(self, path: str, headers: Headers) -> ApiError | None:
         if self._key is None or not (path in GUARDED or path.startswith("/v1/")):
@@ -108,7 +114,7 @@ class Gate:
         )
 
 
-async def _respond(send: Send, path: str, error: ApiError, unread: Receive | None = None) -> None:
+async def refuse(send: Send, path: str, error: ApiError, unread: Receive | None = None) -> None:
     """Send `error`; then throw `unread` away for a while.
 
     A connection that is closed on bytes nobody has read is reset, and a client that is still sending may then never see
