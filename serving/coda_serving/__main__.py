@@ -104,7 +104,11 @@ def serve(settings: ServerSettings) -> None:
     )
     app = build_app(Service(settings=settings, engine=engine, encoder=codec, limits=sampler, metrics=metrics))
     config = uvicorn.Config(
-        app, log_config=None, log_level=settings.log_level, timeout_graceful_shutdown=settings.drain_timeout_s
+        app,
+        log_config=None,
+        log_level=settings.log_level,
+        access_log=False,  # `observe` writes one that names callers and holds no query
+        timeout_graceful_shutdown=settings.drain_timeout_s,
     )
     # What the libraries and the model hold stays: walking it again whenever a large request makes many objects would
     # stop every thread each time.

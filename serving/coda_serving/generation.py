@@ -23,6 +23,8 @@ class Generation:
     """
 
     def __init__(self, engine: Engine, requests: Sequence[Sequence[CanvasRequest]], timeout_s: float) -> None:
+        self.error: ApiError | None = None
+        """Why no more events came."""
         self._engine = engine
         self._timeout_s = timeout_s
         loop = asyncio.get_running_loop()
@@ -59,9 +61,11 @@ class Generation:
                 async with asyncio.timeout_at(self._deadline):
                     index, place, event = await self._events.get()
             except TimeoutError:
-                raise ApiError(504, f"no answer within {self._timeout_s:g} s", code="timeout") from None
+                self.error = ApiError(504, f"no answer within {self._timeout_s:g} s", code="timeout")
+                raise self.error from None
             if isinstance(event, Failure):
-                raise ApiError(event.status, event.message, code=event.code)
+                self.error = ApiError(event.status, event.message, code=event.code)
+                raise self.error
             if self._num_candidates[index] > 1:
                 best = self._choose(index, place, event)
                 if best is None:

@@ -6,6 +6,7 @@ room. Not here: running them (`engine`), or what a token is.
 
 import dataclasses
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ class Job:
 
     request: CanvasRequest
     listener: Callable[[object], None]
+    arrived_s: float = dataclasses.field(default_factory=time.monotonic)
+    """On the monotonic clock."""
     cancelled: bool = False
     shown: str = ""
     judged: list = dataclasses.field(default_factory=list)
