@@ -160,7 +160,12 @@ def serve(settings: ServerSettings) -> None:
         metrics=metrics,
     )
     app = build_app(Service(settings=settings, engine=engine, encoder=codec, limits=sampler, metrics=metrics))
-    config = uvicorn.Config(app, log_config=None, log_level=settings.log_level)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level=settings.log_level,
+        access_log=False,  # `observe` writes one that names callers and holds no query
+    )
     # What the libraries and the model hold stays: walking it again whenever a large request makes many objects would
     # stop every thread each time.
     gc.collect()

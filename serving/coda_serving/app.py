@@ -45,7 +45,9 @@ def build_app(service: Service) -> FastAPI:
     routers = (_open_routes(service), _model_routes(service), editors.routes(service), messages.routes(service))
     for router in routers:
         app.include_router(router)
-    app.add_middleware(Gate, settings=service.settings)
+    keys = service.settings.keys()
+    service.metrics.watch_keys(keys)
+    app.add_middleware(Gate, settings=service.settings, keys=keys)
     if service.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(service.settings.cors_origins), allow_methods=["*"], allow_headers=["*"]

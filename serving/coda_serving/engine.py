@@ -268,6 +268,7 @@ class Engine:
                 del run.jobs[row]
         for job in self._scheduler.take([job for job, _ in run.jobs.values()]):
             run.progress_s = time.monotonic()
+            self._metrics.queue_s.observe(run.progress_s - job.arrived_s)
             try:
                 row = run.rows.admit(job.request)
             except Exception:  # one request's fault must not end the service; its listener and the log hear of it
@@ -291,6 +292,7 @@ class Engine:
             return
         run.progress_s = time.monotonic()
         run.busy_s += run.progress_s - started_s
+        self._metrics.step_s.observe(run.progress_s - started_s)
         self._metrics.forwards.inc()
         num_before = len(run.jobs)
         for step in steps:
@@ -355,6 +357,8 @@ class Engine:
         is_over = reading.finish_reason is not None and (step.is_full or not goes_on)
         judged = job.judged if request.forced is not None else job.judged[: reading.num_tokens]
         if len(reading.text) > len(job.shown) or (is_over and len(judged) > job.num_judged):
+            if reading.text and not job.shown:
+                self._metrics.first_text_s.observe(time.monotonic() - job.arrived_s)
             job.listener(Delta(reading.text[len(job.shown) :], tuple(judged[job.num_judged :])))
             job.shown, job.num_judged = reading.text, len(judged)
         if is_over:
@@ -382,5 +386,7 @@ class Engine:
             if job.done:
                 return
             job.done = True
+        if isinstance(event, Failure):
+            self._metrics.failed.labels(code=event.code).inc()
         if not job.cancelled:
             job.listener(event)

@@ -103,6 +103,11 @@ def body_at(path: str, error: ApiError) -> dict[str, Any]:
     return body
 
 
+def client_left() -> ApiError:
+    """For requests whose client is gone."""
+    return ApiError(CLIENT_LEFT, "the client closed the connection")
+
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """The client's mistake, 400."""
     return ApiError(400, message, param=param, code=code)
@@ -117,6 +122,9 @@ LOADING = ApiError(
     503, "the model is being loaded", code="model_loading", headers={"Retry-After": "5", "Connection": "close"}
 )
 """For requests that come too early."""
+
+CLIENT_LEFT = 499
+"""Nobody reads this status; it marks in the log and metrics that the client left (nginx's convention)."""
 
 FIELDS_OF_BODIES = {setting.api for setting in offered("server")}.union(
     "arguments content description echo filename function guided_regex id include_obfuscation include_usage "

@@ -33,6 +33,8 @@ class Generation:
         queue_timeout_s: float = math.inf,
         caller: str = "",
     ) -> None:
+        self.error: ApiError | None = None
+        """Why no more events came."""
         self._engine = engine
         self._timeout_s = timeout_s
         self._queue_timeout_s = queue_timeout_s
@@ -67,9 +69,14 @@ class Generation:
         """
         unfinished = len(self._candidates)
         while unfinished:
-            index, place, event = await self._next()
+            try:
+                index, place, event = await self._next()
+            except ApiError as error:
+                self.error = error
+                raise
             if isinstance(event, Failure):
-                raise ApiError(event.status, event.message, code=event.code)
+                self.error = ApiError(event.status, event.message, code=event.code)
+                raise self.error
             if self._num_candidates[index] > 1:
                 best = self._choose(index, place, event)
                 if best is None:

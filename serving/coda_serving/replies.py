@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from .canvases import Asked
 from .engine import Answer
-from .errors import SHUTTING_DOWN, ApiError
+from .errors import SHUTTING_DOWN, ApiError, client_left
 from .gate import caller_of
 from .generation import Generation
 from .protocol import SamplingRequest
@@ -20,9 +20,6 @@ from .responses import Head, Usage
 from .service import Service
 from .settings import ServerSettings
 from .streaming import EventStream, answer_events, error_event
-
-CLIENT_CLOSED_REQUEST = 499
-"""Nobody reads this status; it marks in the log and metrics that the client left (nginx's convention)."""
 
 
 class Whole(Protocol):
@@ -94,7 +91,7 @@ async def _unless_client_leaves(request: Request, generation: Generation) -> lis
         await asyncio.wait([answers, left], return_when=asyncio.FIRST_COMPLETED)
         if answers.done():
             return answers.result()
-        raise ApiError(CLIENT_CLOSED_REQUEST, "the client closed the connection")
+        raise client_left()
     finally:
         generation.cancel()
         for task in (answers, left):

@@ -20,6 +20,7 @@ most that of the request's caller, which began at most U above the level; and af
 import dataclasses
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ class Job:
 
     request: CanvasRequest
     listener: Callable[[object], None]
+    arrived_s: float = dataclasses.field(default_factory=time.monotonic)
+    """On the monotonic clock."""
     cancelled: bool = False
     shown: str = ""
     judged: list = dataclasses.field(default_factory=list)

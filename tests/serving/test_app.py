@@ -384,22 +384,29 @@ def test_a_request_that_is_not_begun_in_time_is_told_so_and_one_that_is_has_the_
     assert sampler.forwards == 200
 
 
-def test_callers_are_told_apart_by_their_addresses(serving_fakes):
+@pytest.mark.parametrize("hosts", [("10.0.0.1", "10.0.0.2"), ("10.0.0.1", "10.0.0.1")])
+def test_callers_are_told_apart_by_the_names_of_their_keys_or_else_by_their_addresses(serving_fakes, tmp_path, hosts):
     """One that sends twenty requests at once does not hold another one up."""
     sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 30, step_s=0.002)
-    app = serving_fakes.make_app(sampler, max_batch_size=2)
+    (tmp_path / "keys").write_text("one:first\ntwo:second\n")
+    has_keys = hosts[0] == hosts[1]
+    app = serving_fakes.make_app(sampler, max_batch_size=2, **{"api_keys_file": tmp_path / "keys"} if has_keys else {})
 
     async def test():
         async with app.router.lifespan_context(app):
             clients = [
-                httpx.AsyncClient(transport=httpx.ASGITransport(app=app, client=(host, 1)), base_url="http://test")
-                for host in ("10.0.0.1", "10.0.0.2")
+                httpx.AsyncClient(
+                    transport=httpx.ASGITransport(app=app, client=(host, 1)),
+                    base_url="http://test",
+                    headers={"Authorization": f"Bearer {key}"},
+                )
+                for host, key in zip(hosts, ("first", "second"), strict=True)
             ]
             ask = CHAT | {"max_tokens": 30}
             flood = [asyncio.create_task(clients[0].post(URL, json=ask | {"seed": 1})) for _ in range(20)]
             while app.state.engine.num_waiting < 18:
                 await asyncio.sleep(0.001)
-            await clients[1].post(URL, json=ask | {"seed": 2})
+            assert (await clients[1].post(URL, json=ask | {"seed": 2})).status_code == 200
             num_done = sum(task.done() for task in flood)
             await asyncio.gather(*flood)
             return num_done
