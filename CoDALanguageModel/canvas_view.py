@@ -3,7 +3,7 @@
 Not here: which text of it is final (`answers`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -200,6 +200,36 @@ class CanvasView:
                 pending.clear()
         flush(behind)
         return were
+
+
+class CanvasStreamer:
+    """For `diffusion_generate(streamer=...)`: shows the canvas before the first pass and after each one.
+
+    Args:
+        decode: ids to text, as `prompts.Codec.decode`.
+        on_step: is called with each `CanvasStep`, the first of which begins the canvas.
+        end_ids: ids that end an answer.
+    """
+
+    def __init__(
+        self, decode: Decode, on_step: Callable[[CanvasStep], object], end_ids: frozenset[int] = frozenset()
+    ) -> None:
+        self._decode, self._on_step, self._end_ids = decode, on_step, end_ids
+
+    def begin(self, pieces: Sequence[Sequence[int]], gap_lengths: Sequence[int]) -> None:
+        """See `streamers.ChangeStreamer`."""
+        self._view = CanvasView(pieces, gap_lengths, decode=self._decode, end_ids=self._end_ids)
+        self._on_step(self._view.whole())
+
+    def put_changes(self, changes: Sequence["Change"]) -> None:
+        """See `streamers.ChangeStreamer`."""
+        self._on_step(self._view.step(changes))
+
+    def put(self, value: object) -> None:
+        """Final tokens: they have been shown as committed."""
+
+    def end(self) -> None:
+        """Nothing is left to show."""
 
 
 def _ends_whole(text: str | None) -> bool:

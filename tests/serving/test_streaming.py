@@ -143,19 +143,6 @@ def test_a_canvas_is_not_computed_where_it_is_not_asked_for(serve, serving_fakes
     assert seen
 
 
-def test_the_canvas_of_several_gaps_holds_the_text_between_them(serve, serving_fakes):
-    sampler = serving_fakes.FakeSampler(script=lambda r: b"ab..cd")
-    infill = {"pieces": ["x", "..", "y"], "lengths": [2, 2]}
-    events = events_of(serve(post("/v1/completions", infill=infill, **WITH_CANVAS), sampler).text)
-    (steps,) = canvases_of(events).values()
-    assert steps[0].length == 6
-    assert [(cell.text, cell.state) for cell in rebuilt(steps[:1])] == [
-        *[("", "masked")] * 2,
-        *[(".", "given")] * 2,
-        *[("", "masked")] * 2,
-    ]
-
-
 def test_of_lengths_that_compete_the_best_canvas_comes_whole(serve, serving_fakes):
     sampler = serving_fakes.FakeSampler(
         script=lambda r: bytes([97 + r.max_tokens]) * r.max_tokens, score=lambda r: -abs(r.max_tokens - 2)
