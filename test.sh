@@ -25,7 +25,7 @@ case "${1:-}" in
     *)
         environment=tested
         venv=$repo/.venv
-        setup=(bash "$repo/setup_env.sh")
+        setup=(bash "$repo/setup_env.sh" --all)
         tests=(tests)
         ;;
 esac
@@ -34,6 +34,7 @@ workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # nproc gives the nu
 # Tests are small: more threads than this only get in each other's way. Nothing may be fetched.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
 export TOKENIZERS_PARALLELISM=false PJRT_DEVICE=CPU CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}
+export PYTHONDONTWRITEBYTECODE= # byte code is compiled on first use, and each process would compile it anew
 export USE_TORCH_XLA=0 # transformers would import it in every process; the pre-training backend imports it itself
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=disabled
 
