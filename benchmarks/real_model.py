@@ -30,6 +30,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 ROOMS = (REPOSITORY, *(REPOSITORY / room for room in ("pre-train", "evaluation", "serving")), HERE)
+os.environ.setdefault("USE_TORCH_XLA", "0")  # read when transformers is imported
 sys.path[:0] = map(str, ROOMS)  # this checkout's, before any that is installed
 
 from gpu.__main__ import LONGEST_START, READY, STOPS_BEFORE, Worker  # noqa: E402
