@@ -68,7 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         do(options.worker, Task(options.model, work, options.limit, key))
         return 0
-    results = Results(name, work, options.output)
+    results = Results(name, work, options.output, key)
+    if "source" not in names and results.stage("source").get("outcome") != "done":
+        parser.error(f"--stages must hold source, which makes the weights that the others read, until {work} has them")
     environment = os.pathsep.join(map(str, ROOMS))
     os.environ["PYTHONPATH"] = environment + os.pathsep + os.environ.get("PYTHONPATH", "")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "USE_TORCH_XLA": "0"}

@@ -176,7 +176,7 @@ def test_what_a_stage_measured_stays_and_what_is_done_is_not_done_again(tmp_path
         head = f"import json, sys, time; print({READY!r}, flush=True); sys.stdin.readline()\n"
         return [sys.executable, "-c", f"{head}say = lambda **x: print({RECORD!r} + json.dumps(x), flush=True)\n{body}"]
 
-    results = Results("tiny", tmp_path / "work", tmp_path / "out")
+    results = Results("tiny", tmp_path / "work", tmp_path / "out", "k")
     real_model.run("source", program("say(a=1)"), results, "x", 20.0)
     real_model.run("greedy", program("say(_id='k', b=1); say(c=1); raise ValueError('none')"), results, "x", 20.0)
     started = time.monotonic()
@@ -196,13 +196,14 @@ def test_what_a_stage_measured_stays_and_what_is_done_is_not_done_again(tmp_path
     assert results.stage("greedy")["measurements"] == [{"_id": "k", "b": 2}]
     real_model.run("adaptation", program("say(skipped='no GPU')"), results, "x", 20.0)
     assert not results.is_done("adaptation", "x")  # another machine may have one
-    other = Results("other", tmp_path / "else", tmp_path / "out")
+    other = Results("other", tmp_path / "else", tmp_path / "out", "k")
     real_model.run("source", program("say(a=3)"), other, "x", 20.0)
     assert list(json.loads((tmp_path / "out" / "real_model.json").read_text())) == ["tiny", "other"]
     text = (tmp_path / "out" / "real_model.md").read_text()
     assert "## tiny" in text
     assert "- not measured, 1: no GPU" in text
     assert "ValueError" not in text
+    assert not Results("tiny", tmp_path / "work", tmp_path / "out", "another model").stage("source")
 
 
 def test_stages_depend_on_the_content_of_the_model_and_on_their_limit(tmp_path):
@@ -224,14 +225,19 @@ def test_stages_depend_on_the_content_of_the_model_and_on_their_limit(tmp_path):
         (["--stages", "source,speed"], "--stages must be some of source,.* got speed"),
         (["--time_limit", "greedy=2"], "--time_limit must be STAGE=SECONDS .* got 'greedy=2'"),
         (["--limit", "0"], "--limit must be a positive integer, got 0"),
+        (["--stages", "greedy"], "--stages must hold source"),
         ([], "must be a .gguf file or a folder with a config.json"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(tmp_path, capsys, given, message):
     import real_model
 
+    (tmp_path / "model").mkdir()
+    if given:
+        (tmp_path / "model" / "config.json").write_text("{}")
+    places = ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     with pytest.raises(SystemExit):
-        real_model.main([str(tmp_path), *given, "--output", str(tmp_path / "out")])
+        real_model.main([str(tmp_path / "model"), *given, *places])
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
     assert not (tmp_path / "out").exists()
 
