@@ -126,8 +126,8 @@ def hash_of(model: Path) -> str:
 
 def stamp_of(stage: str, key: str, limit: int | None) -> str:
     """Hash of what a stage's results depend on, the code aside."""
-    facts: list[Any] = [key, STAGES[stage].function, STAGES[stage].arguments, BATCH_SIZE, NEW_TOKENS]
-    facts += [limit] if STAGES[stage].is_limited else []
+    facts: list[Any] = [key, STAGES[stage].function, STAGES[stage].arguments]
+    facts += [limit, BATCH_SIZE, NEW_TOKENS] if STAGES[stage].is_limited else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
