@@ -74,8 +74,29 @@ install_deepspeed() {
             --constraint "$repo/constraints.txt" --target "$venv/deepspeed" deepspeed hjson ninja py-cpuinfo
 }
 
+# The common tests of transformers, which its wheels lack: from the source distribution of the installed version, whose
+# hash tests/model/transformers_sdists.txt knows. tests/model/test_common.py runs them.
+# shellcheck disable=SC2329 # called through stage
+fetch_common_tests() {
+    local version scratch
+    version=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("transformers"))')
+    [ ! -e "$venv/transformers-tests/$version" ] || return 0
+    scratch=$(mktemp -d "$venv/transformers-tests.XXXXXX")
+    grep "^transformers==$version " "$repo/tests/model/transformers_sdists.txt" >"$scratch/requirements.txt" &&
+        "$venv/bin/python" -m pip download --quiet --no-input --disable-pip-version-check --no-deps \
+            --no-binary transformers --require-hashes --requirement "$scratch/requirements.txt" --dest "$scratch" &&
+        tar -xzf "$scratch/transformers-$version.tar.gz" -C "$scratch" "transformers-$version/tests" &&
+        mkdir -p "$venv/transformers-tests" &&
+        mv "$scratch/transformers-$version/tests" "$venv/transformers-tests/$version"
+    local status=$?
+    rm -rf "$scratch"
+    [ "$status" -eq 0 ] || printf 'no common tests of transformers %s: see above, or its hash is not known\n' "$version"
+    return "$status"
+}
+
 stage environment "${setup[@]}"
 [ "$failed" -eq 0 ] || finish
+stage "common tests" fetch_common_tests
 if [ "$environment" = tested ]; then
     stage deepspeed install_deepspeed
     stage "ruff check" "$venv/bin/ruff" check .

@@ -180,6 +180,7 @@ def test_every_requirement_is_pinned_to_a_version_it_allows():
 
 def test_all_is_the_union_of_the_rooms():
     extras = project()["optional-dependencies"]
+
     def parts(extra):
         named = [Requirement(line) for line in extras[extra]]
         return {extra}.union(*(parts(e) for r in named if r.name == "coda-lm" for e in r.extras))

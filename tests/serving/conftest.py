@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 
 from coda_serving.app import Service, build_app
 from coda_serving.engine import Engine, RowStep
@@ -24,6 +25,7 @@ from coda_serving.scheduler import CanvasRequest, Scheduler
 from coda_serving.settings import ServerSettings
 from CoDALanguageModel.decoding_settings import DecodingSettings
 from CoDALanguageModel.prompts import TextTooLong
+from CoDALanguageModel.row import Change
 
 REPO = Path(__file__).resolve().parents[2]
 MASK, EOS, DOCUMENT_START = 256, 257, 258
@@ -132,7 +134,19 @@ class FakeRows:
             self.rows.remove(row)
         is_full = settled == len(row.canvas)
         score = self.sampler.score(row.request) if is_full and row.request.is_candidate else None
-        return RowStep(row=row, ids=ids, is_full=is_full, forwards=row.forwards, error=None, score=score)
+        changes = self.shown(row, place) if row.request.shows_canvas else ()
+        return RowStep(
+            row=row, ids=ids, is_full=is_full, forwards=row.forwards, error=None, score=score, changes=changes
+        )
+
+    def shown(self, row: FakeRow, place: int) -> list[Change]:
+        """What was committed, and a guess that is right and one that is not."""
+        start = len(row.request.prompt_ids)
+        changes = [Change(start + place, row.target[place], 0.9, True)]
+        for i, following in enumerate(row.order[row.forwards : row.forwards + 2]):
+            token = row.target[following] if i else 63
+            changes.append(Change(start + following, token, round(1 / (2 + row.forwards), 3), False))
+        return sorted(changes)
 
     def drop(self, row: FakeRow) -> None:
         if row in self.rows:
@@ -223,6 +237,23 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def served(app, port: int | None = None) -> Iterator[str]:
+    """`app` behind a real socket, from a thread; gives its address."""
+    port = port or free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @dataclass
