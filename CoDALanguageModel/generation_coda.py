@@ -62,6 +62,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         if generation_config is not None:
             self.generation_config = DiffusionGenerationConfig.of(generation_config)
             return
+        if path is None:  # the weights were given: there is no folder
+            self.generation_config = DiffusionGenerationConfig()
+            return
         names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
         hub_arguments = {name: kwargs[name] for name in names if name in kwargs}
         try:

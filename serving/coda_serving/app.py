@@ -52,7 +52,9 @@ def build_app(service: Service) -> FastAPI:
     )
     for router in routers:
         app.include_router(router)
-    app.add_middleware(Gate, settings=service.settings)
+    keys = service.settings.keys()
+    service.metrics.watch_keys(keys)
+    app.add_middleware(Gate, settings=service.settings, keys=keys)
     if service.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(service.settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -76,6 +78,13 @@ def _open_routes(service: Service) -> APIRouter:
             "running": engine.num_running,
         }
         return JSONResponse(body, status_code=200 if engine.is_alive else 503)
+
+    @router.get("/ready", responses={503: {"description": "No: it is loading, draining or stopped"}})
+    async def ready() -> Response:
+        """Whether to send requests here: 200, or 503 while loading, and while answers are finished before the end."""
+        engine = service.engine
+        status = "stopped" if not engine.is_alive else "draining" if engine.is_draining else "ready"
+        return JSONResponse({"status": status}, status_code=200 if status == "ready" else 503)
 
     return router
 

@@ -9,8 +9,9 @@ from typing import Any, NoReturn, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
-from .errors import ApiError, from_validation, invalid
+from .errors import ApiError, client_left, from_validation, invalid
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -21,10 +22,15 @@ async def read_body(request: Request, model: type[Model]) -> Model:
     """The request's body as `model`.
 
     Raises:
-        ApiError: 415 for another type or encoding than plain UTF-8 JSON, 400 for what is not JSON or does not fit.
+        ApiError: 415 for another type or encoding than plain UTF-8 JSON, 400 for what is not JSON or does not fit, 499
+            where the client leaves before its end.
     """
     _check_headers(request)
-    return await run_in_threadpool(_parse, await request.body(), model)
+    try:
+        body = await request.body()
+    except ClientDisconnect:
+        raise client_left() from None
+    return await run_in_threadpool(_parse, body, model)
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:

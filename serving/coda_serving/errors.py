@@ -49,7 +49,7 @@ STATUSES = {
     415: "The body is no plain JSON",
     429: "MAX_QUEUE answers wait already; Retry-After says when to try again",
     500: "The model failed; the log says why",
-    503: "The server is shutting down",
+    503: "QUEUE_TIMEOUT_S is over and no answer was begun, or the server is loading or shutting down",
     504: "REQUEST_TIMEOUT_S is over",
 }
 
@@ -103,13 +103,28 @@ def body_at(path: str, error: ApiError) -> dict[str, Any]:
     return body
 
 
+def client_left() -> ApiError:
+    """For requests whose client is gone."""
+    return ApiError(CLIENT_LEFT, "the client closed the connection")
+
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """The client's mistake, 400."""
     return ApiError(400, message, param=param, code=code)
 
 
-SHUTTING_DOWN = ApiError(503, "the server is shutting down", code="server_shutting_down")
-"""For requests that the end of the server cuts off."""
+SHUTTING_DOWN = ApiError(
+    503, "the server is shutting down", code="server_shutting_down", headers={"Retry-After": "5", "Connection": "close"}
+)
+"""For requests that the end of the server cuts off, or that come after it has begun."""
+
+LOADING = ApiError(
+    503, "the model is being loaded", code="model_loading", headers={"Retry-After": "5", "Connection": "close"}
+)
+"""For requests that come too early."""
+
+CLIENT_LEFT = 499
+"""Nobody reads this status; it marks in the log and metrics that the client left (nginx's convention)."""
 
 FIELDS_OF_BODIES = {setting.api for setting in offered("server")}.union(
     "arguments content description echo filename function guided_regex id include_canvas include_obfuscation "

@@ -6,21 +6,32 @@ Pure ASGI, so that a body without a key, or beyond the limit, is never read into
 
 import asyncio
 import contextlib
-import hmac
 import json
 
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import SHUTTING_DOWN, ApiError, body_at
+from .keys import UNNAMED, Keys
 from .settings import ServerSettings
 
 LINGER_S = 2.0
 """Seconds for which the rest of a refused body is received and thrown away."""
 
+CALLER = "coda.caller"
+"""Where the scope of a request has the name of its key."""
 
 GUARDED = frozenset({"/metrics", "/v1", "/infill"})
 """Paths that need a key, besides all below `/v1`."""
+
+
+def caller_of(request: HTTPConnection) -> str:
+    """Whom a request counts for where callers take turns: the name of its key, or else its address."""
+    name = request.scope.get(CALLER)
+    if name not in (None, UNNAMED):
+        return f"key {name}"
+    return "" if request.client is None else request.client.host
 
 
 class BodyTooLarge(Exception):
@@ -34,12 +45,13 @@ class Gate:
 
     Args:
         app: what it guards.
-        settings: `api_key` and `max_body_bytes`.
+        settings: `max_body_bytes`.
+        keys: those that open it; where there is none, all may pass.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, keys: Keys) -> None:
         self._app = app
-        self._key = None if settings.api_key is None else settings.api_key.get_secret_value().encode()
+        self._keys = keys
         self._limit = settings.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,9 +60,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        fault = self._fault_of_key(scope["path"], headers) or self._fault_of_length(headers)
+        fault = self._fault_of_key(scope, headers) or self._fault_of_length(headers)
         if fault is not None:
-            await _respond(send, scope["path"], fault, receive)
+            await refuse(send, scope["path"], fault, receive)
             return
         received = 0
         started = False
@@ -73,18 +85,21 @@ class Gate:
             await self._app(scope, counted_receive, noted_send)
         except BodyTooLarge:
             if not started:
-                await _respond(send, scope["path"], self._too_large(f"more than {self._limit}"), receive)
+                await refuse(send, scope["path"], self._too_large(f"more than {self._limit}"), receive)
         except asyncio.CancelledError:  # the web server ends what still runs when its time to stop is over
             if not started:
-                await _respond(send, scope["path"], SHUTTING_DOWN)
+                await refuse(send, scope["path"], SHUTTING_DOWN)
 
-    def _fault_of_key(self, path: str, headers: Headers) -> ApiError | None:
-        if self._key is None or not (path in GUARDED or path.startswith("/v1/")):
+    def _fault_of_key(self, scope: Scope, headers: Headers) -> ApiError | None:
+        """401 unless a valid key is shown where one is needed; notes in the scope whose key it is."""
+        path = scope["path"]
+        if not self._keys or not (path in GUARDED or path.startswith("/v1/")):
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         keys = [given] if scheme.lower() == "bearer" else []
         keys += [headers["x-api-key"]] if "x-api-key" in headers else []  # Anthropic's and llama.cpp's clients
-        if any(hmac.compare_digest(key.strip().encode("latin-1"), self._key) for key in keys):
+        scope[CALLER] = self._keys.caller(key.strip().encode("latin-1") for key in keys)
+        if scope[CALLER] is not None:
             return None
         return ApiError(
             401,
@@ -108,7 +123,7 @@ class Gate:
         )
 
 
-async def _respond(send: Send, path: str, error: ApiError, unread: Receive | None = None) -> None:
+async def refuse(send: Send, path: str, error: ApiError, unread: Receive | None = None) -> None:
     """Send `error`; then throw `unread` away for a while.
 
     A connection that is closed on bytes nobody has read is reset, and a client that is still sending may then never see

@@ -139,6 +139,8 @@ class MessagesUsage(BaseModel):
     """Forward passes, each row counted. Extension."""
     tokens_per_forward: float = 0.0
     """`output_tokens / forwards`. Extension."""
+    regime: str = "exact"
+    """As in OpenAI's usage. Extension."""
 
     @classmethod
     def of(cls, usage: Usage) -> "MessagesUsage":
@@ -149,6 +151,7 @@ class MessagesUsage(BaseModel):
             cache_read_input_tokens=usage.prompt_tokens_details.cached_tokens,
             forwards=usage.forwards,
             tokens_per_forward=usage.tokens_per_forward,
+            regime=usage.regime,
         )
 
 

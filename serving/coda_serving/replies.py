@@ -12,16 +12,14 @@ from starlette.concurrency import run_in_threadpool
 
 from .canvases import Asked
 from .engine import Answer
-from .errors import ApiError
+from .errors import SHUTTING_DOWN, ApiError, client_left
+from .gate import caller_of
 from .generation import Generation
 from .protocol import SamplingRequest
 from .responses import Head, Usage
 from .service import Service
 from .settings import ServerSettings
 from .streaming import EventStream, answer_events, error_event
-
-CLIENT_CLOSED_REQUEST = 499
-"""Nobody reads this status; it marks in the log and metrics that the client left (nginx's convention)."""
 
 
 class Whole(Protocol):
@@ -49,11 +47,15 @@ async def respond(
 ) -> Response:
     """Denoise what a body asks for, and say it in the endpoint's form, whole or as it becomes final."""
     settings = service.settings
+    if service.engine.is_draining:
+        raise SHUTTING_DOWN
     check_model(settings, body.model)
     asked = await _prepare(service, body, canvases_of)
-    generation = Generation(service.engine, asked.answers, settings.request_timeout_s)
+    generation = Generation(
+        service.engine, asked.answers, settings.request_timeout_s, settings.queue_timeout_s, caller_of(request)
+    )
     head = Head.new(form.id_prefix, settings.public_name)
-    usage_of = partial(Usage.of, asked.prompt_tokens)
+    usage_of = partial(Usage.of, asked.prompt_tokens, regime=asked.regime)
     if body.stream:
         frames = events(generation, head, form, len(asked.answers), usage_of if body.include_usage else None)
         return EventStream(generation, frames, settings.heartbeat_s, error_frame)
@@ -89,7 +91,7 @@ async def _unless_client_leaves(request: Request, generation: Generation) -> lis
         await asyncio.wait([answers, left], return_when=asyncio.FIRST_COMPLETED)
         if answers.done():
             return answers.result()
-        raise ApiError(CLIENT_CLOSED_REQUEST, "the client closed the connection")
+        raise client_left()
     finally:
         generation.cancel()
         for task in (answers, left):

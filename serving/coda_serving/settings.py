@@ -17,6 +17,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, DecodingSettings, Setting, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
 
+from .keys import Keys, read_keys
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 MAX_SEED = 2**63 - 1
@@ -81,13 +83,16 @@ class ServerSettings(DecodingDefaults):
     """Name that clients use as `model`; the last part of `MODEL_NAME` when unset."""
 
     host: str = "127.0.0.1"
-    """Address to bind. Any other than loopback needs `API_KEY`."""
+    """Address to bind. Any other than loopback needs `API_KEY` or `API_KEYS_FILE`."""
 
     port: int = Field(8000, ge=1, le=65535)
     """TCP port to bind."""
 
     api_key: SecretStr | None = None
-    """Bearer token that `/v1` and `/metrics` require; none is required when unset."""
+    """Bearer token that `/v1` and `/metrics` require; none is required when this and `API_KEYS_FILE` are unset."""
+
+    api_keys_file: Path | None = None
+    """File of more such keys, one a line, as `KEY` or `NAME:KEY`; read again when it changes."""
 
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     """Browser origins that may call the server, separated by commas; none when unset."""
@@ -129,6 +134,9 @@ class ServerSettings(DecodingDefaults):
     request_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds from a request's arrival, queue included, after which it is cancelled with 504."""
 
+    queue_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """Seconds from a request's arrival after which it is cancelled with 503 if none of its answers has begun."""
+
     step_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds that one step of all rows may take before their requests get 500 and others go on without them."""
 
@@ -150,6 +158,13 @@ class ServerSettings(DecodingDefaults):
             raise UserError("there is no such folder")
         return value
 
+    @field_validator("api_keys_file")
+    @classmethod
+    def _holds_keys(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            read_keys(value)
+        return value
+
     @field_validator("cors_origins", mode="before")
     @classmethod
     def _split_origins(cls, value: object) -> object:
@@ -162,12 +177,20 @@ class ServerSettings(DecodingDefaults):
 
     @model_validator(mode="after")
     def _wide_bind_needs_key(self) -> "ServerSettings":
-        if self.api_key is None and not is_loopback(self.host):
+        if self.api_key is None and self.api_keys_file is None and not is_loopback(self.host):
             raise UserError(
-                f"HOST={self.host} opens the server to other machines, which needs API_KEY; "
-                "set API_KEY, or HOST=127.0.0.1"
+                f"HOST={self.host} opens the server to other machines, which needs API_KEY or API_KEYS_FILE; "
+                "set one, or HOST=127.0.0.1"
             )
         return self
+
+    def keys(self) -> Keys:
+        """The keys that callers may show.
+
+        Raises:
+            UserError: the file of keys cannot be used.
+        """
+        return Keys(self.api_key and self.api_key.get_secret_value(), self.api_keys_file)
 
     @property
     def decoding(self) -> dict[str, Any]:

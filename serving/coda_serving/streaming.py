@@ -17,6 +17,7 @@ from CoDALanguageModel.canvas_view import CanvasStep
 from .engine import Answer, Delta
 from .errors import SHUTTING_DOWN, ApiError
 from .generation import Generation
+from .observe import STATUS
 from .responses import Form, Head, Usage
 
 MakeUsage = Callable[[list[Answer]], Usage]
@@ -70,8 +71,11 @@ class EventStream(StreamingResponse):
             if started:
                 frame = self._error_frame(SHUTTING_DOWN)
                 await send({"type": "http.response.body", "body": frame.encode(), "more_body": False})
+                scope[STATUS] = SHUTTING_DOWN.status
             raise
         finally:
+            if self._generation.error is not None:
+                scope[STATUS] = self._generation.error.status
             self._generation.cancel()
 
 

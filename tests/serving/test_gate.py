@@ -8,6 +8,7 @@ import pytest
 
 from coda_serving.__main__ import check_defaults
 from coda_serving.gate import Gate
+from coda_serving.keys import Keys
 from coda_serving.streaming import EventStream, with_heartbeat
 from CoDALanguageModel.errors import UserError
 
@@ -90,7 +91,7 @@ def test_what_the_end_of_the_server_cuts_off_gets_503(serving_fakes):
     client = Client(JSON)
 
     async def test():
-        gate = Gate(hangs, serving_fakes.make_settings())
+        gate = Gate(hangs, serving_fakes.make_settings(), Keys())
         running = asyncio.ensure_future(gate(client.scope, client.receive, client.send))
         await asyncio.sleep(0)
         running.cancel()
@@ -416,6 +417,8 @@ def test_the_documented_bodies_have_all_their_parts(serve):
 
 def test_a_stream_that_the_end_of_the_server_cuts_off_says_so():
     class Rows:
+        error = None
+
         def cancel(self):
             self.is_cancelled = True
 

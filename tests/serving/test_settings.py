@@ -13,6 +13,7 @@ DEFAULTS = {row.api: row.served_default for row in DECODING} | {
     "host": "127.0.0.1",
     "port": 8000,
     "api_key": None,
+    "api_keys_file": None,
     "cors_origins": (),
     "device": "auto",
     "dtype": "auto",
@@ -31,6 +32,7 @@ DEFAULTS = {row.api: row.served_default for row in DECODING} | {
     "max_batch_tokens": 32768,
     "batch_wait_ms": 10.0,
     "request_timeout_s": 600.0,
+    "queue_timeout_s": 600.0,
     "step_timeout_s": 600.0,
     "max_body_bytes": 2 << 20,
     "heartbeat_s": 15.0,
@@ -105,6 +107,7 @@ def test_variables_are_read(monkeypatch, name, value, expected):
         ("MAX_BATCH_TOKENS", "0", "greater than or equal to 1"),
         ("BATCH_WAIT_MS", "-1", "greater than or equal to 0"),
         ("REQUEST_TIMEOUT_S", "0", "greater than 0"),
+        ("QUEUE_TIMEOUT_S", "0", "greater than 0"),
         ("DRAIN_TIMEOUT_S", "-1", "greater than or equal to 0"),
         ("LOG_LEVEL", "loud", "'warning'"),
     ],
@@ -139,12 +142,17 @@ def test_a_folder_that_is_no_model_is_named(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
-def test_a_wider_bind_needs_a_key(monkeypatch, host):
+def test_a_wider_bind_needs_a_key(monkeypatch, tmp_path, host):
     monkeypatch.setenv("MODEL_NAME", "org/model")
     monkeypatch.setenv("HOST", host)
     with pytest.raises(ValueError, match=f"HOST={host} .*API_KEY"):
         load_settings()
     monkeypatch.setenv("API_KEY", "secret")
+    assert load_settings().host == host
+    monkeypatch.delenv("API_KEY")
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    monkeypatch.setenv("API_KEYS_FILE", str(keys))
     assert load_settings().host == host
 
 
