@@ -224,13 +224,18 @@ def round_weights(model: CoDALanguageModel, dtype: torch.dtype) -> None:
     cast_weights(model, dtype)
 
 
-def decoding_defaults(config: CoDAConfig) -> DiffusionGenerationConfig:
-    """The published decoding settings with the ids of this model, and a length that its context has room for."""
+def decoding_defaults(config: CoDAConfig, family: Family | None = None) -> DiffusionGenerationConfig:
+    """The published decoding settings with the ids of this model, and a length that its context has room for.
+
+    A model of another published family has the schedule of its own sampler.
+    """
     defaults = DiffusionGenerationConfig.from_pretrained(Path(model_room.__file__).parent)
     num_tokens = min(defaults.max_new_tokens, max(1, config.max_position_embeddings // 2))
     names = ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids", "bos_token_id")
     ids = {name: getattr(config, name) for name in names}
-    return defaults.merged({"max_new_tokens": num_tokens, "steps": num_tokens, **ids})
+    is_peer = family is not None and not family.is_autoregressive
+    schedule = family.schedule if is_peer else defaults.schedule
+    return defaults.merged({"max_new_tokens": num_tokens, "steps": num_tokens, "schedule": schedule, **ids})
 
 
 def masked_input(model: CoDALanguageModel) -> Tensor:
@@ -412,17 +417,20 @@ def convert(
         ends: list[int] = []
         if family is not None and not family.is_autoregressive:
             mask_token = find_mask_token(family, values, tokenizer, num_rows, mask_token)
-        if family is not None and (settings["attention"] != "full" or not family.is_autoregressive):
-            ends = published_ends(source_dir, source.config.to_dict() if gguf else values, tokenizer.pad_token_id)
+        if family is not None:
+            # A model that stays what it was ends with padding too; one that is to be adapted is trained without it.
+            stays = settings["attention"] != "full" or not family.is_autoregressive
+            own = source.config.to_dict() if gguf else values
+            ends = published_ends(source_dir, own, tokenizer, with_padding=stays)
         complete_tokenizer(tokenizer, mask_token)
-        if ends:
+        if set(ends) - {tokenizer.eos_token_id}:
             settings["eos_token_id"] = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
         model = build_model(source, tokenizer, settings)
         if family is not None:
             check_source(source, model, family, settings.get("block_size"))
         del source
         round_weights(model, stored if dtype == "auto" else DTYPES[dtype])
-        model.generation_config = decoding_defaults(model.config)
+        model.generation_config = decoding_defaults(model.config, family)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):  # written for the owner alone; the other files follow the umask

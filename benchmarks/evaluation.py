@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -77,26 +77,31 @@ def used() -> float:
 
 
 @contextmanager
-def counted_sandboxes() -> Iterator[list[float]]:
-    """Collects the processor time of sandboxes in seconds.
+def counted_sandboxes() -> Iterator[dict[int, float]]:
+    """Collects the processor time of sandboxes in seconds, by process.
 
-    Their processes are killed by their ancestors' end and waited for by nobody, so that the kernel forgets their time:
-    it is read just before, and what the kernel needs to end them is not in it.
+    Many of their processes are waited for by nobody, so that the kernel forgets their time: it is read just before a
+    program's are killed, and what the kernel needs to end them is not in it.
     """
-    spent: list[float] = []
+    spent: dict[int, float] = {}
     kill = sandbox.kill
 
-    def reading(process: subprocess.Popen) -> None:
-        for pid in sandbox_watch._tree(process.pid):
-            if pid == process.pid:
-                continue  # waited for
-            for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-                spent.append(int(path.read_text().split()[0]) / 1e9)
-        kill(process)
+    def reading(root: int) -> None:
+        for pid in (*sandbox_watch._tree(root), *above(root)):
+            with suppress(OSError):  # gone meanwhile
+                threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+                spent[pid] = sum(int(path.read_text().split()[0]) / 1e9 for path in threads)
+        kill(root)
 
     # The sandbox runs fewer programs at once while others use the machine: here it is not to notice.
     with mock.patch.object(sandbox, "kill", reading), mock.patch("os.getloadavg", return_value=(0.0, 0.0, 0.0)):
         yield spent
+
+
+def above(pid: int) -> Iterator[int]:
+    """The processes between this one and `pid`, which is below it."""
+    while (pid := int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])) not in (0, 1, os.getpid()):
+        yield pid
 
 
 def in_turn(
@@ -125,14 +130,15 @@ def fresh_interpreters(programs: Sequence[sandbox.Program]) -> float:
 
 def sandboxes(programs: Sequence[sandbox.Program], workers: int | None = None) -> float:
     """Judge programs in the sandbox."""
-    before = used()
+    before = resource.getrusage(resource.RUSAGE_SELF)
     with counted_sandboxes() as spent:
         verdicts = sandbox.run_programs(programs, workers=workers)
+    own = resource.getrusage(resource.RUSAGE_SELF)
     if wrong := [verdict for verdict in verdicts if not verdict.passed]:
         raise SystemExit(
             f"{len(wrong)} canonical programs do not pass, the first with {wrong[0].status}: {wrong[0].error}"
         )
-    return used() - before + sum(spent)
+    return sum(own[:2]) - sum(before[:2]) + sum(spent.values())
 
 
 def rows_of(totals: dict[str, dict[str, float]], count: int) -> list[list[str]]:

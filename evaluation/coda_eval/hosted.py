@@ -177,6 +177,18 @@ class HostedLM(HFLM):
         return set(end_ids(self.tokenizer, self.model.config, self.model.generation_config))
 
 
+def without_space(ids: Sequence[int], decode: Callable[[list[int]], str]) -> tuple[list[int], str]:
+    """Ids of a prompt without its last tokens, up to one that does not end in white space, and their text."""
+    whole = decode(list(ids))
+    kept, rest = list(ids), whole
+    while len(kept) > 1 and rest[-1:].isspace():
+        kept.pop()
+        rest = decode(kept)
+    if not whole.startswith(rest) or not rest:
+        return list(ids), ""  # nothing but white space, or text that does not come apart there
+    return kept, whole[len(rest) :]
+
+
 def place(request: Instance) -> str:
     """The task and the document of a request, for messages."""
     return f"task {request.task_name}, document {label(request)}"

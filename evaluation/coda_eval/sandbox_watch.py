@@ -8,7 +8,6 @@ import functools
 import os
 import signal
 import stat
-import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -156,23 +155,23 @@ def _memory_of(pid: int) -> int:
     return 0
 
 
-def kill(process: subprocess.Popen) -> None:
-    """End whatever the program started, then the process that waits for it all, and collect it.
+def kill(root: int) -> None:
+    """End whatever a program started, then the process `root` that waits for it all, which its parent collects.
 
     The descendants go first: orphans stay below the waiting process (the first of a PID namespace, or a subreaper) as
     long as that lives.
     """
     empty = 0
     while empty < 3:  # one look can miss a process whose parent ends meanwhile
-        left = [pid for pid, states in _tree(process.pid).items() if pid != process.pid and set(states) - set("ZX")]
+        left = [pid for pid, states in _tree(root).items() if pid != root and set(states) - set("ZX")]
         empty = 0 if left else empty + 1
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if left:  # to end takes them a processor, which looking again would take from them
             time.sleep(0.0005)
-    process.kill()
-    process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(root, signal.SIGKILL)
 
 
 def _tree(pid: int) -> dict[int, list[str]]:

@@ -285,6 +285,22 @@ def test_tokenizer_without_chat_or_padding_tokens_gets_a_pad_token_and_no_templa
     assert tokenizer.chat_template is None
 
 
+def test_a_base_model_that_is_to_be_adapted_ends_where_its_checkpoint_says(tmp_path):
+    # As Qwen's base models: documents end with <|endoftext|>, which is the padding too.
+    tokenizer = make_tokenizer([*CHATML, "<|other|>"], eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    make_autoregressive(tmp_path / "source", "qwen2", tokenizer=tokenizer)
+    (tmp_path / "source/generation_config.json").write_text(json.dumps({"eos_token_id": [0, 3]}))
+    model = convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False)
+    assert model.config.pad_token_id == 0
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == [2, 0, 3]
+    wants = {0: 1000.0}
+    text = model.eval().diffusion_generate(torch.tensor([[5, 6]]), max_new_tokens=4, steps=4, logit_bias=wants)
+    assert text[0, 2:].tolist() == [0] * 4
+    plain = make_tokenizer(["</s>"])  # ends as its tokenizer and configuration say, with one token
+    make_autoregressive(tmp_path / "llama", "llama", tokenizer=plain)
+    assert convert(str(tmp_path / "llama"), str(tmp_path / "made-llama"), check=False).config.eos_token_id == 0
+
+
 def test_own_template_and_mask_token_are_kept(tmp_path):
     tokenizer = make_tokenizer([*CHATML, "[M]"], chat_template="{{ messages[0].content }}")
     tokenizer.add_special_tokens({"mask_token": "[M]"})

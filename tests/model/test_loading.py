@@ -191,6 +191,14 @@ def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
             CoDALanguageModel.from_pretrained(path)
 
 
+def test_weights_that_are_given_need_no_folder(model, tokens):
+    loaded = CoDALanguageModel.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert torch.equal(loaded(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
+    for given in ({}, {"config": model.config}, {"state_dict": model.state_dict()}):
+        with pytest.raises(ValueError, match="reads no folder: give config and state_dict"):
+            CoDALanguageModel.from_pretrained(None, **given)
+
+
 def test_loading_information_is_returned_when_asked_for(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded, info = CoDALanguageModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -239,7 +247,7 @@ except ModuleNotFoundError:
     pass
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
 torch.set_num_threads(1)
 report = {}
 settings = {"max_new_tokens": 6, "steps": 6, "temperature": 0.8, "top_p": 0.9, "seed": 3}
@@ -255,6 +263,8 @@ report["again"] = third.diffusion_generate(torch.tensor(prompt), **settings).tol
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 report["fresh"] = list(fresh(torch.tensor(prompt)).logits.shape)
+masked = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+report["masked"] = [type(masked).__name__, bool(torch.equal(masked.lm_head.weight, model.lm_head.weight))]
 print(json.dumps(report))
 """
 
@@ -284,4 +294,5 @@ def test_a_saved_folder_loads_and_generates_in_a_process_without_this_repository
     assert report["AutoModel"] == report["AutoModelForCausalLM"] == report["again"] == want
     assert report["class"] == "transformers_modules"
     assert report["fresh"] == [2, 5, 72]
+    assert report["masked"] == ["CoDAForMaskedLM", True]
     assert report["files"] == sorted(file.name for file in folder.iterdir())

@@ -21,7 +21,7 @@ from CoDALanguageModel.conversion import (
 )
 from CoDALanguageModel.diffusion import named_rng
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.families import FAMILIES, family_of
+from CoDALanguageModel.families import FAMILIES, family_of, published_ends
 from CoDALanguageModel.noise import Blocks, blocks_to_train
 from CoDALanguageModel.weight_files import check_tokenizer, read_json, refuse_not_finite
 
@@ -122,13 +122,17 @@ def _from_autoregressive(config: ModelConfig, tokenizer: PreTrainedTokenizerBase
     assert config.init_from is not None, "the caller checks"
     try:
         source, _ = load_source(Path(config.init_from), {})
-        known = number_of_ids(AutoTokenizer.from_pretrained(config.tokenizer))  # without the tokens added here
+        own = AutoTokenizer.from_pretrained(config.tokenizer)  # without what is changed here
+        known = number_of_ids(own)
         if known > source.config.vocab_size:
             raise UserError(
                 f"it has {source.config.vocab_size} rows, fewer than the {known} ids of model.tokenizer "
                 f"{config.tokenizer!r}"
             )
-        model = build_model(source, tokenizer)
+        values = read_json(Path(config.init_from, "config.json"))
+        ends = published_ends(Path(config.init_from), values, own, with_padding=False)
+        ids = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+        model = build_model(source, tokenizer, {"eos_token_id": ids} if len(ids) > 1 else {})
     except (ValueError, OSError) as error:
         raise UserError(f"model.init_from {config.init_from!r}: {error}") from error
     model.set_attn_implementation(config.attn_implementation)
