@@ -1,18 +1,20 @@
-"""The server measured under load: `python benchmarks/serving.py [--case NAME ...] [--against CHECKOUT] [--model FOLDER]`.
+"""The server under load: `python benchmarks/serving.py [--case NAME ...] [--against CHECKOUT] [--model FOLDER]`.
 
 Contenders of a case get the same requests, in turn: this server, the same one without batching, the published logic
-(one request at a time, the whole canvas computed anew in every step, nothing told before the end; what waiting adds to
-its measured times is computed), and with `--against` a server of another checkout. Servers are processes of their own.
-Results go to `benchmarks/RESULTS.md`, `serving.json` and `serving.png`; a case that is not run keeps what it has there.
-`--tiny` runs every case in seconds on a tiny model, with servers in threads, and writes nothing.
+(one request at a time, the whole canvas computed anew in every step, nothing told before the end: each request is
+timed, and its waiting is added up), and with `--against` the server of another checkout. Results go to
+`benchmarks/RESULTS.md`, `serving.json` and `serving.png`; a case that is not run keeps what it has there. `--tiny` runs
+on tiny models in seconds, with servers in threads, and writes nothing.
 """
 
 import argparse
 import asyncio
 import contextlib
 import heapq
+import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import platform
@@ -24,25 +26,25 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import torch
 import uvicorn
-from generation import write_results
+from generation import random_model, write_results
 from published_sampler import published_generate
 from rich.console import Console
 from rich.markdown import Markdown
 
 from coda_eval.comparison import markdown_table
 from coda_quickstart.problems import held_out_programs
+from coda_quickstart.tokenizer import train_tokenizer
 from coda_serving.__main__ import Server, bind, load_app
 from coda_serving.settings import ServerSettings
-from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.decoder import Decoding
 from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.row import Request
@@ -51,44 +53,6 @@ HERE = Path(__file__).resolve().parent
 Body = dict[str, Any]
 Work = list[list[Body]]
 """What each client asks for, one after the other."""
-
-
-def random_model(folder: Path, **shape: int) -> None:
-    """Save a model with random weights and a tokenizer of bytes, which never wants to end."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|endoftext|>", "<|im_end|>", "<|mask|>"]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1], mask_token=special[2]
-    )
-    torch.manual_seed(0)
-    model = CoDALanguageModel(
-        CoDAConfig(
-            **shape,
-            num_token_ids=len(fast),
-            max_position_embeddings=1024,
-            initializer_range=0.1,
-            tie_word_embeddings=True,
-            mask_token_id=fast.mask_token_id,
-            pad_token_id=fast.pad_token_id,
-            bos_token_id=fast.pad_token_id,
-            eos_token_id=fast.eos_token_id,
-        )
-    )
-    model.save_pretrained(folder)
-    fast.save_pretrained(folder)
-
-
-TINY = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-TINY |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-LARGE = {"vocab_size": 16384, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
-LARGE |= {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64}
-"""97 million parameters; the head is as wide as that of a small vocabulary, of which the tokenizer uses the bytes."""
 
 
 class Seen(NamedTuple):
@@ -100,62 +64,7 @@ class Seen(NamedTuple):
     end_s: float
     text: str = ""
     tokens: int = 0
-    forwards: int = 0
-
-
-class Process:
-    """A server process of one checkout."""
-
-    def __init__(self, checkout: Path, folder: Path, log: Path, variables: dict[str, str]) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        places = [checkout, checkout / "serving"]
-        environment = os.environ | {"MODEL_NAME": str(folder), "PORT": str(port), "LOG_LEVEL": "warning"}
-        environment |= variables | {"PYTHONPATH": os.pathsep.join(map(str, places))}
-        self.url = f"http://127.0.0.1:{port}"
-        self._log = log.open("wb")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "coda_serving"], cwd=checkout, env=environment, stdout=self._log, stderr=self._log
-        )
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(self.url + "/health", timeout=10).status_code == 200:
-                    return
-            if self._process.poll() is not None:
-                raise SystemExit(f"the server of {checkout} ended: {log.read_text()}")
-            time.sleep(0.2)
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.terminate()
-        self._process.wait(60)
-        self._log.close()
-
-
-class Thread:
-    """A server of this checkout in a thread."""
-
-    def __init__(self, folder: Path, variables: dict[str, str]) -> None:
-        app = load_app(settings_of(folder, variables))
-        listener = bind("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = Server(uvicorn.Config(app, log_config=None, log_level="error"), app.state.engine, 0)
-        self._thread = threading.Thread(target=self._server.run, args=([listener],))
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-
-    def close(self) -> None:
-        """End the thread."""
-        self._server.should_exit = True
-        self._thread.join()
-
-
-def settings_of(folder: Path, variables: dict[str, str]) -> ServerSettings:
-    """Settings of a server in this process."""
-    given = {name.lower(): value for name, value in variables.items()}
-    return ServerSettings(model_name=str(folder), _env_file=None, **given)
+    forwards: int = 1
 
 
 async def ask(client: httpx.AsyncClient, body: Body) -> Seen:
@@ -180,98 +89,125 @@ async def ask(client: httpx.AsyncClient, body: Body) -> Seen:
     return Seen(sent_s, first_s or end_s, end_s, text, usage["completion_tokens"], usage["forwards"])
 
 
-@contextlib.asynccontextmanager
-async def client_of(url: str) -> AsyncIterator[httpx.AsyncClient]:
-    """A client with as many connections as it needs."""
-    async with httpx.AsyncClient(base_url=url, timeout=1200, limits=httpx.Limits(max_connections=None)) as client:
-        yield client
+def drive(url: str, work: Work, starts_s: Sequence[float] | None = None, app: Any = None) -> list[Seen]:
+    """What clients see that begin at their times; each sends its next request when it has its answer.
 
+    Args:
+        url: of the server.
+        work: of each client.
+        starts_s: of each client, in seconds from now; all at once without.
+        app: is asked in this process, without sockets.
+    """
 
-async def closed_loop(url: str, work: Work) -> list[Seen]:
-    """All that the clients of `work` see; each sends its next request when it has its answer."""
-
-    async def one(client: httpx.AsyncClient, bodies: list[Body]) -> list[Seen]:
+    async def one(client: httpx.AsyncClient, bodies: list[Body], start_s: float) -> list[Seen]:
+        await asyncio.sleep(start_s)
         return [await ask(client, body) for body in bodies]
 
-    async with client_of(url) as client:
-        return sum(await asyncio.gather(*(one(client, bodies) for bodies in work)), [])
+    async def run() -> list[Seen]:
+        transport = httpx.ASGITransport(app) if app else httpx.AsyncHTTPTransport(limits=httpx.Limits())
+        async with httpx.AsyncClient(transport=transport, base_url=url, timeout=1200) as client:
+            async with app.router.lifespan_context(app) if app else contextlib.nullcontext():
+                clients = zip(work, starts_s or [0.0] * len(work), strict=True)
+                return sum(await asyncio.gather(*(one(client, *own) for own in clients)), [])
+
+    return asyncio.run(run())
 
 
-async def open_loop(url: str, bodies: list[Body], arrivals_s: list[float]) -> list[Seen]:
-    """All that is seen of requests that are sent at their times, whatever has been answered by then."""
-
-    async def one(client: httpx.AsyncClient, body: Body, at_s: float) -> Seen:
-        await asyncio.sleep(at_s)
-        return await ask(client, body)
-
-    async with client_of(url) as client:
-        return await asyncio.gather(*(one(client, body, at) for body, at in zip(bodies, arrivals_s, strict=True)))
-
-
-def one_at_a_time(work: list[list[float]]) -> list[Seen]:
-    """What clients see of a server that takes requests one by one, given the seconds of each; a closed loop."""
-    ready = [(0.0, client, 0) for client in range(len(work))]
+def one_at_a_time(work_s: list[list[float]], starts_s: Sequence[float] | None = None) -> list[Seen]:
+    """What the same clients see of a server that takes requests one by one, given the seconds of each."""
+    ready = [(start_s, client, 0) for client, start_s in enumerate(starts_s or [0.0] * len(work_s))]
+    heapq.heapify(ready)
     free_s, seen = 0.0, {}
     while ready:
         sent_s, client, number = heapq.heappop(ready)
-        free_s = max(free_s, sent_s) + work[client][number]
+        free_s = max(free_s, sent_s) + work_s[client][number]
         seen[client, number] = Seen(sent_s, free_s, free_s)
-        if number + 1 < len(work[client]):
+        if number + 1 < len(work_s[client]):
             heapq.heappush(ready, (free_s, client, number + 1))
     return [seen[key] for key in sorted(seen)]
 
 
-def in_queue(seconds: list[float], arrivals_s: list[float]) -> list[Seen]:
-    """The same of an open loop."""
-    free_s, seen = 0.0, []
-    for needs_s, sent_s in zip(seconds, arrivals_s, strict=True):
-        free_s = max(free_s, sent_s) + needs_s
-        seen.append(Seen(sent_s, free_s, free_s))
-    return seen
+@contextlib.contextmanager
+def process(checkout: Path, folder: Path, variables: dict[str, str]) -> Iterator[str]:
+    """Run a checkout's server in a process of its own; gives its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    environment = os.environ | {"MODEL_NAME": str(folder), "PORT": str(port), "LOG_LEVEL": "warning"} | variables
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, [checkout, checkout / "serving"]))}
+    server = subprocess.Popen([sys.executable, "-m", "coda_serving"], cwd=checkout, env=environment)
+    try:
+        while server.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(url + "/health", timeout=10).status_code == 200:
+                    break
+            time.sleep(0.2)
+        else:
+            raise SystemExit(f"the server of {checkout} ended")
+        yield url
+    finally:
+        server.terminate()
+        server.wait(60)
 
 
-@dataclass
+@contextlib.contextmanager
+def thread(folder: Path, variables: dict[str, str]) -> Iterator[str]:
+    """Run this checkout's server in a thread; gives its URL."""
+    app, listener = load_app(settings_of(folder, variables)), bind("127.0.0.1", 0)
+    server = Server(uvicorn.Config(app, log_config=None, log_level="error"), app.state.engine, 0)
+    runs = threading.Thread(target=server.run, args=([listener],))
+    runs.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        runs.join()
+
+
+def settings_of(folder: Path, variables: dict[str, str]) -> ServerSettings:
+    """Settings of a server in this process."""
+    given = {name.lower(): value for name, value in variables.items()}
+    return ServerSettings(model_name=str(folder), _env_file=None, **given)
+
+
 class Bench:
-    """A model, its requests and its servers, which start when they are needed."""
+    """A model, its requests and its servers, which start when they are needed.
 
-    options: argparse.Namespace
-    scratch: Path
-    folder: Path
-    name: str
-    lengths: Sequence[int]
-    prompts: list[str]
-    num_requests: int
-    """Of each client."""
-    servers: dict[str, Process | Thread] = field(default_factory=dict)
+    Args:
+        options: of the command line.
+        name: `quickstart` or `large`.
+        stack: ends the servers and removes the files.
+    """
 
-    def server(self, name: str) -> str:
-        """The URL of a server."""
-        if name not in self.servers:
-            variables = {"MAX_QUEUE": "1000", "REQUEST_TIMEOUT_S": "3000", "STEPS": "128", "MAX_TOKENS": "128"}
-            variables |= {"MAX_BATCH_SIZE": "1"} if name == "batch of 1" else {}
-            if self.options.tiny:
-                self.servers[name] = Thread(self.folder, variables)
-            else:
-                checkout = self.options.against if name == "against" else HERE.parent
-                log = self.scratch / f"{self.name} {name}.log"
-                self.servers[name] = Process(checkout.resolve(), self.folder, log, variables)
-            self.closed(name, [bodies[:1] for bodies in self.work[:2]])  # warm it up
-        return self.servers[name].url
+    variables = {"MAX_QUEUE": "1000", "REQUEST_TIMEOUT_S": "3000", "STEPS": "64", "MAX_TOKENS": "64"}
 
-    @property
-    def contenders(self) -> list[str]:
-        """Servers that are compared, this one first."""
-        return ["this", "batch of 1", *(["against"] if self.options.against else [])]
-
-    @cached_property
-    def work(self) -> Work:
-        """Fixed by the numbers alone, so that every server gets the same."""
-        return [
-            [self.body(random.Random(f"client {client}, request {number}")) for number in range(self.num_requests)]
-            for client in range(self.options.clients)
+    def __init__(self, options: argparse.Namespace, name: str, stack: contextlib.ExitStack) -> None:
+        self.options, self._stack = options, stack
+        self.rounds: int = options.rounds
+        self._servers: dict[str, str] = {}
+        programs = held_out_programs(40, 0)
+        self.prompts = [program.prompt for program in programs]
+        num, self.lengths = options.requests, (16, 32, 64, 96)
+        if options.tiny:
+            num, self.lengths, self.prompts = 1, (4, 8), ["ab", "abc "]
+        elif name == "large":
+            num, self.lengths = 1, (8, 16, 24)
+        self.folder: Path = options.model.resolve()
+        if options.tiny or name == "large":
+            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            tokenizer = train_tokenizer([program.body for program in programs], 512, self.folder, max_length=512)
+            ids = {key: getattr(tokenizer, key) for key in ("mask_token_id", "pad_token_id", "eos_token_id")}
+            shape = TINY if options.tiny else LARGE
+            random_model(**shape, **ids, num_token_ids=len(tokenizer)).save_pretrained(self.folder)
+        self.work: Work = [
+            [self._body(random.Random(f"client {client}, request {number}")) for number in range(num)]
+            for client in range(options.clients)
         ]
 
-    def body(self, rng: random.Random, **fields: Any) -> Body:
+    def _body(self, rng: random.Random) -> Body:
         """A request of some length, with some settings, perhaps for a gap."""
         length = rng.choice(self.lengths)
         body = {
@@ -280,300 +216,245 @@ class Bench:
             "steps": length // rng.choice([1, 2]),
             "block_length": length,
             "temperature": rng.choice([0, 0.2, 0.8]),
+            "top_p": 0.9,
             "alg": rng.choice(["entropy", "topk_margin"]),
+            "alg_temp": 0,
             "seed": rng.randrange(1 << 30),
         }
-        return body | ({"suffix": "return x\n"} if rng.random() < 0.2 else {}) | fields
+        return body | ({"suffix": "return x\n"} if rng.random() < 0.2 else {})
 
-    def closed(self, name: str, work: Work) -> list[Seen]:
-        """A closed loop of a server."""
-        return asyncio.run(closed_loop(self.server(name), work))
+    def server(self, name: str) -> str:
+        """The URL of a server."""
+        if name not in self._servers:
+            variables = self.variables | ({"MAX_BATCH_SIZE": "1"} if name == "batch of 1" else {})
+            checkout = self.options.against.resolve() if name == "against" else HERE.parent
+            runs = thread(self.folder, variables) if self.options.tiny else process(checkout, self.folder, variables)
+            self._servers[name] = self._stack.enter_context(runs)
+            self.closed(name, [bodies[:1] for bodies in self.work[:2]])  # warms it up
+        return self._servers[name]
+
+    @property
+    def contenders(self) -> list[str]:
+        """Servers that are compared."""
+        return ["this", "batch of 1", *(["against"] if self.options.against else [])]
+
+    def closed(self, name: str, work: Work | None = None) -> list[Seen]:
+        """A closed loop of a server: of its work, unless other is given."""
+        return drive(self.server(name), work or self.work)
+
+    @cached_property
+    def capacity(self) -> float:
+        """Requests a second of this server in a closed loop."""
+        return summary(self.closed("this"))["requests_s"]
 
     @cached_property
     def published_s(self) -> list[list[float]]:
-        """Seconds of each request with the published logic, without any waiting."""
+        """Seconds of each request with the published logic."""
         model, codec = CoDALanguageModel.from_pretrained(self.folder).eval(), Codec.load(str(self.folder))
 
         def seconds(body: Body) -> float:
             # What stands behind a gap is as much to compute as what stands before it.
-            text = body["prompt"] + body.get("suffix", "")
-            ids = torch.tensor([codec.encode_text(text, max_tokens=None)])
-            names = ("steps", "alg", "temperature")
+            ids = torch.tensor([codec.encode_text(body["prompt"] + body.get("suffix", ""))])
+            given = {name: body[name] for name in ("steps", "alg", "temperature", "top_p")}
             started = time.perf_counter()
-            published_generate(model, ids, max_new_tokens=body["max_tokens"], **{name: body[name] for name in names})
+            published_generate(model, ids, max_new_tokens=body["max_tokens"], **given)
             return time.perf_counter() - started
 
         seconds(self.work[0][0])
         return [[seconds(body) for body in bodies] for bodies in self.work]
 
-    def close(self) -> None:
-        """End the servers."""
-        for server in self.servers.values():
-            server.close()
+
+TINY = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512}
+LARGE = {"vocab_size": 16384, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
+LARGE |= {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64, "max_position_embeddings": 512}
+"""110 million parameters."""
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The least value that at least `share` percent of the values do not exceed."""
+    return sorted(values)[max(0, math.ceil(len(values) * share / 100) - 1)]
 
 
 def summary(seen: list[Seen]) -> dict[str, Any]:
     """Numbers of one run."""
-    elapsed = max(one.end_s for one in seen) - min(one.sent_s for one in seen)
-    latency = sorted(one.end_s - one.sent_s for one in seen)
-    first = sorted(one.first_s - one.sent_s for one in seen)
+    latency = [one.end_s - one.sent_s for one in seen]
+    first = [one.first_s - one.sent_s for one in seen]
     return {
-        "requests_s": len(seen) / elapsed,
+        "requests_s": len(seen) / (max(one.end_s for one in seen) - min(one.sent_s for one in seen)),
         **{f"p{share}": quantile(latency, share) for share in (50, 95, 99)},
-        **{f"first_p{share}": quantile(first, share) for share in (50, 95)},
-        "latencies": [round(value, 4) for value in latency],
+        **{f"first text p{share}": quantile(first, share) for share in (50, 95)},
+        "latencies": sorted(round(value, 4) for value in latency),
     }
 
 
-def quantile(ordered: list[float], share: float) -> float:
-    """The value below or at which `share` percent are."""
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share / 100))]
-
-
-HEADER = ["contender", "requests/s", "ratio", "p50 s", "p95 s", "p99 s", "first text p50 s", "p95 s"]
-
-
-def row_of(name: str, numbers: dict[str, Any], baseline: float) -> list[str]:
-    """A line of a table."""
-    times = [numbers[key] for key in ("p50", "p95", "p99", "first_p50", "first_p95")]
-    requests = numbers["requests_s"]
-    return [name, f"{requests:.3g}", f"{requests / baseline:.2f}x", *(f"{value:.3g}" for value in times)]
-
-
-def comparison(runs: dict[str, list[list[Seen]]], notes: list[str]) -> dict[str, Any]:
-    """Runs of contenders, the slowest first by name of the published logic; the median run of each by requests/s."""
-    medians = {}
-    for name, several in runs.items():
-        each = sorted((summary(seen) for seen in several), key=lambda numbers: numbers["requests_s"])
-        medians[name] = each[len(each) // 2]
-    baseline = next(iter(medians.values()))["requests_s"]
-    equal = {name: sum(a.text == b.text for a, b in zip(several[0], runs["this"][0], strict=True))
-             for name, several in runs.items() if name not in ("this", "published")}  # fmt: skip
-    total = len(runs["this"][0])
-    notes = [*notes, *(f"answers equal to those of {name}: {count} of {total}" for name, count in equal.items())]
-    return {
-        "header": HEADER,
-        "rows": [row_of(name, numbers, baseline) for name, numbers in medians.items()],
-        "contenders": medians,
-        "notes": notes,
+def comparison(runs: dict[str, list[list[Seen]]]) -> dict[str, Any]:
+    """What is reported of the runs of each contender, the first of which is the reference: the median run."""
+    medians = {
+        name: sorted(map(summary, several), key=lambda one: one["requests_s"])[(len(several) - 1) // 2]
+        for name, several in runs.items()
     }
+    reference = next(iter(medians.values()))
+    keys = [key for key in reference if key not in ("requests_s", "latencies")]
+    header = ["contender", "requests/s", "ratio", *(f"{key} s" for key in keys)]
+    rows = [
+        [name, f"{one['requests_s']:.3g}", f"{one['requests_s'] / reference['requests_s']:.2f}x"]
+        + [f"{one[key]:.3g}" for key in keys]
+        for name, one in medians.items()
+    ]
+    return {"header": header, "rows": rows, "contenders": medians}
+
+
+def equal_answers(runs: dict[str, list[list[Seen]]]) -> list[str]:
+    """How many answers of each contender are those of this server."""
+    texts = {name: [one.text for one in several[0]] for name, several in runs.items() if name != "published"}
+    own = texts.pop("this")
+    return [
+        f"answers of {name} equal to those of this: {sum(map(str.__eq__, found, own))} of {len(own)}"
+        for name, found in texts.items()
+    ]
 
 
 def case_closed(bench: Bench) -> dict[str, Any]:
     """Clients that each send their next request when they have their answer: mixed lengths, settings and gaps."""
-    names = bench.contenders
-    runs: dict[str, list[list[Seen]]] = {"published": [one_at_a_time(bench.published_s)]}
-    for _ in range(bench.options.rounds):
-        for name in names:
-            runs.setdefault(name, []).append(bench.closed(name, bench.work))
-    bench.capacity = len(sum(bench.work, [])) / statistics.median(
-        max(one.end_s for one in seen) - min(one.sent_s for one in seen) for seen in runs["this"]
-    )
-    total = sum(map(len, bench.work))
-    case = comparison(runs, [f"{len(bench.work)} clients, {total} requests; median of {bench.options.rounds} rounds"])
-    return case | {"goal": ">= 3x requests/s of the published logic; >= 2x of the commit before the open loop"}
+    runs = {"published": [one_at_a_time(bench.published_s)]} | {name: [] for name in bench.contenders}
+    for _ in range(bench.rounds):
+        for name in bench.contenders:
+            runs[name].append(bench.closed(name))
+    clients = f"{len(bench.work)} clients, {sum(map(len, bench.work))} requests; median of {bench.rounds} rounds"
+    goal = "goal: >= 3x requests/s of the published logic, >= 2x of the commit before the open loop"
+    return comparison(runs) | {"notes": [clients, *equal_answers(runs), goal]}
 
 
 def case_open(bench: Bench) -> dict[str, Any]:
     """Requests that come by themselves (Poisson), at 70 % of what this server can do in a closed loop."""
-    if not hasattr(bench, "capacity"):
-        case_closed(bench)
-    rng, now, rate = random.Random(0), 0.0, 0.7 * bench.capacity
-    bodies, arrivals = sum(bench.work, []), []
-    rng.shuffle(bodies)
-    for _ in bodies:
-        arrivals.append(now)
-        now += rng.expovariate(rate)
-    seconds = dict(zip(map(id, sum(bench.work, [])), sum(bench.published_s, []), strict=True))
-    runs = {"published": [in_queue([seconds[id(body)] for body in bodies], arrivals)]}
+    rng, rate = random.Random(0), 0.7 * bench.capacity
+    order = [(client, number) for client, own in enumerate(bench.work) for number in range(len(own))]
+    rng.shuffle(order)
+    starts_s = list(itertools.accumulate(rng.expovariate(rate) for _ in order))
+    runs = {"published": [one_at_a_time([[bench.published_s[client][number]] for client, number in order], starts_s)]}
     for name in bench.contenders:
-        runs[name] = [asyncio.run(open_loop(bench.server(name), bodies, arrivals))]
-    return comparison(runs, [f"{len(bodies)} requests, {rate:.3g} a second"]) | {
-        "goal": "a bounded wait; requests/s are those that were sent, unless a contender cannot keep up"
-    }
+        runs[name] = [drive(bench.server(name), [[bench.work[client][number]] for client, number in order], starts_s)]
+    sent = f"{len(order)} requests, {rate:.3g} a second are sent: who answers fewer is overrun"
+    return comparison(runs) | {"notes": [sent, *equal_answers(runs)]}
 
 
 REGIMES = {
     "exact": {},
     "lossless (speculate=2)": {"speculate": 2},
-    "cached (dual)": {"kv_cache": "dual"},
+    "cached (kv_cache=dual)": {"kv_cache": "dual"},
     "parallel (threshold=0.9)": {"threshold": 0.9},
     "cached+parallel": {"kv_cache": "dual", "threshold": 0.9},
 }
 
 
 def case_regimes(bench: Bench) -> dict[str, Any]:
-    """The closed loop by regime, in blocks of 16, a step for each token; this server."""
-    rows, contenders = [], {}
+    """The closed loop of this server by regime, in blocks of 8, a step for each token."""
+    runs = {}
     for name, fields in REGIMES.items():
-        work = [
-            [body | {"steps": body["max_tokens"], "block_length": 16} | fields for body in own[:1]]
-            for own in bench.work
+        asked = {"block_length": 8} | fields
+        runs[name] = [
+            bench.closed("this", [[body | asked | {"steps": body["max_tokens"]} for body in own] for own in bench.work])
         ]
-        seen = bench.closed("this", work)
-        contenders[name] = numbers = summary(seen)
-        per_forward = sum(one.tokens for one in seen) / sum(one.forwards for one in seen)
-        baseline = contenders["exact"]["requests_s"]
-        rows.append([*row_of(name, numbers, baseline), f"{per_forward:.2f}"])
-    header = ["regime", *HEADER[1:], "tokens per forward pass"]
-    return {"header": header, "rows": rows, "contenders": contenders, "notes": [], "goal": ""}
+    case = comparison(runs)
+    case["header"].append("tokens per forward pass")
+    for row, (seen,) in zip(case["rows"], runs.values(), strict=True):
+        row.append(f"{sum(one.tokens for one in seen) / sum(one.forwards for one in seen):.2f}")
+    return case | {"notes": []}
 
 
-def offline(bench: Bench, model: CoDALanguageModel, codec: Codec) -> Callable[[], list[str]]:
-    """The open loop of the model room by itself: all requests, as many together as in the server."""
-
-    def run() -> list[str]:
-        decoding, texts, rows = Decoding(model), {}, {}
-        waiting = list(enumerate(sum(bench.work, [])))
-        while waiting or rows:
-            while waiting and len(rows) < 16:
-                number, body = waiting.pop(0)
-                ids = codec.encode_text(body["prompt"], max_tokens=None)
-                names = ("steps", "block_length", "temperature", "alg")
-                asked = {name: body[name] for name in names} | {"alg_temp": 0.1, "top_p": None, "top_k": None}
-                gap = codec.encode_text(body["suffix"], joins=True, max_tokens=None) if "suffix" in body else []
-                length = body["max_tokens"]
-                canvas = [*ids, *[model.config.mask_token_id] * length, *gap] if gap else ids
-                settings = model.generation_config.merged(asked | {"max_new_tokens": 0 if gap else length})
-                row = decoding.admit(Request(ids=canvas, settings=settings, seed=body["seed"]))
-                rows[row] = number, len(ids), len(ids) + length
-            for step in decoding.step():
-                number, start, end = rows[step.row]
-                final = step.row.ids[start : max(start, min(step.settled, end))]
-                ends = [place for place, one in enumerate(final) if one == model.config.eos_token_id]
-                if ends or step.finished is not None:
-                    texts[number] = codec.decode(final[: ends[0]] if ends else final, ())
-                    decoding.drop(step.row)
-                    del rows[step.row]
-        return [texts[number] for number in sorted(texts)]
-
-    return run
+@torch.inference_mode()
+def offline(bench: Bench, model: CoDALanguageModel, codec: Codec) -> list[Seen]:
+    """The open loop of the model room by itself: as many rows together as in the server."""
+    decoding, seen, rows, begun_s = Decoding(model), {}, {}, time.monotonic()
+    waiting = list(enumerate(sum(bench.work, [])))[::-1]
+    while waiting or rows:
+        while waiting and len(rows) < 16:
+            number, body = waiting.pop()
+            ids, length = codec.encode_text(body["prompt"]), body["max_tokens"]
+            gap = codec.encode_text(body["suffix"], joins=True) if "suffix" in body else []
+            asked = {name: body[name] for name in ("steps", "block_length", "temperature", "top_p", "alg", "alg_temp")}
+            settings = model.generation_config.merged(asked | {"max_new_tokens": 0 if gap else length})
+            canvas = [*ids, *[model.config.mask_token_id] * length, *gap] if gap else ids
+            row = decoding.admit(Request(ids=canvas, settings=settings, seed=body["seed"]))
+            rows[row] = number, len(ids), len(ids) + length
+        for row, settled, _, finished, _ in decoding.step():
+            number, start, end = rows[row]
+            final = row.ids[start : min(settled, end)]
+            if finished is None and model.config.eos_token_id not in final:
+                continue
+            ids = list(itertools.takewhile(lambda one: one != model.config.eos_token_id, final))
+            now_s = time.monotonic()
+            seen[number] = Seen(begun_s, now_s, now_s, codec.decode(ids))
+            decoding.drop(row)
+            del rows[row]
+    return [seen[number] for number in sorted(seen)]
 
 
 def case_offline(bench: Bench) -> dict[str, Any]:
     """What serving costs: the same requests through the model room alone, the app without sockets, and the server."""
     model, codec = CoDALanguageModel.from_pretrained(bench.folder).eval(), Codec.load(str(bench.folder))
-    variables = {"MAX_QUEUE": "1000", "ALG_TEMP": "0.1", "TOP_P": "none", "TOP_K": "none"}
-    app = load_app(settings_of(bench.folder, variables))
-
-    async def in_process() -> list[str]:
-        transport = httpx.ASGITransport(app=app)
-
-        async def one(client: httpx.AsyncClient, bodies: list[Body]) -> list[str]:
-            answers = [await client.post("/v1/completions", json=body) for body in bodies]
-            return [answer.raise_for_status().json()["choices"][0]["text"] for answer in answers]
-
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://test", timeout=1200) as client,
-        ):
-            return sum(await asyncio.gather(*(one(client, bodies) for bodies in bench.work)), [])
-
-    fields = {"alg_temp": 0.1, "top_p": "none", "top_k": "none"}
-    work = [[body | fields for body in own] for own in bench.work]
-    contenders = {
-        "open loop offline": torch.inference_mode()(offline(bench, model, codec)),
-        "served, without sockets": lambda: asyncio.run(in_process()),
-        "served": lambda: [one.text for one in bench.closed("this", work)],
-    }
+    runs: dict[str, list[list[Seen]]] = {"offline": [], "this, without sockets": [], "this": []}
     bench.server("this")
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    answers = {}
-    for _ in range(bench.options.rounds):
-        for name, run in contenders.items():
-            started = time.perf_counter()
-            answers[name] = run()
-            times[name].append(time.perf_counter() - started)
-            if name == "served, without sockets":
-                app = load_app(settings_of(bench.folder, variables))  # an engine starts once
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    total = sum(map(len, bench.work))
-    first = next(iter(medians))
-    equal = {name: sum(map(str.__eq__, answers[name], answers[first])) for name in contenders if name != first}
-    return {
-        "header": ["contender", "requests/s", "of offline"],
-        "rows": [
-            [name, f"{total / seconds:.3g}", f"{100 * medians[first] / seconds:.0f} %"]
-            for name, seconds in medians.items()
-        ],
-        "notes": [f"answers of {name} equal to offline: {count} of {total}" for name, count in equal.items()],
-        "goal": "served >= 85 % of the offline open loop",
-    }
-
-
-def load_for(url: str, work: Work, seconds: float) -> None:
-    """Keep a server busy, in a process of its own."""
-    ends_s = time.monotonic() + seconds
-
-    async def one(client: httpx.AsyncClient, bodies: list[Body]) -> None:
-        while time.monotonic() < ends_s:
-            for body in bodies:
-                await ask(client, body)
-
-    async def run() -> None:
-        async with client_of(url) as client:
-            await asyncio.gather(*(one(client, bodies) for bodies in work))
-
-    asyncio.run(run())
+    for _ in range(bench.rounds):
+        runs["offline"].append(offline(bench, model, codec))
+        app = load_app(settings_of(bench.folder, bench.variables))  # an engine starts once
+        runs["this, without sockets"].append(drive("http://in-process", bench.work, app=app))
+        runs["this"].append(bench.closed("this"))
+    notes = [f"median of {bench.rounds} rounds", *equal_answers(runs), "goal: served >= 0.85x of the offline open loop"]
+    return comparison(runs) | {"notes": notes}
 
 
 def case_health(bench: Bench) -> dict[str, Any]:
-    """`/health` while all clients ask: a probe every 20 ms."""
-    url, seconds = bench.server("this"), 0.3 if bench.options.tiny else 15
+    """`/health` while all clients ask, from another process: a probe every 20 ms."""
+    url = bench.server("this")
+    total = sum(map(len, bench.work))
+    work = bench.work if bench.options.tiny else [own * math.ceil(15 * bench.capacity / total) for own in bench.work]
     kind = threading.Thread if bench.options.tiny else multiprocessing.get_context("spawn").Process
-    load = kind(target=load_for, args=(url, [own[:1] for own in bench.work], seconds))
-    times, running = [], []
+    load, times_s, running = kind(target=drive, args=(url, work)), [], []
     with httpx.Client(base_url=url, timeout=60) as client:
         client.get("/health")
         load.start()
         while load.is_alive():
             started = time.perf_counter()
             state = client.get("/health").json()
-            elapsed = time.perf_counter() - started
             if state["running"]:
-                times.append(elapsed)
+                times_s.append(time.perf_counter() - started)
                 running.append(state["running"])
             time.sleep(0.02)
-    load.join()
-    times.sort()
-    numbers = [quantile(times, 50), quantile(times, 99), times[-1]]
+        load.join()
     return {
         "header": ["probes", "answers running", "p50 ms", "p99 ms", "longest ms"],
-        "rows": [[len(times), f"{statistics.mean(running):.1f}", *(f"{1000 * value:.1f}" for value in numbers)]],
-        "notes": [],
-        "goal": "p99 <= 50 ms on a quiet machine",
+        "rows": [
+            [len(times_s), f"{statistics.mean(running):.1f}"]
+            + [f"{1000 * quantile(times_s, share):.1f}" for share in (50, 99, 100)]
+        ],
+        "notes": ["goal: p99 <= 50 ms on a quiet machine"],
     }
 
 
 def case_late(bench: Bench) -> dict[str, Any]:
     """A short request that comes when a long one has done 15 %, against both at once."""
-    length = 16 if bench.options.tiny else 200
-    common = {"prompt": bench.prompts[0], "temperature": 0, "block_length": 1, "suffix": "\n"}
-    long = common | {"max_tokens": length, "steps": length}
-    short = common | {"max_tokens": 8, "steps": 8, "prompt": bench.prompts[-1]}
-
-    async def pair(url: str, after_s: float) -> tuple[Seen, Seen]:
-        async with client_of(url) as client:
-            running = asyncio.create_task(ask(client, long))
-            await asyncio.sleep(after_s)
-            return await ask(client, short), await running
-
-    rows, contenders = [], [name for name in bench.contenders if name != "batch of 1"]
-    for name in contenders:
+    length, repeats = (16, 1) if bench.options.tiny else (200, 7)
+    # From left to right, so that every step shows a text; a gap, so that no end of the text cuts the answer short.
+    common = {"temperature": 0, "block_length": 1, "suffix": "\n"}
+    long = common | {"prompt": bench.prompts[0], "max_tokens": length, "steps": length}
+    short = common | {"prompt": bench.prompts[-1], "max_tokens": 8, "steps": 8}
+    rows = []
+    for name in ("this", "against") if bench.options.against else ("this",):
         url, measured = bench.server(name), []
-        for _ in range(bench.options.rounds):
-            fresh, alone = asyncio.run(pair(url, 0.0))
+        for _ in range(repeats):
+            alone, fresh = drive(url, [[long], [short]])
             step_s = (alone.end_s - alone.sent_s) / alone.forwards
-            late, _ = asyncio.run(pair(url, 0.15 * (alone.end_s - alone.sent_s)))
+            _, late = drive(url, [[long], [short]], [0, 0.15 * (alone.end_s - alone.sent_s)])
             took = [one.end_s - one.sent_s for one in (fresh, late)]
             measured.append((*took, took[1] / took[0], late.first_s - late.sent_s, step_s))
-        medians = [statistics.median(column) for column in zip(*measured, strict=True)]
-        rows.append([name, *(f"{value:.3g}" for value in medians)])
+        rows.append([name, *(f"{statistics.median(column):.3g}" for column in zip(*measured, strict=True))])
+    goal = "goal: ratio <= 1.3; the first text within the step that runs and the first one of its own"
     return {
         "header": ["contender", "in a fresh pair s", "late s", "ratio", "first text of the late one s", "a step s"],
         "rows": rows,
-        "notes": [f"{length} and 8 tokens, a step for each; median of {bench.options.rounds} rounds"],
-        "goal": "ratio <= 1.3; the first text within the step that runs and the first one of its own",
+        "notes": [f"{length} and 8 tokens, a step for each; medians of {repeats} runs", goal],
     }
 
 
@@ -590,35 +471,6 @@ CASES: dict[str, tuple[Callable[[Bench], dict[str, Any]], str]] = {
 """Of each case its function and its model."""
 
 
-@contextlib.contextmanager
-def benches(options: argparse.Namespace) -> Iterator[Callable[[str], Bench]]:
-    """Give a function that makes the bench of a model, once."""
-    made: dict[str, Bench] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-
-        def bench(name: str) -> Bench:
-            if name not in made:
-                folder = options.model if name == "quickstart" and not options.tiny else Path(scratch, name)
-                shape = TINY if options.tiny else LARGE
-                if folder != options.model:
-                    random_model(folder, **shape)
-                programs = [program.prompt for program in held_out_programs(40, 0)]
-                kind = partial(Bench, options, Path(scratch), folder.resolve(), name)
-                if options.tiny:
-                    made[name] = kind(lengths=(4, 8), prompts=["ab", "abc "], num_requests=1)
-                elif name == "quickstart":
-                    made[name] = kind(lengths=(16, 32, 64, 96), prompts=programs, num_requests=options.requests)
-                else:
-                    made[name] = kind(lengths=(8, 16, 24), prompts=[text[:24] for text in programs], num_requests=1)
-            return made[name]
-
-        try:
-            yield bench
-        finally:
-            for one in made.values():
-                one.close()
-
-
 def draw(numbers: dict[str, Any], path: Path) -> None:
     """Requests per second, and which share of the requests was answered by when."""
     import matplotlib
@@ -627,9 +479,10 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     drawn = {name: case["contenders"] for name, case in numbers.items() if "contenders" in case}
-    figure, axes = plt.subplots(2, max(1, len(drawn)), figsize=(4 * max(1, len(drawn)), 6.5), layout="constrained",
-                                squeeze=False)  # fmt: skip
-    for (above, below), (name, contenders) in zip(axes.T, drawn.items(), strict=False):
+    if not drawn:
+        return
+    figure, axes = plt.subplots(2, len(drawn), figsize=(4 * len(drawn), 6.5), layout="constrained", squeeze=False)
+    for (above, below), (name, contenders) in zip(axes.T, drawn.items(), strict=True):
         labels = list(contenders)[::-1]
         bars = above.barh(labels, [contenders[label]["requests_s"] for label in labels], color="#4477aa")
         above.bar_label(bars, fmt=" %.3g")
@@ -648,9 +501,8 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
 
 def section(name: str, case: dict[str, Any]) -> str:
     """Markdown of one case."""
-    notes = [*case["notes"], f"goal: {case['goal']}" if case["goal"] else "", case["where"]]
-    listed = "\n".join(f"- {note}" for note in notes if note)
-    return f"### {name}\n\n{case['title']}\n\n{markdown_table(case['header'], case['rows'])}\n{listed}\n"
+    notes = "\n".join(f"- {note}" for note in [*case["notes"], case["where"]])
+    return f"### {name}\n\n{case['title']}\n\n{markdown_table(case['header'], case['rows'])}\n{notes}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -662,8 +514,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--against", type=Path, help="another checkout, whose server is measured too")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=2, help="of each client, with the quickstart's model")
-    parser.add_argument("--rounds", type=int, default=2, help="of closed loops")
-    parser.add_argument("--note", default="", help="what else is to be said of the machine")
+    parser.add_argument("--rounds", type=int, default=3, help="of closed loops")
+    parser.add_argument("--note", help="what else is to be said of the machine")
     parser.add_argument("--tiny", action="store_true", help="only show that it runs")
     options = parser.parse_args(arguments)
     if options.tiny:
@@ -671,30 +523,30 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     elif any(CASES[name][1] == "quickstart" for name in options.case) and not options.model.is_dir():
         parser.error(f"--model must be a folder, got {options.model}: quickstart.sh makes it")
     logging.disable(logging.WARNING)
-    where = ", ".join(
-        filter(None, [f"CPU {platform.machine()}", f"{os.cpu_count()} cores", f"torch {torch.__version__}",
-                      f"against {options.against.resolve().name}" if options.against else "", options.note])
-    )  # fmt: skip
+    where = [f"CPU {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", options.note]
+    where.append(f"against {options.against.resolve().name}" if options.against else None)
     stored = HERE / "serving.json"
     numbers = json.loads(stored.read_text()) if stored.is_file() and not options.tiny else {}
-    with benches(options) as bench:
+    benches: dict[str, Bench] = {}
+    with contextlib.ExitStack() as stack:
         for name in options.case:
             function, model = CASES[name]
+            if model not in benches:
+                benches[model] = Bench(options, model, stack)
             started = time.monotonic()
-            case = function(bench(model))
+            case = function(benches[model])
             title = f"{function.__doc__.splitlines()[0]} Model: {model}."
-            numbers[name] = {"title": title, **case, "where": where}
+            numbers[name] = {"title": title, **case, "where": "; ".join(filter(None, where))}
             Console().print(Markdown(section(name, numbers[name])), f"{time.monotonic() - started:.0f} s")
-            if not options.tiny:
-                stored.write_text(json.dumps(numbers, indent=1) + "\n")
     numbers = {name: numbers[name] for name in CASES if name in numbers}
     if options.tiny:
         with tempfile.TemporaryDirectory() as folder:
             draw(numbers, Path(folder, "serving.png"))
-    else:
-        draw(numbers, HERE / "serving.png")
-        parts = ["## Serving\n\n`python benchmarks/serving.py`\n\n![requests and latencies](serving.png)\n"]
-        write_results("serving", "\n".join(parts + [section(name, case) for name, case in numbers.items()]))
+        return numbers
+    stored.write_text(json.dumps(numbers, indent=1) + "\n")
+    draw(numbers, HERE / "serving.png")
+    intro = "## Serving\n\n`python benchmarks/serving.py`\n\n![requests and latencies](serving.png)\n"
+    write_results("serving", "\n".join([intro, *(section(name, case) for name, case in numbers.items())]))
     return numbers
 
 
