@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from .canvas_view import CanvasStep, CanvasStreamer
     from .configuration_coda import CoDAConfig
     from .decoder import Decoding, Progress
     from .generation_coda import DiffusionGenerationOutput
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from .row import DecodingCost, DecodingStalled, Evidence, Request, Row
 
 __all__ = [
+    "CanvasStep",
+    "CanvasStreamer",
     "CoDAConfig",
     "CoDALanguageModel",
     "CoDAOutput",
@@ -34,6 +37,8 @@ __all__ = [
     "UserError",
 ]
 _MODULES = {
+    "CanvasStep": "canvas_view",
+    "CanvasStreamer": "canvas_view",
     "CoDAConfig": "configuration_coda",
     "CoDALanguageModel": "modeling_coda",
     "CoDAOutput": "modeling_coda",

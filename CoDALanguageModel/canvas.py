@@ -200,10 +200,28 @@ class Canvas:
             known = None if evidence is None else evidence[first:last]
             self.rows[at].take(commit, count, columns[first:last], tokens[first:last], known)
             first = last
+        if any(self.rows[at].request.keeps_guesses for at in step.places):
+            self._guess(step, decision, updated == masks)
+
+    def _guess(self, step: Step, decision: Decision, masked: Tensor) -> None:
+        """Tell the rows that ask for it what the step would have put at masks that stay; `masked` is (R, T) bool."""
+        rows = [self.rows[at] for at in step.places]
+        asks = step.index.new_tensor([row.request.keeps_guesses for row in rows])[:, None] > 0
+        known = decision.tokens != self.take(self.mask_ids, step)
+        known &= masked & asks & (self.take(self.block, step) == step.block)
+        if decision.remasked is not None:  # these have not been scored
+            known &= ~decision.remasked
+        place, column = known.nonzero(as_tuple=True)
+        tokens, values = decision.tokens[place, column].tolist(), decision.log_probability[place, column].tolist()
+        for row in rows:
+            row.guesses = {}
+        for i, *guess in zip(place.tolist(), column.tolist(), tokens, values, strict=True):
+            at, token, value = guess
+            rows[i].guesses[at] = token, value
 
     def _evidence(self, step: Step, decision: Decision, place: Tensor, column: Tensor) -> list[Evidence] | None:
         """What the model thought of the tokens that have changed, where a row keeps it."""
-        if decision.log_probability is None or not any(self.rows[at].config.output_scores for at in step.places):
+        if decision.log_probability is None or not any(self.rows[at].keeps_evidence for at in step.places):
             return None
         values = decision.log_probability[place, column].tolist()
         at = place.tolist()

@@ -22,6 +22,7 @@ from .errors import UserError
 from .generation_config_coda import DiffusionGenerationConfig
 from .infilling import InfillOutput, infill
 from .row import DecodingCost, Request, Row, complete
+from .streamers import Feed, Streamer, wants_guesses
 
 StepCallback = Callable[[Tensor, int], bool | None]
 
@@ -103,6 +104,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         step_callback: StepCallback | None = None,
         logits_processor: LogitsProcessorList | None = None,
         tokenizer: Any = None,
+        streamer: Streamer | None = None,
         **overrides,
     ) -> Tensor | DiffusionGenerationOutput:
         """Append masks to each row and fill them, and the masks that are in the input, by denoising.
@@ -118,6 +120,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             logits_processor: transformers' processors, called with the (N, T + max_new_tokens) canvases and the
                 (N, V) scores of the positions that are being filled; at padding they see masks.
             tokenizer: turns ids into text; needed with `stop_strings`, `regex` and `json_schema`.
+            streamer: any of transformers', for one row: is told tokens as they become final, up to the end of the
+                answer, and with `put_draft` (`TextDiffusionStreamer`) also the rest of the canvas after each pass.
             **overrides: settings that replace those of the configuration, see `DiffusionGenerationConfig`.
 
         Returns:
@@ -142,6 +146,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         seeds = _seeds(config, len(inputs))
         inputs = inputs.repeat_interleave(config.num_return_sequences, 0)
         attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, 0)
+        if streamer is not None and len(inputs) > 1:
+            raise UserError(f"streamer must be None for more than one row, got {len(inputs)} rows")
         decoding = Decoding(self, decode=tokenizer.decode if tokenizer is not None else None)
         requests = [
             Request(
@@ -151,10 +157,11 @@ class DiffusionGenerationMixin(GenerationMixin):
                 seed=seed,
                 processors=logits_processor or (),
                 constraint=constraint,
+                keeps_guesses=wants_guesses(streamer),
             )
             for ids, real, seed in zip(inputs.tolist(), attention_mask.tolist(), seeds, strict=True)
         ]
-        return self._decode_all(decoding, requests, config, inputs, step_callback)
+        return self._decode_all(decoding, requests, config, inputs, step_callback, streamer)
 
     def _decode_all(
         self,
@@ -163,6 +170,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         config: DiffusionGenerationConfig,
         inputs: Tensor,
         step_callback: StepCallback | None,
+        streamer: Streamer | None,
     ) -> Tensor | DiffusionGenerationOutput:
         """Decode rows of one width to the end and put them together again."""
         new = inputs.new_full((len(inputs), config.max_new_tokens), config.mask_token_id)
@@ -170,6 +178,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         # A row without masks is what it will be.
         rows = [decoding.admit(request) if config.max_new_tokens or _has_gap(request) else None for request in requests]
         place = {row: i for i, row in enumerate(rows) if row is not None}
+        feed = None if streamer is None else Feed(streamer, requests[0], rows[0])
         history: list[Tensor] = []
         num_passes, cancelled = 0, False
         while decoding.rows and not cancelled:
@@ -178,6 +187,8 @@ class DiffusionGenerationMixin(GenerationMixin):
                 if record.error is not None:
                     raise record.error
             num_passes += 1
+            if feed is not None:
+                feed.step()
             if config.output_history or step_callback is not None:
                 canvas = _changed(canvas, progress, place)
             if config.output_history:
@@ -185,6 +196,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             cancelled = step_callback is not None and step_callback(canvas, num_passes) is False
         for row in decoding.rows:
             decoding.drop(row)
+        if feed is not None:
+            feed.end()
         canvas = canvas.clone()  # the one before may be in the history
         for row, i in place.items():
             canvas[i] = canvas.new_tensor(row.ids if cancelled else row.text_ids())

@@ -4,6 +4,7 @@ All that a step does here is about the tokens that changed in it. Not here: tens
 """
 
 import copy
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, fields
@@ -90,6 +91,17 @@ class Evidence(NamedTuple):
     """The most probable tokens there and their log-probabilities, where the request keeps them."""
 
 
+class Change(NamedTuple):
+    """What a step shows of a column that it did not show before."""
+
+    column: int
+    token: int | None
+    """What stands there, or what the step would have put there; None where it is masked and nothing is known of it."""
+    probability: float | None
+    """That the model gave the token when it was committed, or at this step; before temperature and filters."""
+    is_committed: bool
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """One canvas to fill."""
@@ -113,6 +125,9 @@ class Request:
 
     keeps_best: bool = False
     """With `output_scores`, keep the `NUM_BEST` most probable tokens beside each one committed."""
+
+    keeps_guesses: bool = False
+    """Keep what each step would have put at the masks that it leaves, see `Row.shown`."""
 
     forced: Sequence[int] | None = None
     """One token per column: what is committed at masks instead of the model's choice; the model only judges it."""
@@ -151,7 +166,7 @@ class Sampling(NamedTuple):
             bound=None if rule is None else float(getattr(config, rule)),
             remask=None if config.remask is None else REMASKS[config.remask],
             eta=config.eta,
-            keeps_scores=config.output_scores or config.remask is not None,
+            keeps_scores=config.output_scores or config.remask is not None or request.keeps_guesses,
             keeps_best=config.output_scores and request.keeps_best,
             is_forced=request.forced is not None,
         )
@@ -221,8 +236,11 @@ class Row:
         self.commit_steps = [-1] * self.width if config.output_scores else None
         self.log_probability: Tensor | None = None
         """(width,) float32 with `output_scores`, once the row has left the decoding."""
+        self.keeps_evidence: bool = config.output_scores or request.keeps_guesses
         self.evidence: dict[int, Evidence] = {}
-        """Of each committed column, with `output_scores`."""
+        """Of each committed column, where the row keeps it."""
+        self.guesses: dict[int, tuple[int, float]] = {}
+        """Columns that the last step left masked: the token that it would have put there, and its log-probability."""
         self.cached_block, self.cache_age = -1, 0
         self.drafts: list[tuple[Tensor, Tensor]] = []
 
@@ -425,7 +443,7 @@ class Row:
             self.ids[column] = token
             if self.commit_steps is not None and token != config.mask_token_id:
                 self.commit_steps[column] = commit.step
-        if self.config.output_scores and evidence is not None:
+        if self.keeps_evidence and evidence is not None:
             self.evidence.update(zip(columns, evidence, strict=True))
         self.changed += columns
         self.committed += count
@@ -475,6 +493,21 @@ class Row:
     def _holds_stop(self, ids: list[int]) -> bool:
         text = self.decode(ids)
         return any(stop in text for stop in self.config.stop_strings)
+
+    def shown(self) -> list[Change]:
+        """What the present step shows, of a row whose request has `keeps_guesses`; columns in order."""
+        changes = []
+        for column in sorted({*self.changed, *self.guesses}):
+            token, probability = self.ids[column], None
+            is_committed = token != self.config.mask_token_id
+            if is_committed:
+                probability = math.exp(self.evidence[column].log_probability)
+            elif column in self.guesses:
+                token, log_probability = self.guesses[column]
+                probability = math.exp(log_probability)
+            known = token if probability is not None else None
+            changes.append(Change(column, known, probability, is_committed))
+        return changes
 
     def leave(self) -> None:
         """The row is decoded no more."""

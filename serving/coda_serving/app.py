@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from . import editors, messages
+from . import editors, messages, page
 from .bodies import body_parts, body_schema, read_body
 from .canvases import chat_canvases, completion_canvases
 from .echo import Echo
@@ -38,11 +38,18 @@ def build_app(service: Service) -> FastAPI:
         yield
         await run_in_threadpool(service.engine.stop, service.settings.drain_timeout_s)
 
-    app = FastAPI(title="CoDA", description="Masked-diffusion code language model", lifespan=lifespan)
+    about = {"title": "CoDA", "description": "Masked-diffusion code language model"}
+    app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine = service.engine
     _add_error_handlers(app)
     _describe_bodies(app)
-    routers = (_open_routes(service), _model_routes(service), editors.routes(service), messages.routes(service))
+    routers = (
+        page.routes(),
+        _open_routes(service),
+        _model_routes(service),
+        editors.routes(service),
+        messages.routes(service),
+    )
     for router in routers:
         app.include_router(router)
     keys = service.settings.keys()

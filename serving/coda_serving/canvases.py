@@ -183,6 +183,7 @@ def lay_out(
                 stop=stop,
                 is_candidate=is_auto,
                 logprobs=body.num_best,
+                shows_canvas=body.include_canvas,
                 constraint=constraint,
             )
             for combination in _combinations(service, pieces, max_tokens, param, AUTO if is_auto else lengths)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from CoDALanguageModel.answers import AnswerReader, Decode, FinishReason
+from CoDALanguageModel.canvas_view import CanvasStep, CanvasView
 
 from . import errors
 from .gaps import GapReader
@@ -19,7 +20,7 @@ from .metrics import Metrics
 from .scheduler import CanvasRequest, Job, QueueFull, Scheduler
 
 if TYPE_CHECKING:
-    from CoDALanguageModel.row import Evidence
+    from CoDALanguageModel.row import Change, Evidence
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class Delta:
     text: str
     tokens: tuple[Judged, ...] = ()
     """Tokens that have become final with it, where the request asks for them."""
+    canvas: CanvasStep | None = None
+    """What the step changed in the canvas, where the request asks for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ class Answer:
     """Mean log-probability of all filled tokens when they were committed, of an answer that competes by it."""
     tokens: tuple[Judged, ...] = ()
     """Its tokens, where the request asks for them."""
+    canvas: CanvasStep | None = None
+    """Its whole canvas, where the request asks for it and the answer competes: its steps have not been shown."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ class RowStep(NamedTuple):
     """Mean log-probability of the filled tokens when they were committed, of a candidate that is full."""
     evidence: Sequence["Evidence"] = ()
     """What the model thought of `ids`, where that is kept."""
+    changes: Sequence["Change"] = ()
+    """What the step shows in the whole canvas, where that is kept."""
     rows: int = 0
     """Rows that it had in these passes."""
     cached_tokens: int = 0
@@ -274,6 +281,7 @@ class Engine:
                 self._finish(job, FAILED)
             else:
                 run.jobs[row] = job, self._reader(job.request)
+                self._begin_view(job)
 
     def _step(self, run: _Run) -> None:
         """One step of all rows, and what it means to their listeners."""
@@ -337,6 +345,16 @@ class Engine:
 
         return GapReader(request, reader, self._decode) if request.more_gaps else reader(request.prompt_ids)
 
+    def _begin_view(self, job: Job) -> None:
+        """Show the canvas of a job that has been let in, where its request asks for it."""
+        request = job.request
+        if not request.shows_canvas:
+            return
+        job.view = CanvasView(
+            request.pieces, request.gap_lengths, decode=self._decode, end_ids=self._sampler.eos_token_ids
+        )
+        job.listener(Delta("", canvas=job.view.whole()))
+
     def _advance(self, run: _Run, step: RowStep) -> None:
         """Show a listener what has become final; an answer that has ended leaves, whatever its canvas still holds."""
         job, reader = run.jobs[step.row]
@@ -354,10 +372,11 @@ class Engine:
         goes_on = request.is_candidate or request.forced is not None
         is_over = reading.finish_reason is not None and (step.is_full or not goes_on)
         judged = job.judged if request.forced is not None else job.judged[: reading.num_tokens]
-        if len(reading.text) > len(job.shown) or (is_over and len(judged) > job.num_judged):
+        canvas = None if job.view is None else job.view.step(step.changes, len(request.prompt_ids))
+        if len(reading.text) > len(job.shown) or (is_over and len(judged) > job.num_judged) or canvas is not None:
             if reading.text and not job.shown:
                 self._metrics.first_text_s.observe(time.monotonic() - job.arrived_s)
-            job.listener(Delta(reading.text[len(job.shown) :], tuple(judged[job.num_judged :])))
+            job.listener(Delta(reading.text[len(job.shown) :], tuple(judged[job.num_judged :]), canvas))
             job.shown, job.num_judged = reading.text, len(judged)
         if is_over:
             run.rows.drop(step.row)
@@ -376,6 +395,7 @@ class Engine:
                 gap_lengths=request.gap_lengths,
                 score=step.score,
                 tokens=tuple(judged),
+                canvas=job.view.whole() if job.view is not None and request.is_candidate else None,
             )
             self._finish(job, answer)
 

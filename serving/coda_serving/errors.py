@@ -120,9 +120,9 @@ CLIENT_LEFT = 499
 """Nobody reads this status; it marks in the log and metrics that the client left (nginx's convention)."""
 
 FIELDS_OF_BODIES = {setting.api for setting in offered("server")}.union(
-    "arguments content description echo filename function guided_regex id include_obfuscation include_usage "
-    "infill input_extra input_prefix input_suffix json_schema lengths logprobs max_completion_tokens messages "
-    "model n n_indent n_predict name parameters pieces prompt random_seed response_fields response_format "
+    "arguments content description echo filename function guided_regex id include_canvas include_obfuscation "
+    "include_usage infill input_extra input_prefix input_suffix json_schema lengths logprobs max_completion_tokens "
+    "messages model n n_indent n_predict name parameters pieces prompt random_seed response_fields response_format "
     "role stop stop_sequences stream stream_options strict suffix system text time tool_call_id tool_calls "
     "tool_choice tools top_logprobs type".split()
 )

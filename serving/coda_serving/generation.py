@@ -70,7 +70,7 @@ class Generation:
                 best = self._choose(index, place, event)
                 if best is None:
                     continue
-                yield index, Delta(best.text, best.tokens)
+                yield index, Delta(best.text, best.tokens, best.canvas)
                 event = best
             if isinstance(event, Answer):
                 unfinished -= 1

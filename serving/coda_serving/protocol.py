@@ -57,6 +57,8 @@ class StreamOptions(StrictModel):
 
     include_usage: bool = False
     """Send a last event with the usage."""
+    include_canvas: bool = False
+    """Show each answer's whole canvas while it is denoised. Extension."""
     include_obfuscation: bool = False
     """Accepted; events are never padded."""
 
@@ -76,6 +78,7 @@ def _field(setting: Setting) -> Any:
 
     def describe(schema: dict[str, Any]) -> None:
         schema["anyOf"] += [{"const": NONE}] if setting.optional else []
+        schema["x-regime"] = setting.regime
 
     about = Field(description=setting.says, json_schema_extra=describe)
     return Annotated[typed(setting, **BOUNDS.get(setting.api, {})) | None, WrapValidator(or_none), about]
@@ -182,6 +185,11 @@ class SamplingRequest(DecodingFields):
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def include_canvas(self) -> bool:
+        """Whether a stream shows the canvas."""
+        return self.stream_options is not None and self.stream_options.include_canvas
 
 
 class Shape(NamedTuple):

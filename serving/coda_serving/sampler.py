@@ -144,6 +144,7 @@ class ModelSampler:
             settings=self._model.generation_config.merged(request.options.overrides() | own),
             seed=request.seed,
             keeps_best=bool(request.logprobs),
+            keeps_guesses=request.shows_canvas,
             forced=None if request.forced is None else [*request.prompt_ids, *request.forced],
             constraint=request.constraint,
         )
@@ -207,6 +208,7 @@ class Rows:
                     error=error,
                     score=None if finished is None else _score(row),
                     evidence=[row.evidence[column] for column in range(start, settled)] if tells else (),
+                    changes=row.shown() if row.request.keeps_guesses else (),
                 )
             )
         return steps

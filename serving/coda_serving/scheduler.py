@@ -43,6 +43,9 @@ class CanvasRequest:
     logprobs: int | None = None
     """Most probable tokens to tell of beside each one committed, besides its log-probability; None tells nothing."""
 
+    shows_canvas: bool = False
+    """Whether to show every step of the canvas."""
+
     forced: tuple[int, ...] | None = None
     """What is committed in the gap whatever the model would choose, which only judges it; to the end."""
 
@@ -83,6 +86,8 @@ class Job:
     """Tokens that have become final, as `engine.Judged`, where the request asks for them."""
     num_judged: int = 0
     """Those that the listener has been told of."""
+    view: Any = None
+    """`CanvasView` of a request that shows its canvas, once it has been let in."""
     done: bool = False
     passed: int = 0
     """Younger jobs that were let in before it, for want of room for it."""

@@ -1,4 +1,4 @@
-"""Server-sent events: committed text as it becomes final.
+"""Server-sent events: committed text as it becomes final, and where it is asked for the canvas.
 
 Not here: which text is final (`CoDALanguageModel.answers`).
 """
@@ -6,10 +6,13 @@ Not here: which text is final (`CoDALanguageModel.answers`).
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Message, Receive, Scope, Send
+
+from CoDALanguageModel.canvas_view import CanvasStep
 
 from .engine import Answer, Delta
 from .errors import SHUTTING_DOWN, ApiError
@@ -107,8 +110,8 @@ async def answer_events(
         make_usage: gives the usage of the last event; None sends no such event.
     """
 
-    def frame(*choices: BaseModel, usage: Usage | None = None) -> str:
-        return _frame(form.event(**dict(head), choices=choices, usage=usage))
+    def frame(*choices: BaseModel, usage: Usage | None = None, canvas: CanvasStep | None = None) -> str:
+        return _frame(form.event(**dict(head), choices=choices, usage=usage), canvas)
 
     for index in range(n if form.opening else 0):
         yield frame(form.opening(index))
@@ -117,7 +120,7 @@ async def answer_events(
         async for index, event in generation.events():
             if isinstance(event, Delta):
                 if (choice := form.part(index, event, None)) is not None:
-                    yield frame(choice)
+                    yield frame(choice, canvas=event.canvas)
             else:
                 answers.append(event)
                 yield frame(form.part(index, Delta(""), event.finish_reason))
@@ -129,12 +132,20 @@ async def answer_events(
     yield data_event("[DONE]")
 
 
-def _frame(event: BaseModel) -> str:
+def canvas_body(canvas: CanvasStep) -> dict[str, Any]:
+    """What an event says of a step; cells are lists of their fields."""
+    length = {} if canvas.length is None else {"length": canvas.length}
+    return {"step": canvas.step, **length, "cells": canvas.cells}
+
+
+def _frame(event: BaseModel, canvas: CanvasStep | None) -> str:
     # Fields at their default of None are left out of a delta, as OpenAI does; finish_reason is always there.
     body = event.model_dump(mode="json")
     for choice in body["choices"]:
         if "delta" in choice:
             choice["delta"] = {name: value for name, value in choice["delta"].items() if value is not None}
+        if canvas is not None:
+            choice["canvas"] = canvas_body(canvas)
     if body["usage"] is None:
         del body["usage"]
     return data_event(json.dumps(body, ensure_ascii=False))

@@ -138,7 +138,7 @@ def _calling(form: Form, names: set[str], *, is_call: bool) -> Form:
         new = seen[shown.get(index, 0) :]
         shown[index] = max(len(seen), shown.get(index, 0))
         if end is None:
-            return form.part(index, Delta(new), None) if new else None
+            return form.part(index, Delta(new), None) if new or delta.canvas is not None else None
         if not calls:
             return form.part(index, Delta(new), end)
         deltas = [ToolCallDelta(index=i, **dict(call)) for i, call in enumerate(calls)]

@@ -25,6 +25,7 @@ from coda_serving.scheduler import CanvasRequest, Scheduler
 from coda_serving.settings import ServerSettings
 from CoDALanguageModel.decoding_settings import DecodingSettings
 from CoDALanguageModel.prompts import TextTooLong
+from CoDALanguageModel.row import Change
 
 REPO = Path(__file__).resolve().parents[2]
 MASK, EOS, DOCUMENT_START = 256, 257, 258
@@ -133,7 +134,19 @@ class FakeRows:
             self.rows.remove(row)
         is_full = settled == len(row.canvas)
         score = self.sampler.score(row.request) if is_full and row.request.is_candidate else None
-        return RowStep(row=row, ids=ids, is_full=is_full, forwards=row.forwards, error=None, score=score)
+        changes = self.shown(row, place) if row.request.shows_canvas else ()
+        return RowStep(
+            row=row, ids=ids, is_full=is_full, forwards=row.forwards, error=None, score=score, changes=changes
+        )
+
+    def shown(self, row: FakeRow, place: int) -> list[Change]:
+        """What was committed, and a guess that is right and one that is not."""
+        start = len(row.request.prompt_ids)
+        changes = [Change(start + place, row.target[place], 0.9, True)]
+        for i, following in enumerate(row.order[row.forwards : row.forwards + 2]):
+            token = row.target[following] if i else 63
+            changes.append(Change(start + following, token, round(1 / (2 + row.forwards), 3), False))
+        return sorted(changes)
 
     def drop(self, row: FakeRow) -> None:
         if row in self.rows:

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from CoDALanguageModel.canvas_view import CanvasStep, Cell, rebuilt
 
 CODE = "\n\ndef f(x):\n\treturn  x   # two  spaces\n\n\n"
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -68,3 +71,90 @@ def test_streamed_text_adds_up_to_the_plain_answer(serve, serving_fakes, text, s
     expected = {c["index"]: c["message"]["content"] if chat else c["text"] for c in plain["choices"]}
     assert texts == expected
     assert reasons == {c["index"]: c["finish_reason"] for c in plain["choices"]}
+
+
+WITH_CANVAS = {"stream": True, "stream_options": {"include_canvas": True}}
+
+
+def canvases_of(events):
+    """The steps of each choice's canvas, by its index; an event has the canvas of one choice."""
+    steps = {}
+    for event in events:
+        for choice in event["choices"]:
+            if "canvas" in choice:
+                canvas = choice["canvas"]
+                cells = tuple(Cell(*cell) for cell in canvas["cells"])
+                steps.setdefault(choice["index"], []).append(CanvasStep(canvas["step"], cells, canvas.get("length")))
+    return steps
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    text=st.text("ab \n\u00e9\u4e2d\U0001f600", min_size=1, max_size=10),
+    stop=st.lists(st.sampled_from(["\n", "ab"]), max_size=1),
+    seed=st.integers(0, 99),
+    n=st.integers(1, 2),
+    chat=st.booleans(),
+)
+def test_a_canvas_adds_nothing_to_the_text_and_its_committed_cells_add_up_to_it(
+    serve, serving_fakes, text, stop, seed, n, chat
+):
+    sampler = serving_fakes.FakeSampler(script=lambda r: text.encode() + b"." * (r.seed % 3))
+    url, prompt = (URL, CHAT) if chat else ("/v1/completions", {"prompt": "p"})
+    body = prompt | {"stop": stop, "seed": seed, "n": n, "max_tokens": 50, "stream": True}
+
+    async def test(client):
+        plain = (await client.post(url, json=body)).text
+        return events_of(plain), events_of((await client.post(url, json=body | WITH_CANVAS)).text)
+
+    plain, events = serve(test, sampler)
+    steps = canvases_of(events)
+    texts = {}
+    for event in events:
+        for choice in event["choices"]:
+            piece = choice["delta"].get("content", "") if chat else choice["text"]
+            texts[choice["index"]] = texts.get(choice["index"], "") + piece
+            assert "\ufffd" not in piece
+    told = [e["choices"] for e in plain if any(c.get("delta") or c.get("text") for c in e["choices"])]
+    for event in events:
+        for choice in event["choices"]:
+            choice.pop("canvas", None)
+    assert [e["choices"] for e in events if any(c.get("delta") or c.get("text") for c in e["choices"])] == told
+    assert steps.keys() == texts.keys() == set(range(n))
+    for index, shown in steps.items():
+        assert [step.step for step in shown] == list(range(len(shown)))
+        cells = rebuilt(shown)
+        assert len(cells) == 50
+        end = next((cell.position for cell in cells if cell.text is None), 50)
+        final = [cell for cell in cells[:end] if cell.state == "committed"]
+        if not stop:
+            assert "".join(cell.text for cell in final) == texts[index]
+        for step in shown:
+            assert all("\ufffd" not in (cell.text or "") for cell in step.cells)
+
+
+def test_a_canvas_is_not_computed_where_it_is_not_asked_for(serve, serving_fakes, monkeypatch):
+    seen = []
+    real = serving_fakes.FakeRows.shown
+    monkeypatch.setattr(serving_fakes.FakeRows, "shown", lambda *a: seen.append(1) or real(*a))
+    assert '"canvas"' not in serve(post(URL, **CHAT, stream=True)).text
+    assert not seen
+    assert '"canvas"' in serve(post(URL, **CHAT, **WITH_CANVAS)).text
+    assert seen
+
+
+def test_of_lengths_that_compete_the_best_canvas_comes_whole(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler(
+        script=lambda r: bytes([97 + r.max_tokens]) * r.max_tokens, score=lambda r: -abs(r.max_tokens - 2)
+    )
+    body = {"prompt": "x", "suffix": "y", "infill": {}, "max_tokens": 4}
+    events = events_of(serve(post("/v1/completions", **body, **WITH_CANVAS), sampler).text)
+    ((step,),) = canvases_of(events).values()
+    assert [cell.text for cell in rebuilt([step])] == ["c", "c"]
+
+
+@pytest.mark.parametrize("value", ["yes", 1])
+def test_include_canvas_is_a_boolean(serve, value):
+    response = serve(post(URL, **CHAT, stream=True, stream_options={"include_canvas": value}))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "stream_options.include_canvas"
