@@ -113,7 +113,7 @@ class Codec:
             UserError: there is none, or it cannot be used.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask at the terminal
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: no tokenizer can be loaded: {error}") from error
         try:
