@@ -451,6 +451,7 @@ def test_what_the_configuration_asks_for_is_returned_unless_a_call_says_otherwis
     assert torch.equal(logits, model.lm_head(hidden[-1]))
     last, hidden = model.model(ids)
     assert torch.equal(last, hidden[-1])
+    assert model.diffusion_generate(ids, max_new_tokens=2, steps=2).shape == (1, 6)
     output = model(ids, return_dict=True, output_hidden_states=False)
     assert output.hidden_states is None
     assert torch.equal(output.logits, logits)
