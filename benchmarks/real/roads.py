@@ -212,7 +212,8 @@ def infilling(task: Task) -> None:
         except SystemExit as error:  # the model, or the problems, are none that this is for
             if done or "fill-in-the-middle" not in str(error):
                 raise
-            say(what=name, skipped=str(error).partition("UserError: ")[2].removesuffix(")"))
+            reason = str(error).partition("UserError: ")[2].removesuffix(")")
+            say(what=name, skipped=reason.replace(repr(str(task.source)), "the model"))
             return
         done.append(places)
         records = road.records(done)
