@@ -116,7 +116,7 @@ class Codec:
         """
         check_tokenizer(Path(folder))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask at the terminal
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: no tokenizer can be loaded: {error}") from error
         try:

@@ -30,6 +30,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 ROOMS = (REPOSITORY, *(REPOSITORY / room for room in ("pre-train", "evaluation", "serving")), HERE)
+os.environ.setdefault("USE_TORCH_XLA", "0")  # read when transformers is imported
 sys.path[:0] = map(str, ROOMS)  # this checkout's, before any that is installed
 
 from gpu.__main__ import LONGEST_START, READY, STOPS_BEFORE, Worker  # noqa: E402
@@ -67,7 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         do(options.worker, Task(options.model, work, options.limit, key))
         return 0
-    results = Results(name, work, options.output)
+    results = Results(name, work, options.output, key)
+    if "source" not in names and results.stage("source").get("outcome") != "done":
+        parser.error(f"--stages must hold source, which makes the weights that the others read, until {work} has them")
     environment = os.pathsep.join(map(str, ROOMS))
     os.environ["PYTHONPATH"] = environment + os.pathsep + os.environ.get("PYTHONPATH", "")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "USE_TORCH_XLA": "0"}
@@ -123,8 +126,8 @@ def hash_of(model: Path) -> str:
 
 def stamp_of(stage: str, key: str, limit: int | None) -> str:
     """Hash of what a stage's results depend on, the code aside."""
-    facts: list[Any] = [key, STAGES[stage].function, STAGES[stage].arguments, BATCH_SIZE, NEW_TOKENS]
-    facts += [limit] if STAGES[stage].is_limited else []
+    facts: list[Any] = [key, STAGES[stage].function, STAGES[stage].arguments]
+    facts += [limit, BATCH_SIZE, NEW_TOKENS] if STAGES[stage].is_limited else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

@@ -12,6 +12,7 @@ from gpu.report import RECORD, tables
 
 from CoDALanguageModel.run_files import write_whole
 
+from .stages import STAGES
 from .task import load
 
 
@@ -21,17 +22,18 @@ class Results:
     Every stage is a file in the working folder; with each measurement the report is written anew.
     """
 
-    def __init__(self, name: str, work: Path, output: Path) -> None:
-        self.name, self.output = name, output
+    def __init__(self, name: str, work: Path, output: Path, key: str) -> None:
+        self.name, self.output, self.key = name, output, key
         self.folder = work / "stages"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()  # a stage's lines come in a thread
         self._log = (work / "log.txt").open("a", encoding="utf-8")
 
     def stage(self, name: str) -> dict[str, Any]:
-        """What is known of a stage."""
+        """What is known of a stage of this very model."""
         file = self.folder / f"{name}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return known if known.get("key") == self.key else {}
 
     def is_done(self, name: str, stamp: str) -> bool:
         """Whether a stage with this stamp has come to its end, with nothing left out."""
@@ -44,7 +46,7 @@ class Results:
         with self._lock:
             known = self.stage(name)
             if known.get("stamp") != stamp:
-                known = {"stamp": stamp, "seconds": 0.0, "measurements": []}
+                known = {"key": self.key, "stamp": stamp, "seconds": 0.0, "measurements": []}
             known |= {"outcome": "unfinished", "limit_s": limit, "machine": machine(), "load": [load()], "tail": []}
             known["measurements"] = [row for row in known["measurements"] if "_id" in row]
             self._say(f"== {name}: {limit:.0f} s at most")
@@ -91,16 +93,9 @@ class Results:
         self.output.mkdir(parents=True, exist_ok=True)
         file = self.output / "real_model.json"
         models = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        names = sorted((path.stem for path in self.folder.glob("*.json")), key=_order)
-        models[self.name] = {stage: self.stage(stage) for stage in names}
+        models[self.name] = {stage: known for stage in STAGES if (known := self.stage(stage))}
         write_whole(file, json.dumps(models, indent=1) + "\n")
         write_whole(self.output / "real_model.md", "\n".join(markdown(models)) + "\n")
-
-
-def _order(stage: str) -> int:
-    from .stages import STAGES
-
-    return list(STAGES).index(stage)
 
 
 def shown(facts: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ SHOWN = 12
 class Road:
     """One way to answer a task's problems; its model is loaded when it has to."""
 
-    def __init__(self, task: Task, name: str, benchmark: str, folder: Path, new_tokens: int = NEW_TOKENS) -> None:
+    def __init__(self, task: Task, name: str, benchmark: str, folder: Path, new_tokens: int) -> None:
         """Take the problems.
 
         Args:
@@ -120,7 +120,7 @@ def programs(task: Task, benchmark: str) -> None:
     is_chat = AutoTokenizer.from_pretrained(task.source).chat_template is not None
     name = f"{benchmark}_instruct" if is_chat else benchmark
     folder = task.work / "answers" / digest([task.key, name, BATCH_SIZE, NEW_TOKENS])[:12]
-    roads = [Road(task, road, name, folder) for road in ROADS]
+    roads = [Road(task, road, name, folder, NEW_TOKENS) for road in ROADS]
     chunks = chunks_of(min(len(roads[0].documents), task.limit or len(roads[0].documents)))
     tell(roads, chunks, len(roads[0].documents))
     for places in chunks:

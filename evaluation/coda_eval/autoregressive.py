@@ -24,10 +24,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from coda_eval import session
-from coda_eval.hosted import ChatPrompt, HostedLM, known, on_device, place, without_space
+from coda_eval.hosted import Begins, ChatPrompt, HostedLM, known, on_device, place, without_space
 from coda_eval.journal import digest
 from coda_eval.programs import Answer
 from coda_eval.session import Asked, slot
@@ -250,7 +250,7 @@ class AutoregressiveModel(HostedLM):
                 input_ids=ids,
                 attention_mask=real,
                 max_new_tokens=new_tokens + max(len(prompt.tail) for prompt in batch),
-                logits_processor=LogitsProcessorList([_Begins(self, start, tails)]),
+                logits_processor=LogitsProcessorList([Begins(self, start, tails)]),
                 stopping_criteria=StoppingCriteriaList([_Stops(self, start, tails, until)]),
                 eos_token_id=sorted(ends),
                 pad_token_id=pad,
@@ -308,43 +308,6 @@ class AutoregressiveModel(HostedLM):
         return self.tokenizer.decode(self._anchor + ids, **settings)[
             len(self.tokenizer.decode(self._anchor, **settings)) :
         ]
-
-    @cached_property
-    def pieces(self) -> list[str]:
-        """Text of every token."""
-        return [self.decode([token]) for token in range(len(self.tokenizer))]
-
-    def may_begin(self, text: str) -> torch.Tensor:
-        """(V,) bool: tokens whose text begins with `text`, or is the beginning of it."""
-        if text not in self._begins:
-            fits = [piece != "" and (piece.startswith(text) or text.startswith(piece)) for piece in self.pieces]
-            self._begins[text] = torch.tensor(fits)
-        return self._begins[text]
-
-    @cached_property
-    def _begins(self) -> dict[str, torch.Tensor]:
-        return {}
-
-
-class _Begins(LogitsProcessor):
-    """Only tokens that go on saying the row's tail, until it is said."""
-
-    def __init__(self, model: AutoregressiveModel, start: int, tails: Sequence[str]) -> None:
-        self.model, self.start, self.left = model, start, list(tails)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """(B, T) ids and (B, V) scores -> (B, V) scores."""
-        if not any(self.left):
-            return scores
-        scores = scores.clone()
-        for row, left in enumerate(self.left):
-            if left and input_ids.shape[1] > self.start:
-                self.left[row] = left = left[len(self.model.pieces[int(input_ids[row, -1])]) :]
-            if left:
-                allowed = self.model.may_begin(left).to(scores.device)
-                scores[row, : len(allowed)].masked_fill_(~allowed, -torch.inf)
-                scores[row, len(allowed) :] = -torch.inf
-        return scores
 
 
 class _Stops(StoppingCriteria):

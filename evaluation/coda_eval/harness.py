@@ -10,7 +10,6 @@ import inspect
 import json
 import logging
 import os
-import re
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,12 +23,12 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from coda_eval import session
-from coda_eval.hosted import ChatPrompt, HostedLM, Nats, known, place, without_space
+from coda_eval.hosted import Begins, ChatPrompt, HostedLM, Nats, known, place, without_space
 from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
 from coda_eval.session import Asked
 from CoDALanguageModel import CoDALanguageModel
-from CoDALanguageModel.answers import AnswerReader, end_ids
+from CoDALanguageModel.answers import TEXT, AnswerReader, end_ids
 from CoDALanguageModel.decoder import Decoding, Progress
 from CoDALanguageModel.decoding_settings import SETTINGS, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
@@ -287,10 +286,11 @@ class CoDAEvalModel(HostedLM):
         try:  # before any answer is made
             config = complete(self.model.generation_config.merged(settings), self.model.config)
             if gap is None or gap.start < gap.stop:
-                self._decoding().admit(self._request(ids, settings, seed))
+                self._decoding().admit(self._request(ids, settings, seed, tail))
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         held = {name: getattr(config, name) for name in SETTINGS if name not in _NOT_OF_ANSWERS} | {"until": until}
+        held |= {"tail": tail} if tail else {}
         asked = Asked(request=request, repeat=repeat, settings=held, seed=seed)
         return _Job(index, repeat, ids, gap, settings, until, asked, tail=tail)
 
@@ -298,29 +298,22 @@ class CoDAEvalModel(HostedLM):
         """Ids of a prompt, and the text of those that it gave up and that the tokens of the answer now begin with.
 
         As in `autoregressive`, for the same reason: blocks of one token are such a model. Others are trained with
-        answers that begin wherever prompts end. Nothing is given up where the tokenizer too ends a token.
+        answers that begin wherever prompts end.
 
         Args:
             prompt: its text.
             ids: all of its ids.
-            settings: of the request; the text is demanded in them, and they get room for it.
+            settings: of the request, which get room for it.
         """
         is_opened = isinstance(prompt, ChatPrompt) and not prompt.continues
         text = prompt.messages[-1]["content"] if isinstance(prompt, ChatPrompt) else str(prompt)
-        if self.model.config.block_size != 1 or is_opened or not text[-1:].isspace():
+        constrained = settings.get("regex") is not None or settings.get("json_schema") is not None
+        if self.model.config.block_size != 1 or is_opened or constrained or not text[-1:].isspace():
             return ids, ""
-        known_ids = self.codec.encode_text(text)
-        if self.codec.encode_text(f"{text}    x")[: len(known_ids)] == known_ids:
-            return ids, ""
-        held = self.model.generation_config.merged(settings)
-        if held.regex is not None or held.json_schema is not None or held.speculate or held.stop_strings:
-            others = "regex, json_schema, speculate or stop_strings"
-            logger.warning("a prompt that ends in white space stays as it is beside %s", others)
-            return ids, ""
-        kept, tail = without_space(ids, self.codec.decode)
+        kept, tail = without_space(ids, self.decode)
         if tail:
+            held = self.model.generation_config.merged(settings)
             settings |= {name: getattr(held, name) + len(ids) - len(kept) for name in ("max_new_tokens", "steps")}
-            settings["regex"] = re.escape(tail) + r"[\s\S]*"
         return kept, tail
 
     def _rivals(self, job: _Job, request: Instance) -> list[_Job]:
@@ -347,9 +340,14 @@ class CoDAEvalModel(HostedLM):
         """Where rows are decoded."""
         return Decoding(self.model, decode=self.codec.decode, lexicon=self.codec.lexicon)
 
-    def _request(self, ids: list[int], settings: dict[str, Any], seed: int) -> Request:
+    def _request(self, ids: list[int], settings: dict[str, Any], seed: int, tail: str = "") -> Request:
         """What is to be decoded, as the model room takes it."""
-        return Request(ids=ids, settings=self.model.generation_config.merged(settings), seed=seed)
+        begins = [Begins(self, len(ids), [tail], self.model.config.mask_token_id)] if tail else []
+        return Request(ids=ids, settings=self.model.generation_config.merged(settings), seed=seed, processors=begins)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens as they stand after others, without control tokens."""
+        return self.codec.decode(ids, TEXT)
 
     @staticmethod
     def _identity(request: Instance) -> str:
@@ -403,7 +401,7 @@ class CoDAEvalModel(HostedLM):
         while waiting or running:
             while waiting and len(running) < int(self.batch_size):
                 job = waiting.popleft()
-                row = decoding.admit(self._request(job.ids, job.settings, job.seed))
+                row = decoding.admit(self._request(job.ids, job.settings, job.seed, job.tail))
                 running[row] = _Running(job, row, self._reader(job, row.config))
             started = time.monotonic()
             progress = decoding.step()

@@ -9,6 +9,12 @@ others, but it reads, and as an ordinary user writes, the machine's files: it is
 filter refuses the system calls that no program needs (`sandbox_walls.py`). The level that ran is part of every
 verdict.
 
+Programs are forked from a process that waits inside the walls of its level, the zygote, so that none waits for an
+interpreter. Below these walls each has namespaces, scratch folder, limits and, under root, users of its own (where
+namespaces cannot be nested, a zygote serves one program). A zygote never holds a word of a program or a test, and all
+processes of a program have ended before it forks for the next; what the programs of one zygote share is what its
+interpreter began with, such as the seed of its hashes.
+
 A candidate and its tests run in two processes (`sandbox_child.py`). The candidate's has no word of the tests, no file
 or pipe but its line to the checker, and what crosses is plain data. What remains possible: to recognise the tests'
 inputs and answer from a table; to answer differently from call to call; to be an object, where a test only asks for
@@ -638,8 +644,8 @@ def _job(program: Program, level: str, limits: Limits, folder: str | None) -> di
     uid = FIRST_UID + (os.getpid() + next(_numbers)) % 2048 * 2 if _capable() else None
     if folder is not None and uid is not None:
         os.chown(folder, uid, uid)
-    # What else counts: the first of the namespace and the checker, and what stays above them as the same user.
-    others = 2 if uid is not None else 4 if level not in SHARED else 2 + processes_of_user()
+    # What else counts where the user is the same: bwrap's first process, zygote, its fork and the checker.
+    own = 2 if uid is not None else {"bubblewrap": 4, "unshare": 3}.get(level)
     return {
         "candidate": str(program.candidate),
         "host": str(program.host),
@@ -650,7 +656,7 @@ def _job(program: Program, level: str, limits: Limits, folder: str | None) -> di
             "RLIMIT_AS": limits.memory_bytes,
             "RLIMIT_FSIZE": limits.file_bytes,
             "RLIMIT_NOFILE": limits.open_files,
-            "RLIMIT_NPROC": limits.processes + others,
+            "RLIMIT_NPROC": limits.processes + (own or 2 + processes_of_user()),
             "RLIMIT_CPU": int(program.timeout_s) + 5,
             "RLIMIT_CORE": 0,
         },

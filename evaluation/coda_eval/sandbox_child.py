@@ -83,6 +83,7 @@ def serve(shared):
         for name in shared["preload"]:
             __import__(name)
         call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: processes of the same user neither trace nor read this one
+        call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what a fork leaves counts as a process until collected
     except (OSError, ImportError) as error:
         control.sendall(describe(error).encode("ascii", "backslashreplace"))
         os._exit(1)
@@ -110,7 +111,13 @@ def serve(shared):
             os.close(fd)
         if not control.recv(1):
             os._exit(0)
-        control.sendall(b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        status = os.waitpid(pid, 0)[1]
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+        control.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
 
 
 def main(shared, job_fd, tests_fd, report_fd, setup_fd):

@@ -24,6 +24,8 @@ from .gate import refuse
 from .settings import ServerSettings, load_settings
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from .engine import Engine
     from .sampler import ModelSampler
 
@@ -122,29 +124,27 @@ def check_defaults(settings: ServerSettings, sampler: "ModelSampler") -> ServerS
     return settings
 
 
-def serve(settings: ServerSettings) -> None:
-    """Load the model and serve it until SIGTERM or SIGINT.
+def load_app(settings: ServerSettings) -> "FastAPI":
+    """The application around the model, which it loads.
 
     Raises:
-        UserError: the port is taken, or the model cannot be loaded.
+        UserError: the model cannot be loaded, or not be asked with the settings.
     """
-    listener = bind(settings.host, settings.port)
-    # Imported where they are needed because they bring torch: a wrong setting should be told at once.
-    with answering(listener):
-        from CoDALanguageModel.prompts import Codec
+    # Imported here because they bring torch: a wrong setting should be told at once.
+    from CoDALanguageModel.prompts import Codec
 
-        from .app import Service, build_app
-        from .engine import Engine
-        from .metrics import Metrics
-        from .sampler import ModelSampler
-        from .scheduler import Scheduler
+    from .app import Service, build_app
+    from .engine import Engine
+    from .metrics import Metrics
+    from .sampler import ModelSampler
+    from .scheduler import Scheduler
 
-        try:
-            codec = Codec.load(settings.model_name)
-        except UserError as error:
-            raise UserError(f"MODEL_NAME={error}") from error
-        sampler = ModelSampler.load(settings.model_name, device=settings.device, dtype=settings.dtype)
-        settings = check_defaults(settings, sampler)
+    try:
+        codec = Codec.load(settings.model_name)
+    except UserError as error:
+        raise UserError(f"MODEL_NAME={error}") from error
+    sampler = ModelSampler.load(settings.model_name, device=settings.device, dtype=settings.dtype)
+    settings = check_defaults(settings, sampler)
     logger.info("decoding defaults: %s", settings.decoding)
     metrics = Metrics()
     scheduler = Scheduler(
@@ -159,7 +159,18 @@ def serve(settings: ServerSettings) -> None:
         step_timeout_s=settings.step_timeout_s,
         metrics=metrics,
     )
-    app = build_app(Service(settings=settings, engine=engine, encoder=codec, limits=sampler, metrics=metrics))
+    return build_app(Service(settings=settings, engine=engine, encoder=codec, limits=sampler, metrics=metrics))
+
+
+def serve(settings: ServerSettings) -> None:
+    """Load the model and serve it until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: the port is taken, or the model cannot be loaded.
+    """
+    listener = bind(settings.host, settings.port)
+    with answering(listener):
+        app = load_app(settings)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -171,7 +182,7 @@ def serve(settings: ServerSettings) -> None:
     gc.collect()
     gc.freeze()
     logger.info("%s on http://%s:%d/v1", settings.public_name, settings.host, settings.port)
-    Server(config, engine, settings.drain_timeout_s).run(sockets=[listener])
+    Server(config, app.state.engine, settings.drain_timeout_s).run(sockets=[listener])
 
 
 def main() -> int:

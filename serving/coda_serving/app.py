@@ -10,11 +10,11 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from . import editors, messages
+from . import editors, messages, page
 from .bodies import body_parts, body_schema, read_body
 from .canvases import chat_canvases, completion_canvases
 from .echo import Echo
@@ -38,11 +38,18 @@ def build_app(service: Service) -> FastAPI:
         yield
         await run_in_threadpool(service.engine.stop, service.settings.drain_timeout_s)
 
-    app = FastAPI(title="CoDA", description="Masked-diffusion code language model", lifespan=lifespan)
+    about = {"title": "CoDA", "description": "Masked-diffusion code language model"}
+    app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine = service.engine
     _add_error_handlers(app)
     _describe_bodies(app)
-    routers = (_open_routes(service), _model_routes(service), editors.routes(service), messages.routes(service))
+    routers = (
+        page.routes(),
+        _open_routes(service),
+        _model_routes(service),
+        editors.routes(service),
+        messages.routes(service),
+    )
     for router in routers:
         app.include_router(router)
     keys = service.settings.keys()
@@ -60,7 +67,7 @@ def build_app(service: Service) -> FastAPI:
 def _open_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/health")
+    @router.get("/health", responses={503: {"description": "No: the model's thread is gone"}})
     async def health() -> Response:
         """200 while the model can be asked, 503 when its thread is gone."""
         engine = service.engine
@@ -94,17 +101,19 @@ def _model_routes(service: Service) -> APIRouter:
         defaults=settings.decoding | ({"stop": list(service.limits.stop)} if service.limits.stop else {}),
     )
 
-    @router.get("/metrics")
+    unauthorized = documented(statuses=[401], streams=False)
+
+    @router.get("/metrics", response_class=PlainTextResponse, responses=unauthorized)
     async def metrics() -> Response:
         """Counts in Prometheus' text format."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses=unauthorized)
     async def models() -> ModelList:
         """The one model that is served."""
         return ModelList(data=[card])
 
-    @router.get("/v1/models/{name:path}")
+    @router.get("/v1/models/{name:path}", responses=documented(statuses=[401, 404], streams=False))
     async def model(name: str) -> ModelCard:
         """The model of that name."""
         check_model(settings, name)
@@ -153,6 +162,11 @@ def _describe_bodies(app: FastAPI) -> None:
         document = describe()
         for model in (ChatRequest, CompletionRequest, *editors.BODIES, *messages.BODIES):
             document["components"]["schemas"].update(body_parts(model))
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)  # FastAPI's own, which the routes do not use
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """Errors of the API, in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
 import json
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -54,9 +55,14 @@ STATUSES = {
 }
 
 
-def documented(model: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
-    """What the OpenAPI document says of the errors of a route that denoises something."""
-    return {status: {"model": model, "description": says} for status, says in STATUSES.items()}
+def documented(
+    model: type[BaseModel] = ErrorBody, statuses: Iterable[int] = STATUSES, *, streams: bool = True
+) -> dict[int | str, dict[str, Any]]:
+    """What the OpenAPI document says of a route beside its answer: its errors, and whether it may answer in events."""
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": model, "description": STATUSES[status]} for status in statuses
+    }
+    return errors | ({200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}} if streams else {})
 
 
 class ApiError(Exception):

@@ -205,9 +205,13 @@ class MessagesForm:
 def routes(service: Service) -> APIRouter:
     """`/v1/messages` and the count of its tokens."""
     router = APIRouter()
-    errors = documented(MessagesErrorBody)
 
-    @router.post(MESSAGES, response_model=AnsweredMessage, responses=errors, openapi_extra=body_schema(AnsweredRequest))
+    @router.post(
+        MESSAGES,
+        response_model=AnsweredMessage,
+        responses=documented(MessagesErrorBody),
+        openapi_extra=body_schema(AnsweredRequest),
+    )
     async def messages(request: Request) -> Any:
         """Answer a conversation, as Anthropic's API does."""
         body = await read_body(request, AnsweredRequest)
@@ -218,7 +222,7 @@ def routes(service: Service) -> APIRouter:
     @router.post(
         MESSAGES + "/count_tokens",
         response_model=TokenCount,
-        responses=errors,
+        responses=documented(MessagesErrorBody, streams=False),
         openapi_extra=body_schema(MessagesRequest),
     )
     async def count_tokens(request: Request) -> Any:

@@ -78,6 +78,7 @@ def _field(setting: Setting) -> Any:
 
     def describe(schema: dict[str, Any]) -> None:
         schema["anyOf"] += [{"const": NONE}] if setting.optional else []
+        schema["x-regime"] = setting.regime
 
     about = Field(description=setting.says, json_schema_extra=describe)
     return Annotated[typed(setting, **BOUNDS.get(setting.api, {})) | None, WrapValidator(or_none), about]

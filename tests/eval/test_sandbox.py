@@ -348,6 +348,17 @@ def test_where_no_namespace_may_stand_in_another_each_program_has_a_zygote(level
     assert leftovers() == []
 
 
+@pytest.mark.parametrize("level", [level for level in AVAILABLE if level not in sandbox.SHARED])
+def test_a_program_may_have_as_many_processes_as_the_one_before_it(level):
+    """Where all are the same user's, what is left of one program counts for the next."""
+    code = "import os, time\nn = 0\ntry:\n    while os.fork(): n += 1\n    time.sleep(9)\nexcept OSError: pass\n"
+    count = Program(candidate=f"{code}def f(x): return n", tests="assert f(2) == 0, f(2)")
+    verdicts = run_programs([count, *[GOOD] * 8, count, count], level=level, workers=1)
+    assert {verdict.passed for verdict in verdicts[1:9]} == {True}
+    assert len({verdict.error for verdict in verdicts if not verdict.passed}) == 1
+    assert int(verdicts[0].error.rpartition(" ")[2]) in (Limits().processes - 1, Limits().processes + 1)
+
+
 @pytest.mark.parametrize("level", AVAILABLE)
 def test_a_zygote_that_dies_takes_one_program_along_at_most(level, monkeypatch):
     made = zygotes_of(monkeypatch)

@@ -1,6 +1,7 @@
 """Ordinary text gets the tokenizer's own ids; control tokens come from the template alone."""
 
 import copy
+import json
 import threading
 
 import pytest
@@ -165,6 +166,16 @@ def test_what_the_template_refuses_is_told(chatml_tokenizer):
     )
     with pytest.raises(ValueError, match="too many turns"):
         Codec(tokenizer).encode_chat([{"role": "user", "content": "a"}] * 4)
+
+
+def test_a_tokenizer_beside_a_model_with_code_of_its_own_is_loaded_without_a_question(
+    chatml_tokenizer, tmp_path, monkeypatch
+):
+    chatml_tokenizer.save_pretrained(tmp_path)
+    own = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail(f"asked: {text}"))
+    assert Codec.load(str(tmp_path)).encode_text("def f") == Codec(chatml_tokenizer).encode_text("def f")
 
 
 def test_a_model_without_tokenizer_is_named(tmp_path):

@@ -1,7 +1,6 @@
 """A real process started by the script: official client, curl, concurrency, signals, and errors at start."""
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -17,9 +16,7 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 
-from coda_serving.__main__ import Server, answering, bind
 from CoDALanguageModel import CoDALanguageModel
 
 REPO = Path(__file__).resolve().parents[2]
@@ -207,91 +204,6 @@ def test_sigterm_lets_a_running_answer_finish(model_folder, tmp_path, serving_fa
         assert answers
         assert answers[0].usage.forwards > 20
         assert "settings:" not in server.log.read_text()  # info is below the log level
-
-
-@pytest.fixture
-def web_server(serving_fakes):
-    """Serve an app with the server's own web server, in a thread; gives its URL and the web server."""
-
-    @contextlib.contextmanager
-    def run(sampler, **changes):
-        app = serving_fakes.make_app(sampler, **changes)
-        listener = bind("127.0.0.1", 0)
-        server = Server(uvicorn.Config(app, log_config=None), app.state.engine, changes.get("drain_timeout_s", 30))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}", server
-        finally:
-            server.should_exit = server.force_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
-
-    return run
-
-
-def wait_for(condition, timeout_s=20):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize(("max_tokens", "drain_timeout_s"), [(40, 20), (1000, 1)])
-def test_a_server_that_ends_finishes_what_runs_streams_or_waits_and_refuses_what_comes(
-    web_server, serving_fakes, max_tokens, drain_timeout_s
-):
-    """What is not finished in time is told so."""
-    sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * max_tokens, step_s=0.02)
-    answers = {}
-    with web_server(sampler, max_batch_size=2, drain_timeout_s=drain_timeout_s) as (url, server):
-        probe = httpx.Client(base_url=url, timeout=20)
-
-        def ask(name, **fields):
-            body = {"prompt": "a", "max_tokens": max_tokens} | fields
-            answers[name] = httpx.post(url + "/v1/completions", json=body, timeout=20)
-
-        def state():
-            return probe.get("/health").json()
-
-        wait_for(lambda: server.started)
-        threads = [
-            threading.Thread(target=ask, args=(name,), kwargs={"stream": name == "streams"})
-            for name in ("runs", "streams", "waits")
-        ]
-        for thread in threads[:2]:
-            thread.start()
-        wait_for(lambda: state()["running"] == 2)
-        threads[2].start()
-        wait_for(lambda: state()["waiting"] == 1)
-        server.should_exit = True
-        wait_for(lambda: probe.get("/ready").status_code == 503)
-        refused = httpx.post(url + "/v1/completions", json={"prompt": "a"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_shutting_down")
-        for thread in threads:
-            thread.join(20)
-    if drain_timeout_s == 20:
-        assert [answers[name].status_code for name in ("runs", "streams", "waits")] == [200, 200, 200]
-        assert answers["waits"].json()["choices"][0]["text"] == "x" * max_tokens
-        assert answers["streams"].text.endswith("data: [DONE]\n\n")
-    else:
-        assert [answers[name].status_code for name in ("runs", "streams", "waits")] == [503, 200, 503]
-        assert "server_shutting_down" in answers["streams"].text
-
-
-def test_while_the_model_is_loaded_the_port_answers_503():
-    listener = bind("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    with answering(listener):
-        ready = httpx.get(url + "/ready", timeout=20)
-        asked = [httpx.post(url + path, content=b"x" * 3_000_000) for path in ("/v1/completions", "/v1/messages")]
-    assert (ready.status_code, ready.json()) == (503, {"status": "loading"})
-    assert [answer.status_code for answer in asked] == [503, 503]
-    assert asked[0].json()["error"]["code"] == "model_loading"
-    assert asked[1].json()["error"]["type"] == "overloaded_error"
-    # The port still listens: who comes between the two servers is answered by the second.
-    socket.create_connection(listener.getsockname(), 5).close()
-    listener.close()
 
 
 @pytest.mark.parametrize(

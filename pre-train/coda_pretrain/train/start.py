@@ -45,7 +45,7 @@ def load_tokenizer_folder(folder: str, *, complete: bool = False) -> PreTrainedT
         raise UserError(f"model.tokenizer: no folder at {folder!r}")
     try:
         check_tokenizer(Path(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask at the terminal
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.tokenizer {folder!r} cannot be loaded as a tokenizer folder: {error}") from error
     if complete:
@@ -122,7 +122,7 @@ def _from_autoregressive(config: ModelConfig, tokenizer: PreTrainedTokenizerBase
     assert config.init_from is not None, "the caller checks"
     try:
         source, _ = load_source(Path(config.init_from), {})
-        own = AutoTokenizer.from_pretrained(config.tokenizer)  # without what is changed here
+        own = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)  # without what is changed here
         known = number_of_ids(own)
         if known > source.config.vocab_size:
             raise UserError(
