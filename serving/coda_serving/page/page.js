@@ -85,7 +85,7 @@ class Answer {
     this.after = after;
     this.showShades(true);
     this.shades.addEventListener("click", () => this.showShades(this.element.classList.contains("plain")));
-    this.copy.addEventListener("click", () => this.copyText());
+    this.copy.addEventListener("click", () => this.copyWhole());
     this.canvas.addEventListener("pointerover", (event) => this.explain(event.target));
     this.map.addEventListener("pointerover", (event) => this.explain(event.target));
     this.started = performance.now();
@@ -99,14 +99,15 @@ class Answer {
     this.shades.setAttribute("aria-pressed", String(on));
   }
 
-  async copyText() {
+  async copyWhole() {
     try {
-      await navigator.clipboard.writeText(this.whole);
+      await copyText(this.whole);
       this.copy.textContent = "Copied";
-      say("Copied.");
-    } catch {
+    } catch (error) {
+      if (error.name !== "NotAllowedError") throw error;
       this.copy.textContent = "Not allowed";
     }
+    say(this.copy.textContent);
     setTimeout(() => { this.copy.textContent = "Copy"; }, 1500);
   }
 
@@ -126,7 +127,7 @@ class Answer {
       this.cells = Array.from({ length: canvas.length }, (_, place) => ({
         text: "", state: "masked", confidence: null, step: 0,
         span: make("span", { className: "cell masked", dataset: { place } }),
-        square: make("i", { dataset: { place } }),
+        square: make("i", { className: "masked", dataset: { place } }),
       }));
       this.ends[0].after(...this.cells.map((cell) => cell.span));
       this.map.append(...this.cells.map((cell) => cell.square));
@@ -235,6 +236,20 @@ function keepAtEnd(change) {
   if (isAtEnd) box.scrollTop = box.scrollHeight;
 }
 
+/** Browsers have a clipboard only for pages of this machine and of https. */
+async function copyText(text) {
+  if (navigator.clipboard) {
+    await navigator.clipboard.writeText(text);
+    return;
+  }
+  const box = make("textarea", { value: text, className: "hidden" });
+  document.body.append(box);
+  box.select();
+  const isDone = document.execCommand("copy");
+  box.remove();
+  if (!isDone) throw new DOMException("The browser does not copy.", "NotAllowedError");
+}
+
 function problem(error, again) {
   const button = make("button", { type: "button" }, "Try again");
   const box = make("div", { className: "problem", attributes: { role: "alert" } }, make("p", {}, error.message), button);
@@ -288,7 +303,7 @@ async function stream(path, body, answer, button, isChat) {
     answer.fault = error;
     return false;
   } finally {
-    running = null;
+    if (running.abort === abort) running = null;
     button.textContent = word;
     button.classList.remove("stop");
   }
@@ -417,6 +432,9 @@ async function fill() {
 function setUpInfill() {
   $("text").value = EXAMPLE;
   $("text").addEventListener("input", countGaps);
+  $("text").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !running) $("infill-form").requestSubmit();
+  });
   $("insert-gap").addEventListener("click", () => {
     const box = $("text");
     box.setRangeText("{{gap}}", box.selectionStart, box.selectionEnd, "end");
@@ -425,8 +443,9 @@ function setUpInfill() {
   });
   $("infill-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (running) stop();
-    else fill();
+    const isFilling = running?.button === $("fill");
+    stop();
+    if (!isFilling) fill();
   });
   countGaps();
 }
@@ -520,7 +539,7 @@ function settings() {
     if (!text) continue;
     try {
       const value = JSON.parse(text);
-      given[input.name] = typeof value === "number" && Number.isInteger(value) && !Number.isSafeInteger(value) ? text : value;
+      given[input.name] = typeof value === "number" && Math.abs(value) > Number.MAX_SAFE_INTEGER ? text : value;
     } catch {
       given[input.name] = text;
     }
@@ -617,9 +636,15 @@ function start() {
     sessionStorage.setItem("coda-key", key);
     connect();
   });
+  // Open is what covers a narrow page: a wider one shows the settings beside.
+  const isOpen = () => $("settings").classList.contains("open");
+  matchMedia("(max-width: 900px)").addEventListener("change", () => { if (isOpen()) showSettings(false); });
+  document.addEventListener("pointerdown", (event) => {
+    if (isOpen() && !$("settings").contains(event.target)) showSettings(false);
+  });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
-    if ($("settings").classList.contains("open")) showSettings(false);
+    if (isOpen()) showSettings(false);
     else stop();
   });
   setUpChat();
