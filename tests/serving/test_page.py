@@ -195,7 +195,9 @@ def test_stopping_stops_the_server(visit, model, url, way):
         page.locator(".map .committed").nth(5).wait_for()
         assert running() == 1
         page.get_by_role("button", name="Stop").click() if way == "button" else page.keyboard.press("Escape")
-        assert "stopped" in finished(page).locator(".cost").inner_text()
+        assert "6 of 32 tokens" in (cost := finished(page).locator(".cost").inner_text())
+        assert cost.endswith("stopped")
+        assert counts(page) == [[24, 2, 6]] * 2, "what was there is still seen"
         page.get_by_role("button", name="Send").wait_for()
         steps = len(model.sizes)
         for _ in range(3):
