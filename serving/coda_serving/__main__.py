@@ -15,6 +15,8 @@ from CoDALanguageModel.errors import UserError
 from .settings import ServerSettings, load_settings
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from .sampler import ModelSampler
 
 logger = logging.getLogger("coda_serving")
@@ -66,13 +68,12 @@ def check_defaults(settings: ServerSettings, sampler: "ModelSampler") -> ServerS
     return settings
 
 
-def serve(settings: ServerSettings) -> None:
-    """Load the model and serve it until SIGTERM or SIGINT.
+def load_app(settings: ServerSettings) -> "FastAPI":
+    """The application around the model, which it loads.
 
     Raises:
-        UserError: the port is taken, or the model cannot be loaded.
+        UserError: the model cannot be loaded, or not be asked with the settings.
     """
-    listener = bind(settings.host, settings.port)
     # Imported here because they bring torch: a wrong setting should be told at once.
     from CoDALanguageModel.prompts import Codec
 
@@ -102,7 +103,17 @@ def serve(settings: ServerSettings) -> None:
         step_timeout_s=settings.step_timeout_s,
         metrics=metrics,
     )
-    app = build_app(Service(settings=settings, engine=engine, encoder=codec, limits=sampler, metrics=metrics))
+    return build_app(Service(settings=settings, engine=engine, encoder=codec, limits=sampler, metrics=metrics))
+
+
+def serve(settings: ServerSettings) -> None:
+    """Load the model and serve it until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: the port is taken, or the model cannot be loaded.
+    """
+    listener = bind(settings.host, settings.port)
+    app = load_app(settings)
     config = uvicorn.Config(
         app,
         log_config=None,
