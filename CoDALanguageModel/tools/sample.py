@@ -7,7 +7,6 @@ moves (.svg, .gif). In a file for `--infill` a gap is written `<gap>`, or `<gap:
 
 import argparse
 import itertools
-import re
 import sys
 import textwrap
 from pathlib import Path
@@ -25,23 +24,8 @@ from ..errors import UserError
 from ..infilling import GappedText, lay_out
 from ..prompts import Codec
 from .folder import load
+from .gap_marks import read_gaps
 from .recording import Recording
-
-GAP = re.compile(r"<gap(?::(\d+))?>")
-
-
-def read_gaps(text: str, default_length: int) -> tuple[list[str], list[int]]:
-    """Split a text at its `<gap>` marks.
-
-    Raises:
-        UserError: there is no mark.
-    """
-    marks = list(GAP.finditer(text))
-    if not marks:
-        raise UserError("the text for --infill holds no <gap> or <gap:LENGTH>")
-    borders = [0, *itertools.chain.from_iterable(mark.span() for mark in marks), len(text)]
-    pieces = [text[borders[i] : borders[i + 1]] for i in range(0, len(borders), 2)]
-    return pieces, [int(mark[1]) if mark[1] else default_length for mark in marks]
 
 
 def build_canvas(options: argparse.Namespace, codec: Codec, model: Any) -> tuple[GappedText, list[str]]:

@@ -2,84 +2,48 @@
 """Chat with a CoDA server, or any OpenAI-compatible one, from the terminal.
 
     python serving/fast-api/chat_cli.py --base-url http://127.0.0.1:8000 --model NAME --stream --show-meta
+    python serving/fast-api/chat_cli.py --infill prog.py --canvas
 
-Each line is a message; lines between two lines of three double quotes are one message. Piped input works the same, so
-that `echo "..." | chat_cli.py ...` prints the answer and ends. Text is printed as it comes: nothing is reformatted.
+Each line is a message; lines between two lines of three double quotes, and what is pasted, are one message. What is
+piped is one message, too (`cat prog.py | chat_cli.py ...`), unless it begins with a command: then it is read line by
+line, as if it were typed. Text is printed as it comes: nothing is reformatted. With --infill the gaps of a file,
+written <gap> or <gap:TOKENS>, are filled, and the whole text is printed.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import httpx
 import openai
 from prompt_toolkit import PromptSession
-from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from rich.console import Console
 
+from coda_serving.chat.canvas import CanvasDisplay
+from coda_serving.chat.commands import COMMANDS, is_command, read_setting, run_command
+from coda_serving.chat.conversation import Conversation, Part
 from CoDALanguageModel.decoding_settings import Setting, offered
+from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.tools.gap_marks import read_gaps
 
-COMMANDS = """/exit           leave
-/reset          forget the conversation
-/system [TEXT]  show, or replace, the system message (forgets the conversation)
-/help           this list"""
 QUOTES = '"""'
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, where there is no prompt to go back to."""
 
 
-@dataclass
-class Conversation:
-    """The messages so far, and how the next ones are asked."""
-
-    client: openai.OpenAI
-    model: str
-    stream: bool
-    settings: dict[str, object]
-    """Fields of the request, those that OpenAI's schema has not included."""
-
-    system: str | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
-
-    def messages(self) -> list[dict[str, str]]:
-        """System message and turns."""
-        return [{"role": "system", "content": self.system}, *self.turns] if self.system else list(self.turns)
-
-    def ask(self, text: str) -> Iterator[tuple[str, object | None]]:
-        """Send `text`; yield pieces of the answer and, in the last pair, the usage. A failed turn is forgotten."""
-        self.turns.append({"role": "user", "content": text})
-        pieces: list[str] = []
-        try:
-            for piece, usage in self._stream() if self.stream else self._whole():
-                pieces.append(piece)
-                yield piece, usage
-        except BaseException:
-            self.turns.pop()
-            raise
-        self.turns.append({"role": "assistant", "content": "".join(pieces)})
-
-    def _whole(self) -> Iterator[tuple[str, object | None]]:
-        answer = self.client.chat.completions.create(
-            model=self.model, messages=self.messages(), extra_body=self.settings
-        )
-        yield answer.choices[0].message.content or "", answer.usage
-
-    def _stream(self) -> Iterator[tuple[str, object | None]]:
-        events = self.client.chat.completions.create(
-            model=self.model,
-            messages=self.messages(),
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body=self.settings,
-        )
-        with events:
-            for event in events:
-                yield (event.choices[0].delta.content or "" if event.choices else ""), event.usage
-
-
-def describe(usage: object | None, seconds: float, first_text_s: float | None) -> str:
+def describe(usage: Any, seconds: float, first_text_s: float | None) -> str:
     """One line about the cost of an answer."""
     parts = [f"{seconds:.2f} s"]
     if first_text_s is not None:
@@ -93,25 +57,77 @@ def describe(usage: object | None, seconds: float, first_text_s: float | None) -
     return "[" + ", ".join(parts) + "]"
 
 
-def read_messages(is_terminal: bool) -> Iterator[str]:
-    """Messages from the terminal or from standard input, until it ends."""
-    session = PromptSession(history=InMemoryHistory()) if is_terminal else None
+# -- what is asked ---------------------------------------------------------------------------------------------------
+
+
+class PrivateHistory(FileHistory):
+    """What was typed, in a file that only its owner may read."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY, 0o600)
+        os.fchmod(descriptor, 0o600)
+        os.close(descriptor)
+        super().__init__(str(path))
+
+    def store_string(self, string: str) -> None:
+        """Keep a line, unless it is no text."""
+        with contextlib.suppress(UnicodeEncodeError):
+            string.encode()
+            super().store_string(string)
+
+
+def open_history(arguments: argparse.Namespace, notes: Console) -> History:
+    """The history that is asked for; without a place for it, one that ends with the client."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    try:
+        if not arguments.no_history:
+            return PrivateHistory((arguments.history or Path(state) / "coda/chat_history").expanduser())
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        notes.print(f"the history is not kept: {error}", style="dim", markup=False, soft_wrap=True)
+    return InMemoryHistory()
+
+
+def read_messages(session: PromptSession | None) -> Iterator[str]:
+    """Messages from the terminal, or without a session from standard input, until it ends."""
+    if session is None:
+        yield from _piped_messages()
+        return
     while True:
         try:
-            line = session.prompt("> ") if session else _next_line()
+            line = session.prompt("> ", multiline=False, bottom_toolbar=None)
             if line.strip() == QUOTES:
-                block = []
-                while (more := session.prompt("... ") if session else _next_line()).strip() != QUOTES:
-                    block.append(more)
-                line = "\n".join(block)
+                line = _block(lambda: session.prompt("... "))
+            elif line.strip() == "/multi":
+                line = session.prompt("", multiline=True, bottom_toolbar="Esc Enter sends it, Ctrl-C drops it")
         except EOFError:
             return
-        except UnicodeDecodeError as error:
-            raise SystemExit(f"error: the input is not UTF-8: {error.reason} at byte {error.start}") from error
         except KeyboardInterrupt:
             continue
         if line.strip():
             yield line
+
+
+def _piped_messages() -> Iterator[str]:
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")  # the decoding of sys.stdin depends on the locale
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"error: the input is not UTF-8: {error.reason} at byte {error.start}") from error
+    if not is_command(text.lstrip().partition("\n")[0]):
+        if text.strip():
+            yield text.replace("\r\n", "\n").removesuffix("\n")
+        return
+    lines = iter([line.removesuffix("\n").removesuffix("\r") for line in io.StringIO(text, newline="\n")])
+    for line in lines:
+        if line.strip() in (QUOTES, "/multi"):
+            line = _block(lambda: next(lines, QUOTES))
+        if line.strip():
+            yield line
+
+
+def _block(next_line: Any) -> str:
+    """Lines up to one of three double quotes."""
+    return "\n".join(iter(lambda: QUOTES if (line := next_line()).strip() == QUOTES else line, QUOTES))
 
 
 def utf8_text(text: str) -> str:
@@ -129,61 +145,135 @@ def utf8_text(text: str) -> str:
     return text
 
 
-def _next_line() -> str:
-    line = sys.stdin.buffer.readline()  # the decoding of sys.stdin depends on the locale
-    if not line:
-        raise EOFError
-    return line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+def gapped_text(arguments: argparse.Namespace) -> tuple[list[str], list[int] | None]:
+    """The pieces of the file around its gaps, and the lengths of these where they have one.
+
+    Raises:
+        UserError: the file cannot be read, or its gaps make no sense.
+    """
+    path = arguments.infill
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = content.decode()
+    except OSError as error:
+        raise UserError(f"--infill {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--infill {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    if arguments.lines is not None:
+        first, last = arguments.lines
+        lines = text.splitlines(keepends=True)
+        if last > len(lines):
+            raise UserError(f"--lines must be within 1-{len(lines)}, got {first}-{last}")
+        ending = lines[last - 1][len(lines[last - 1].rstrip("\r\n")) :]
+        return ["".join(lines[: first - 1]), ending + "".join(lines[last:])], None
+    pieces, lengths = read_gaps(text, None)
+    if None not in lengths:
+        return pieces, lengths
+    if any(lengths):
+        raise UserError("every gap needs a length, or none: <gap> and <gap:LENGTH> cannot stand in one text")
+    return pieces, None
 
 
-def run_command(text: str, conversation: Conversation, console: Console) -> bool:
-    """Carry out a /command; False for /exit."""
-    name, _, argument = text.strip().partition(" ")
-    if name == "/exit":
-        return False
-    if name == "/reset":
-        conversation.turns.clear()
-        console.print("the conversation is forgotten", style="dim")
-    elif name == "/system":
-        if argument.strip():
-            conversation.system = argument.strip()
-            conversation.turns.clear()
-        console.print(f"system: {conversation.system or '(none)'}", style="dim", markup=False)
-    elif name == "/help":
-        console.print(COMMANDS, style="dim", markup=False)
-    else:
-        console.print(f"unknown command {name}\n{COMMANDS}", style="red", markup=False)
-    return True
+def line_range(text: str) -> tuple[int, int]:
+    """First and last line, from `12` or `12-15`.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise argparse.ArgumentTypeError(f"must be a line, or FIRST-LAST, counted from 1; got {text!r}")
+    return first, last
 
 
-def answer(text: str, conversation: Conversation, show_meta: bool, notes: Console) -> None:
-    """Ask, and write the answer to standard output as it comes."""
+# -- what comes back -------------------------------------------------------------------------------------------------
+
+
+def show(parts: Iterator[Part], conversation: Conversation, notes: Console) -> tuple[str, str]:
+    """Write an answer to standard output as it comes, or at its end where the canvas is shown.
+
+    Returns:
+        The text, and a line about its cost.
+    """
     started = time.monotonic()
     first_text_s = usage = None
-    for piece, usage_so_far in conversation.ask(text):
-        usage = usage_so_far or usage
-        if piece and first_text_s is None:
-            first_text_s = time.monotonic() - started
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    pieces: list[str] = []
+    with contextlib.closing(parts), contextlib.ExitStack() as stack:
+        canvas = stack.enter_context(CanvasDisplay(notes)) if conversation.shows_canvas else None
+        for part in parts:
+            usage = part.usage or usage
+            if part.text and first_text_s is None:
+                first_text_s = time.monotonic() - started
+            pieces.append(part.text)
+            if canvas is None:
+                sys.stdout.write(part.text)
+                sys.stdout.flush()
+            elif part.canvas is not None:
+                canvas.show(part.canvas)
+    if conversation.shows_canvas:
+        sys.stdout.write("".join(pieces))
+    cost = describe(usage, time.monotonic() - started, first_text_s if conversation.stream else None)
+    return "".join(pieces), cost
+
+
+def answer(text: str, conversation: Conversation, arguments: argparse.Namespace, notes: Console, again: bool) -> None:
+    """Ask, and show the answer."""
+    _, cost = show(conversation.ask(text, again=again), conversation, notes)
     sys.stdout.write("\n")
     sys.stdout.flush()
-    if show_meta:
-        seconds = time.monotonic() - started
-        line = describe(usage, seconds, first_text_s if conversation.stream else None)
-        notes.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+    if arguments.show_meta:
+        notes.print(cost, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def explain(error: openai.OpenAIError, base_url: str) -> str:
-    """What went wrong, and what to do."""
-    if isinstance(error, openai.APITimeoutError):
+def fill(conversation: Conversation, arguments: argparse.Namespace, notes: Console) -> None:
+    """Fill the gaps of a file; print the whole text, or put it into the file's place.
+
+    Raises:
+        UserError: the file cannot be read or written, or its gaps make no sense.
+    """
+    pieces, lengths = gapped_text(arguments)
+    if arguments.write:
+        conversation.stream = conversation.shows_canvas
+        with contextlib.redirect_stdout(io.StringIO()):
+            filled, cost = show(conversation.fill(pieces, lengths), conversation, notes)
+        _replace(Path(arguments.infill), pieces[0] + filled + pieces[-1])
+    else:
+        sys.stdout.write(pieces[0])
+        _, cost = show(conversation.fill(pieces, lengths), conversation, notes)
+        sys.stdout.write(pieces[-1])
+        sys.stdout.flush()
+    if arguments.show_meta:
+        notes.print(cost, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Put a text into a file's place, whole or not at all."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as new:
+            new.write(text.encode())
+        shutil.copymode(path, new.name)
+        os.replace(new.name, path)
+    except OSError as error:
+        raise UserError(f"--write {path}: {error.strerror}") from error
+
+
+def explain(error: Exception, base_url: str) -> str:
+    """What went wrong, and what to do, in a line."""
+    if isinstance(error, openai.APITimeoutError | httpx.TimeoutException):
         return f"the server at {base_url} did not answer in time; see --timeout"
     if isinstance(error, openai.APIConnectionError):
         return f"no server answers at {base_url}; start one with: bash serving/fast-api/start_server.sh"
+    if isinstance(error, httpx.HTTPError):
+        return f"the connection to {base_url} broke: {error}"
+    text = str(error)
     if isinstance(error, openai.APIStatusError):
         body = error.body if isinstance(error.body, dict) else {}
-        return f"the server answered {error.status_code}: {body.get('message', error.message)}"
-    return str(error)
+        text = f"the server answered {error.status_code}: {body.get('message', error.message)}"
+    return " ".join(text.split())[:1000]
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -192,81 +282,131 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="server, with or without /v1")
     parser.add_argument("--model", help="served name; by default the only one that the server has")
     parser.add_argument("--stream", action="store_true", help="print text as it becomes final")
+    parser.add_argument("--canvas", action="store_true", help="show the canvas while it is denoised, on a terminal")
     parser.add_argument("--show-meta", action="store_true", help="print latency, tokens, forwards and tokens/s")
     parser.add_argument("--system", type=utf8_text, help="system message")
     parser.add_argument("--api-key", help="key of the server; by default the variable API_KEY")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for an answer")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--history", type=Path, help="file of what was typed (~/.local/state/coda/chat_history)")
+    kept.add_argument("--no-history", action="store_true", help="forget what was typed at the end")
+    group = parser.add_argument_group("filling gaps")
+    group.add_argument("--infill", metavar="FILE", help="fill the gaps of this file; - is standard input")
+    group.add_argument("--lines", type=line_range, metavar="A-B", help="these lines of it are the gap")
+    group.add_argument("--write", action="store_true", help="put the filled text into the file, and print nothing")
     group = parser.add_argument_group("decoding settings", "by default the server's; none turns one off that can be")
     for setting in offered("server"):
         flag = f"--{setting.api.replace('_', '-')}"
         kind = setting.kind.__name__.upper()
-        group.add_argument(flag, type=partial(read_setting, setting), metavar=kind, help=setting.says)
-    return parser.parse_args(arguments)
+        group.add_argument(flag, type=partial(setting_value, setting), metavar=kind, help=setting.says)
+    known = parser.parse_args(arguments)
+    if known.infill is None and (known.lines is not None or known.write):
+        parser.error("--lines and --write are for --infill FILE")
+    if known.infill == "-" and known.write:
+        parser.error("--write needs a file, and --infill - is none")
+    if known.infill is not None and known.system is not None:
+        parser.error("--system is for a conversation, and --infill is none")
+    return known
 
 
-def read_setting(setting: Setting, text: str) -> object:
+def setting_value(setting: Setting, text: str) -> object:
     """A setting's value as the request wants it; the server checks what may hold.
 
     Raises:
         argparse.ArgumentTypeError: the text is no number, or no JSON where the setting takes no word.
     """
-    if setting.read(text) is None or setting.kind is str:
-        return text.lower() if setting.read(text) is None else text
     try:
-        return setting.kind(text) if setting.kind in (int, float) else json.loads(text)
+        return read_setting(setting, text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"invalid {setting.kind.__name__} value: {text!r}") from error
 
 
+def talk(conversation: Conversation, arguments: argparse.Namespace, notes: Console, base_url: str) -> int:
+    """Answer one message after the other; returns the exit status."""
+    session = None
+    if sys.stdin.isatty():
+        session = PromptSession(history=open_history(arguments, notes))
+        notes.print(f"{conversation.model} at {base_url}; /help lists the commands", style="dim", markup=False)
+    failed = False
+    for text in read_messages(session):
+        try:
+            utf8_text(text)
+            ask, again = text, False
+            word = text.split(maxsplit=1)[0]
+            if word in COMMANDS or (re.fullmatch(r"/\w*", word) and "\n" not in text):
+                outcome = run_command(text, conversation)
+                if outcome.is_end:
+                    break
+                if outcome.says:
+                    notes.print(outcome.says, style="dim", markup=False, highlight=False, soft_wrap=True)
+                ask, again = outcome.ask_again, True
+            if ask is not None:
+                answer(ask, conversation, arguments, notes, again)
+        except (argparse.ArgumentTypeError, UserError) as error:
+            failed = failed or not isinstance(error, UserError)
+            notes.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        except (openai.OpenAIError, httpx.HTTPError) as error:
+            failed = True
+            notes.print(
+                f"error: {explain(error, base_url)}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
+        except KeyboardInterrupt:
+            notes.print("\ninterrupted", style="dim")
+            if session is None:
+                return INTERRUPTED
+    return 1 if failed and session is None else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 1 when a message could not be answered."""
+    """Entry point; returns the exit status: 1 when a message could not be answered, 2 for a file that is no use."""
     args = parse_arguments(arguments)
     base_url = args.base_url.rstrip("/")
     base_url = base_url if base_url.endswith("/v1") else base_url + "/v1"
     notes = Console(stderr=True)
-    is_terminal = sys.stdin.isatty()
     client = openai.OpenAI(
         base_url=base_url,
         api_key=args.api_key or os.environ.get("API_KEY") or "none",
         timeout=args.timeout,
         max_retries=0,
     )
-
     names = [setting.api for setting in offered("server")]
-    failed = False
     try:
-        model = args.model or next(iter(client.models.list())).id
+        model = args.model or served_model(client)
         conversation = Conversation(
             client=client,
             model=model,
-            stream=args.stream,
+            stream=args.stream or args.canvas,
             settings={name: getattr(args, name) for name in names if getattr(args, name) is not None},
             system=args.system,
+            shows_canvas=args.canvas,
         )
-    except openai.OpenAIError as error:
-        notes.print(f"error: {explain(error, base_url)}", style="red", markup=False, soft_wrap=True)
+        if args.infill is None:
+            return talk(conversation, args, notes, base_url)
+        fill(conversation, args, notes)
+        return 0
+    except (openai.OpenAIError, httpx.HTTPError) as error:
+        notes.print(f"error: {explain(error, base_url)}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
-    if is_terminal:
-        notes.print(f"{model} at {base_url}; /help lists the commands", style="dim", markup=False)
-    for text in read_messages(is_terminal):
-        try:
-            utf8_text(text)
-        except argparse.ArgumentTypeError as error:
-            failed = True
-            notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-            continue
-        if text.startswith("/"):
-            if not run_command(text, conversation, notes):
-                break
-            continue
-        try:
-            answer(text, conversation, args.show_meta, notes)
-        except openai.OpenAIError as error:
-            failed = True
-            notes.print(f"error: {explain(error, base_url)}", style="red", markup=False, soft_wrap=True)
-        except KeyboardInterrupt:
-            notes.print("\ninterrupted", style="dim")
-    return 1 if failed and not is_terminal else 0
+    except UserError as error:
+        notes.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the answer is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def served_model(client: openai.OpenAI) -> str:
+    """The name of the model that a server has.
+
+    Raises:
+        UserError: what answers is no such server.
+    """
+    try:
+        return next(iter(client.models.list())).id
+    except (StopIteration, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(f"what answers at {client.base_url} lists no models: is it a server of this API?") from error
 
 
 if __name__ == "__main__":

@@ -1,0 +1,22 @@
+"""Gaps in a text as people write them: `<gap>`, or `<gap:12>` for one of 12 tokens."""
+
+import itertools
+import re
+
+from ..errors import UserError
+
+GAP = re.compile(r"<gap(?::(\d+))?>")
+
+
+def read_gaps(text: str, default_length: int | None) -> tuple[list[str], list[int | None]]:
+    """Split a text at its marks: the pieces, and the length of each gap.
+
+    Raises:
+        UserError: there is no mark.
+    """
+    marks = list(GAP.finditer(text))
+    if not marks:
+        raise UserError("the text for --infill holds no <gap> or <gap:LENGTH>")
+    borders = [0, *itertools.chain.from_iterable(mark.span() for mark in marks), len(text)]
+    pieces = [text[borders[i] : borders[i + 1]] for i in range(0, len(borders), 2)]
+    return pieces, [int(mark[1]) if mark[1] else default_length for mark in marks]

@@ -1,0 +1,1 @@
+"""The parts of the chat client: the conversation, its commands, and the canvas in the terminal."""

@@ -1,0 +1,135 @@
+"""What is asked of the server: the turns so far, the settings of the next answer, and texts with gaps."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import openai
+
+from CoDALanguageModel.errors import UserError
+
+
+class Part(NamedTuple):
+    """A part of an answer."""
+
+    text: str
+    usage: Any = None
+    canvas: dict[str, Any] | None = None
+    """What has changed of the canvas, where that is asked for."""
+
+
+@dataclass
+class Conversation:
+    """The messages so far, and how the next ones are asked."""
+
+    client: openai.OpenAI
+    model: str
+    stream: bool
+    settings: dict[str, object]
+    """Fields of the request, those that OpenAI's schema has not included."""
+
+    system: str | None = None
+    shows_canvas: bool = False
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def messages(self) -> list[dict[str, str]]:
+        """System message and turns."""
+        return [{"role": "system", "content": self.system}, *self.turns] if self.system else list(self.turns)
+
+    def ask(self, text: str, *, again: bool = False) -> Iterator[Part]:
+        """Send `text`, or the last message `again`; yield the parts of the answer, in the last one the usage.
+
+        A turn that fails, or is left, changes nothing.
+        """
+        before = list(self.turns)
+        if again:
+            del self.turns[-2:]
+        self.turns.append({"role": "user", "content": text})
+        pieces: list[str] = []
+        try:
+            create = self.client.chat.completions.create
+            for part in self._parts(create, lambda choice: choice.message.content, messages=self.messages()):
+                pieces.append(part.text)
+                yield part
+        except BaseException:
+            self.turns = before
+            raise
+        self.turns.append({"role": "assistant", "content": "".join(pieces)})
+
+    def fill(self, pieces: list[str], lengths: list[int] | None) -> Iterator[Part]:
+        """The parts of what stands between the first and the last of `pieces`, of gaps of unknown length if None."""
+        infill = {"pieces": pieces, "lengths": lengths or "auto"}
+        return self._parts(
+            self.client.completions.create, lambda choice: choice.text, extra={"infill": infill}, prompt=None
+        )
+
+    def take_back(self) -> str | None:
+        """Forget the last message and its answer; returns the message, or None if there is none."""
+        if not self.turns:
+            return None
+        message = self.turns[-2]["content"]
+        del self.turns[-2:]
+        return message
+
+    def save(self, path: Path) -> None:
+        """Write the conversation as JSON.
+
+        Raises:
+            UserError: the file is there and is something else.
+            OSError: it cannot be written.
+        """
+        if path.exists():
+            try:
+                _read(path)
+            except UserError as error:
+                raise UserError(f"{path} is no saved conversation, and stays as it is") from error
+        told = {"model": self.model, "system": self.system, "settings": self.settings, "messages": self.turns}
+        path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+    def load(self, path: Path) -> None:
+        """Go on with a saved conversation; the model and the settings stay those of now.
+
+        Raises:
+            UserError: the file holds none.
+            OSError: it cannot be read.
+        """
+        saved = _read(path)
+        self.system, self.turns = saved["system"], saved["messages"]
+
+    def _parts(
+        self, create: Any, text_of: Any, *, extra: dict[str, Any] | None = None, **fields: Any
+    ) -> Iterator[Part]:
+        asked = {"model": self.model, "extra_body": self.settings | (extra or {}), **fields}
+        if not self.stream:
+            answer = create(**asked)
+            yield Part(text_of(answer.choices[0]) or "", answer.usage)
+            return
+        options: dict[str, Any] = {"include_usage": True} | ({"include_canvas": True} if self.shows_canvas else {})
+        with create(**asked, stream=True, stream_options=options) as events:
+            for event in events:
+                if not event.choices:
+                    yield Part("", event.usage)
+                    continue
+                choice = event.choices[0]
+                text = choice.delta.content if hasattr(choice, "delta") else choice.text
+                yield Part(text or "", event.usage, (choice.model_extra or {}).get("canvas"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is no saved conversation: {error}") from error
+    turns = saved.get("messages") if isinstance(saved, dict) else None
+    is_right = isinstance(turns, list) and all(
+        isinstance(turn, dict)
+        and turn.keys() == {"role", "content"}
+        and turn["role"] == ("user", "assistant")[place % 2]
+        and isinstance(turn["content"], str)
+        for place, turn in enumerate(turns)
+    )
+    if not is_right or len(turns) % 2 or not isinstance(saved.get("system"), str | None):
+        raise UserError(f"{path} is no saved conversation: needs messages of user and assistant in turn, and system")
+    return saved
