@@ -160,22 +160,20 @@ def load_tokenizer(folder: Path, gguf: dict[str, str], family: Family | None = N
     """Load the tokenizer of a folder; that of a published family without the code that lies beside it.
 
     Raises:
-        UserError: the folder has none.
+        UserError: the folder has none that can be loaded.
     """
     if not gguf and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
             f"{str(folder)!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)}): name its folder with --tokenizer"
         )
     check_tokenizer(folder)
-    if family is None or family.is_autoregressive:
-        try:
+    try:
+        if family is None or family.is_autoregressive:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **gguf)
-        except ValueError as error:
-            raise UserError(
-                f"{str(folder)!r} holds no tokenizer that loads without code of its own: {error}"
-            ) from error
-    is_whole = (folder / "tokenizer.json").is_file()
-    tokenizer = (PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer).from_pretrained(folder)
+        is_whole = (folder / "tokenizer.json").is_file()
+        tokenizer = (PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer).from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{str(folder)!r} holds no tokenizer that loads without code of its own: {error}") from error
     tokenizer.init_kwargs.pop("auto_map", None)  # which names that code, and would be written into the new folder
     return tokenizer
 

@@ -50,6 +50,7 @@ from .schedule import Commit as Commit  # isort: skip
 from .scoring import Scorer as Scorer  # isort: skip
 from .speculation import Speculation as Speculation  # isort: skip
 from .stepwise import Stepwise as Stepwise  # isort: skip
+from .streamers import Feed as Feed  # isort: skip
 from .vocabulary import Vocabulary as Vocabulary  # isort: skip
 from .weight_files import check_weights as check_weights  # isort: skip
 

@@ -12,8 +12,8 @@ The stages, each in a process of its own with a time limit; what one measured st
 - `adaptation`: on a GPU, the time it has; infilling before and after.
 
 The same command goes on where it stopped: a stage is done again where the model's files, its settings or its limit
-changed, and answers that are there are never made again. The report is `real_model.json` and `real_model.md` in
-`--output`; other models that it holds stay. `CODA_EVAL_DATA` says where the problems are.
+changed, and problems that were answered sixteen by sixteen are not answered again. The report is `real_model.json` and
+`real_model.md` in `--output`; other models that it holds stay. `CODA_EVAL_DATA` says where the problems are.
 """
 
 import argparse

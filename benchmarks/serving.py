@@ -155,7 +155,7 @@ def process(checkout: Path, folder: Path, variables: dict[str, str]) -> Iterator
 def thread(folder: Path, variables: dict[str, str]) -> Iterator[str]:
     """Run this checkout's server in a thread; gives its URL."""
     app, listener = load_app(settings_of(folder, variables)), bind("127.0.0.1", 0)
-    server = Server(uvicorn.Config(app, log_config=None, log_level="error"), app.state.engine, 0)
+    server = Server(uvicorn.Config(app, log_config=None, log_level="error"), app.state.engine, 5)
     runs = threading.Thread(target=server.run, args=([listener],))
     runs.start()
     try:
@@ -322,6 +322,8 @@ def case_closed(bench: Bench) -> dict[str, Any]:
         for name in bench.contenders:
             runs[name].append(bench.closed(name))
     clients = f"{len(bench.work)} clients, {sum(map(len, bench.work))} requests; median of {bench.rounds} rounds"
+    asked, came = (sum(body["max_tokens"] for body in sum(bench.work, [])), sum(one.tokens for one in runs["this"][0]))
+    clients += f"; {asked} tokens asked for, {came} came before the texts ended"
     goal = "goal: >= 3x requests/s of the published logic, >= 2x of the commit before the open loop"
     return comparison(runs) | {"notes": [clients, *equal_answers(runs), goal]}
 
@@ -524,7 +526,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error(f"--model must be a folder, got {options.model}: quickstart.sh makes it")
     logging.disable(logging.WARNING)
     where = [f"CPU {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", options.note]
-    where.append(f"against {options.against.resolve().name}" if options.against else None)
+    if options.against:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=options.against, capture_output=True, text=True
+        )
+        where.append(f"against is {head.stdout.strip() or 'another checkout'}")
     stored = HERE / "serving.json"
     numbers = json.loads(stored.read_text()) if stored.is_file() and not options.tiny else {}
     benches: dict[str, Bench] = {}

@@ -7,6 +7,7 @@ Both keep their answers in journals, as `python -m coda_eval run --resume` does.
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -140,11 +141,11 @@ def tell(roads: Sequence[Road], chunks: Sequence[range], all_: int) -> None:
     for road in roads:
         records = found[road.name]
         passed = sum(record.score == 1 for record in records)
-        low, high = wilson_interval(passed / len(records), len(records))
-        tokens = sum(record.new_tokens for record in records)
-        share = {"pass@1": passed / len(records), "low": low, "high": high}
+        tokens = [record.new_tokens for record in records]
         facts = {"road": f"--model {road.name}", "task": road.benchmark, "problems": len(records), "of": all_}
-        say(_id=road.name, **facts, passed=passed, **share, new_tokens=tokens, **road.spent(done))
+        facts |= {"passed": passed, "pass@1": passed / len(records), "wilson95": interval(passed, len(records))}
+        facts |= {"new_tokens": sum(tokens), "cut_by_length": sum(number >= NEW_TOKENS for number in tokens)}
+        say(_id=road.name, **facts, **road.spent(done))
     pairs = list(zip(*found.values(), strict=True))
     right = [(a.score == 1, b.score == 1) for a, b in pairs]
     only = right.count((True, False)), right.count((False, True))
@@ -156,6 +157,11 @@ def tell(roads: Sequence[Road], chunks: Sequence[range], all_: int) -> None:
         **{f"only_{name}": count for name, count in zip(found, only, strict=True)},
         mcnemar_p=mcnemar_p(*only),
     )
+
+
+def interval(passed: int, count: int) -> list[float]:
+    """Wilson's, of a share of so many."""
+    return [round(bound, 4) for bound in wilson_interval(passed / count, count)]
 
 
 def explain(task: Task, first: Sequence[Record], second: Sequence[Record]) -> None:
@@ -173,32 +179,24 @@ def explain(task: Task, first: Sequence[Record], second: Sequence[Record]) -> No
 
 @torch.no_grad()
 def parting(model: Any, tokenizer: Any, prompt: str, texts: dict[str, str]) -> dict[str, Any]:
-    """At which token each text leaves the greedy decoding of the prompt alone, and the two best tokens' margin there.
+    """The token at which two answers part, and by how many nats the model prefers the one to the other there.
 
     Args:
         model: transformers' own.
         tokenizer: its.
         prompt: as the chat template writes it.
-        texts: by road.
+        texts: the answers, by road.
     """
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    settings = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, **settings)
-    new = made.sequences[0, ids.shape[1] :].tolist()
-    margins = [first - second for first, second in (row[0].topk(2).values.tolist() for row in made.scores)]
-    facts: dict[str, Any] = {}
-    for road, text in texts.items():
-        left = next((at for at in range(len(new)) if not agrees(tokenizer, new[: at + 1], text)), len(new))
-        ended = tokenizer.decode(new[:left], skip_special_tokens=True).startswith(text)
-        facts[f"{road}_parts_at"] = "nowhere" if ended else left
-        facts[f"{road}_margin"] = None if ended or left == len(new) else margins[left]
-    return facts | {"smallest_margin": min(margins)}
-
-
-def agrees(tokenizer: Any, ids: list[int], text: str) -> bool:
-    """Whether tokens are the beginning of a text, or go on from its end; half a character agrees with anything."""
-    read = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip("\ufffd")
-    return text.startswith(read) or read.startswith(text)
+    first, second = (tokenizer(prompt + text, add_special_tokens=False)["input_ids"] for text in texts.values())
+    place = len(os.path.commonprefix([first, second]))
+    ends = tokenizer.convert_ids_to_tokens([*first[place : place + 1], *second[place : place + 1]])
+    facts: dict[str, Any] = {"parts_behind": tokenizer.decode(first[max(0, place - 8) : place]), "tokens": ends}
+    if len(ends) < len(texts):  # one is the beginning of the other
+        return facts | {"nats_ahead": None, "best_is_ahead_by": None}
+    scores = model(input_ids=torch.tensor([first[:place]]), logits_to_keep=1).logits[0, -1]
+    best = scores.topk(2).values
+    ahead = scores[first[place]] - scores[second[place]]
+    return facts | {"nats_ahead": ahead.item(), "best_is_ahead_by": (best[0] - best[1]).item()}
 
 
 def infilling(task: Task) -> None:
@@ -214,11 +212,12 @@ def infilling(task: Task) -> None:
         except SystemExit as error:  # the model, or the problems, are none that this is for
             if done or "fill-in-the-middle" not in str(error):
                 raise
-            say(what=name, skipped=str(error).partition("UserError: ")[2])
+            reason = str(error).partition("UserError: ")[2].removesuffix(")")
+            say(what=name, skipped=reason.replace(repr(str(task.source)), "the model"))
             return
         done.append(places)
         records = road.records(done)
-        share = sum(record.score for record in records) / len(records)
-        low, high = wilson_interval(share, len(records))
-        facts = {"task": name, "problems": len(records), "of": len(road.documents), "score": share}
-        say(_id=name, **facts, low=low, high=high, **road.spent(done))
+        passed = sum(record.score == 1 for record in records)
+        facts = {"task": name, "problems": len(records), "of": len(road.documents), "passed": passed}
+        facts |= {"pass@1": passed / len(records), "wilson95": interval(passed, len(records))}
+        say(_id=name, **facts, **road.spent(done))

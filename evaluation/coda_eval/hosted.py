@@ -222,8 +222,12 @@ class Begins(LogitsProcessor):
             return scores
         scores = scores.clone()
         for place, row in enumerate(rows):
-            tail = self.tails[place if len(self.tails) > 1 else 0]
-            if left := tail[sum(len(self.model.pieces[token]) for token in row[: len(tail)]) :]:
+            left = self.tails[place if len(self.tails) > 1 else 0]
+            for token in row:
+                if not left:  # later tokens may have no text
+                    break
+                left = left[len(self.model.pieces[token]) :]
+            if left:
                 allowed = self.model.may_begin(left).to(scores.device)
                 scores[place, : len(allowed)].masked_fill_(~allowed, -torch.inf)
                 scores[place, len(allowed) :] = -torch.inf

@@ -440,6 +440,7 @@ class _Zygote:
                 "HOME": "/tmp",
                 "TMPDIR": "/tmp",
                 "LANG": "C.UTF-8",
+                "USER": "candidate",  # no file of users knows the one that it runs as
                 "OPENBLAS_NUM_THREADS": "1",
                 "OMP_NUM_THREADS": "1",
                 "CODA_EVAL_PID": str(os.getpid()),

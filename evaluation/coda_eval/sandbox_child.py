@@ -121,7 +121,10 @@ def serve(shared):
 
 
 def main(shared, job_fd, tests_fd, report_fd, setup_fd):
-    """Build the walls of one program, say on the set-up pipe that they stand, run and report. Never returns."""
+    """Build the walls of one program, run it and report. Never returns.
+
+    The candidate's process says on the set-up pipe that they stand, once it knows that the checker has its own.
+    """
     try:
         if shared["nested"]:
             enter_namespaces(user=False)
@@ -147,8 +150,8 @@ def main(shared, job_fd, tests_fd, report_fd, setup_fd):
         signal.signal(signal.SIGCHLD, collect)
         (requests, asked), (answers, answered), (gate_reader, gate) = os.pipe(), os.pipe(), os.pipe()
         if not os.fork():
-            become_candidate(job, Line(requests, answered), setup_fd, gate)
-        for fd in (requests, answered, gate):
+            become_candidate(job, Line(requests, answered), setup_fd, gate_reader)
+        for fd in (requests, answered, gate_reader):
             os.close(fd)
         del job["candidate"]
         os.chdir("/")
@@ -156,13 +159,13 @@ def main(shared, job_fd, tests_fd, report_fd, setup_fd):
         drop_privileges(job["checker_uid"])
         die_with_parent()
         refuse_system_calls(None)
-        stands = os.read(gate_reader, 1) == b"!"
+        os.write(gate, b"!")
+    except BrokenPipeError:  # the candidate's process has said why
+        os._exit(1)
     except (OSError, ImportError) as error:
         complain(setup_fd, error)
-    if not stands:  # the candidate's process has said why
-        os._exit(1)
-    os.write(setup_fd, b"ready\n")
-    os.close(setup_fd)  # nothing the candidate does looks like a fault of the sandbox: it never had this pipe
+    for fd in (gate, setup_fd):
+        os.close(fd)
     status, error = check(Client(Line(answers, asked)), tests_fd)
     line = f"{status} {error}".encode("ascii", "backslashreplace")[:2000]
     os.write(report_fd, line.replace(b"\n", b"\\n") + b"\n")

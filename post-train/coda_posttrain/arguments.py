@@ -364,6 +364,10 @@ def check_weights(host: Mapping[str, Any]) -> None:
     folder = Path(host["model_name_or_path"])
     problem = weights_problem(folder) if folder.is_dir() else ""
     if problem:
+        from CoDALanguageModel.weight_files import refuse_pointer  # brings torch, which nothing else here needs
+
+        for file in folder.glob("*.safetensors"):
+            refuse_pointer(file)
         raise UserError(f"model_name_or_path={str(folder)!r} cannot be used: {problem}")
 
 

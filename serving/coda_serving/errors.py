@@ -173,7 +173,7 @@ def from_validation(errors: list[dict[str, Any]]) -> ApiError:
         path = [*path, fault["loc"][-1]]
         return invalid(f"unknown field {'.'.join(map(str, path))!r}", ".".join(map(str, path)), "unknown_field")
     param = ".".join(map(str, path)) or None
-    if fault["type"].endswith("_type"):
+    if fault["type"].endswith("_type") or fault["type"] == "literal_error":
         named = next((part for part in reversed(path) if isinstance(part, str)), None)
         if named in SEVERAL_KINDS and len(errors) > 1:
             return invalid(f"{param}: must be {SEVERAL_KINDS[named]}, got {_shorten(fault.get('input'))}", param=param)

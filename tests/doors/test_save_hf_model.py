@@ -552,6 +552,7 @@ LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize
         ("empty", "model.safetensors' is not a whole safetensors file"),
         ("quantised", "quantised weights are not supported: .*config.json' says quant_method 'awq'"),
         ("tokenizer", "tokenizer.json' is a Git LFS pointer"),
+        ("tokenizer cut", "source' holds no tokenizer that loads without code of its own: "),
         ("shard", "model-2.safetensors' is missing, which its index names"),
         ("gguf", "model.gguf' is not a GGUF file"),
         ("gguf cut", "model.gguf' is not a whole GGUF file"),
@@ -570,6 +571,8 @@ def test_broken_files_are_named_in_one_line(name, message, tmp_path, capsys):
         weights.write_text(LFS_POINTER)
     elif name == "tokenizer":
         (source / "tokenizer.json").write_text(LFS_POINTER)
+    elif name == "tokenizer cut":
+        (source / "tokenizer.json").write_text((source / "tokenizer.json").read_text()[:-99])
     elif name == "quantised":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
     elif name == "shard":

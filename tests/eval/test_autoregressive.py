@@ -114,8 +114,9 @@ def test_blocks_of_one_token_say_what_the_same_weights_say(newline_model):
     asked += [request("def f():\n", until=["    ret"]), request("x "), request("a\n", until=["\n"])]
     theirs = AutoregressiveModel(model, tokenizer=tokenizer, batch_size=4).generate_until(asked, True)
     twin = build_model(model, tokenizer, {"attention": "block_causal", "block_size": 1})
-    ours = CoDAEvalModel(twin, tokenizer=tokenizer, batch_size=4, temperature=0, steps=12)
-    assert list(ours.generate_until(asked, True)) == list(theirs)
+    for settings in ({"batch_size": 4}, {"batch_size": 1, "kv_cache": "none"}, {"batch_size": 3, "speculate": 2}):
+        ours = CoDAEvalModel(twin, tokenizer=tokenizer, temperature=0, steps=12, **settings)
+        assert list(ours.generate_until(asked, True)) == list(theirs)
     assert theirs[0] == "    return a"
     wide = build_model(model, tokenizer, {"attention": "block_causal", "block_size": 2})
     as_it_is = CoDAEvalModel(wide, tokenizer=tokenizer, temperature=0, steps=12)._job(0, asked[0], 0)

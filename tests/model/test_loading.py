@@ -171,9 +171,12 @@ def test_broken_shards_and_pytorch_files_are_named(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     check_weights(tmp_path)
     whole = (tmp_path / "pytorch_model.bin").read_bytes()
-    (tmp_path / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="pytorch_model.bin' is not a whole PyTorch file"):
-        check_weights(tmp_path)
+    for content in (whole[: len(whole) // 2], b"", b"<html>404</html>"):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ValueError, match="pytorch_model.bin' is not a whole PyTorch file"):
+            check_weights(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    check_weights(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_named(make_model):

@@ -181,6 +181,11 @@ def test_a_tokenizer_beside_a_model_with_code_of_its_own_is_loaded_without_a_que
 def test_a_model_without_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}: no tokenizer"):
         Codec.load(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
+    with pytest.raises(ValueError, match="tokenizer_config.json' is a Git LFS pointer"):
+        Codec.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("refused", ["messages|length > 1", "messages[0]['role'] != 'system'", "messages|length != 3"])
