@@ -373,7 +373,7 @@ def test_a_model_with_code_of_its_own_is_refused_by_its_type_without_a_question(
     settings["auto_map"] = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
     settings["tokenizer_class"] = "OwnTokenizer"
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="has no tokenizer that loads without code of its own"):
+    with pytest.raises(ValueError, match="holds no tokenizer that loads without code of its own"):
         convert(str(tmp_path / "plain"), str(tmp_path / "other"), tokenizer_dir=str(source), check=False)
 
 
