@@ -307,17 +307,16 @@ def claim_folder(output_path: str | None, resume: bool = False) -> Path | None:
         return None
     output = Path(output_path)
     folder = _folder_of(output)
-    if not speaks():
-        return output  # the first process looks for all: its answers may already be there
-    if not resume and (found := [*results_in(output), *sorted(folder.glob(FILES))]):
+    # The first process looks for all: its answers may already be there.
+    if speaks() and not resume and (found := [*results_in(output), *sorted(folder.glob(FILES))]):
         raise UserError(
             f"--output_path {output_path!r} holds results of an earlier run ({found[0]}), which could not be told from "
             "the new ones: give another folder, remove them, or go on with that run by --resume"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        if speaks():
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"nothing can be written to --output_path {output_path!r}: {error}") from error
     return output
