@@ -31,7 +31,7 @@ from rich.markdown import Markdown
 
 from coda_eval import sandbox, sandbox_watch, sweep
 from coda_eval.comparison import markdown_table
-from coda_eval.data import DATA_VARIABLE, documents, problem
+from coda_eval.data import DATA_VARIABLE, benchmark_of, documents, problem
 from coda_eval.harness import CoDAEvalModel
 from coda_eval.hosted import on_device
 from coda_eval.programs import Answer, program_of
@@ -314,7 +314,12 @@ def case_regimes(options: argparse.Namespace) -> dict[str, Any] | None:
         settings = {"pretrained": str(model), "max_new_tokens": 128, "block_length": 32, "temperature": 0}
         words += ["--model", "coda", "--model_args", json.dumps(settings), "--tasks", options.task]
         words += ["--apply_chat_template", "--batch_size", "16", "--output_path", folder, "--device", "cpu"]
-        words += ["--limit", str(options.limit)] if options.limit else []
+        if options.without:
+            rows = documents(benchmark_of(options.task), os.environ.get(DATA_VARIABLE))["test"]
+            kept = [place for place, row in enumerate(rows) if row["task_id"] not in options.without]
+            words += ["--samples", json.dumps({options.task: kept[: options.limit]})]
+        elif options.limit:
+            words += ["--limit", str(options.limit)]
         with mock.patch.object(sys, "argv", ["coda_eval"]):
             sweep.main(words)
         found = json.loads(Path(folder, "sweep.json").read_text())
@@ -335,7 +340,8 @@ def case_regimes(options: argparse.Namespace) -> dict[str, Any] | None:
             + [f"{one['tokens_per_forward']:.2f}"]
         )
     header = ["regime", "pass@1 (95 %)", "documents", "s per answer", "speed-up", "tokens per forward pass"]
-    return {"header": header, "rows": rows, "notes": [options.task], "goal": ""}
+    notes = [options.task, *(f"without {name}, whose prompt leaves it no room" for name in options.without)]
+    return {"header": header, "rows": rows, "notes": notes, "goal": ""}
 
 
 def case_batch(options: argparse.Namespace) -> dict[str, Any]:
@@ -410,6 +416,7 @@ def main() -> None:
     parser.add_argument("--run_dir", type=Path, default=HERE.parent / "runs" / "quickstart", help="of quickstart.sh")
     parser.add_argument("--task", default="quickstart_problems", help="of the case regimes")
     parser.add_argument("--limit", type=int, help="documents of the case regimes")
+    parser.add_argument("--without", nargs="*", default=[], help="ids of documents that the case regimes leaves out")
     parser.add_argument("--note", default="", help="what else is to be said of the machine")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
