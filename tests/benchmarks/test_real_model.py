@@ -117,10 +117,13 @@ class ServerHere:
 
 def test_every_stage_of_a_random_model_in_a_gguf_file(tmp_path, monkeypatch, chatml_tokenizer):
     import real_model
+    from gpu import adaptation, section
+    from gpu.section import Section
     from real import model, roads, serving, task
     from real.stages import STAGES
 
     given = tmp_path / "random.gguf"
+    (tmp_path / "adapt").mkdir()
     weights = write_gguf(given, chatml_tokenizer)
     write_problems(tmp_path)
     monkeypatch.setenv("CODA_EVAL_DATA", str(tmp_path))
@@ -130,7 +133,8 @@ def test_every_stage_of_a_random_model_in_a_gguf_file(tmp_path, monkeypatch, cha
     for name, value in (("NEW_TOKENS", 12), ("GAP_TOKENS", 12), ("CHUNK", 2)):
         monkeypatch.setattr(roads, name, value)
     said = []
-    monkeypatch.setattr(task, "emit", lambda facts: said.append(json.loads(json.dumps(facts))))
+    for module in (task, section, adaptation):
+        monkeypatch.setattr(module, "emit", lambda facts: said.append(json.loads(json.dumps(facts))))
     whole = task.Task(given, tmp_path, None, real_model.hash_of(given))
 
     def measured(stage):
@@ -162,6 +166,10 @@ def test_every_stage_of_a_random_model_in_a_gguf_file(tmp_path, monkeypatch, cha
     assert [row["texts_as_alone"] for row in measured("serving").values()] == [8, 8]
     if not torch.cuda.is_available():
         assert "no GPU" in measured("adaptation")[0]["skipped"]
+    said.clear()
+    adaptation.adaptation(Section(torch.device("cpu"), True, whole.source, time.monotonic() + 600, tmp_path / "adapt"))
+    assert not [row for row in said if "error" in row]
+    assert [row["when"] for row in said if row.get("what") == "infilling"][1:] == ["before", "after"]
     monkeypatch.setattr(roads.run, "load_model", None)  # all answers are there
     assert measured("humaneval")["both"] == found["both"]
 
