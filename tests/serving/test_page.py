@@ -83,6 +83,10 @@ def visit(chromium, url, monkeypatch):
     with contextlib.ExitStack() as contexts:
         faults = []
 
+        def is_fault(said):
+            # Chromium itself tells of each request that fails and each status of 400 and above.
+            return said.type == "error" and not said.text.startswith("Failed to load resource")
+
         def open_page(address=url, *, width=1280, height=800, **options):
             context = chromium.new_context(viewport={"width": width, "height": height}, **options)
             context.set_default_timeout(10_000)
@@ -90,8 +94,7 @@ def visit(chromium, url, monkeypatch):
             page = context.new_page()
             page.on("pageerror", lambda error: faults.append(str(error)))
             page.on("request", lambda request: request.url.startswith(address) or faults.append(request.url))
-            # Chromium itself tells of each request that fails and each status of 400 and above.
-            page.on("console", lambda said: said.text.startswith("Failed to load") or faults.append(said.text))
+            page.on("console", lambda said: is_fault(said) and faults.append(said.text))
             page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
             page.goto(address)
             return page
@@ -271,9 +274,17 @@ def test_what_runs_gives_way_to_what_is_asked_for(visit, model):
         page.get_by_role("button", name="Fill").click()
         page.get_by_role("button", name="Stop").wait_for()
     assert "tokens" in finished(page).locator(".cost").inner_text()
-    page.get_by_role("tab", name="Chat").click()
-    assert "stopped" in finished(page).locator(".cost").inner_text()
+    with model.gate.after(3):
+        page.get_by_role("button", name="Fill").click()
+        page.locator("#filled .map .committed").nth(2).wait_for()
+        page.get_by_role("tab", name="Chat").click()
+        assert "stopped" in finished(page).locator(".cost").inner_text()
+        send(page, "two")
+        page.get_by_role("button", name="Stop").wait_for()
+    assert finished(page, 1).locator(".canvas").inner_text() == ANSWER
     assert page.get_by_role("button", name="Send").is_visible()
+    page.get_by_role("tab", name="Infill").click()
+    assert "stopped" in finished(page).locator(".cost").inner_text()
 
 
 # -- settings, faults, key -------------------------------------------------------------------------------------------
@@ -344,6 +355,21 @@ def test_a_key_is_asked_for_once_and_kept_for_the_tab(visit, serving_fakes):
         send(page)
         assert finished(page).locator(".canvas").inner_text().strip() == "hello"
         assert KEY not in page.evaluate("JSON.stringify(localStorage) + document.cookie + location.href")
+
+
+def test_the_page_works_under_the_prefix_of_a_proxy(visit, serving_fakes):
+    app = serving_fakes.make_app(serving_fakes.FakeSampler())
+
+    async def below(scope, receive, send):
+        await app(scope | {"path": scope.get("path", "").removeprefix("/coda")}, receive, send)
+
+    with serving_fakes.served(below) as url:
+        page = visit(url + "/coda/")
+        send(page)
+        assert finished(page).locator(".canvas").inner_text().strip() == "hello"
+        page.get_by_role("link", name="API").click()
+        page.locator("article").first.wait_for()
+        assert page.url == url + "/coda/docs"
 
 
 # -- for everyone ----------------------------------------------------------------------------------------------------

@@ -165,14 +165,9 @@ class Answer {
       }
       this.changed.clear();
       const end = this.cells.findIndex((cell) => cell.text === null && cell.state === "committed");
-      if (end !== this.end) {
-        this.end = end;
-        this.cells.forEach((cell, place) => {
-          for (const element of [cell.span, cell.square]) element.classList.toggle("beyond", end >= 0 && place >= end);
-        });
-      } else if (end >= 0) {
-        for (const place of this.cells.keys()) if (place >= end) this.cells[place].span.classList.add("beyond");
-      }
+      this.cells.forEach((cell, place) => {
+        for (const element of [cell.span, cell.square]) element.classList.toggle("beyond", end >= 0 && place >= end);
+      });
       // The canvas never becomes smaller while it fills, so that nothing below it jumps.
       this.canvas.style.minHeight = `${this.canvas.offsetHeight}px`;
     });
@@ -266,8 +261,12 @@ function problem(error, again) {
 
 let running = null; // {abort, button}
 
-/** Stream one answer; false when it failed. */
+const stop = () => running?.abort.abort();
+const isRunning = (button) => running?.button === $(button);
+
+/** Stream one answer, to which what runs gives way; false when it failed. */
 async function stream(path, body, answer, button, isChat) {
+  stop();
   const abort = new AbortController();
   const word = button.textContent;
   running = { abort, button };
@@ -308,13 +307,11 @@ async function stream(path, body, answer, button, isChat) {
     answer.fault = error;
     return false;
   } finally {
-    if (running.abort === abort) running = null;
+    if (running?.abort === abort) running = null;
     button.textContent = word;
     button.classList.remove("stop");
   }
 }
-
-const stop = () => running?.abort.abort();
 
 // ---- chat
 
@@ -360,12 +357,12 @@ function fitMessage() {
 function setUpChat() {
   for (const sample of SAMPLES) {
     const button = make("button", { type: "button" }, sample);
-    button.addEventListener("click", () => { if (!running) chat(sample); });
+    button.addEventListener("click", () => chat(sample));
     $("samples").append(button);
   }
   $("chat-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (running) {
+    if (isRunning("send")) {
       stop();
       return;
     }
@@ -381,7 +378,7 @@ function setUpChat() {
   $("message").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
-      if (!running) $("chat-form").requestSubmit();
+      if (!isRunning("send")) $("chat-form").requestSubmit();
     }
   });
   $("clear").addEventListener("click", () => {
@@ -413,7 +410,7 @@ function countGaps() {
   const searched = lengths.length === 1 ? "its length is searched" : "their lengths are searched";
   const known = isAuto ? searched : `${plural(lengths.reduce((a, b) => a + b, 0), "token")} to fill`;
   $("gap-count").textContent = lengths.length ? `${plural(lengths.length, "gap")}, ${known}` : "No gap yet";
-  if (running?.button !== $("fill")) $("fill").disabled = lengths.length === 0;
+  if (!isRunning("fill")) $("fill").disabled = lengths.length === 0;
 }
 
 async function fill() {
@@ -440,7 +437,7 @@ function setUpInfill() {
   $("text").value = EXAMPLE;
   $("text").addEventListener("input", countGaps);
   $("text").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !running) $("infill-form").requestSubmit();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !isRunning("fill")) $("infill-form").requestSubmit();
   });
   $("insert-gap").addEventListener("click", () => {
     const box = $("text");
@@ -450,9 +447,8 @@ function setUpInfill() {
   });
   $("infill-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    const isFilling = running?.button === $("fill");
-    stop();
-    if (!isFilling) fill();
+    if (isRunning("fill")) stop();
+    else fill();
   });
   countGaps();
 }
