@@ -178,7 +178,7 @@ class Bench:
 
     Args:
         options: of the command line.
-        name: `quickstart` or `large`.
+        name: `quickstart`, or a shape of random weights.
         stack: ends the servers and removes the files.
     """
 
@@ -196,12 +196,24 @@ class Bench:
         elif name == "large":
             num, self.lengths = 1, (8, 16, 24)
         self.folder: Path = options.model.resolve()
-        if options.tiny or name == "large":
+        if options.tiny or name in SHAPES:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             tokenizer = train_tokenizer([program.body for program in programs], 512, self.folder, max_length=512)
             ids = {key: getattr(tokenizer, key) for key in ("mask_token_id", "pad_token_id", "eos_token_id")}
-            shape = TINY if options.tiny else LARGE
-            random_model(**shape, **ids, num_token_ids=len(tokenizer)).save_pretrained(self.folder)
+            hidden, intermediate, layers, heads, vocabulary = SHAPES["tiny" if options.tiny else name]
+            model = random_model(
+                hidden_size=hidden,
+                intermediate_size=intermediate,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                head_dim=hidden // heads,
+                vocab_size=vocabulary,
+                num_token_ids=len(tokenizer),
+                max_position_embeddings=512,
+                **ids,
+            )
+            model.save_pretrained(self.folder)
         self.work: Work = [
             [self._body(random.Random(f"client {client}, request {number}")) for number in range(num)]
             for client in range(options.clients)
@@ -264,11 +276,13 @@ class Bench:
         return [[seconds(body) for body in bodies] for bodies in self.work]
 
 
-TINY = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-TINY |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512}
-LARGE = {"vocab_size": 16384, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
-LARGE |= {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64, "max_position_embeddings": 512}
-"""110 million parameters."""
+SHAPES = {
+    # hidden, intermediate, layers, heads, vocabulary
+    "tiny": (32, 64, 2, 2, 512),
+    "small": (192, 512, 4, 3, 4096),  # that of the quickstart's model
+    "large": (768, 2048, 12, 12, 16384),  # 110 million parameters
+}
+"""Of models with random weights, whose texts do not end by themselves."""
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -437,7 +451,7 @@ def case_health(bench: Bench) -> dict[str, Any]:
 
 def case_late(bench: Bench) -> dict[str, Any]:
     """A short request that comes when a long one has done 15 %, against both at once."""
-    length, repeats = (16, 1) if bench.options.tiny else (200, 7)
+    length, repeats = (16, 1) if bench.options.tiny else (100, 5)
     # From left to right, so that every step shows a text; a gap, so that no end of the text cuts the answer short.
     common = {"temperature": 0, "block_length": 1, "suffix": "\n"}
     long = common | {"prompt": bench.prompts[0], "max_tokens": length, "steps": length}
@@ -466,7 +480,7 @@ CASES: dict[str, tuple[Callable[[Bench], dict[str, Any]], str]] = {
     "regimes": (case_regimes, "quickstart"),
     "offline": (case_offline, "quickstart"),
     "health": (case_health, "quickstart"),
-    "late": (case_late, "quickstart"),
+    "late": (case_late, "small"),
     "large_closed": (case_closed, "large"),
     "large_open": (case_open, "large"),
 }
