@@ -262,10 +262,11 @@ def explain(error: Exception, base_url: str) -> str:
     """What went wrong, and what to do, in a line."""
     if isinstance(error, openai.APITimeoutError | httpx.TimeoutException):
         return f"the server at {base_url} did not answer in time; see --timeout"
-    if isinstance(error, openai.APIConnectionError):
-        return f"no server answers at {base_url}; start one with: bash serving/fast-api/start_server.sh"
-    if isinstance(error, httpx.HTTPError):
-        return f"the connection to {base_url} broke: {error}"
+    if isinstance(error, openai.APIConnectionError | httpx.HTTPError):
+        cause = error.__cause__ or error
+        if type(cause).__name__ == "ConnectError":  # of whichever library the official client has inside
+            return f"no server answers at {base_url}; start one with: bash serving/fast-api/start_server.sh"
+        return f"the connection to {base_url} broke: {cause}"
     text = str(error)
     if isinstance(error, openai.APIStatusError):
         body = error.body if isinstance(error.body, dict) else {}
@@ -326,7 +327,8 @@ def talk(conversation: Conversation, arguments: argparse.Namespace, notes: Conso
     session = None
     if sys.stdin.isatty():
         session = PromptSession(history=open_history(arguments, notes))
-        notes.print(f"{conversation.model} at {base_url}; /help lists the commands", style="dim", markup=False)
+        hello = f"{conversation.model} at {base_url}; /help lists the commands"
+        notes.print(hello, style="dim", markup=False, highlight=False)
     failed = False
     for text in read_messages(session):
         try:

@@ -1,15 +1,28 @@
 """The chat client, piped and against a live server."""
 
+import fcntl
 import importlib.util
 import io
 import os
+import pty
 import re
+import select
+import stat
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import httpx
 import pytest
+from rich.console import Console
+
+from coda_serving.chat.canvas import CanvasDisplay
+from coda_serving.chat.commands import run_command
+from coda_serving.chat.conversation import Conversation
+from CoDALanguageModel.errors import UserError
 
 CLI = Path(__file__).resolve().parents[2] / "serving/fast-api/chat_cli.py"
 
@@ -95,3 +108,321 @@ def test_bytes_that_are_no_utf8_are_told_also_when_they_are_typed_or_an_argument
     with pytest.raises(SystemExit):
         cli.parse_arguments(["--system", "\udcff"])
     assert "the text is not UTF-8: byte 0xff at character 0" in capsys.readouterr().err
+
+
+# -- in this process -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys, tmp_path):
+    """Give a function that runs the client on piped bytes; returns status, output and notes."""
+    spec = importlib.util.spec_from_file_location("chat_cli", CLI)
+    cli = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "chat_cli", cli)
+    spec.loader.exec_module(cli)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(url, text, *arguments):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        status = cli.main(["--base-url", url, *arguments])
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run
+
+
+PROGRAM = b'# prog\ndef f():\n    """\n    Doc\n    """\n\n    return \'/exit\'\n'
+
+
+@pytest.mark.parametrize("program", [PROGRAM, b"/* a */\nint x;\n", b"/usr/bin/env\n\nend", b"hello"])
+def test_a_piped_program_is_one_message(ask, live_server, program):
+    status, out, _ = ask(live_server.url, program, "--max-tokens", "6", "--model", "tiny-coda")
+    message = program.decode().removesuffix("\n")
+    assert (status, out) == (0, answer_of(live_server, [{"role": "user", "content": message}]) + "\n")
+
+
+def test_a_piped_script_begins_with_a_command(ask, serving_fakes):
+    sampler = serving_fakes.FakeSampler(script=lambda request: bytes(request.prompt_ids[-3:]))
+    with serving_fakes.served(serving_fakes.make_app(sampler)) as url:
+        script = (
+            b'/set temperature 0.5\none\n/multi\ntwo\nsix\n"""\n/retry\n/undo\n/undo\n/undo\n/nonsense\n/quit\nnot\n'
+        )
+        status, out, notes = ask(url, script, "--stream")
+    assert (status, out) == (0, "one\nsix\nsix\n")
+    prompts = [bytes(batch[0].prompt_ids).decode() for batch in sampler.batches]
+    assert prompts == ["[user]one"] + ["[user]one[assistant]one[user]two\nsix"] * 2
+    assert {batch[0].options.temperature for batch in sampler.batches} == {0.5}
+    for words in ("temperature = 0.5", "taken back: two...", "taken back: one", "/undo: nothing was asked yet"):
+        assert words in notes
+    assert "error: unknown command /nonsense; /help lists them" in notes
+
+
+def conversation(**fields):
+    return Conversation(client=None, model="m", stream=False, settings={}, **fields)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/set tempratur 1", "unknown setting 'tempratur'; did you mean temperature"),
+        ("/set temperature hot", "temperature must be a number in [0, 1e6], got 'hot'"),
+        ("/set temperature -1", "temperature must be a number in [0, 1e6], got -1.0"),
+        ("/set max_tokens -4", "max_tokens must be an integer >= 0, got -4"),
+        ("/set alg greedy", "alg must be one of origin, "),
+        ("/set seed 1.5", "seed must be"),
+        ("/retry", "/retry: nothing was asked yet"),
+        ("/save", "/save: needs the name of a file"),
+        ("/load /no/such/file", "/load: /no/such/file: No such file or directory"),
+        ("/hlp", "unknown command /hlp; did you mean /help?; /help lists them"),
+    ],
+)
+def test_a_command_that_cannot_be_carried_out_says_why_and_changes_nothing(line, words):
+    held = conversation()
+    with pytest.raises(UserError) as caught:
+        run_command(line, held)
+    assert words in str(caught.value)
+    assert held == conversation()
+
+
+def test_settings_are_set_shown_and_left_to_the_server_again():
+    held = conversation()
+    for line in ("/set steps 9", "/set top_p none", '/set logit_bias {"5": 1.5}', "/set alg p2"):
+        run_command(line, held)
+    assert held.settings == {"steps": 9, "top_p": "none", "logit_bias": {"5": 1.5}, "alg": "p2"}
+    assert 'alg = "p2"' in run_command("/set", held).says
+    assert "steps = 9: denoising steps" in run_command("/set steps", held).says
+    run_command("/set steps default", held)
+    assert "steps" not in held.settings
+
+
+def test_a_conversation_is_saved_and_gone_on_with_and_no_other_file_is_overwritten(tmp_path):
+    turns = [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": ""}]
+    held, other = conversation(turns=list(turns), system="Be odd."), conversation()
+    for _ in range(2):
+        run_command(f"/save {tmp_path}/talk.json", held)
+    assert run_command(f"/load {tmp_path}/talk.json", other).says == "2 messages; system: Be odd."
+    assert (other.turns, other.system) == (turns, "Be odd.")
+    program = tmp_path / "prog.py"
+    program.write_text("print()\n")
+    with pytest.raises(UserError, match="is no saved conversation, and stays as it is"):
+        run_command(f"/save {program}", held)
+    for wrong in ("[]", "{}", '{"messages": [{"role": "assistant", "content": "a"}]}', "print()"):
+        program.write_text(wrong)
+        with pytest.raises(UserError, match="/load: .* is no saved conversation"):
+            run_command(f"/load {program}", other)
+    assert other.turns == turns
+
+
+def infilled(server, pieces, **fields):
+    body = {"infill": {"pieces": pieces, **fields}, "max_tokens": 8 if not fields else None}
+    response = httpx.post(server.url + "/v1/completions", json=body, timeout=60)
+    return pieces[0] + response.json()["choices"][0]["text"] + pieces[-1]
+
+
+def test_the_gaps_of_a_file_are_filled_and_printed_or_written(ask, live_server, tmp_path):
+    path = tmp_path / "prog.py"
+    path.write_bytes(b"a\r\nb<gap:3>c<gap:2>d\n")
+    expected = infilled(live_server, ["a\r\nb", "c", "d\n"], lengths=[3, 2])
+    for arguments in ([], ["--stream"], ["--canvas"]):
+        assert ask(live_server.url, b"", "--infill", str(path), *arguments)[:2] == (0, expected)
+    assert ask(live_server.url, path.read_bytes(), "--infill", "-")[:2] == (0, expected)
+    path.chmod(0o640)
+    assert ask(live_server.url, b"", "--infill", str(path), "--write")[:2] == (0, "")
+    assert path.read_bytes() == expected.encode()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_text("one\ntwo\nthree\nfour\n")
+    _, out, notes = ask(
+        live_server.url, b"", "--infill", str(path), "--lines", "2-3", "--max-tokens", "8", "--show-meta"
+    )
+    assert out == infilled(live_server, ["one\n", "\nfour\n"])
+    assert re.search(r"\[\d+\.\d\d s, \d+ prompt tokens", notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "words"),
+    [
+        (b"nothing", [], "holds no <gap> or <gap:LENGTH>"),
+        (b"<gap>a<gap:3>", [], "every gap needs a length, or none"),
+        (b"\xff<gap>", [], "is not UTF-8: invalid start byte at byte 0"),
+        (b"a\nb\n", ["--lines", "2-3"], "--lines must be within 1-2, got 2-3"),
+        (None, [], "No such file or directory"),
+    ],
+)
+def test_a_file_that_cannot_be_filled_is_told_in_a_line(ask, live_server, tmp_path, content, arguments, words):
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    status, out, notes = ask(live_server.url, b"", "--model", "m", "--infill", str(path), *arguments)
+    assert (status, out) == (2, "")
+    assert words in notes
+    assert notes.count("\n") == 1
+
+
+async def no_such_server(scope, receive, send):
+    """Answers everything with a page, and breaks off answers."""
+    if scope["type"] == "lifespan":
+        for stage in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{stage}.complete"})
+        return
+    kind = b"text/event-stream" if scope["path"].endswith("completions") else b"text/html"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+    if kind == b"text/html":
+        await send({"type": "http.response.body", "body": b"<html>hello</html>"})
+    else:
+        await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+        raise RuntimeError("broken")
+
+
+def test_what_is_no_such_server_and_what_breaks_off_is_told_in_a_line(ask, serving_fakes):
+    with serving_fakes.served(no_such_server) as url:
+        status, _, notes = ask(url, b"hello")
+        assert status == 2
+        assert f"what answers at {url}/v1/ lists no models" in notes.replace("\n", "")
+        status, out, notes = ask(url, b"hello", "--model", "m", "--stream")
+    assert (status, out) == (1, "")
+    assert f"error: the connection to {url}/v1 broke" in notes
+    assert "Traceback" not in notes
+
+
+def test_a_stream_that_the_server_ends_with_an_error_is_told_in_a_line(ask, serving_fakes):
+    sampler = serving_fakes.FakeSampler(error=RuntimeError("broken"))
+    with serving_fakes.served(serving_fakes.make_app(sampler)) as url:
+        status, _, notes = ask(url, b"hello", "--stream")
+    assert status == 1
+    assert notes == "error: the model failed; see the server's log\n"
+
+
+@pytest.mark.parametrize(("width", "height"), [(8, 5), (40, 12), (80, 3)])
+def test_the_canvas_fits_the_terminal_and_shows_where_the_work_is(width, height):
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, _environ={"TERM": "xterm"})
+    display = CanvasDisplay(console)
+    cells = [[i, f"w{i}\n", "committed", 0.9] for i in range(60)]
+    cells += [[60, "draft", "provisional", 0.4], [62, None, "committed", 0.9], [63, "\x1b[31m", "provisional", None]]
+    display.show({"step": 0, "length": 64, "cells": []})
+    display.show({"step": 3, "cells": cells})
+    shown = console.file.getvalue().rpartition("step 3")[2]
+    assert "w59" in shown
+    assert "\u2591" in shown
+    assert "w1\n" not in shown
+    assert "\x1b[31m" not in shown
+    drawn = Console(file=io.StringIO(), width=width, height=height)
+    drawn.print(display)
+    lines = drawn.file.getvalue().splitlines()
+    assert len(lines) <= max(height, 3)
+    assert max(map(len, lines)) <= width
+
+
+# -- at a terminal ---------------------------------------------------------------------------------------------------
+
+
+PROMPT = b"\x1b[?2004h"
+"""Asks for pastes in brackets: the client waits for a message."""
+
+
+class Terminal:
+    """The client in a terminal of its own."""
+
+    def __init__(self, folder, *arguments, columns=80, **variables):
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        environment = {k: v for k, v in os.environ.items() if k not in ("API_KEY", "COLUMNS", "NO_COLOR")}
+        environment |= {
+            "TERM": "xterm-256color",
+            "XDG_STATE_HOME": str(folder),
+            "PROMPT_TOOLKIT_NO_CPR": "1",
+        } | variables
+        self.process = subprocess.Popen(
+            [sys.executable, str(CLI), *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        self.seen = b""
+
+    def read(self, seconds=0.1):
+        if select.select([self.master], [], [], seconds)[0]:
+            try:
+                self.seen += os.read(self.master, 1 << 16)
+            except OSError:  # the client has ended
+                return False
+        return True
+
+    def until(self, words, timeout_s=60):
+        """Wait for words that were not waited for before."""
+        deadline = time.monotonic() + timeout_s
+        start = getattr(self, "place", 0)
+        while (place := self.seen.find(words, start)) < 0:
+            assert self.read(), self.seen
+            assert time.monotonic() < deadline, self.seen
+        self.place = place + len(words)
+
+    def type(self, keys):
+        os.write(self.master, keys)
+
+    def end(self):
+        deadline = time.monotonic() + 30
+        while self.read() and time.monotonic() < deadline:
+            continue
+        os.close(self.master)
+        return self.process.wait(10)
+
+
+def test_at_a_terminal_a_paste_is_one_message_and_ctrl_c_ends_an_answer_and_not_the_client(serving_fakes, tmp_path):
+    def script(request):
+        return b"x" * 32 if b"slow" in bytes(request.prompt_ids) else b"<" + bytes(request.prompt_ids[-4:]) + b">"
+
+    sampler = serving_fakes.FakeSampler(script=script, step_s=0.05)
+    with serving_fakes.served(serving_fakes.make_app(sampler)) as url:
+        terminal = Terminal(tmp_path, "--base-url", url, "--stream", NO_COLOR="1")
+        terminal.until(b"/help lists the commands")
+        terminal.until(PROMPT)
+        terminal.type(b"\x1b[200~one\r\ntwo  \r\n/exit\x1b[201~\r")
+        terminal.until(b"<exit>")
+        for number, stream in enumerate((b"", b"\x03"), 1):
+            terminal.type(stream + b"slow\r")
+            while sampler.batches[-1][0].prompt_ids[-4:] != tuple(b"slow") or len(sampler.batches) < number + 1:
+                terminal.read()
+            terminal.until(b"x", 10)
+            terminal.type(b"\x03")
+            terminal.until(b"interrupted")
+        terminal.type(b"bad \xff\r")
+        terminal.until(b"not UTF-8: byte 0xff")
+        terminal.type(b"/multi\r")
+        terminal.until(b"Esc Enter sends it")
+        terminal.type(b"last\rthis\x1b\r")
+        terminal.until(b"<this>")
+        terminal.type(b"/quit\r")
+        assert terminal.end() == 0
+        deadline = time.monotonic() + 10
+        while "coda_cancelled_total 2.0" not in httpx.get(url + "/metrics").text:
+            assert time.monotonic() < deadline, "the server went on"
+    prompts = [bytes(batch[0].prompt_ids).decode() for batch in sampler.batches]
+    first = "[user]one\ntwo  \n/exit"
+    assert prompts[0] == first
+    assert prompts[-1] == f"{first}[assistant]<exit>[user]last\nthis"
+    assert b"\x1b[31m" not in terminal.seen, "red in spite of NO_COLOR"
+    history = tmp_path / "coda/chat_history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert "+one\n+two  \n+/exit\n" in history.read_text()
+
+
+def test_at_a_terminal_the_canvas_is_shown_and_then_the_answer(live_server, tmp_path):
+    arguments = ["--base-url", live_server.url, "--canvas", "--no-history", "--max-tokens", "16", "--show-meta"]
+    terminal = Terminal(tmp_path, *arguments, columns=30)
+    terminal.until(PROMPT)
+    terminal.type(b"hello\r")
+    terminal.until(b"step 0, 16 of 16 open")
+    terminal.until(b" forwards (")
+    terminal.type(b"\x04")
+    assert terminal.end() == 0
+    assert "\u2591" in terminal.seen.decode(errors="replace")
+    expected = answer_of(live_server, [{"role": "user", "content": "hello"}], max_tokens=16)
+    plain = expected.encode().replace(b"\n", b"\r\n")
+    assert plain in terminal.seen
+    assert not (tmp_path / "coda").exists()
