@@ -222,18 +222,29 @@ def test_text_of_people_and_of_the_model_stays_text(visit):
     assert page.locator("main img").count() == 0
 
 
+WATCH = """() => {
+  window.seen = { shift: 0, tops: new Set() };
+  const observer = new PerformanceObserver((list) => list.getEntries().forEach((one) => { seen.shift += one.value; }));
+  observer.observe({ type: "layout-shift" });
+  const look = () => { seen.tops.add(document.querySelector(".facts").offsetTop); requestAnimationFrame(look); };
+  look();
+}"""
+
+
 def test_the_canvas_fills_without_moving_the_page(visit, model):
-    page = visit()
+    page = visit(width=1000)
+    page.get_by_label("max_tokens").fill("300")
     with model.gate.after(1):
         send(page)
         page.locator(".map .committed").first.wait_for()
-        page.evaluate(
-            """() => { window.shift = 0; new PerformanceObserver((list) => {
-            for (const entry of list.getEntries()) shift += entry.value; }).observe({ type: "layout-shift" }); }"""
-        )
-    finished(page)
-    page.wait_for_timeout(100)
-    assert page.evaluate("shift") < 0.02
+        page.evaluate(WATCH)
+        model.gate.tickets.release(290)
+        page.locator(".map .committed").nth(290).wait_for()
+        page.wait_for_timeout(100)
+        tops, shift = page.evaluate("[seen.tops.size, seen.shift]")
+    assert tops == 1, "what stands below the canvas moved"
+    assert shift < 0.1, "more than browsers call good"
+    assert finished(page).locator(".canvas").inner_text() == ANSWER
 
 
 # -- infilling -------------------------------------------------------------------------------------------------------
