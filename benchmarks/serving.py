@@ -424,8 +424,8 @@ def case_offline(bench: Bench) -> dict[str, Any]:
 def case_health(bench: Bench) -> dict[str, Any]:
     """`/health` while all clients ask, from another process: a probe every 20 ms."""
     url = bench.server("this")
-    total = sum(map(len, bench.work))
-    work = bench.work if bench.options.tiny else [own * math.ceil(15 * bench.capacity / total) for own in bench.work]
+    repeats = 20 if bench.options.tiny else math.ceil(15 * bench.capacity / sum(map(len, bench.work)))
+    work = [own * repeats for own in bench.work]
     kind = threading.Thread if bench.options.tiny else multiprocessing.get_context("spawn").Process
     load, times_s, running = kind(target=drive, args=(url, work)), [], []
     with httpx.Client(base_url=url, timeout=60) as client:
