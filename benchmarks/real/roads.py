@@ -24,6 +24,7 @@ from coda_eval.data import problem
 from coda_eval.journal import Journal, digest
 from coda_eval.records import Record, read_records
 from CoDALanguageModel.intervals import wilson_interval
+from CoDALanguageModel.run_files import read_rows
 
 from .task import BATCH_SIZE, CHUNK, NEW_TOKENS, Task, load, say, timed
 
@@ -58,13 +59,13 @@ class Road:
         self.documents = list(manager.load([found])["tasks"][found].eval_docs)
         self._model: Any = None
 
-    def answer(self, places: range) -> None:
-        """Answer and judge so many problems, unless it is done."""
+    def answer(self, places: range) -> bool:
+        """Answer and judge so many problems; False where that was done before."""
         folder = self.folder(places)
         data = digest([[self.documents[at], problem(self.documents[at])] for at in places])
         done = folder / "done.json"
         if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["documents"] == data:
-            return
+            return False
         if self._model is None:
             self._model = run.load_model(self.config)
         one = dataclasses.replace(self.config, samples={self.benchmark: list(places)}, output_path=str(folder))
@@ -73,6 +74,7 @@ class Road:
         with timed(spent), contextlib.closing(Journal(folder, resume=True)) as journal:
             run.evaluate(one, self.tasks, self._model, journal, resume=True)
         done.write_text(json.dumps({"documents": data, "load": load(), **spent}) + "\n", encoding="utf-8")
+        return True
 
     def folder(self, places: range) -> Path:
         """Of these problems."""
@@ -86,12 +88,20 @@ class Road:
         """Of problems that were answered."""
         return [record for places in chunks for record in read_records(self.folder(places))]
 
-    def spent(self, chunks: Sequence[range]) -> dict[str, float]:
-        """Time, of the command that finished each chunk."""
-        files = [json.loads((self.folder(places) / "done.json").read_text(encoding="utf-8")) for places in chunks]
-        return {name: round(sum(file[name] for file in files), 1) for name in ("seconds", "cpu_seconds")} | {
-            "load": f"{min(file['load'] for file in files)} to {max(file['load'] for file in files)}"
-        }
+    def spent(self, chunks: Sequence[range]) -> dict[str, Any]:
+        """Time of all answers, and tokens a second of the processor where one command made a whole chunk."""
+        seconds, used, tokens, loads = 0.0, 0.0, 0, []
+        for places in chunks:
+            folder = self.folder(places)
+            done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+            rows = read_rows(folder / "journal_rank0.jsonl")
+            seconds += sum(row["generation_s"] for row in rows if "answer" in row)
+            loads.append(done["load"])
+            if len({row["run"] for row in rows if "run" in row}) == 1:
+                used += done["cpu_seconds"]
+                tokens += sum(record.new_tokens for record in read_records(folder))
+        facts = {"seconds": round(seconds, 1), "load": f"{min(loads)} to {max(loads)}"}
+        return facts | {"tokens_per_cpu_s": tokens / used if used else None}
 
 
 def configuration(
@@ -125,9 +135,8 @@ def programs(task: Task, benchmark: str) -> None:
     chunks = chunks_of(min(len(roads[0].documents), task.limit or len(roads[0].documents)))
     tell(roads, chunks, len(roads[0].documents))
     for places in chunks:
-        for road in roads:
-            road.answer(places)
-        tell(roads, chunks, len(roads[0].documents))
+        if any([road.answer(places) for road in roads]):
+            tell(roads, chunks, len(roads[0].documents))
     first, second = (road.records(chunks) for road in roads)
     explain(task, first, second)
 

@@ -141,7 +141,7 @@ class ServerSettings(DecodingDefaults):
     """Seconds that one step of all rows may take before their requests get 500 and others go on without them."""
 
     drain_timeout_s: int = Field(30, ge=0)
-    """Seconds that running requests get to finish after SIGTERM or SIGINT."""
+    """Seconds that accepted requests get to finish after SIGTERM or SIGINT."""
 
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
     """Least severity that is logged. Prompts and answers are never logged."""
