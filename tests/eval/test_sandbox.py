@@ -321,7 +321,8 @@ def zygotes_of(monkeypatch):
 @pytest.mark.parametrize("level", AVAILABLE)
 def test_one_zygote_serves_all_programs_that_want_the_same_modules(level, monkeypatch):
     made = zygotes_of(monkeypatch)
-    numeric = Program(candidate="import numpy\ndef f(x): return int(numpy.int64(4))", tests=TESTS)
+    code = "import sys, numpy\nassert 'numpy.random' not in sys.modules  # else all would draw the same numbers\n"
+    numeric = Program(candidate=f"{code}def f(x): return int(numpy.int64(4))", tests=TESTS)
     verdicts = run_programs([GOOD, numeric] * 5, level=level, workers=1)
     assert [verdict.error for verdict in verdicts] == [""] * 10
     assert ["numpy" in zygote.preload for zygote in made] == [False, True]
