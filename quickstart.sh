@@ -14,5 +14,6 @@ case "${1:-}" in
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
 esac
 bash setup_env.sh
+export PYTHONDONTWRITEBYTECODE=   # byte code is compiled on first use, and each stage would compile it anew
 export USE_TORCH_XLA=0   # the loop trains on plain PyTorch; torch_xla would take the devices over
 exec .venv/bin/python -m coda_quickstart run "$@"

@@ -6,6 +6,10 @@ C is a pre-training export (or any other CoDA folder), an autoregressive Qwen3, 
 the folder of a published family of diffusion models (see `families`). The weights are kept as they are, and no code of
 C is run. O loads with `AutoModel` and `AutoModelForCausalLM` (`trust_remote_code=True`) on a machine without this
 repository, which is checked before O appears under its name. Not here: training, and merging adapters.
+
+    python save_hf_model.py ... --push_to_hub OWNER/NAME --license L --backbone NAME=LICENCE --data NAME=LICENCE ...
+
+also writes a model card into O and uploads O as it is; `--dry_run` does the first alone.
 """
 
 import argparse
@@ -19,13 +23,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
@@ -45,6 +52,7 @@ from CoDALanguageModel.conversion import (
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.families import AUTOREGRESSIVE_TYPES, Family, family_of, find_mask_token, published_ends
 from CoDALanguageModel.weight_files import check_tokenizer, check_weights, read_json, refuse_not_finite, weight_files
+from model_card import Provenance, model_card, named_licence
 
 logger = logging.getLogger("save_hf_model")
 
@@ -54,6 +62,9 @@ CHECK_TEXT = "def add(a, b):\n    return a + b\n"
 # Largest difference of two float32 computations of the same logits, relative to the largest one. Weights of any dtype
 # are compared in float32 arithmetic, so that no tolerance has to make room for the rounding of activations.
 TOLERANCE = 1e-4
+
+STALE = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py"]
+"""Files of an earlier upload that would stand for something else beside a new one."""
 
 LONGEST_CHECK = 160
 """Tokens of a row of the batch that is compared: two blocks of up to 78."""
@@ -75,7 +86,7 @@ for auto_class in (AutoModel, AutoModelForCausalLM):
     with torch.no_grad():
         logits[auto_class.__name__] = model.float()(input_ids=ids).logits
 save_file(logits, outputs)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # it needs no code of the folder
 names = ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids")
 print(json.dumps({
     "types": types,
@@ -149,17 +160,20 @@ def load_tokenizer(folder: Path, gguf: dict[str, str], family: Family | None = N
     """Load the tokenizer of a folder; that of a published family without the code that lies beside it.
 
     Raises:
-        UserError: the folder has none.
+        UserError: the folder has none that can be loaded.
     """
     if not gguf and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
             f"{str(folder)!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)}): name its folder with --tokenizer"
         )
     check_tokenizer(folder)
-    if family is None or family.is_autoregressive:
-        return AutoTokenizer.from_pretrained(folder, **gguf)
-    is_whole = (folder / "tokenizer.json").is_file()
-    tokenizer = (PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer).from_pretrained(folder)
+    try:
+        if family is None or family.is_autoregressive:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **gguf)
+        is_whole = (folder / "tokenizer.json").is_file()
+        tokenizer = (PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer).from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{str(folder)!r} holds no tokenizer that loads without code of its own: {error}") from error
     tokenizer.init_kwargs.pop("auto_map", None)  # which names that code, and would be written into the new folder
     return tokenizer
 
@@ -224,13 +238,18 @@ def round_weights(model: CoDALanguageModel, dtype: torch.dtype) -> None:
     cast_weights(model, dtype)
 
 
-def decoding_defaults(config: CoDAConfig) -> DiffusionGenerationConfig:
-    """The published decoding settings with the ids of this model, and a length that its context has room for."""
+def decoding_defaults(config: CoDAConfig, family: Family | None = None) -> DiffusionGenerationConfig:
+    """The published decoding settings with the ids of this model, and a length that its context has room for.
+
+    A model of another published family has the schedule of its own sampler.
+    """
     defaults = DiffusionGenerationConfig.from_pretrained(Path(model_room.__file__).parent)
     num_tokens = min(defaults.max_new_tokens, max(1, config.max_position_embeddings // 2))
     names = ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids", "bos_token_id")
     ids = {name: getattr(config, name) for name in names}
-    return defaults.merged({"max_new_tokens": num_tokens, "steps": num_tokens, **ids})
+    is_peer = family is not None and not family.is_autoregressive
+    schedule = family.schedule if is_peer else defaults.schedule
+    return defaults.merged({"max_new_tokens": num_tokens, "steps": num_tokens, "schedule": schedule, **ids})
 
 
 def masked_input(model: CoDALanguageModel) -> Tensor:
@@ -379,6 +398,7 @@ def convert(
     mask_token: str | None = None,
     overwrite: bool = False,
     check: bool = True,
+    card: Callable[[CoDALanguageModel, Path], str] | None = None,
     **asked: str | int | None,
 ) -> CoDALanguageModel:
     """Write the folder and check it; give the model as it was written.
@@ -391,6 +411,7 @@ def convert(
         mask_token: text of the mask token; None means the family's or the tokenizer's own, else `<|mask|>`.
         overwrite: replace a folder that is not empty.
         check: load the folder in a process of its own before it appears.
+        card: makes README.md of the model and the folder as it will be.
         **asked: `attention`, `block_size` and `block_origin` of `CoDAConfig`, where the folder leaves them open.
 
     Raises:
@@ -412,26 +433,91 @@ def convert(
         ends: list[int] = []
         if family is not None and not family.is_autoregressive:
             mask_token = find_mask_token(family, values, tokenizer, num_rows, mask_token)
-        if family is not None and (settings["attention"] != "full" or not family.is_autoregressive):
-            ends = published_ends(source_dir, source.config.to_dict() if gguf else values, tokenizer.pad_token_id)
+        if family is not None:
+            # A model that stays what it was ends with padding too; one that is to be adapted is trained without it.
+            stays = settings["attention"] != "full" or not family.is_autoregressive
+            own = source.config.to_dict() if gguf else values
+            ends = published_ends(source_dir, own, tokenizer, with_padding=stays)
         complete_tokenizer(tokenizer, mask_token)
-        if ends:
+        if set(ends) - {tokenizer.eos_token_id}:
             settings["eos_token_id"] = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
         model = build_model(source, tokenizer, settings)
         if family is not None:
             check_source(source, model, family, settings.get("block_size"))
         del source
         round_weights(model, stored if dtype == "auto" else DTYPES[dtype])
-        model.generation_config = decoding_defaults(model.config)
+        model.generation_config = decoding_defaults(model.config, family)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):  # written for the owner alone; the other files follow the umask
             shutil.copymode(folder / "config.json", weights)
+        if card is not None:
+            (folder / "README.md").write_text(card(model, folder), encoding="utf-8")
         if check:
             logger.info("loaded alone, same logits: %s", check_folder(folder, model, tokenizer))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info("%s: %.1f M parameters, %s", output_dir, num_parameters / 1e6, str(model.dtype).removeprefix("torch."))
     return model
+
+
+def provenance_of(options: argparse.Namespace) -> Provenance | None:
+    """What the command line says for the card; None where nothing is to be uploaded.
+
+    Raises:
+        UserError: a flag is missing, or not what it must be.
+    """
+    needed = {"license": "of the weights", "backbone": "with its licence, or none", "data": "with their licences"}
+    if options.push_to_hub is None:
+        for name in ("dry_run", "private", *needed, "stage", "scores"):
+            if getattr(options, name):
+                raise UserError(f"--{name} goes with --push_to_hub OWNER/NAME")
+        return None
+    try:
+        validate_repo_id(options.push_to_hub)
+        if "/" not in options.push_to_hub:
+            raise HFValidationError("it has no owner")
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub must be OWNER/NAME, got {options.push_to_hub!r}: {error}") from error
+    for name, words in needed.items():
+        if not getattr(options, name):
+            raise UserError(f"--push_to_hub needs --{name} ({words}), which the model card says")
+    return Provenance(
+        license=options.license,
+        backbone=None if options.backbone == "none" else named_licence(options.backbone, "--backbone"),
+        data=tuple(named_licence(text, "--data") for text in options.data),
+        stages=tuple(map(Path, options.stage)),
+        scores=tuple(map(Path, options.scores)),
+    )
+
+
+def card_of(options: argparse.Namespace, provenance: Provenance) -> Callable[[CoDALanguageModel, Path], str]:
+    """A function that makes the card of a folder."""
+
+    def make(model: CoDALanguageModel, folder: Path) -> str:
+        weights: list[str] = []
+        if provenance.scores:
+            try:
+                from coda_eval.journal import hash_weights
+            except ImportError as error:
+                raise UserError(f"--scores needs the evaluation room, whose hashes they hold: {error}") from error
+            source, gguf = find_checkpoint(options.checkpoint_dir)
+            weights = [hash_weights({"pretrained": str(folder)}), hash_weights({"pretrained": str(source), **gguf})]
+        return model_card(options.push_to_hub, model, provenance, weights)
+
+    return make
+
+
+def upload(folder: Path, repo: str, *, private: bool) -> None:
+    """Give the repository on the Hub, which is made if it is not there, the files of the folder.
+
+    Raises:
+        OSError: the Hub refuses.
+    """
+    api = HfApi()
+    api.create_repo(repo, private=private, exist_ok=True)
+    message = f"Upload {repo.rpartition('/')[2]}"
+    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=STALE)
+    logger.info("uploaded %s to %s", folder, repo)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -446,8 +532,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--block_size", type=int, help="with block_causal attention: tokens per block")
     parser.add_argument("--block_origin", choices=BLOCK_ORIGINS, help="with block_causal attention: its first block")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
+    hub = parser.add_argument_group("upload")
+    hub.add_argument("--push_to_hub", metavar="OWNER/NAME", help="also write a model card, and upload the folder")
+    hub.add_argument("--dry_run", action="store_true", help="make the folder as it would be uploaded, and stop there")
+    hub.add_argument("--private", action="store_true", help="a repository that is new is private")
+    hub.add_argument("--license", help="of the weights, by its identifier on the Hub")
+    hub.add_argument("--backbone", metavar="NAME=LICENCE", help="what training began with; none for random weights")
+    hub.add_argument("--data", metavar="NAME=LICENCE", nargs="+", default=[], help="what it was trained on")
+    hub.add_argument("--stage", metavar="FILE", nargs="+", default=[], help="configurations of its runs, in order")
+    hub.add_argument("--scores", metavar="FILE", nargs="+", default=[], help="scores.json of its evaluations")
     options = parser.parse_args(arguments)
     try:
+        provenance = provenance_of(options)
+        uploads = provenance is not None and not options.dry_run
+        if uploads:
+            HfApi().whoami()  # before hours of work
         with cleaning_up_when_stopped():
             convert(
                 options.checkpoint_dir,
@@ -456,10 +555,13 @@ def main(arguments: list[str] | None = None) -> int:
                 dtype=options.dtype,
                 mask_token=options.mask_token,
                 overwrite=options.overwrite,
+                card=None if provenance is None else card_of(options, provenance),
                 attention=options.attention,
                 block_size=options.block_size,
                 block_origin=options.block_origin,
             )
+        if uploads:
+            upload(Path(options.output_dir), options.push_to_hub, private=options.private)
     except (UserError, OSError) as error:
         print(f"save_hf_model.py: error: {error}", file=sys.stderr)
         return 1

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Make the Python environment of this repository. Does nothing when it is up to date.
 #
-#   bash setup_env.sh            .venv: all rooms, the versions of constraints.txt
+#   bash setup_env.sh            .venv: what quickstart.sh runs, the versions of constraints.txt
+#   bash setup_env.sh --all      the same with torch_xla and what the tests need
 #   bash setup_env.sh --newest   .venv-newest: model, evaluation and serving on the newest torch and transformers
 #
-# PYTHON=/path/to/python3.11 picks the interpreter. Needs network only when something has to be installed.
+# PYTHON=/path/to/python3.11 picks the interpreter, INSTALLER=uv installs with uv, which has to be on the PATH.
+# Needs network only when something has to be installed.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -15,15 +17,22 @@ fail() {
 }
 
 case "${1:-}" in
-    "") venv=$repo/.venv extra=all constraints=$repo/constraints.txt ;;
+    "") venv=$repo/.venv extra=loop constraints=$repo/constraints.txt ;;
+    --all) venv=$repo/.venv extra=all constraints=$repo/constraints.txt ;;
     --newest) venv=$repo/.venv-newest extra=newest constraints=$repo/constraints-newest.txt ;;
     -h | --help)
-        sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
-    *) fail "unknown argument '$1' (allowed: --newest, --help)" ;;
+    *) fail "unknown argument '$1' (allowed: --all, --newest, --help)" ;;
 esac
 [ $# -le 1 ] || fail "one argument at most, got: $*"
+installer=${INSTALLER:-pip}
+case $installer in
+    pip) ;;
+    uv) command -v uv >/dev/null || fail "INSTALLER=uv, but uv is not on the PATH" ;;
+    *) fail "INSTALLER must be pip or uv, got '$installer'" ;;
+esac
 log=$venv.install.log
 
 # Everything the installed environment depends on. The package list is part of it because an editable install
@@ -31,14 +40,19 @@ log=$venv.install.log
 wanted() {
     {
         cat "$repo/pyproject.toml" "$constraints"
-        printf '%s\n' "$repo" "$extra"
+        printf '%s\n' "$repo" "$1"
         (cd "$repo" && printf '%s\n' CoDALanguageModel/__init__.py ./*/coda_*/__init__.py)
         grep '^version' "$venv/pyvenv.cfg" 2>/dev/null || true
     } | sha256sum | cut -d ' ' -f 1
 }
 
+# Whether it is installed; an environment with everything will do for a part.
 is_current() {
-    [ -f "$venv/.complete" ] && [ "$(cat "$venv/.complete")" = "$(wanted)" ] && "$venv/bin/python" -c '' 2>/dev/null
+    local installed
+    [ -f "$venv/.complete" ] || return 1
+    installed=$(cat "$venv/.complete")
+    [ "$installed" = "$(wanted "$extra")" ] || { [ "$extra" = loop ] && [ "$installed" = "$(wanted all)" ]; } || return 1
+    "$venv/bin/python" -c '' 2>/dev/null
 }
 
 find_python() {
@@ -116,8 +130,9 @@ touch "$venv/.installing"
 rm -f "$venv/.complete"
 printf 'installing coda-lm[%s] with the versions of %s\n' "$extra" "$(basename "$constraints")"
 # Byte code is compiled on first use: compiling all of it here takes longer than all tests need.
-with_progress "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off --no-compile \
-    --constraint "$constraints" --editable "${repo}[${extra}]"
-wanted >"$venv/.complete"
+command=("$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off --no-compile)
+[ "$installer" = pip ] || command=(uv pip install --no-progress --python "$venv/bin/python")
+with_progress "${command[@]}" --constraint "$constraints" --editable "${repo}[${extra}]"
+wanted "$extra" >"$venv/.complete"
 rm "$venv/.installing"
 printf 'environment ready in %d s: %s\n' "$SECONDS" "$venv"

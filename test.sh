@@ -25,7 +25,7 @@ case "${1:-}" in
     *)
         environment=tested
         venv=$repo/.venv
-        setup=(bash "$repo/setup_env.sh")
+        setup=(bash "$repo/setup_env.sh" --all)
         tests=(tests)
         ;;
 esac
@@ -34,6 +34,7 @@ workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # nproc gives the nu
 # Tests are small: more threads than this only get in each other's way. Nothing may be fetched.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1}
 export TOKENIZERS_PARALLELISM=false PJRT_DEVICE=CPU CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}
+export PYTHONDONTWRITEBYTECODE= # byte code is compiled on first use, and each process would compile it anew
 export USE_TORCH_XLA=0 # transformers would import it in every process; the pre-training backend imports it itself
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=disabled
 
@@ -73,8 +74,29 @@ install_deepspeed() {
             --constraint "$repo/constraints.txt" --target "$venv/deepspeed" deepspeed hjson ninja py-cpuinfo
 }
 
+# The common tests of transformers, which its wheels lack: from the source distribution of the installed version, whose
+# hash tests/model/transformers_sdists.txt knows. tests/model/test_common.py runs them.
+# shellcheck disable=SC2329 # called through stage
+fetch_common_tests() {
+    local version scratch
+    version=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("transformers"))')
+    [ ! -e "$venv/transformers-tests/$version" ] || return 0
+    scratch=$(mktemp -d "$venv/transformers-tests.XXXXXX")
+    grep "^transformers==$version " "$repo/tests/model/transformers_sdists.txt" >"$scratch/requirements.txt" &&
+        "$venv/bin/python" -m pip download --quiet --no-input --disable-pip-version-check --no-deps \
+            --no-binary transformers --require-hashes --requirement "$scratch/requirements.txt" --dest "$scratch" &&
+        tar -xzf "$scratch/transformers-$version.tar.gz" -C "$scratch" "transformers-$version/tests" &&
+        mkdir -p "$venv/transformers-tests" &&
+        mv "$scratch/transformers-$version/tests" "$venv/transformers-tests/$version"
+    local status=$?
+    rm -rf "$scratch"
+    [ "$status" -eq 0 ] || printf 'no common tests of transformers %s: see above, or its hash is not known\n' "$version"
+    return "$status"
+}
+
 stage environment "${setup[@]}"
 [ "$failed" -eq 0 ] || finish
+stage "common tests" fetch_common_tests
 if [ "$environment" = tested ]; then
     stage deepspeed install_deepspeed
     stage "ruff check" "$venv/bin/ruff" check .

@@ -66,6 +66,7 @@ class AnswerReader:
         eos_token_ids: ids that end an answer.
         prompt_ids: ids left of the answer.
         stop: strings that end an answer; none is empty.
+        begins: text that the tokens begin with and that is no part of the answer.
     """
 
     def __init__(
@@ -76,12 +77,14 @@ class AnswerReader:
         eos_token_ids: frozenset[int],
         prompt_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
+        begins: str = "",
     ) -> None:
         self._decode = decode
         self._prompt_ids = prompt_ids
         self._mask_token_id = mask_token_id
         self._eos_token_ids = eos_token_ids
         self._stop = stop
+        self._begins = len(begins)
         self._longest_stop = max(map(len, stop), default=0)
         self._ids: list[int] = []
         """Tokens of the answer that were read, without the end token."""
@@ -127,13 +130,16 @@ class AnswerReader:
             start, stop_end = cut
             num = self._tokens_for(stop_end)
             string = shown[start:stop_end]
-            return Reading(text=shown[:start], num_tokens=num, finish_reason="stop", end=num, stop=string)
+            text = shown[self._begins : start]
+            return Reading(text=text, num_tokens=num, finish_reason="stop", end=num, stop=string)
         self._searched = len(shown)
         num = len(self._ids)
         if not is_whole:
-            return Reading(text=_hold_back(shown, self._stop), num_tokens=num, finish_reason=None, end=None)
+            text = _hold_back(shown, self._stop)[self._begins :]
+            return Reading(text=text, num_tokens=num, finish_reason=None, end=None)
         reason: FinishReason = "stop" if has_end_token else "length"
-        return Reading(text=shown, num_tokens=num, finish_reason=reason, end=num + has_end_token)
+        text = shown[self._begins :]
+        return Reading(text=text, num_tokens=num, finish_reason=reason, end=num + has_end_token)
 
     def _decode_tail(self) -> str:
         """Text of the tokens that were read and whose text is not final; what becomes final is moved to the text."""
@@ -156,7 +162,7 @@ class AnswerReader:
 
     def _first_complete(self, text: str) -> tuple[int, int] | None:
         """Start and end of the stop string that ends first in `text`, the longest of those that end together."""
-        begin = max(0, self._searched - self._longest_stop)
+        begin = max(self._begins, self._searched - self._longest_stop)
         found = [(start + len(string), start) for string in self._stop if (start := text.find(string, begin)) >= 0]
         if not found:
             return None

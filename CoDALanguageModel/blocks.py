@@ -166,6 +166,7 @@ class BlockScorer(Scorer):
             position_ids=position,
             past_key_values=self.cache,
             positions=row * len(place) + slot,
+            return_dict=True,
         ).logits
         return self._process(step, ids, Scores(row, scored, logits))
 

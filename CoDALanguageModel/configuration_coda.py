@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 
 from .errors import UserError
 
@@ -25,6 +25,10 @@ ATTENTIONS, BLOCK_ORIGINS = ("full", "block_causal"), ("text", "answer")
 def token_ids(setting: int | Sequence[int] | None) -> list[int]:
     """A setting that names one token, several or none, as a list."""
     return [] if setting is None else [setting] if isinstance(setting, int) else list(setting)
+
+
+class DefaultId(int):
+    """An id of Qwen's vocabulary that nobody asked for: it gives way where a vocabulary does not hold it."""
 
 
 class CoDAConfig(PreTrainedConfig):
@@ -62,8 +66,9 @@ class CoDAConfig(PreTrainedConfig):
             needs it. A row that says nothing of an answer is one from its start.
         causal_context: whether blocks before the one that is being filled are read token by token, as objective
             `joint` trains them, and not block by block.
-        mask_token_id: id of the mask token, the absorbing state.
-        pad_token_id: id that pads batches.
+        mask_token_id: id of the mask token, the absorbing state. By default Qwen's, or the last one of a smaller
+            vocabulary.
+        pad_token_id: id that pads batches. By default Qwen's, or none in a smaller vocabulary, as for the two below.
         bos_token_id: id that starts a text, if any.
         eos_token_id: id or ids that end an answer.
         num_token_ids: ids from this one on have embedding rows but no token; they are never sampled. None means that
@@ -76,6 +81,7 @@ class CoDAConfig(PreTrainedConfig):
 
     model_type = "CoDA"
     keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = Qwen3Config.base_model_tp_plan
     default_theta = 1_000_000.0
 
     vocab_size: int = QWEN_VOCAB_SIZE
@@ -101,10 +107,10 @@ class CoDAConfig(PreTrainedConfig):
     block_size: int | None = None
     block_origin: str = "text"
     causal_context: bool = False
-    mask_token_id: int = QWEN_MASK_TOKEN_ID
-    pad_token_id: int | None = 151643
-    bos_token_id: int | None = 151643
-    eos_token_id: int | list[int] | None = 151645
+    mask_token_id: int = DefaultId(QWEN_MASK_TOKEN_ID)
+    pad_token_id: int | None = DefaultId(151643)
+    bos_token_id: int | None = DefaultId(151643)
+    eos_token_id: int | list[int] | None = DefaultId(151645)
     num_token_ids: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -114,6 +120,11 @@ class CoDAConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        for name in ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
+            token_id = getattr(self, name)
+            if isinstance(token_id, DefaultId):
+                instead = self.vocab_size - 1 if name == "mask_token_id" else None
+                setattr(self, name, int(token_id) if token_id < self.vocab_size else instead)
         if self.num_token_ids is None:
             is_qwen = (self.vocab_size, self.mask_token_id) == (QWEN_VOCAB_SIZE, QWEN_MASK_TOKEN_ID)
             self.num_token_ids = QWEN_NUM_TOKEN_IDS if is_qwen else self.vocab_size
@@ -124,6 +135,7 @@ class CoDAConfig(PreTrainedConfig):
             "AutoConfig": "configuration_coda.CoDAConfig",
             "AutoModel": "modeling_coda.CoDALanguageModel",
             "AutoModelForCausalLM": "modeling_coda.CoDALanguageModel",
+            "AutoModelForMaskedLM": "modeling_coda.CoDAForMaskedLM",
         }
 
     @property

@@ -208,7 +208,14 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (
         says="tokens per block, decoded from left to right; none makes the whole answer one block, or takes the blocks "
         "of a block-causal model, of which a length given must be a part",
     ),
-    Setting(name="eps", kind=float, default=1e-3, above=0, below=1, says="last time of the schedule"),
+    Setting(
+        name="schedule", kind=str, default="published", choices=("published", "even"),
+        says="tokens per step: `published` rounds down what the times of the published sampler ask for and commits the "
+        "rest at the last step, so that with a step per token some commit none; `even` shares the tokens out evenly",
+    ),
+    Setting(
+        name="eps", kind=float, default=1e-3, above=0, below=1, says="last time of the `published` schedule",
+    ),
     # which tokens
     Setting(
         name="temperature", kind=float, default=0.0, least=0, most=1e6, rounds_to_zero=True,

@@ -69,6 +69,9 @@ class Family:
     block_origin: str = "text"
     """As in `CoDAConfig`."""
 
+    schedule: str = "even"
+    """Of its own sampler; see the decoding setting of that name."""
+
     mask_token: str | None = None
     """Text of the mask token in the published vocabulary."""
 
@@ -197,6 +200,7 @@ FAMILIES = (
         model_type="Dream",
         backbone="qwen2",
         attention="full",
+        schedule="published",
         mask_token="<|mask|>",
         mask_token_id=151666,
         required={"block_size": (None,)},  # a successor that goes by blocks calls itself Dream too
@@ -349,8 +353,10 @@ def find_mask_token(
     return text
 
 
-def published_ends(folder: Path, values: Mapping[str, Any], pad_token_id: int | None) -> list[int]:
-    """Ids that end an answer in a published folder: its end tokens, and its padding.
+def published_ends(
+    folder: Path, values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, with_padding: bool
+) -> list[int]:
+    """Ids that end an answer in a published folder: its end tokens, and its padding where that ends answers too.
 
     Masked-diffusion models fill the rest of a canvas with padding, and autoregressive ones end documents with it, so
     that it has to be a token like others.
@@ -358,13 +364,15 @@ def published_ends(folder: Path, values: Mapping[str, Any], pad_token_id: int | 
     Args:
         folder: the published one.
         values: of its config.json.
-        pad_token_id: of its tokenizer.
+        tokenizer: its own, as it lies there.
+        with_padding: whether padding counts.
 
     Raises:
         UserError: generation_config.json is not valid JSON.
     """
     file = folder / "generation_config.json"
-    sources: Iterable[Mapping[str, Any]] = (values, read_json(file) if file.is_file() else {})
-    settings = [source.get(name) for name in ("eos_token_id", "pad_token_id") for source in sources]
-    ids = [token_id for setting in (*settings, pad_token_id) for token_id in token_ids(setting)]
-    return list(dict.fromkeys(ids))
+    own = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sources: Iterable[Mapping[str, Any]] = (values, read_json(file) if file.is_file() else {}, own)
+    names = ("eos_token_id", "pad_token_id") if with_padding else ("eos_token_id",)
+    settings = [source.get(name) for name in names for source in sources]
+    return list(dict.fromkeys(token_id for setting in settings for token_id in token_ids(setting)))

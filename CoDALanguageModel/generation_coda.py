@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 from .constraints import Lexicon, constraint_of
@@ -26,6 +26,9 @@ from .streamers import Feed, Streamer, wants_guesses
 
 StepCallback = Callable[[Tensor, int], bool | None]
 
+MEANINGLESS = ("use_cache", "synced_gpus", "disable_compile")
+"""Arguments of transformers' `generate` about the speed of decoding token by token."""
+
 
 @dataclass
 class DiffusionGenerationOutput(ModelOutput):
@@ -38,6 +41,7 @@ class DiffusionGenerationOutput(ModelOutput):
             `output_scores`; 0 elsewhere.
         commit_steps: (B, T + max_new_tokens) int64, step at which each token was committed, -1 elsewhere.
         num_forwards: (B,) int64, forward passes that each row took part in.
+        tokens_per_forward: (B,) float32, tokens committed per forward pass of each row; of all rows see `cost`.
         cost: a `DecodingCost`.
         cancelled: whether the callback stopped the decoding; masks may be left then.
     """
@@ -47,6 +51,7 @@ class DiffusionGenerationOutput(ModelOutput):
     scores: Tensor | None = None
     commit_steps: Tensor | None = None
     num_forwards: Tensor | None = None
+    tokens_per_forward: Tensor | None = None
     cost: DecodingCost | None = None
     cancelled: bool | None = None
 
@@ -62,6 +67,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         if generation_config is not None:
             self.generation_config = DiffusionGenerationConfig.of(generation_config)
             return
+        if path is None:  # the weights were given: there is no folder
+            self.generation_config = DiffusionGenerationConfig()
+            return
         names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
         hub_arguments = {name: kwargs[name] for name in names if name in kwargs}
         try:
@@ -74,12 +82,20 @@ class DiffusionGenerationMixin(GenerationMixin):
         return copy.deepcopy(self.generation_config), kwargs
 
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
-        """`diffusion_generate` under the name and with the arguments that transformers' callers use."""
+        """`diffusion_generate` under the name and with the arguments that transformers' callers use.
+
+        `max_length` counts the columns of `inputs` too; `top_k=0` is none; `num_beams` is 1; `use_cache`, `synced_gpus`
+        and `disable_compile` mean nothing here.
+        """
         if "input_ids" in kwargs:
             if inputs is not None:
                 raise UserError("inputs and input_ids are the same argument: give one of them")
             inputs = kwargs.pop("input_ids")
-        return self.diffusion_generate(inputs, generation_config=generation_config, **kwargs)
+        width = inputs.shape[-1] if isinstance(inputs, Tensor) else 0
+        if generation_config is not None and not isinstance(generation_config, DiffusionGenerationConfig):
+            given = {key: value for key, value in generation_config.to_diff_dict().items() if value is not None}
+            generation_config = DiffusionGenerationConfig(**_translated(given, width))
+        return self.diffusion_generate(inputs, generation_config=generation_config, **_translated(kwargs, width))
 
     def infill(
         self,
@@ -103,6 +119,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         step_callback: StepCallback | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         tokenizer: Any = None,
         streamer: Streamer | None = None,
         **overrides,
@@ -119,6 +136,8 @@ class DiffusionGenerationMixin(GenerationMixin):
                 passes so far; False stops the decoding. The canvas is not to be changed.
             logits_processor: transformers' processors, called with the (N, T + max_new_tokens) canvases and the
                 (N, V) scores of the positions that are being filled; at padding they see masks.
+            stopping_criteria: transformers' criteria, called with the (1, n) final tokens at the left of one row, for
+                each n beyond the prompt, and None for scores; the answer ends with the first n that they stop.
             tokenizer: turns ids into text; needed with `stop_strings`, `regex` and `json_schema`.
             streamer: any of transformers', for one row: is told tokens as they become final, up to the end of the
                 answer, and with `put_draft` (`TextDiffusionStreamer`) also the rest of the canvas after each pass.
@@ -143,6 +162,9 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise UserError("regex and json_schema need the tokenizer: pass tokenizer=...")
         constraint = constraint_of(config, self.config.vocab_size, Lexicon.of(tokenizer)) if is_shaped else None
         inputs, attention_mask = _check_inputs(inputs, attention_mask, config, self.device)
+        criteria = StoppingCriteriaList(stopping_criteria or ())
+        if criteria and not config.max_new_tokens:
+            raise UserError("stopping_criteria end the appended part, and max_new_tokens is 0")
         seeds = _seeds(config, len(inputs))
         inputs = inputs.repeat_interleave(config.num_return_sequences, 0)
         attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, 0)
@@ -161,7 +183,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             )
             for ids, real, seed in zip(inputs.tolist(), attention_mask.tolist(), seeds, strict=True)
         ]
-        return self._decode_all(decoding, requests, config, inputs, step_callback, streamer)
+        return self._decode_all(decoding, requests, config, inputs, step_callback, criteria, streamer)
 
     def _decode_all(
         self,
@@ -170,6 +192,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         config: DiffusionGenerationConfig,
         inputs: Tensor,
         step_callback: StepCallback | None,
+        criteria: StoppingCriteriaList,
         streamer: Streamer | None,
     ) -> Tensor | DiffusionGenerationOutput:
         """Decode rows of one width to the end and put them together again."""
@@ -181,11 +204,14 @@ class DiffusionGenerationMixin(GenerationMixin):
         feed = None if streamer is None else Feed(streamer, requests[0], rows[0])
         history: list[Tensor] = []
         num_passes, cancelled = 0, False
+        asked: dict[Row, int] = {}
         while decoding.rows and not cancelled:
             progress = decoding.step()
             for record in progress:
                 if record.error is not None:
                     raise record.error
+            if criteria:
+                _stop(decoding, progress, criteria, asked, inputs)
             num_passes += 1
             if feed is not None:
                 feed.step()
@@ -205,11 +231,12 @@ class DiffusionGenerationMixin(GenerationMixin):
             return canvas
         cost = DecodingCost(forwards=decoding.forwards)
         num_forwards, scores, commit_steps = inputs.new_zeros(len(rows)), None, None
+        tokens_per_forward = torch.zeros(len(rows), device=canvas.device)
         if config.output_scores:
             scores, commit_steps = torch.zeros(canvas.shape, device=canvas.device), torch.full_like(canvas, -1)
         for row, i in place.items():
             cost.add(row.cost)
-            num_forwards[i] = row.cost.forwards
+            num_forwards[i], tokens_per_forward[i] = row.cost.forwards, row.cost.tokens_per_forward
             if scores is not None:
                 scores[i], commit_steps[i] = row.log_probability, canvas.new_tensor(row.commit_steps)
         return DiffusionGenerationOutput(
@@ -218,9 +245,52 @@ class DiffusionGenerationMixin(GenerationMixin):
             scores=scores,
             commit_steps=commit_steps,
             num_forwards=num_forwards,
+            tokens_per_forward=tokens_per_forward,
             cost=cost,
             cancelled=cancelled,
         )
+
+
+def _translated(arguments: dict[str, Any], width: int) -> dict[str, Any]:
+    """Arguments of transformers' `generate` as ours, for inputs of `width` columns.
+
+    Raises:
+        UserError: beams, two lengths, or one that the inputs exceed.
+    """
+    ours = {key: value for key, value in arguments.items() if key not in MEANINGLESS}
+    if ours.pop("num_beams", 1) not in (None, 1):
+        raise UserError(f"num_beams must be 1: denoising has no beams, got {arguments['num_beams']!r}")
+    if ours.get("top_k") == 0:
+        ours["top_k"] = None
+    max_length = ours.pop("max_length", None)
+    if max_length is not None:
+        if ours.get("max_new_tokens") is not None:
+            raise UserError("max_length and max_new_tokens both say how long an answer may be: give one of them")
+        if not isinstance(max_length, int) or max_length < width:
+            raise UserError(f"max_length must be an integer >= {width}, the tokens of inputs, got {max_length!r}")
+        ours["max_new_tokens"] = max_length - width
+    return ours
+
+
+def _stop(
+    decoding: Decoding,
+    progress: list[Progress],
+    criteria: StoppingCriteriaList,
+    asked: dict[Row, int],
+    inputs: Tensor,
+) -> None:
+    """End the rows that the criteria stop; `asked` holds the columns of each row of which they were asked."""
+    for row, settled, *_ in progress:
+        last = min(settled, row.end)
+        first = asked.get(row, row.prompt_length) + 1
+        asked[row] = last
+        # Those that look at the clock are asked anew although no token is.
+        for end in range(min(first, last), last + 1):
+            if end > row.prompt_length and bool(criteria(inputs.new_tensor([row.ids[:end]]), None)):
+                row.end, row.reason = end, "stop"
+                decoding.drop(row)
+                row.leave()
+                break
 
 
 def _has_gap(request: Request) -> bool:

@@ -38,10 +38,13 @@ class StrictLoading:
                 weights do not fit the configuration.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        path = str(pretrained_model_name_or_path)
-        if not HUB_ID.fullmatch(path) and not Path(path).is_dir():
+        # Without a folder the weights are given.
+        path = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
+        if path is None and (kwargs.get("config") is None or kwargs.get("state_dict") is None):
+            raise UserError("from_pretrained(None) reads no folder: give config and state_dict")
+        if path is not None and not HUB_ID.fullmatch(path) and not Path(path).is_dir():
             raise UserError(f"no model folder at {path!r}")
-        if Path(path).is_dir() and kwargs.get("state_dict") is None:
+        if kwargs.get("state_dict") is None and Path(path).is_dir():
             check_weights(Path(path, kwargs.get("subfolder") or ""), kwargs.get("gguf_file"))
         # Not CoDAConfig: transformers may import a folder's configuration apart from its model, as another class.
         if not isinstance(kwargs.get("config"), PreTrainedConfig):

@@ -4,14 +4,16 @@ The forward pass draws no noise and knows no device. Not here: who may attend to
 process and the loss (`diffusion`), checkpoints (`loading_coda`), the decoding loop (`generation_coda`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3DecoderLayer,
@@ -48,6 +50,7 @@ from .schedule import Commit as Commit  # isort: skip
 from .scoring import Scorer as Scorer  # isort: skip
 from .speculation import Speculation as Speculation  # isort: skip
 from .stepwise import Stepwise as Stepwise  # isort: skip
+from .streamers import Feed as Feed  # isort: skip
 from .vocabulary import Vocabulary as Vocabulary  # isort: skip
 from .weight_files import check_weights as check_weights  # isort: skip
 
@@ -60,13 +63,16 @@ class CoDAOutput(ModelOutput):
         loss: 0-d float32, when labels were given.
         logits: raw logits (row i scores token i + 1), (B, T, V) or the rows asked for; None when labels were given.
         past_key_values: the cache that was passed in.
-        hidden_states: embeddings and the output of each layer, (B, T, hidden_size) each, when asked for.
+        hidden_states: embeddings and the output of each layer, the last one normalised, (B, T, hidden_size) each, when
+            asked for.
+        attentions: weights of each layer, (B, H, T, T) each, when asked for.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class CoDAAttention(Qwen3Attention):
@@ -189,13 +195,27 @@ class CoDAModel(CoDAPreTrainedModel):
         segment_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
         visibility: Visibility | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    ) -> BaseModelOutputWithPast | tuple:
         """Give the normalised hidden states of the last layer, and those of all layers when asked for.
 
         See `CoDALanguageModel.forward` for the arguments.
         """
+        if use_cache and past_key_values is None:
+            raise ValueError(
+                "use_cache=True needs a cache in past_key_values: a bidirectional model has no default one"
+            )
+        output_attentions = _asked(output_attentions, self.config.output_attentions)
+        output_hidden_states = _asked(output_hidden_states, self.config.output_hidden_states)
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                "output_attentions=True needs attn_implementation 'eager', the kernel that gives weights, got "
+                f"{self.config._attn_implementation!r}"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -213,16 +233,44 @@ class CoDAModel(CoDAPreTrainedModel):
             segment_ids = torch.ones_like(hidden[..., 0], dtype=torch.long) if segment_ids is None else segment_ids
             visibility = rule_of(self.config, segment_ids, position_ids)
         mask, kernel_arguments = layer_mask(self.config, hidden, attention_mask, segment_ids, visibility)
-        hidden, all_hidden = LAYER_LOOPS[self.layer_loop](
-            self,
-            hidden,
-            position_ids,
+        with _attention_weights(self.layers if output_attentions else ()) as attentions:
+            hidden, all_hidden = LAYER_LOOPS[self.layer_loop](
+                self,
+                hidden,
+                position_ids,
+                past_key_values=past_key_values,
+                output_hidden_states=output_hidden_states,
+                attention_mask=mask,
+                **kernel_arguments,
+            )
+        hidden = self.norm(hidden)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
             past_key_values=past_key_values,
-            output_hidden_states=output_hidden_states,
-            attention_mask=mask,
-            **kernel_arguments,
+            hidden_states=None if all_hidden is None else (*all_hidden[:-1], hidden),
+            attentions=tuple(attentions) if output_attentions else None,
         )
-        return self.norm(hidden), all_hidden
+        return output if _asked(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+def _asked(argument: bool | None, setting: bool) -> bool:
+    """What a call says, else what the configuration does."""
+    return setting if argument is None else argument
+
+
+@contextmanager
+def _attention_weights(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list that gets the attention weights of each layer that runs meanwhile, (B, H, T, T)."""
+    weights: list[Tensor] = []
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda module, inputs, outputs: weights.append(outputs[1]))
+        for layer in layers
+    ]
+    try:
+        yield weights
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def loop_layers(
@@ -342,7 +390,8 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
                 segment, and the first position after padding have no predecessor and are never scored.
             loss_weights: (B,) or (B, T) float; the loss is `sum_i loss_weights_i * CE_i`, so that 1/t and the
                 denominator are the caller's. Without it the loss is the plain mean over the scored positions.
-            output_attentions: accepted as None or False (PEFT passes it); the kernels give no attention weights.
+            output_attentions: also return the attention weights of all layers; with attn_implementation `eager`
+                alone. None is what the configuration says, as for the two like it below.
             output_hidden_states: also return the hidden states of all layers.
             use_cache: accepted for callers that always pass it; caches are passed as `past_key_values`.
             return_dict: False gives a tuple of the fields that are set.
@@ -358,12 +407,6 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
         Raises:
             ValueError: contradictory arguments or shapes that do not fit.
         """
-        if use_cache and past_key_values is None:
-            raise ValueError(
-                "use_cache=True needs a cache in past_key_values: a bidirectional model has no default one"
-            )
-        if output_attentions:
-            raise ValueError("output_attentions=True is not supported: the attention kernels give no weights")
         if labels is not None and positions is not None:
             raise ValueError("labels and positions exclude each other: with labels the logits are not returned")
         if loss_weights is not None and labels is None:
@@ -372,26 +415,40 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
             raise ValueError("doubled rows need position_ids and visibility, and tell padding by segments alone")
         if visibility is not None and segment_ids is None:
             segment_ids = visibility.segment
-        hidden, all_hidden = self.model(
+        seen = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             segment_ids=segment_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            output_hidden_states=bool(output_hidden_states),
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            use_cache=use_cache,
+            return_dict=True,
             visibility=visibility,
         )
+        hidden = seen.last_hidden_state
         loss = logits = None
         if labels is not None:
             group = visibility.group if doubled else None
             loss = self._loss(hidden, labels, loss_weights, attention_mask, segment_ids, group)
         elif positions is None:
-            logits = self.lm_head(hidden)
+            logits = self.lm_head(self._scoring(hidden, attention_mask, segment_ids))
         else:
             logits = self.lm_head(_select_rows(hidden, positions))
-        output = CoDAOutput(loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=all_hidden)
-        return output if return_dict is not False else output.to_tuple()
+        output = CoDAOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=seen.hidden_states,
+            attentions=seen.attentions,
+        )
+        return output if _asked(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def _scoring(self, hidden: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+        """The rows whose logits a caller gets that asks for all, (B, T, hidden_size): those of the network itself."""
+        return hidden
 
     def _loss(
         self,
@@ -445,6 +502,21 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
         return LOSSES[self.loss_sum](self, hidden, labels, weights)
 
 
+class CoDAForMaskedLM(CoDALanguageModel):
+    """The same model for callers of `AutoModelForMaskedLM`, for whom row i of the logits scores token i.
+
+    Logits are 0 where nothing scores a position: at the first one of a row or segment, and at padding. Rows that are
+    asked for by `positions` are the network's own, as in `CoDALanguageModel`.
+    """
+
+    def _scoring(self, hidden: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+        padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        if padding is None and segment_ids is None:
+            padding = torch.ones_like(hidden[..., 0], dtype=torch.long)
+        row = scored_by(padding, segment_ids, shift=self.config.logits_shift)[:, :, None]
+        return hidden.gather(1, row.clamp(min=0).expand_as(hidden)) * (row >= 0)
+
+
 def head_cross_entropy(model: CoDALanguageModel, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Apply the head and sum the cross-entropies; see `chunked_cross_entropy` for arguments and result."""
     head = model.lm_head
@@ -472,6 +544,8 @@ def _select_rows(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 CoDALanguageModel.register_for_auto_class("AutoModelForCausalLM")
+CoDAForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
 if __name__ == "CoDALanguageModel.modeling_coda":  # a copy that travels with weights is registered by transformers
     AutoModel.register(CoDAConfig, CoDALanguageModel)
     AutoModelForCausalLM.register(CoDAConfig, CoDALanguageModel)
+    AutoModelForMaskedLM.register(CoDAConfig, CoDAForMaskedLM)

@@ -211,6 +211,7 @@ class Row:
             [last - first for first, last in pairwise(self.starts)],
             steps=config.steps,
             eps=config.eps,
+            schedule=config.schedule,
             keeps_deciding=self.sampling.order.keeps_deciding,
         )
         self.plan: list[Commit] = []

@@ -47,6 +47,16 @@ def commit_counts(num_masked: int, steps: int, eps: float) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
+def even_counts(num_masked: int, steps: int) -> tuple[int, ...]:
+    """Tokens to commit at each of `steps` steps, as equal as may be, the first steps one more; some may be zero.
+
+    LLaDA's schedule (Nie et al. 2025, https://arxiv.org/abs/2502.09992).
+    """
+    least, more = divmod(num_masked, steps)
+    return (least + 1,) * more + (least,) * (steps - more)
+
+
+@lru_cache(maxsize=64)
 def kept_counts(size: int, steps: int) -> tuple[int, ...]:
     """Tokens that stay committed after each step, for an order that keeps deciding; 0 where it would keep no more."""
     # size - floor(size * (1 - (i + 1) / steps)), in integers
@@ -54,7 +64,9 @@ def kept_counts(size: int, steps: int) -> tuple[int, ...]:
     return tuple(k if k > previous else 0 for previous, k in zip([0, *kept], kept, strict=False))
 
 
-def plan_commits(sizes: Sequence[int], *, steps: int, eps: float, keeps_deciding: bool) -> Iterator[tuple[Commit, ...]]:
+def plan_commits(
+    sizes: Sequence[int], *, steps: int, eps: float, keeps_deciding: bool, schedule: str = "published"
+) -> Iterator[tuple[Commit, ...]]:
     """Plan the forward passes of one row, block by block; those that would change nothing are left out.
 
     The steps are shared out evenly, the first blocks getting one more where they do not divide.
@@ -63,8 +75,10 @@ def plan_commits(sizes: Sequence[int], *, steps: int, eps: float, keeps_deciding
         sizes: masked tokens of each block, in the order in which the blocks are decoded.
         steps: denoising steps for the row. A block takes at most as many as it has masks, or `MOST_STEPS` if that is
             more, so that neither time nor memory grows with a number that a client may choose.
-        eps: last time of the schedule.
-        keeps_deciding: whether the order decides all tokens of a block anew at each step; see `orders.Order`.
+        eps: last time of the published schedule.
+        keeps_deciding: whether the order decides all tokens of a block anew at each step; see `orders.Order`. Then as
+            many more are kept after each.
+        schedule: `published` or `even`.
 
     Returns:
         The commits of each block, planned when they are asked for: an answer that ends early is not planned further.
@@ -83,7 +97,12 @@ def plan_commits(sizes: Sequence[int], *, steps: int, eps: float, keeps_deciding
         first_step = 0
         for block, size in enumerate(sizes):
             block_steps = min(steps // num_blocks + (block < steps % num_blocks), max(size, MOST_STEPS))
-            counts = kept_counts(size, block_steps) if keeps_deciding else commit_counts(size, block_steps, eps)
+            if keeps_deciding:
+                counts = kept_counts(size, block_steps)
+            elif schedule == "even":
+                counts = even_counts(size, block_steps)
+            else:
+                counts = commit_counts(size, block_steps, eps)
             yield tuple(Commit(first_step + i, block, count) for i, count in enumerate(counts) if count)
             first_step += block_steps
 

@@ -237,6 +237,7 @@ class Scorer:
             position_ids=position_ids if columns is None else columns.take(position_ids),
             past_key_values=cache,
             positions=row * width + slot,
+            return_dict=True,
         ).logits
         return self._process(step, ids, Scores(row, column, logits))
 

@@ -18,7 +18,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SINGLE_FILES, INDEX_SUFFIX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
 QUANTISED = ("I8", "U8", "F8", "F6", "F4")
 """Starts of the names that safetensors has for numbers of at most 8 bits, which mean nothing without their scales."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -59,7 +59,8 @@ def check_weights(folder: Path, gguf_file: str | None = None) -> None:
         refuse_pointer(file)
         if file.suffix == ".safetensors":
             _check_safetensors(file)
-        elif _starts_with(file, b"PK") and not zipfile.is_zipfile(file):  # the table of a zip file stands at its end
+        # The table of a zip file stands at its end; older files are pickles.
+        elif not (_starts_with(file, b"\x80") or zipfile.is_zipfile(file)):
             raise UserError(f"{str(file)!r} is not a whole PyTorch file, download it again")
 
 

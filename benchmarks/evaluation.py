@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from rich.markdown import Markdown
 
 from coda_eval import sandbox, sandbox_watch, sweep
 from coda_eval.comparison import markdown_table
-from coda_eval.data import DATA_VARIABLE, documents, problem
+from coda_eval.data import DATA_VARIABLE, benchmark_of, documents, problem
 from coda_eval.harness import CoDAEvalModel
 from coda_eval.hosted import on_device
 from coda_eval.programs import Answer, program_of
@@ -77,26 +77,31 @@ def used() -> float:
 
 
 @contextmanager
-def counted_sandboxes() -> Iterator[list[float]]:
-    """Collects the processor time of sandboxes in seconds.
+def counted_sandboxes() -> Iterator[dict[int, float]]:
+    """Collects the processor time of sandboxes in seconds, by process.
 
-    Their processes are killed by their ancestors' end and waited for by nobody, so that the kernel forgets their time:
-    it is read just before, and what the kernel needs to end them is not in it.
+    Many of their processes are waited for by nobody, so that the kernel forgets their time: it is read just before a
+    program's are killed, and what the kernel needs to end them is not in it.
     """
-    spent: list[float] = []
+    spent: dict[int, float] = {}
     kill = sandbox.kill
 
-    def reading(process: subprocess.Popen) -> None:
-        for pid in sandbox_watch._tree(process.pid):
-            if pid == process.pid:
-                continue  # waited for
-            for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-                spent.append(int(path.read_text().split()[0]) / 1e9)
-        kill(process)
+    def reading(root: int) -> None:
+        for pid in (*sandbox_watch._tree(root), *above(root)):
+            with suppress(OSError):  # gone meanwhile
+                threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+                spent[pid] = sum(int(path.read_text().split()[0]) / 1e9 for path in threads)
+        kill(root)
 
     # The sandbox runs fewer programs at once while others use the machine: here it is not to notice.
     with mock.patch.object(sandbox, "kill", reading), mock.patch("os.getloadavg", return_value=(0.0, 0.0, 0.0)):
         yield spent
+
+
+def above(pid: int) -> Iterator[int]:
+    """The processes between this one and `pid`, which is below it."""
+    while (pid := int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])) not in (0, 1, os.getpid()):
+        yield pid
 
 
 def in_turn(
@@ -125,14 +130,15 @@ def fresh_interpreters(programs: Sequence[sandbox.Program]) -> float:
 
 def sandboxes(programs: Sequence[sandbox.Program], workers: int | None = None) -> float:
     """Judge programs in the sandbox."""
-    before = used()
+    before = resource.getrusage(resource.RUSAGE_SELF)
     with counted_sandboxes() as spent:
         verdicts = sandbox.run_programs(programs, workers=workers)
+    own = resource.getrusage(resource.RUSAGE_SELF)
     if wrong := [verdict for verdict in verdicts if not verdict.passed]:
         raise SystemExit(
             f"{len(wrong)} canonical programs do not pass, the first with {wrong[0].status}: {wrong[0].error}"
         )
-    return used() - before + sum(spent)
+    return sum(own[:2]) - sum(before[:2]) + sum(spent.values())
 
 
 def rows_of(totals: dict[str, dict[str, float]], count: int) -> list[list[str]]:
@@ -308,7 +314,12 @@ def case_regimes(options: argparse.Namespace) -> dict[str, Any] | None:
         settings = {"pretrained": str(model), "max_new_tokens": 128, "block_length": 32, "temperature": 0}
         words += ["--model", "coda", "--model_args", json.dumps(settings), "--tasks", options.task]
         words += ["--apply_chat_template", "--batch_size", "16", "--output_path", folder, "--device", "cpu"]
-        words += ["--limit", str(options.limit)] if options.limit else []
+        if options.without:
+            rows = documents(benchmark_of(options.task), os.environ.get(DATA_VARIABLE))["test"]
+            kept = [place for place, row in enumerate(rows) if row["task_id"] not in options.without]
+            words += ["--samples", json.dumps({options.task: kept[: options.limit]})]
+        elif options.limit:
+            words += ["--limit", str(options.limit)]
         with mock.patch.object(sys, "argv", ["coda_eval"]):
             sweep.main(words)
         found = json.loads(Path(folder, "sweep.json").read_text())
@@ -329,7 +340,8 @@ def case_regimes(options: argparse.Namespace) -> dict[str, Any] | None:
             + [f"{one['tokens_per_forward']:.2f}"]
         )
     header = ["regime", "pass@1 (95 %)", "documents", "s per answer", "speed-up", "tokens per forward pass"]
-    return {"header": header, "rows": rows, "notes": [options.task], "goal": ""}
+    notes = [options.task, *(f"without {name}, whose prompt leaves it no room" for name in options.without)]
+    return {"header": header, "rows": rows, "notes": notes, "goal": ""}
 
 
 def case_batch(options: argparse.Namespace) -> dict[str, Any]:
@@ -404,6 +416,7 @@ def main() -> None:
     parser.add_argument("--run_dir", type=Path, default=HERE.parent / "runs" / "quickstart", help="of quickstart.sh")
     parser.add_argument("--task", default="quickstart_problems", help="of the case regimes")
     parser.add_argument("--limit", type=int, help="documents of the case regimes")
+    parser.add_argument("--without", nargs="*", default=[], help="ids of documents that the case regimes leaves out")
     parser.add_argument("--note", default="", help="what else is to be said of the machine")
     options = parser.parse_args()
     logging.disable(logging.WARNING)

@@ -45,7 +45,7 @@ install_packages() {
     fi
     [[ -x $repo/.venv/bin/python ]] || python3.11 -m venv "$repo/.venv"
     "$repo/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$repo/constraints.txt" --editable "${repo}[pretrain]" 'torch_xla[tpu]'
+        --constraint "$repo/constraints.txt" --editable "${repo}[xla]" 'torch_xla[tpu]'
     printf '%s\n' "$wanted" >"$stamp"
 }
 

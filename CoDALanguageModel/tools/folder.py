@@ -15,7 +15,7 @@ def load(name: str, *, dtype: str, device: str = "cpu") -> tuple[Any, CoDALangua
         UserError: there is no such folder or model, or it cannot be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # None would ask at the terminal
         return tokenizer, CoDALanguageModel.from_pretrained(name, dtype=dtype).eval().to(device)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name}: {error}") from error

@@ -64,7 +64,7 @@ def adaptation(section: Section) -> None:
     tokenizer = load_tokenizer_folder(str(tokenizer_folder), complete=section.weights is not None)
     shards = names / "code"
     held_out: list[str] = []
-    with section.measurement(what="corpus", weights="SmolLM2-135M" if section.weights else "random") as facts:
+    with section.measurement(what="corpus", weights="given" if section.weights else "random") as facts:
         held_out = make_shards(section, tokenizer_folder, shards, facts)
     gaps = gaps_of(held_out, tokenizer, 4 if section.is_tiny else 128)
     autoregressive_baseline(section, source, gaps, tokenizer)

@@ -73,24 +73,30 @@ class Report:
         lines = ["# On the GPU", "", facts, ""]
         for name, section in self.sections.items():
             lines += [f"## {name}", "", f"{section['outcome']}; limit {section['limit_s']} s", ""]
-            made = [row for row in section["measurements"] if "skipped" not in row]
-            for keys, rows in groupby(made, key=_columns):
-                rows = list(rows)
-                lines += [f"| {' | '.join(keys)} |", f"|{' --- |' * len(keys)}"] if keys else []
-                lines += [f"| {' | '.join(_cell(row[key]) for key in keys)} |" for row in rows] if keys else []
-                lines.append("")
-                for row in rows:
-                    lines += [f"- {key}: `{_cell(row[key])}`" for key in LONG if key in row]
-                lines.append("")
-            left_out = [row for row in section["measurements"] if "skipped" in row]
-            for _, rows in groupby(left_out, key=lambda row: _NUMBER.sub("_", row["skipped"])):
-                rows = list(rows)
-                told = "; ".join(_facts(row) for row in (rows if len(rows) < 4 else [rows[0], rows[-1]]))
-                lines.append(f"- not measured, {len(rows)}: {rows[0]['skipped']} ({told})")
-            lines += [""] if left_out else []
+            lines += tables(section["measurements"])
             if section.get("tail"):
                 lines += ["```text", *section["tail"], "```", ""]
         return lines
+
+
+def tables(measurements: list[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown: neighbours of like columns as a table, what is no cell below it, then what was left out."""
+    lines: list[str] = []
+    made = [row for row in measurements if "skipped" not in row]
+    for keys, rows in groupby(made, key=_columns):
+        rows = list(rows)
+        lines += [f"| {' | '.join(keys)} |", f"|{' --- |' * len(keys)}"] if keys else []
+        lines += [f"| {' | '.join(_cell(row[key]) for key in keys)} |" for row in rows] if keys else []
+        lines.append("")
+        for row in rows:
+            lines += [f"- {key}: `{_cell(row[key])}`" for key in LONG if key in row]
+        lines.append("")
+    left_out = [row for row in measurements if "skipped" in row]
+    for _, rows in groupby(left_out, key=lambda row: _NUMBER.sub("_", row["skipped"])):
+        rows = list(rows)
+        told = "; ".join(_facts(row) for row in (rows if len(rows) < 4 else [rows[0], rows[-1]]))
+        lines.append(f"- not measured, {len(rows)}: {rows[0]['skipped']} ({told})")
+    return lines + ([""] if left_out else [])
 
 
 _NUMBER = re.compile(r"\d+")

@@ -83,7 +83,10 @@ def lm_eval_arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="go on with the run in --output_path: answers that its journal has are not made again",
     )
-    return add_our_tasks(cli.parse_args())
+    try:
+        return add_our_tasks(cli.parse_args())
+    except ValueError as error:  # lm-eval's own of a --model_args or --gen_kwargs that begins like JSON
+        raise UserError(str(error)) from error
 
 
 def evaluate(argv: Sequence[str]) -> None:

@@ -24,10 +24,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from coda_eval import session
-from coda_eval.hosted import ChatPrompt, HostedLM, known, on_device, place
+from coda_eval.hosted import Begins, ChatPrompt, HostedLM, known, on_device, place, without_space
 from coda_eval.journal import digest
 from coda_eval.programs import Answer
 from coda_eval.session import Asked, slot
@@ -51,6 +51,7 @@ class _Prompt:
     tail: str  # text that the answer has to begin with and that is no part of it
     settings: dict[str, Any]
     ends: frozenset[int]
+    given_up: int = 0  # tokens of the prompt that are made again
 
 
 @register_model("coda_hf")
@@ -120,15 +121,17 @@ class AutoregressiveModel(HostedLM):
         if self.backend != "causal" or not (is_gap or heals):
             return _Prompt(index, asked, None, "", given, frozenset())
         if is_gap:
-            ids, tail = self._gap_ids(request.doc), ""
+            ids, tail, given_up = self._gap_ids(request.doc), "", 0
         else:
             ids, tail = self._healed(text)
+            given_up = self.tok_batch_encode([text])[0].shape[1] - len(ids)
         if len(ids) + len(tail) + settings["max_gen_toks"] > self.max_length:
             raise UserError(
                 f"{place(request)}: {len(ids)} tokens of prompt and max_gen_toks={settings['max_gen_toks']} "
                 f"exceed the context of {self.max_length} tokens; set --gen_kwargs max_gen_toks=N to a smaller number"
             )
-        return _Prompt(index, asked, ids, tail, settings, self._fill_ends if is_gap else frozenset(self._end_ids()))
+        ends = self._fill_ends if is_gap else frozenset(self._end_ids())
+        return _Prompt(index, asked, ids, tail, settings, ends, given_up)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation with what `encode_prompt` needs; where the codec or the template refuses it, lm-eval's own."""
@@ -168,15 +171,7 @@ class AutoregressiveModel(HostedLM):
 
     def _healed(self, text: str) -> tuple[list[int], str]:
         """Ids of a prompt without its last tokens, up to one that does not end in white space, and their text."""
-        ids = self.tok_batch_encode([text])[0][0].tolist()
-        whole = self.decode(ids)
-        kept, rest = list(ids), whole
-        while len(kept) > 1 and rest[-1:].isspace():
-            kept.pop()
-            rest = self.decode(kept)
-        if not whole.startswith(rest) or not rest:
-            return ids, ""  # nothing but white space, or text that does not come apart there
-        return kept, whole[len(rest) :]
+        return without_space(self.tok_batch_encode([text])[0][0].tolist(), self.decode)
 
     @cached_property
     def _fill_tokens(self) -> FillTokens:
@@ -255,7 +250,7 @@ class AutoregressiveModel(HostedLM):
                 input_ids=ids,
                 attention_mask=real,
                 max_new_tokens=new_tokens + max(len(prompt.tail) for prompt in batch),
-                logits_processor=LogitsProcessorList([_Begins(self, start, tails)]),
+                logits_processor=LogitsProcessorList([Begins(self, start, tails)]),
                 stopping_criteria=StoppingCriteriaList([_Stops(self, start, tails, until)]),
                 eos_token_id=sorted(ends),
                 pad_token_id=pad,
@@ -264,6 +259,7 @@ class AutoregressiveModel(HostedLM):
             )[:, start:].tolist()
         answers = []
         for prompt, row in zip(batch, rows, strict=True):
+            row = row[: new_tokens + prompt.given_up]  # whatever room its company needs
             length = next((at for at, token in enumerate(row) if token in ends), len(row))
             text = self.decode(row[:length])
             answer = Answer(postprocess_generated_text(text[len(prompt.tail) :], until, None))
@@ -312,43 +308,6 @@ class AutoregressiveModel(HostedLM):
         return self.tokenizer.decode(self._anchor + ids, **settings)[
             len(self.tokenizer.decode(self._anchor, **settings)) :
         ]
-
-    @cached_property
-    def pieces(self) -> list[str]:
-        """Text of every token."""
-        return [self.decode([token]) for token in range(len(self.tokenizer))]
-
-    def may_begin(self, text: str) -> torch.Tensor:
-        """(V,) bool: tokens whose text begins with `text`, or is the beginning of it."""
-        if text not in self._begins:
-            fits = [piece != "" and (piece.startswith(text) or text.startswith(piece)) for piece in self.pieces]
-            self._begins[text] = torch.tensor(fits)
-        return self._begins[text]
-
-    @cached_property
-    def _begins(self) -> dict[str, torch.Tensor]:
-        return {}
-
-
-class _Begins(LogitsProcessor):
-    """Only tokens that go on saying the row's tail, until it is said."""
-
-    def __init__(self, model: AutoregressiveModel, start: int, tails: Sequence[str]) -> None:
-        self.model, self.start, self.left = model, start, list(tails)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """(B, T) ids and (B, V) scores -> (B, V) scores."""
-        if not any(self.left):
-            return scores
-        scores = scores.clone()
-        for row, left in enumerate(self.left):
-            if left and input_ids.shape[1] > self.start:
-                self.left[row] = left = left[len(self.model.pieces[int(input_ids[row, -1])]) :]
-            if left:
-                allowed = self.model.may_begin(left).to(scores.device)
-                scores[row, : len(allowed)].masked_fill_(~allowed, -torch.inf)
-                scores[row, len(allowed) :] = -torch.inf
-        return scores
 
 
 class _Stops(StoppingCriteria):

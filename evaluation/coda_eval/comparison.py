@@ -10,7 +10,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import comb, fsum
+from math import comb, fsum, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,11 @@ def _answers_of(folder: Path) -> dict[Key, Record]:
         key = (record.task, json.dumps(record.task_id), record.repeat)
         if key in answers:
             raise UserError(f"{folder} holds repeat {record.repeat} of {record.task_id} in {record.task} twice")
+        if record.score is not None and not isfinite(record.score):
+            raise UserError(
+                f"{folder}: the score of {record.task_id} in {record.task}, repeat {record.repeat}, is {record.score}, "
+                "which compares with nothing"
+            )
         if record.score is not None:
             answers[key] = record
     return answers
@@ -276,12 +281,43 @@ def read_cards(folder: Path) -> list[dict[str, Any]]:
     path = folder / "scores.json"
     try:
         cards = json.loads(path.read_text(encoding="utf-8"))
-        _ = [[card[name] for name in ("task", "metric", "filter", "score", "settings")] for card in cards]
     except FileNotFoundError as error:
         raise UserError(f"no scores.json in {str(folder)!r}: give the --output_path of a run") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} does not hold score cards: {error!r}") from error
+    wrong = f"{path} does not hold score cards"
+    if not isinstance(cards, list):
+        raise UserError(f"{wrong}: it must be a list, got {json.dumps(cards)[:80]}")
+    for number, card in enumerate(cards, 1):
+        if not isinstance(card, dict):
+            raise UserError(f"{wrong}: card {number} must be an object, got {json.dumps(card)[:80]}")
+        for name, (fits, what) in _CARD.items():
+            if not fits(card.get(name)):
+                raise UserError(f"{wrong}: card {number}: {name} must be {what}, got {card.get(name)!r:.80}")
     return cards
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_interval(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)))
+
+
+def _is_settings(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("gen_kwargs") or {}, dict)
+
+
+def _is_cost(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
+
+
+_CARD = dict.fromkeys(("task", "metric", "filter"), (lambda value: isinstance(value, str), "a text"))
+_CARD |= {"score": (_is_number, "a number"), "n": (lambda value: type(value) in (int, type(None)), "a whole number")}
+_CARD |= dict.fromkeys(("wilson95", "bootstrap95"), (_is_interval, "two numbers or null"))
+_CARD |= {"settings": (_is_settings, "an object"), "cost": (_is_cost, "an object of numbers or null")}
+"""What the fields of a score card that are computed with hold."""
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

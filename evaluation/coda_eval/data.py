@@ -16,6 +16,7 @@ import json
 import keyword
 import os
 import pickle
+import re
 import reprlib
 import warnings
 import zlib
@@ -92,6 +93,11 @@ _HUMANEVAL = ("task_id", "prompt", "entry_point", "canonical_solution")
 _INFILL_HUB = "loubnabnl/humaneval_infilling"
 
 
+def _has_check(row: dict[str, Any]) -> None:
+    if not re.search(r"^def check\(", row["test"], re.MULTILINE):
+        raise UserError("has a wrong test: it must define check(candidate), which is called with the function")
+
+
 def _infilling(name: str) -> Source:
     file = f"HumanEval-{name}Infilling"
     light = f"HumanEval-{name.removesuffix('Light')}InfillingLight" if name.endswith("Light") else file
@@ -100,6 +106,7 @@ def _infilling(name: str) -> Source:
         keep=_HUMANEVAL,
         needs=("suffix", "test"),
         hub=(_INFILL_HUB, light),
+        check=_has_check,
         gap=lambda row: (row["prompt"], row["canonical_solution"], row["suffix"]),
     )
 
@@ -165,12 +172,19 @@ MBPP_EXAMPLE_IDS = range(2, 5)
 
 
 SOURCES = {
-    "humaneval": Source(files=("HumanEval.jsonl",), keep=_HUMANEVAL, needs=("test",), hub=("openai/openai_humaneval",)),
+    "humaneval": Source(
+        files=("HumanEval.jsonl",),
+        keep=_HUMANEVAL,
+        needs=("test",),
+        hub=("openai/openai_humaneval",),
+        check=_has_check,
+    ),
     "humaneval_plus": Source(
         files=("HumanEvalPlus-OriginFmt.jsonl",),
         keep=_HUMANEVAL,
         needs=("test",),
         hub=("evalplus/humanevalplus",),
+        check=_has_check,
         timeout_s=60.0,
     ),
     "mbpp": Source(
@@ -372,17 +386,21 @@ def _is_expression(value: Any) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _parses(tests: str) -> bool:
-    """Whether tests are Python; the large published ones are taken as such."""
+def _parses(tests: str, least: int = 0) -> bool:
+    """Whether tests are Python of at least so many statements; the large published ones are taken as such."""
     if len(tests) > _PARSED_CHARS:
         return True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ast.parse(tests)
+            return len(ast.parse(tests).body) >= least
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return True
+
+
+def _tests(text: str) -> bool:
+    """Whether a text is Python that does something: what tests nothing, every answer would pass."""
+    return _parses(text, least=1)
 
 
 _CASES = ("test cases as LiveCodeBench writes them", lambda value: _is_text(value) and _reads(stdin_cases)(value))
@@ -394,8 +412,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "the name of a Python function",
         lambda value: _is_text(value) and value.isidentifier() and not keyword.iskeyword(value),
     ),
-    "test": ("Python source", lambda value: _is_text(value) and _parses(value)),
-    "test_list": ("a list of asserts", lambda value: _are_texts(value) and value != [] and all(map(_parses, value))),
+    "test": ("Python source", lambda value: _is_text(value) and _tests(value)),
+    "test_list": ("a list of asserts", lambda value: _are_texts(value) and value != [] and all(map(_tests, value))),
     "test_imports": ("a list of imports or null", lambda value: value is None or _are_texts(value)),
     "test_setup_code": ("Python source or null", lambda value: value is None or (_is_text(value) and _parses(value))),
     "public_test_cases": _CASES,

@@ -23,12 +23,12 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from coda_eval import session
-from coda_eval.hosted import ChatPrompt, HostedLM, Nats, known, place
+from coda_eval.hosted import Begins, ChatPrompt, HostedLM, Nats, known, place, without_space
 from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
 from coda_eval.session import Asked
 from CoDALanguageModel import CoDALanguageModel
-from CoDALanguageModel.answers import AnswerReader, end_ids
+from CoDALanguageModel.answers import TEXT, AnswerReader, end_ids
 from CoDALanguageModel.decoder import Decoding, Progress
 from CoDALanguageModel.decoding_settings import SETTINGS, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
@@ -74,6 +74,7 @@ class _Job:
     until: list[str]
     asked: Asked
     rivals: tuple[int, ...] = ()  # all lengths that are tried
+    tail: str = ""  # text that the tokens begin with and that is no part of the answer
 
     @property
     def seed(self) -> int:
@@ -259,7 +260,7 @@ class CoDAEvalModel(HostedLM):
     def _job(self, index: int, request: Instance, repeat: int) -> _Job:
         prompt, given = request.args[0], dict(request.args[1])
         document = request.doc if isinstance(request.doc, dict) else {}
-        name = place(request)
+        name, tail = place(request), ""
         settings, until = self._settings(given, f"the generation settings of {request.task_name}")
         try:
             if "infill_prefix" in document:
@@ -269,6 +270,7 @@ class CoDAEvalModel(HostedLM):
                     logger.warning("gaps are filled in place: no chat template is used for %s", request.task_name)
             else:
                 ids, gap = self.encode_prompt(prompt), None
+                ids, tail = self._healed(prompt, ids, settings)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         total = len(ids) + settings["max_new_tokens"]
@@ -284,12 +286,35 @@ class CoDAEvalModel(HostedLM):
         try:  # before any answer is made
             config = complete(self.model.generation_config.merged(settings), self.model.config)
             if gap is None or gap.start < gap.stop:
-                Row(self._request(ids, settings, seed), 0, self.model.config, self.codec.decode)
+                self._decoding().admit(self._request(ids, settings, seed, tail))
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         held = {name: getattr(config, name) for name in SETTINGS if name not in _NOT_OF_ANSWERS} | {"until": until}
+        held |= {"tail": tail} if tail else {}
         asked = Asked(request=request, repeat=repeat, settings=held, seed=seed)
-        return _Job(index, repeat, ids, gap, settings, until, asked)
+        return _Job(index, repeat, ids, gap, settings, until, asked, tail=tail)
+
+    def _healed(self, prompt: str, ids: list[int], settings: dict[str, Any]) -> tuple[list[int], str]:
+        """Ids of a prompt, and the text of those that it gave up and that the tokens of the answer now begin with.
+
+        As in `autoregressive`, for the same reason: blocks of one token are such a model. Others are trained with
+        answers that begin wherever prompts end.
+
+        Args:
+            prompt: its text.
+            ids: all of its ids.
+            settings: of the request, which get room for it.
+        """
+        is_opened = isinstance(prompt, ChatPrompt) and not prompt.continues
+        text = prompt.messages[-1]["content"] if isinstance(prompt, ChatPrompt) else str(prompt)
+        constrained = settings.get("regex") is not None or settings.get("json_schema") is not None
+        if self.model.config.block_size != 1 or is_opened or constrained or not text[-1:].isspace():
+            return ids, ""
+        kept, tail = without_space(ids, self.decode)
+        if tail:
+            held = self.model.generation_config.merged(settings)
+            settings |= {name: getattr(held, name) + len(ids) - len(kept) for name in ("max_new_tokens", "steps")}
+        return kept, tail
 
     def _rivals(self, job: _Job, request: Instance) -> list[_Job]:
         """The canvases of a job: its own, or one for each length that is tried for its gap."""
@@ -311,9 +336,18 @@ class CoDAEvalModel(HostedLM):
             for length in lengths
         ]
 
-    def _request(self, ids: list[int], settings: dict[str, Any], seed: int) -> Request:
+    def _decoding(self) -> Decoding:
+        """Where rows are decoded."""
+        return Decoding(self.model, decode=self.codec.decode, lexicon=self.codec.lexicon)
+
+    def _request(self, ids: list[int], settings: dict[str, Any], seed: int, tail: str = "") -> Request:
         """What is to be decoded, as the model room takes it."""
-        return Request(ids=ids, settings=self.model.generation_config.merged(settings), seed=seed)
+        begins = [Begins(self, len(ids), [tail], self.model.config.mask_token_id)] if tail else []
+        return Request(ids=ids, settings=self.model.generation_config.merged(settings), seed=seed, processors=begins)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens as they stand after others, without control tokens."""
+        return self.codec.decode(ids, TEXT)
 
     @staticmethod
     def _identity(request: Instance) -> str:
@@ -362,12 +396,12 @@ class CoDAEvalModel(HostedLM):
 
     def _answered(self, jobs: list[_Job]) -> Iterator[tuple[_Job, Answer]]:
         """Decode at most `batch_size` jobs at a time; where one ends the next joins at once."""
-        decoding = Decoding(self.model, decode=self.codec.decode, lexicon=self.codec.lexicon)
+        decoding = self._decoding()
         waiting, running = deque(jobs), {}
         while waiting or running:
             while waiting and len(running) < int(self.batch_size):
                 job = waiting.popleft()
-                row = decoding.admit(self._request(job.ids, job.settings, job.seed))
+                row = decoding.admit(self._request(job.ids, job.settings, job.seed, job.tail))
                 running[row] = _Running(job, row, self._reader(job, row.config))
             started = time.monotonic()
             progress = decoding.step()
@@ -391,6 +425,7 @@ class CoDAEvalModel(HostedLM):
             eos_token_ids=end_ids(self.model.config, config),
             prompt_ids=job.ids if job.gap is None else job.ids[: job.gap.start],
             stop=[string for string in (*job.until, *(config.stop_strings or ())) if string],
+            begins=job.tail,
         )
 
     # Likelihood

@@ -4,12 +4,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
+from transformers import LogitsProcessor
 
 from coda_eval import session
 from coda_eval.programs import Answer
@@ -172,9 +174,76 @@ class HostedLM(HFLM):
         """
         raise UserError(f"use_cache is refused: {CACHE_LIES}")
 
+    # Prompts that give up the white space at their end
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens as they stand after others, without control tokens."""
+        raise NotImplementedError
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """Text of every token."""
+        return [self.decode([token]) for token in range(len(self.tokenizer))]
+
+    def may_begin(self, text: str) -> torch.Tensor:
+        """(V,) bool: tokens whose text begins with `text`, or is the beginning of it."""
+        if text not in self._begins:
+            fits = [piece != "" and (piece.startswith(text) or text.startswith(piece)) for piece in self.pieces]
+            self._begins[text] = torch.tensor(fits)
+        return self._begins[text]
+
+    @cached_property
+    def _begins(self) -> dict[str, torch.Tensor]:
+        return {}
+
     def _end_ids(self) -> set[int]:
         """Ids that end an answer: end tokens of model and settings, and the pad that stands behind them."""
         return set(end_ids(self.tokenizer, self.model.config, self.model.generation_config))
+
+
+class Begins(LogitsProcessor):
+    """Only tokens that go on saying a row's tail, until it is said.
+
+    Args:
+        model: knows the tokens' texts.
+        start: column in which the rows' answers begin.
+        tails: of each row, or the one of all.
+        mask: id of tokens that are not written yet, if such stand in the rows; all behind the first one are.
+    """
+
+    def __init__(self, model: HostedLM, start: int, tails: Sequence[str], mask: int | None = None) -> None:
+        self.model, self.start, self.tails, self.mask = model, start, tails, mask
+        self.longest = max(map(len, tails))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(B, T) ids and (B, V) scores -> (B, V) scores."""
+        rows = [row[: row.index(self.mask)] if self.mask in row else row for row in input_ids[:, self.start :].tolist()]
+        if min(map(len, rows), default=self.longest) >= self.longest:  # each token has said a character at least
+            return scores
+        scores = scores.clone()
+        for place, row in enumerate(rows):
+            left = self.tails[place if len(self.tails) > 1 else 0]
+            for token in row:
+                if not left:  # later tokens may have no text
+                    break
+                left = left[len(self.model.pieces[token]) :]
+            if left:
+                allowed = self.model.may_begin(left).to(scores.device)
+                scores[place, : len(allowed)].masked_fill_(~allowed, -torch.inf)
+                scores[place, len(allowed) :] = -torch.inf
+        return scores
+
+
+def without_space(ids: Sequence[int], decode: Callable[[list[int]], str]) -> tuple[list[int], str]:
+    """Ids of a prompt without its last tokens, up to one that does not end in white space, and their text."""
+    whole = decode(list(ids))
+    kept, rest = list(ids), whole
+    while len(kept) > 1 and rest[-1:].isspace():
+        kept.pop()
+        rest = decode(kept)
+    if not whole.startswith(rest) or not rest:
+        return list(ids), ""  # nothing but white space, or text that does not come apart there
+    return kept, whole[len(rest) :]
 
 
 def place(request: Instance) -> str:

@@ -201,9 +201,23 @@ def _model_folder(name: str, revision: str, subfolder: str) -> Path:
     raise UserError(f"{name!r} has no config.json, so that its weights cannot be found")
 
 
+def _read_hashes(store: Path) -> dict[str, list[Any]]:
+    """The hashes of files that a run's folder keeps: [size, time of change, hash] by path."""
+    try:
+        known = json.loads(store.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{store} is not JSON: {error}; remove it, and the files are hashed again") from error
+    if not isinstance(known, dict):
+        raise UserError(f"{store} must hold an object, got {json.dumps(known)[:80]}; remove it")
+    for path, facts in known.items():
+        if not isinstance(facts, list) or [*map(type, facts)] != [int, int, str]:
+            raise UserError(f"{store}: {path!r} must have [size, time of change, hash], got {facts!r:.80}; remove it")
+    return known
+
+
 def _hash_files(paths: Iterable[Path], folder: Path | None) -> list[str]:
     store = folder / HASHES if folder is not None else None
-    known = json.loads(store.read_text()) if store is not None and store.is_file() else {}
+    known = _read_hashes(store) if store is not None and store.is_file() else {}
     paths = [path.resolve() for path in paths]  # in the Hub's cache, files of the same content are one
     hashes = {}
     for path in dict.fromkeys(paths):

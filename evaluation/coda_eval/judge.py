@@ -7,6 +7,7 @@ lm-eval's results are written as by `run`.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 from collections import Counter
@@ -85,6 +86,39 @@ class JournalLM(LM):
         return self.command["info"]
 
 
+_FACTS = {"name": str, "arguments": dict, "tasks": list, "identity": dict, "info": dict, "chat_template": str}
+"""What `command.json` holds that is needed here."""
+
+
+def read_command(folder: Path) -> dict[str, Any]:
+    """What the last command in a run's folder was asked, and its model.
+
+    Raises:
+        UserError: there is none, or the file does not say it.
+    """
+    path, mend = folder / COMMAND, "the run's own command with --resume writes it anew"
+    if not path.is_file():
+        raise UserError(f"no {COMMAND} in {str(folder)!r}: give the --output_path of a run")
+    try:
+        command = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}; {mend}") from error
+    if not isinstance(command, dict):
+        raise UserError(f"{path} must hold an object, got {json.dumps(command)[:80]}; {mend}")
+    for name, kind in _FACTS.items():
+        if not isinstance(command.get(name), kind):
+            raise UserError(f"{path}: {name} must be a {kind.__name__}, got {command.get(name)!r:.80}; {mend}")
+    known = {field.name for field in dataclasses.fields(EvaluatorConfig)}
+    if unknown := sorted(command["arguments"].keys() - known):
+        raise UserError(f"{path}: arguments has unknown names: {', '.join(unknown)}; {mend}")
+    texts = {f"tasks[{n}]": name for n, name in enumerate(command["tasks"])} | {"data": command.get("data") or ""}
+    texts |= {"arguments.output_path": command["arguments"].get("output_path")}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise UserError(f"{path}: {name} must be a text, got {value!r:.80}; {mend}")
+    return command
+
+
 def judge(folder: Path) -> None:
     """Judge the last command of a run again.
 
@@ -92,20 +126,14 @@ def judge(folder: Path) -> None:
         UserError: the folder holds no run, or an answer is missing.
         SystemExit: tasks failed; the message names them.
     """
-    path = folder / COMMAND
-    if not path.is_file():
-        raise UserError(f"no {COMMAND} in {str(folder)!r}: give the --output_path of a run")
-    try:
-        command = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}; the run's own command with --resume writes it anew") from error
-    if command["data"]:
+    command = read_command(folder)
+    if command.get("data"):
         os.environ.setdefault(DATA_VARIABLE, command["data"])
     config = EvaluatorConfig(**command["arguments"])
     output = Path(config.output_path)
     config.output_path = str(folder / output.name if output.suffix == ".json" else folder)  # it may have been moved
     config.tasks = command["tasks"]
-    config.include_path = [str(Path(__file__).with_name("tasks")), *config.include_path[1:]]
+    config.include_path = [str(Path(__file__).with_name("tasks")), *(config.include_path or [])[1:]]
     manager, names, versions = check_tasks(config)
     with contextlib.closing(Journal(folder, resume=True)) as journal:
         state = session.Session(journal=journal, name=command["name"], model=command["identity"], versions=versions)

@@ -32,7 +32,7 @@ LEVEL_VARIABLE = "CODA_EVAL_SANDBOX"
 WORKERS_VARIABLE = "CODA_EVAL_WORKERS"
 """Environment variable with the number of programs to run at once; by default one per core."""
 
-_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"(^[ \t]+)?```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 class Answer(str):
@@ -88,17 +88,26 @@ class Judged(str):
         return entry
 
 
-def extract_code(answer: str, entry_point: str | None = None) -> str:
-    """The code of a chat answer: the first fenced block that defines `entry_point`, else the first, else all.
+def extract_code(answer: str, *names: str) -> str:
+    """The code of a chat answer: the first fenced block that defines one of `names`, else the first, else all.
 
-    What is a program as it stands is taken whole.
+    What is a program as it stands is taken whole. A block in a list is indented with its fence, which is undone where
+    it makes a program of what is none.
     """
     answer = answer.removeprefix("\ufeff")
-    blocks = _FENCE.findall(answer)
+    blocks = [_unindented(block, len(indent), names) for indent, block in _FENCE.findall(answer)]
     if blocks and (tree := _parse(answer)) and tree.body:  # a program that has fences in its texts
         return answer
-    defines = re.compile(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(entry_point)}\b", re.M) if entry_point else None
+    which = "|".join(map(re.escape, names))
+    defines = re.compile(rf"^\s*(?:async\s+)?(?:def|class)\s+(?:{which})\b", re.M) if names else None
     return next((block for block in blocks if defines and defines.search(block)), blocks[0] if blocks else answer)
+
+
+def _unindented(block: str, width: int, names: Sequence[str]) -> str:
+    """A block without the indentation of its fence, unless it is right as it stands, as the rest of a function is."""
+    plain = re.sub(rf"^[ \t]{{0,{width}}}", "", block, flags=re.MULTILINE)
+    is_program = not _parse(block) and (set(names) & set(_defined(plain)) if names else _parse(plain))
+    return plain if width and is_program else block
 
 
 def _unparse(tree: ast.expr | None) -> str:
@@ -174,20 +183,22 @@ def infilling_program(row: dict[str, Any], answer: str) -> Program:
 
 def mbpp_program(row: dict[str, Any], answer: str) -> Program:
     """MBPP: the three asserts, after the set-up code that some problems need."""
+    names = _defined(row.get("code") or "")
     return Program(
-        candidate=extract_code(answer),
+        candidate=extract_code(answer, *names),
         tests="\n".join([row.get("test_setup_code") or "", *row["test_list"]]),
-        called=_defined(row.get("code") or ""),
+        called=names,
         timeout_s=row["timeout_s"],
     )
 
 
 def mbpp_plus_program(row: dict[str, Any], answer: str) -> Program:
     """MBPP+: the full tests of EvalPlus, not only the asserts that the prompt shows."""
+    names = _defined(row.get("code") or "")
     return Program(
-        candidate=extract_code(answer),
+        candidate=extract_code(answer, *names),
         tests="\n".join([*(row.get("test_imports") or []), row["test"]]),
-        called=_defined(row.get("code") or ""),
+        called=names,
         timeout_s=row["timeout_s"],
     )
 

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from CoDALanguageModel.errors import UserError, did_you_mean
+from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 from CoDALanguageModel.run_files import write_whole
 
 FILE = "records.jsonl"
 """Name of the file in a run's folder."""
 
-_NUMBER = ((int, float, type(None)), "a number")
-_KINDS = dict.fromkeys(("repeat", "score", "new_tokens", "forwards"), _NUMBER)
-_KINDS |= {"cost": ((dict, type(None)), "an object"), "status": ((str, type(None)), "a text")}
+_KINDS = dict.fromkeys(("score", "new_tokens", "forwards"), ((int, float, type(None)), "a number or null"))
+_KINDS |= {"cost": ((dict, type(None)), "an object or null"), "status": ((str, type(None)), "a text or null")}
+_KINDS |= {"task": (str, "a text"), "repeat": (int, "a whole number")}
 """What fields that are computed with hold."""
 
 
@@ -88,7 +88,10 @@ def read_records(folder: str | os.PathLike[str]) -> list[Record]:
                 raise UserError(f"{path}: line {number} lacks {', '.join(missing)}")
             for name, (kind, what) in _KINDS.items():
                 if not isinstance(value := row[name], kind):
-                    raise UserError(f"{path}: line {number}: {name} must be {what} or null, got {value!r:.80}")
+                    raise UserError(f"{path}: line {number}: {name} must be {what}, got {value!r:.80}")
+            for name in ("task", "task_id"):
+                if isinstance(row[name], str) and (at := half_surrogate(row[name])) is not None:
+                    raise UserError(f"{path}: line {number}: {name} holds half of a surrogate pair at character {at}")
             records.append(Record(**row))
     return records
 

@@ -74,6 +74,9 @@ _COVERED |= {"batch_size", "max_batch_size", "device", "device_map", "paralleliz
 _HOSTS = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
 """Settings of a command that say where results are published, keys to these places among them."""
 
+_ASKED = ("tasks", "data", "versions", "identity", "generation_config", "chat_template", "code")
+"""Facts in `command.json` that, beside the arguments, decide which answers are asked for."""
+
 NO_SEEDS = (None, None, None, None)
 
 
@@ -163,11 +166,11 @@ def evaluate(
     if resume and facts["identity"]["weights"] is None:
         raise UserError(f"--resume is for coda and hf: the weights of {config.model!r} are not known by their hash")
     command = {"arguments": dataclasses.asdict(config) | dict.fromkeys(_HOSTS, {}), "tasks": names}
-    command |= {"data": os.environ.get(DATA_VARIABLE), "versions": versions}
-    name = session.agreed(uuid.uuid4().hex)
+    command |= {"data": os.environ.get(DATA_VARIABLE), "versions": versions, "code": code_version()}
+    said = json.loads(json.dumps({**command, **facts}, default=str))
+    name = session.agreed(resumed_name(journal.folder, said) if resume and speaks() else uuid.uuid4().hex)
     if config.output_path and speaks():
-        said = json.dumps({"name": name, **command, **facts}, indent=1, default=str)
-        write_whole(journal.folder / COMMAND, said + "\n")
+        write_whole(journal.folder / COMMAND, json.dumps({"name": name, **said}, indent=1) + "\n")
     with Overlap() as overlap:
         state = session.Session(
             journal=journal,
@@ -184,6 +187,24 @@ def evaluate(
             if resume:
                 unused = journal.found - journal.used
                 logger.info("%d of these answers were used by this process and %d not", journal.used, unused)
+
+
+def resumed_name(folder: Path, said: dict[str, Any]) -> str:
+    """The name that the last command in a folder has, if it asked for the same answers; else a new one.
+
+    What a resumption that was killed has not come to is then still there to be judged.
+    """
+    try:
+        last = json.loads((folder / COMMAND).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it is written anew
+        last = None
+
+    def asked(command: dict[str, Any]) -> Any:
+        arguments = {k: v for k, v in command["arguments"].items() if k not in ("batch_size", "max_batch_size")}
+        return [command.get(fact) for fact in _ASKED], arguments
+
+    is_same = isinstance(last, dict) and isinstance(last.get("arguments"), dict) and asked(last) == asked(said)
+    return str(last["name"]) if is_same and "name" in last else uuid.uuid4().hex
 
 
 def run_tasks(
@@ -243,6 +264,7 @@ def facts_of(model: LM, config: EvaluatorConfig, folder: Path | None) -> dict[st
     is_gpu = model.device.type == "cuda"
     return {
         "identity": identity,
+        "generation_config": digest(model.model.generation_config.to_dict()),
         "info": model.get_model_info(),
         "chat_template": model.chat_template(config.apply_chat_template) if config.apply_chat_template else "",
         "device": torch.cuda.get_device_name(model.device) if is_gpu else model.device.type,
@@ -285,17 +307,16 @@ def claim_folder(output_path: str | None, resume: bool = False) -> Path | None:
         return None
     output = Path(output_path)
     folder = _folder_of(output)
-    if not speaks():
-        return output  # the first process looks for all: its answers may already be there
-    if not resume and (found := [*results_in(output), *sorted(folder.glob(FILES))]):
+    # The first process looks for all: its answers may already be there.
+    if speaks() and not resume and (found := [*results_in(output), *sorted(folder.glob(FILES))]):
         raise UserError(
             f"--output_path {output_path!r} holds results of an earlier run ({found[0]}), which could not be told from "
             "the new ones: give another folder, remove them, or go on with that run by --resume"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        if speaks():
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"nothing can be written to --output_path {output_path!r}: {error}") from error
     return output

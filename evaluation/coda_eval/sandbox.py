@@ -9,6 +9,12 @@ others, but it reads, and as an ordinary user writes, the machine's files: it is
 filter refuses the system calls that no program needs (`sandbox_walls.py`). The level that ran is part of every
 verdict.
 
+Programs are forked from a process that waits inside the walls of its level, the zygote, so that none waits for an
+interpreter. Below these walls each has namespaces, scratch folder, limits and, under root, users of its own (where
+namespaces cannot be nested, a zygote serves one program). A zygote never holds a word of a program or a test, and all
+processes of a program have ended before it forks for the next; what the programs of one zygote share is what its
+interpreter began with, such as the seed of its hashes.
+
 A candidate and its tests run in two processes (`sandbox_child.py`). The candidate's has no word of the tests, no file
 or pipe but its line to the checker, and what crosses is plain data. What remains possible: to recognise the tests'
 inputs and answer from a table; to answer differently from call to call; to be an object, where a test only asks for
@@ -28,19 +34,22 @@ import marshal
 import os
 import select
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -73,8 +82,14 @@ FIRST_UID = 61184
 no account owns it. Each program has its own, which makes the limit on processes a limit per program, also while the
 kernel still takes a fork bomb down."""
 
+PRELOADED = ("collections", "heapq", "itertools", "math", "re", "typing")
+"""Modules of the standard library that programs often import: a zygote has them before it forks."""
+
 _CHILD = [f"sandbox_{name}" for name in ("values", "line", "walls", "candidate", "checker", "child")]
 """Modules of the process inside the sandbox, each after those that it imports; the last one has `main`."""
+
+START_S = 180.0
+"""What a zygote may take to answer, in seconds."""
 
 _REPORT_BYTES = 1 << 16
 _numbers = itertools.count()
@@ -190,7 +205,8 @@ def run_programs(
             progress.update()
     for place, verdict in enumerate(verdicts):
         if verdict.status == "near":  # the machine was too busy to tell
-            again = _run_surely(programs[place], level, limits)
+            with _Zygotes(level) as zygotes:
+                again = _run_surely(programs[place], zygotes, limits)
             verdicts[place] = replace(again, status="timeout") if again.status == "near" else again
     return verdicts
 
@@ -206,7 +222,7 @@ class Bench:
 
     def __init__(self, level: str, workers: int | None = None, limits: Limits | None = None) -> None:
         workers = workers or default_workers()
-        self._level, self._limits = level, limits or Limits()
+        self._zygotes, self._limits = _Zygotes(level), limits or Limits()
         self._pool, self._gate = ThreadPoolExecutor(workers), _Gate(workers)
 
     def submit(self, build: Callable[[], Program]) -> Future[tuple[Program, Verdict]]:
@@ -215,7 +231,7 @@ class Bench:
 
     def _judge(self, build: Callable[[], Program]) -> tuple[Program, Verdict]:
         program = build()
-        return program, _run_surely(program, self._level, self._limits)
+        return program, _run_surely(program, self._zygotes, self._limits)
 
     def __enter__(self) -> "Bench":
         return self
@@ -223,6 +239,7 @@ class Bench:
     def __exit__(self, *_: object) -> None:
         """Wait for the programs that run; those that do not yet are left out."""
         self._pool.shutdown(cancel_futures=True)
+        self._zygotes.__exit__()
 
 
 class _Gate:
@@ -251,15 +268,16 @@ class _Gate:
             return True
 
 
-def _run_surely(program: Program, level: str, limits: Limits) -> Verdict:
+def _run_surely(program: Program, zygotes: "_Zygotes", limits: Limits) -> Verdict:
     """`_run`, three times if the sandbox could not be built."""
     for wait in (0.5, 2.0, None):
         try:
-            return _run(program, level, limits)
+            return _run(program, zygotes, limits)
         except OSError as error:
             if wait is None:
                 logger.error("a program could not be judged: %s", error)
-                return Verdict(status="unjudged", error=str(error), seconds=0.0, isolation=isolation_label(level))
+                label = isolation_label(zygotes.level)
+                return Verdict(status="unjudged", error=str(error), seconds=0.0, isolation=label)
             time.sleep(wait)
     raise AssertionError("unreachable")
 
@@ -267,11 +285,16 @@ def _run_surely(program: Program, level: str, limits: Limits) -> Verdict:
 def _probe(level: str) -> bool:
     """Whether `level` works here, found by running a program once per process."""
     if level not in _probe.reasons:
-        try:
-            verdict = _run(Program(candidate="", tests=""), level, Limits())
-            _probe.reasons[level] = "" if verdict.passed else f"{verdict.status}: {verdict.error}"
-        except OSError as error:
-            _probe.reasons[level] = str(error)
+        for lasting in (True, False):  # a container may allow the walls of a zygote, and none below them
+            _Zygotes.lasting[level] = lasting
+            try:
+                with _Zygotes(level) as zygotes:
+                    verdict = _run(Program(candidate="", tests=""), zygotes, Limits())
+                _probe.reasons[level] = "" if verdict.passed else f"{verdict.status}: {verdict.error}"
+            except OSError as error:
+                _probe.reasons[level] = str(error)
+            if not _probe.reasons[level]:
+                break
     return not _probe.reasons[level]
 
 
@@ -346,8 +369,8 @@ def _site_folders() -> list[str]:
     return [str(path) for path in places if path.is_dir()]
 
 
-def _command(level: str) -> list[str]:
-    """The command line that starts the child inside its walls."""
+def _command(level: str, lasting: bool) -> list[str]:
+    """The command line that starts a zygote inside the walls of its level."""
     child = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _START]
     root = _capable()
     if level != "bubblewrap":
@@ -357,7 +380,8 @@ def _command(level: str) -> list[str]:
         raise FileNotFoundError("bwrap is not on PATH")
     command = [tool, "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
     # Root builds the walls as root and lets the child become a user of its own; others need a user namespace.
-    command += ["--cap-drop", "ALL", *(["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else [])]
+    kept = (["CAP_SETUID", "CAP_SETGID"] if root else []) + (["CAP_SYS_ADMIN"] if lasting else [])
+    command += ["--cap-drop", "ALL", *itertools.chain.from_iterable(("--cap-add", name) for name in kept)]
     command += [] if root else ["--unshare-user"]
     for folder in sorted({str(parent) for _, target in _binds()[0] for parent in Path(target).parents} - {"/"}):
         command += ["--perms", "0755", "--dir", folder]  # made without being asked, they are closed to other users
@@ -374,7 +398,7 @@ file = open(0, "rb", closefd=False)
 for name, code in marshal.load(file):
     module = sys.modules[name] = type(sys)(name)
     exec(code, module.__dict__)
-module.main(marshal.load(file))"""
+module.serve(marshal.load(file))"""
 
 
 @functools.cache
@@ -384,43 +408,186 @@ def _child_code() -> bytes:
     return marshal.dumps([(path.stem, compile(path.read_text(encoding="utf-8"), path.name, "exec")) for path in paths])
 
 
-def _run(program: Program, level: str, limits: Limits) -> Verdict:
-    """Start the child, watch it until its report or a limit, and leave no process behind.
+class _Zygote:
+    """A process that holds an interpreter inside the walls of its level and forks for one program after the other.
+
+    Args:
+        level: one of `LEVELS`.
+        lasting: whether each program gets namespaces of its own below those of the zygote; else it serves one only.
+        preload: modules that it imports first.
+
+    Raises:
+        OSError: the walls could not be built.
+    """
+
+    def __init__(self, level: str, lasting: bool, preload: tuple[str, ...]) -> None:
+        if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
+            raise OSError("the kernel does not say which children a process has (CONFIG_PROC_CHILDREN)")
+        self.level, self.lasting, self.preload = level, lasting, preload
+        self.free = True
+        """Whether it can take another program."""
+        with contextlib.ExitStack() as stack:
+            stdin, stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            self._control, theirs = socket.socketpair()
+            stack.enter_context(theirs)
+            self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # names the forks, see `start`
+            self._control.settimeout(START_S)
+            root = stack.enter_context(_folder()) if level == "unshare" else None  # mounted on out of our sight
+            stdin.write(_child_code() + marshal.dumps(self._walls(theirs.fileno(), root)))
+            stdin.seek(0)
+            environment = {
+                "PATH": "/usr/bin:/bin",
+                "HOME": "/tmp",
+                "TMPDIR": "/tmp",
+                "LANG": "C.UTF-8",
+                "USER": "candidate",  # no file of users knows the one that it runs as
+                "OPENBLAS_NUM_THREADS": "1",
+                "OMP_NUM_THREADS": "1",
+                "CODA_EVAL_PID": str(os.getpid()),
+            }
+            try:
+                self._process = subprocess.Popen(
+                    _command(level, self.lasting),
+                    stdin=stdin,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    pass_fds=(theirs.fileno(),),
+                    env=environment,
+                    start_new_session=True,
+                )
+            except OSError:
+                self._control.close()
+                raise
+            theirs.close()
+            try:
+                said = self._control.recv(1000)
+            except TimeoutError:
+                said = b"not in time"
+            if said != b"ready":
+                self.close()
+                stderr.seek(0)
+                reasons = [text.decode("utf-8", "replace").strip() for text in (said, stderr.read(500))]
+                reason = "; ".join(filter(None, reasons)) or f"exit status {self._process.returncode}"
+                raise OSError(f"the {level} sandbox could not be built: {reason}")
+
+    def _walls(self, control_fd: int, root: str | None) -> dict[str, Any]:
+        """What all programs share."""
+        binds, packages = _binds()
+        if self.level in SHARED:
+            packages = sorted({str(Path(source).parent) for source, target in binds if target.startswith("/packages")})
+        return {
+            "control_fd": control_fd,
+            "lasting": self.lasting,
+            "nested": self.lasting and self.level not in SHARED,
+            "user_namespace": not _capable(),
+            "shared": self.level in SHARED,
+            "landlock": self.level == "landlock",
+            "keep_imports": self.level in SHARED and _capable(),
+            "root": root,
+            "binds": binds,
+            "scratch_bytes": SCRATCH_BYTES,
+            "packages": packages,
+            "preload": self.preload,
+        }
+
+    def start(self, *descriptors: int) -> int:
+        """Have it fork for a program: the id of the fork, which stays taken until `end`.
+
+        Raises:
+            OSError: it does not.
+        """
+        self.free = False
+        socket.send_fds(self._control, [b"."], descriptors)
+        said, ancillary, _, _ = self._control.recvmsg(1, socket.CMSG_SPACE(_CREDENTIALS.size))
+        if said != b"!":
+            raise OSError("the process that makes processes for programs has ended")
+        return _CREDENTIALS.unpack(ancillary[0][2])[0]
+
+    def end(self) -> str:
+        """Give back the id of a fork that was killed: its exit status, unless the zygote has ended."""
+        try:
+            self._control.sendall(b".")
+            status = self._control.recv(16).decode("ascii")
+        except OSError:
+            status = ""
+        self.free = self.lasting and bool(status)
+        return status
+
+    def close(self) -> None:
+        """End it, and all that comes from it."""
+        self._control.close()
+        try:
+            self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            kill(self._process.pid)
+            self._process.wait()
+
+
+_CREDENTIALS = struct.Struct("3i")
+"""Process, user and group id, as the kernel says them with a message."""
+
+
+class _Zygotes:
+    """The zygotes of a level: one for each program that runs at once and each choice of modules, made when needed."""
+
+    lasting: ClassVar[dict[str, bool]] = {}
+    """Whether zygotes of a level serve one program after the other, as found by trying."""
+
+    def __init__(self, level: str) -> None:
+        self.level = level
+        self._idle: dict[tuple[str, ...], list[_Zygote]] = defaultdict(list)
+        self._maker = ThreadPoolExecutor(1)
+        """Lives as long as they do: the kernel ends a process with the thread that made it."""
+
+    @contextlib.contextmanager
+    def one(self, preload: tuple[str, ...]) -> Iterator[_Zygote]:
+        """A zygote that nobody else uses meanwhile.
+
+        Raises:
+            OSError: none could be made.
+        """
+        try:
+            zygote = self._idle[preload].pop()
+        except IndexError:
+            lasting = self.lasting.get(self.level, True)
+            zygote = self._maker.submit(_Zygote, self.level, lasting, preload).result()
+        try:
+            yield zygote
+        finally:
+            if zygote.free:
+                self._idle[preload].append(zygote)
+            else:
+                zygote.close()
+
+    def __enter__(self) -> "_Zygotes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for zygote in itertools.chain.from_iterable(self._idle.values()):
+            zygote.close()
+        self._maker.shutdown()
+
+
+def _run(program: Program, zygotes: _Zygotes, limits: Limits) -> Verdict:
+    """Start the program, watch it until its report or a limit, and leave no process behind.
 
     Raises:
         OSError: the sandbox could not be built; nothing of the program ran.
     """
     started = time.monotonic()
-    if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
-        raise OSError("the kernel does not say which children a process has (CONFIG_PROC_CHILDREN)")
+    level, there = zygotes.level, any(target == "/packages/numpy" for _, target in _binds()[0])
+    uses_numpy = there and any("numpy" in text for text in (program.candidate, program.setup, program.tests))
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(_folder())
-        stdin, tests, stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+        folder = stack.enter_context(_folder()) if level in SHARED else None
+        job, tests = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
         (reader, writer), (setup_reader, setup_writer) = _pipe(stack), _pipe(stack)
-        job = _job(program, level, limits, folder, writer.fileno(), setup_writer.fileno(), tests.fileno())
-        stdin.write(_child_code() + marshal.dumps(job))
+        job.write(marshal.dumps(_job(program, level, limits, folder)))
         tests.write(marshal.dumps((str(program.setup), str(program.tests), tuple(map(str, program.called)))))
-        for file in (stdin, tests):
+        for file in (job, tests):
             file.seek(0)
-        environment = {
-            "PATH": "/usr/bin:/bin",
-            "HOME": folder if level in SHARED else "/tmp",
-            "TMPDIR": folder if level in SHARED else "/tmp",
-            "LANG": "C.UTF-8",
-            "OPENBLAS_NUM_THREADS": "1",
-            "OMP_NUM_THREADS": "1",
-            "CODA_EVAL_PID": str(os.getpid()),
-        }
-        process = subprocess.Popen(
-            _command(level),
-            stdin=stdin,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            pass_fds=(writer.fileno(), setup_writer.fileno(), tests.fileno()),
-            env=environment,
-            start_new_session=True,
-        )
-        watch = Watch(process.pid, program.timeout_s, limits, folder if level in SHARED else None)
+        zygote = stack.enter_context(zygotes.one((*PRELOADED, "numpy") if uses_numpy else PRELOADED))
+        pid = zygote.start(*(file.fileno() for file in (job, tests, writer, setup_writer)))
+        watch = Watch(pid, program.timeout_s, limits, folder)
         try:
             writer.close()
             setup_writer.close()
@@ -429,11 +596,10 @@ def _run(program: Program, level: str, limits: Limits) -> Verdict:
             if ready == b"ready\n":
                 line, trouble = _read_line(reader.fileno(), watch)
         finally:
-            kill(process)
+            kill(pid)
+            ended = zygote.end()
         if ready != b"ready\n" and not (trouble and trouble[0] == "near"):
-            stderr.seek(0)
-            reasons = [ready.decode("ascii", "replace").strip(), stderr.read(500).decode("utf-8", "replace").strip()]
-            reason = "; ".join(filter(None, reasons)) or f"exit status {process.returncode}"
+            reason = ready.decode("ascii", "replace").strip() or f"exit status {ended or 'unknown'}"
             raise OSError(f"the {level} sandbox could not be built{' in time' if trouble else ''}: {reason}")
         trouble = trouble or watch.look_at_files()
     if trouble:
@@ -471,45 +637,28 @@ def _folder() -> Iterator[str]:
             subprocess.run(["rm", "-rf", folder], check=False, stderr=subprocess.DEVNULL)
 
 
-def _job(
-    program: Program, level: str, limits: Limits, folder: str, report_fd: int, setup_fd: int, tests_fd: int
-) -> dict[str, Any]:
+def _job(program: Program, level: str, limits: Limits, folder: str | None) -> dict[str, Any]:
     """What the child is told. The candidate's process comes to know it: it holds no word of the tests."""
-    binds, packages = _binds()
     if level == "rlimits" and os.geteuid() == 0 and not _capable():
         raise OSError("root that may not become another user would let programs own root's files")
     uid = FIRST_UID + (os.getpid() + next(_numbers)) % 2048 * 2 if _capable() else None
-    if level in SHARED:
-        packages = sorted({str(Path(source).parent) for source, target in binds if target.startswith("/packages")})
-        if uid is not None:
-            os.chown(folder, uid, uid)
-    own = level not in SHARED or uid is not None
-    there = any(target == "/packages/numpy" for _, target in binds)
+    if folder is not None and uid is not None:
+        os.chown(folder, uid, uid)
+    # What else counts where the user is the same: bwrap's first process, zygote, its fork and the checker.
+    own = 2 if uid is not None else {"bubblewrap": 4, "unshare": 3}.get(level)
     return {
         "candidate": str(program.candidate),
         "host": str(program.host),
-        "report_fd": report_fd,
-        "setup_fd": setup_fd,
-        "tests_fd": tests_fd,
-        "user_namespace": uid is None,
-        "shared": level in SHARED,
-        "landlock": level == "landlock",
-        "keep_imports": level in SHARED and uid is not None,
-        "root": folder if level == "unshare" else None,
-        "binds": binds,
-        "scratch_bytes": SCRATCH_BYTES,
-        "workdir": folder if level in SHARED else "/tmp",
-        "packages": packages,
-        "preload": "numpy" if there and "numpy" in program.candidate and "numpy" in program.tests else None,
+        "workdir": folder or "/tmp",
         "uid": uid,
         "checker_uid": uid and uid + 1,
         "limits": {
             "RLIMIT_AS": limits.memory_bytes,
             "RLIMIT_FSIZE": limits.file_bytes,
             "RLIMIT_NOFILE": limits.open_files,
-            "RLIMIT_NPROC": limits.processes + (2 if own else processes_of_user()),
-            "RLIMIT_CORE": 0,
+            "RLIMIT_NPROC": limits.processes + (own or 2 + processes_of_user()),
             "RLIMIT_CPU": int(program.timeout_s) + 5,
+            "RLIMIT_CORE": 0,
         },
     }
 

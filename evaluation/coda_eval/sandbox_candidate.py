@@ -137,7 +137,7 @@ def stage(source, folder):
 
 
 def become_candidate(job, line, setup_fd, gate):
-    """Drop what the candidate must not have, tell the checker, run the source and serve. Never returns."""
+    """Drop what the candidate must not have, wait for the checker, run the source and serve. Never returns."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         keep_only(line.reader, line.writer, setup_fd, gate, *job["kept"])
@@ -148,11 +148,13 @@ def become_candidate(job, line, setup_fd, gate):
         call("prctl", 4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: the evaluator reads how much memory it uses
         die_with_parent()
         refuse_system_calls(os.getpid() if job["shared"] else None)
+        if not os.read(gate, 1):  # the checker's process has said why
+            os._exit(1)
+        os.write(setup_fd, b"ready\n")  # before the program runs: nothing that it does looks like a missing wall
     except OSError as error:
         complain(setup_fd, error)
-    os.close(setup_fd)
-    os.write(gate, b"!")
-    os.close(gate)
+    for fd in (gate, setup_fd):
+        os.close(fd)
     try:
         server, source, pid = Server(line), job.pop("candidate").removeprefix("\ufeff"), os.getpid()
         module = stage(source, job["workdir"])

@@ -53,10 +53,12 @@ ARGUMENTS |= {"fcntl": (72, 25), "ioctl": (16, 29), "setsockopt": (54, 208), "so
 """System calls that are refused by their arguments."""
 
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
 def call(name, *args):
     """Call a libc function that returns 0 on success; raise OSError otherwise."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if getattr(libc, name)(*args) != 0:
+    if getattr(LIBC, name)(*args) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
 
@@ -95,9 +97,8 @@ def build_root(root, binds, scratch_bytes):
     mount("tmpfs", root + "/tmp", "tmpfs", 2 | 4, f"size={scratch_bytes},mode=1777")
     os.makedirs(root + "/old", exist_ok=True)
     os.chdir(root)
-    libc = ctypes.CDLL(None, use_errno=True)
     number = {"x86_64": 155, "aarch64": 41, "riscv64": 41}[os.uname().machine]
-    if libc.syscall(ctypes.c_long(number), b".", b"old") != 0:
+    if LIBC.syscall(ctypes.c_long(number), b".", b"old") != 0:
         raise OSError(ctypes.get_errno(), "pivot_root: " + os.strerror(ctypes.get_errno()))
     os.chdir("/")
     call("umount2", b"/old", 2)  # MNT_DETACH
@@ -105,14 +106,27 @@ def build_root(root, binds, scratch_bytes):
     mount(None, "/", None, 32 | 1 | 2)
 
 
-def enter_namespaces(user):
-    """Leave the machine's namespaces: CLONE_NEWNS, NEWUTS, NEWIPC, NEWPID, NEWNET and, for `user`, NEWUSER.
+def renew_scratch(scratch_bytes):
+    """Cover what a program may write to below the root that programs share: /tmp and, where there are, terminals.
+
+    Needs a mount namespace of the program's own. Flags: MS_NOSUID 2, MS_NODEV 4, MS_NOEXEC 8, MS_REC 16384,
+    MS_PRIVATE 1 << 18.
+    """
+    mount(None, "/", None, 16384 | (1 << 18))
+    mount("tmpfs", "/tmp", "tmpfs", 2 | 4, f"size={scratch_bytes},mode=1777")
+    if os.path.isdir("/dev/pts"):
+        mount("devpts", "/dev/pts", "devpts", 2 | 8, "newinstance,ptmxmode=0666,mode=620")
+
+
+def enter_namespaces(user, processes=True):
+    """Leave the namespaces: CLONE_NEWNS, NEWUTS, NEWIPC, NEWNET, for `user` NEWUSER and for `processes` NEWPID.
 
     The caller's id becomes an ordinary one inside: to map the root id takes CAP_SETFCAP, which a container may lack.
     The next fork is the first process of the PID namespace.
     """
     uid, gid = os.geteuid(), os.getegid()
-    call("unshare", 0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000 | (0x10000000 if user else 0))
+    flags = (0x10000000 if user else 0) | (0x20000000 if processes else 0)
+    call("unshare", 0x00020000 | 0x04000000 | 0x08000000 | 0x40000000 | flags)
     if user:
         for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {uid} 1"), ("gid_map", f"1000 {gid} 1")):
             try:
@@ -154,10 +168,9 @@ def close_files(readable, listed, writable):
     Raises:
         OSError: the kernel has no Landlock, or one that does not hold signals back yet (before Linux 6.12).
     """
-    libc = ctypes.CDLL(None, use_errno=True)
 
     def landlock(number, *arguments):  # 444 to 446 on every architecture
-        result = libc.syscall(ctypes.c_long(number), *arguments)
+        result = LIBC.syscall(ctypes.c_long(number), *arguments)
         if result < 0:
             raise OSError(ctypes.get_errno(), f"landlock: {os.strerror(ctypes.get_errno())}")
         return result
@@ -177,15 +190,14 @@ def close_files(readable, listed, writable):
         rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, fd), 12)
         landlock(445, ruleset, 1, rule, 0)
         os.close(fd)
-    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     landlock(446, ruleset, 0)
     os.close(ruleset)
 
 
 def drop_privileges(uid):
     """Become `uid` where one is given, give up every capability, and forbid to gain any."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     if uid is not None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)

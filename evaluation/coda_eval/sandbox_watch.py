@@ -8,7 +8,6 @@ import functools
 import os
 import signal
 import stat
-import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,17 +54,17 @@ class Watch:
     def look(self) -> tuple[str, str] | None:
         """(status, error) once the program has used too much."""
         before = time.monotonic()
-        ticks = memory = threads = 0
-        sockets: set[str] = set()
+        ticks = pages = threads = 0
         could_run = False
-        for pid, states in _tree(self.pid).items():
+        pids = _tree(self.pid)
+        for pid, states in pids.items():
             try:
-                fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
-                ticks += sum(map(int, fields.split()[11:15]))  # utime, stime, and those of children waited for
-                memory += _memory_of(pid)
-                sockets |= _sockets_of(pid)
+                text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
             except OSError:
                 continue  # gone meanwhile
+            fields = text.rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))  # utime, stime, and those of children waited for
+            pages += int(fields[21])  # resident, also where they are shared
             threads += len(states)
             could_run |= any(state in "RD" for state in states)
         cpu_s = ticks / os.sysconf("SC_CLK_TCK")
@@ -74,7 +73,9 @@ class Watch:
         self.cpu_s, self.seen = max(self.cpu_s, cpu_s), before
         self.pause_s = min(0.05, 10 * (time.monotonic() - before) + 0.02)
         limit = self.timeout_s
-        if memory + len(sockets) * _socket_bytes() > self.limits.memory_bytes:
+        most = pages * os.sysconf("SC_PAGE_SIZE") + len(pids) * self.limits.open_files * _socket_bytes()
+        # What is shared counts once, which takes long to find out: not while half of it all is free.
+        if 2 * most > self.limits.memory_bytes and _memory_of(pids) > self.limits.memory_bytes:
             return "memory", f"more than {self.limits.memory_bytes >> 20} MB in all processes"
         if threads > self.limits.processes + 8:
             return "killed", f"more than {self.limits.processes} processes"
@@ -143,7 +144,17 @@ def _few_files(pid: int) -> bool:
     return True
 
 
-def _memory_of(pid: int) -> int:
+def _memory_of(pids: Iterable[int]) -> int:
+    """Bytes of memory that processes answer for, shared memory once, and what their sockets can hold."""
+    memory, sockets = 0, set()
+    for pid in pids:
+        with contextlib.suppress(OSError):  # gone meanwhile
+            memory += _share_of(pid)
+            sockets |= _sockets_of(pid)
+    return memory + len(sockets) * _socket_bytes()
+
+
+def _share_of(pid: int) -> int:
     """Bytes of memory that a process answers for: its proportional share, or all it maps where that is hidden."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
@@ -156,23 +167,23 @@ def _memory_of(pid: int) -> int:
     return 0
 
 
-def kill(process: subprocess.Popen) -> None:
-    """End whatever the program started, then the process that waits for it all, and collect it.
+def kill(root: int) -> None:
+    """End whatever a program started, then the process `root` that waits for it all, which its parent collects.
 
     The descendants go first: orphans stay below the waiting process (the first of a PID namespace, or a subreaper) as
     long as that lives.
     """
     empty = 0
     while empty < 3:  # one look can miss a process whose parent ends meanwhile
-        left = [pid for pid, states in _tree(process.pid).items() if pid != process.pid and set(states) - set("ZX")]
+        left = [pid for pid, states in _tree(root).items() if pid != root and set(states) - set("ZX")]
         empty = 0 if left else empty + 1
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if left:  # to end takes them a processor, which looking again would take from them
             time.sleep(0.0005)
-    process.kill()
-    process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(root, signal.SIGKILL)
 
 
 def _tree(pid: int) -> dict[int, list[str]]:

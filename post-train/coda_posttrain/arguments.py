@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from CoDALanguageModel.errors import UserError, did_you_mean
 
 from .checkpoints import file_identity, folder_identity, weights_problem
-from .records import MALFORMED, Layout, data_files, parse_record, read_records, refuse_malformed
+from .records import MALFORMED, READ_HERE, Layout, data_files, parse_record, read_records, refuse_malformed
 
 OBJECTIVES = {"full": ("masked",), "block_causal": ("block", "joint")}
 """What a model of each attention is trained with."""
@@ -60,6 +60,9 @@ PATHS = (
     "logging_dir", "resume_from_checkpoint", "deepspeed",
 )  # fmt: skip
 """Settings whose value on the command line is text, whatever it looks like."""
+
+PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+"""Keys of `dataset_info.json` that say where a data set is."""
 
 LOOKED_AT = 1000
 """Records of each data set that are checked before anything is loaded; all are when the data is read."""
@@ -361,6 +364,10 @@ def check_weights(host: Mapping[str, Any]) -> None:
     folder = Path(host["model_name_or_path"])
     problem = weights_problem(folder) if folder.is_dir() else ""
     if problem:
+        from CoDALanguageModel.weight_files import refuse_pointer  # brings torch, which nothing else here needs
+
+        for file in folder.glob("*.safetensors"):
+            refuse_pointer(file)
         raise UserError(f"model_name_or_path={str(folder)!r} cannot be used: {problem}")
 
 
@@ -426,7 +433,7 @@ def check_datasets(host: Mapping[str, Any]) -> None:
     folder = str(host["dataset_dir"])
     if folder == "ONLINE" or folder.startswith("REMOTE:"):
         return
-    info = _dataset_info(Path(folder))
+    info = dataset_info(Path(folder))
     for key in ("dataset", "eval_dataset"):
         for name in _names(host, key):
             if name not in info:
@@ -453,7 +460,7 @@ def run_parts(host: Mapping[str, Any], diffusion: DiffusionArguments) -> dict[st
     folder = str(host["dataset_dir"])
     if folder == "ONLINE" or folder.startswith("REMOTE:"):
         return parts
-    info = _dataset_info(Path(folder))
+    info = dataset_info(Path(folder))
     for name in dict.fromkeys(_names(host, "dataset") + _names(host, "eval_dataset")):
         files = []
         if _is_local(info[name]):
@@ -463,7 +470,12 @@ def run_parts(host: Mapping[str, Any], diffusion: DiffusionArguments) -> dict[st
     return parts
 
 
-def _dataset_info(folder: Path) -> dict[str, Any]:
+def dataset_info(folder: Path) -> dict[str, Any]:
+    """The descriptions of data sets in a folder's `dataset_info.json`, by their names.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or holds something else.
+    """
     file = folder / "dataset_info.json"
     if not file.is_file():
         raise UserError(f"dataset_dir={str(folder)!r}: {file.absolute()} not found")
@@ -488,12 +500,14 @@ def _is_local(entry: Mapping[str, Any]) -> bool:
 
 
 def _check_local_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
-    """Check the entry of a data set and, where it names local JSON files, their first records."""
+    """Check the entry of a data set and, where it names local JSON or CSV files, their first records."""
     layout = Layout.of(name, entry)
+    if not any(entry.get(key) for key in PLACES):
+        raise UserError(f"dataset {name!r}: dataset_info.json says not where it is: give one of {', '.join(PLACES)}")
     if not _is_local(entry):
         return
     kind, files = data_files(folder / entry["file_name"], name)
-    if kind != "json":
+    if kind not in READ_HERE:
         return
     num_records, problems = 0, []
     columns: set[str] = set()

@@ -5,11 +5,12 @@ malformed and stops the run, named by file and line. One that is well-formed but
 turns that do not alternate) is left out and counted. Imports neither torch nor LLaMA-Factory.
 """
 
+import csv
 import gzip
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ FILE_TYPES = {
     "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow", "txt": "text",
 }  # fmt: skip
 """Suffix of a data file and the loader of `datasets` that reads it; each may be followed by `.gz`."""
+
+READ_HERE = ("json", "csv")
+"""Loaders in whose place `read_records` reads: bytes of every shape, each record with its line."""
 
 WHOLE = "whole"
 MALFORMED = "malformed: "
@@ -36,6 +40,8 @@ PROMPT_TOO_LONG = "prompt too long"
 KEPT = (WHOLE, SHORTENED, OLDEST_LEFT_OUT)
 """Fates of the records that are trained on."""
 
+_BOM = b"\xef\xbb\xbf"
+_LONGEST_FIELD = (1 << 31) - 1  # of a CSV file, in characters; the module's own limit is 131072
 _SCAN_BATCH = 10_000
 _SHOWN = 5
 _NOT_TEXT = {"images", "videos", "audios"}
@@ -259,7 +265,9 @@ def data_files(path: Path, name: str) -> tuple[str, list[Path]]:
 
 
 def read_records(file: Path) -> Iterator[tuple[str, str, str]]:
-    """The records of a JSON or JSON Lines file, plain or `.gz`, with or without a byte order mark.
+    """The records of a JSON, JSON Lines or CSV file, plain or `.gz`, with or without a byte order mark.
+
+    All values of a CSV file are text: what looks like a number or like nothing (`None`, `NA`) is an answer too.
 
     Yields:
         place (`file:line`, or `file[index]` in an array), the record as JSON text, and what is wrong with it.
@@ -268,12 +276,15 @@ def read_records(file: Path) -> Iterator[tuple[str, str, str]]:
     number = 0
     try:
         with opener(file, "rb") as lines:
+            if ".csv" in map(str.lower, file.suffixes[-2:]):
+                yield from _read_table(file, lines)
+                return
             for number, line in enumerate(lines, 1):
                 place = f"{file}:{number}"
                 if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                     yield place, "", "the file is UTF-16; convert it to UTF-8"
                     return
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                line = line.removeprefix(_BOM) if number == 1 else line
                 if not line.strip():
                     continue
                 if line.lstrip()[:1] == b"[":
@@ -284,12 +295,36 @@ def read_records(file: Path) -> Iterator[tuple[str, str, str]]:
         yield f"{file}:{number + 1}", "", f"cannot be read: {error}"
 
 
+def _read_table(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, str, str]]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    texts = (line.removeprefix(b"" if number else _BOM).decode("utf-8") for number, line in enumerate(lines))
+    rows = csv.DictReader(texts, strict=True)
+    number = 1
+    try:
+        columns = rows.fieldnames or []
+        number = rows.line_num + 1
+        for row in rows:
+            record = {column: text for column, text in row.items() if text is not None}
+            extra = record.pop(None, None)
+            problem = f"{len(extra)} more values than columns ({', '.join(columns)})" if extra else ""
+            yield f"{file}:{number}", json.dumps(record), problem
+            number = rows.line_num + 1
+    except UnicodeDecodeError as error:
+        yield f"{file}:{rows.line_num + 1}", "", _not_utf8(error)
+    except csv.Error as error:
+        yield f"{file}:{number}", "", f"not CSV: {error}"
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start + 1}); convert the file to UTF-8"
+
+
 def _checked(line: bytes) -> tuple[str, str]:
     try:
         text = line.decode("utf-8")
         json.loads(text)
     except UnicodeDecodeError as error:
-        return "", f"not UTF-8 (byte 0x{line[error.start]:02x} at {error.start + 1}); convert the file to UTF-8"
+        return "", _not_utf8(error)
     except (ValueError, RecursionError) as error:
         return "", f"not JSON: {error}"
     return text, ""

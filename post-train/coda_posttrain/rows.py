@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from llamafactory.data import loader
 from llamafactory.data.processor import SupervisedDatasetProcessor
 
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
 
+from .arguments import dataset_info
 from .records import (
     EMPTY_ANSWER,
     MALFORMED,
     OLDEST_LEFT_OUT,
     PROMPT_TOO_LONG,
+    READ_HERE,
     SHORTENED,
     TOO_LONG,
     WHOLE,
@@ -49,6 +53,16 @@ CONVERSATION = Features(
 
 
 _load_from_hub = loader._load_single_dataset
+_get_dataset_list = loader.get_dataset_list
+
+
+def describe(names: Sequence[str], folder: str) -> list[Any]:
+    """Descriptions of data sets, of the file that was checked, whatever its bytes look like.
+
+    Takes the place of LLaMA-Factory's `get_dataset_list`.
+    """
+    elsewhere = folder == "ONLINE" or folder.startswith("REMOTE:")
+    return _get_dataset_list(names, folder if elsewhere else dataset_info(Path(folder)))
 
 
 def load_conversations(attr: Any, model_args: Any, data_args: Any, training_args: Any) -> Dataset:
@@ -69,7 +83,7 @@ def load_conversations(attr: Any, model_args: Any, data_args: Any, training_args
     if attr.load_from != "file":
         return _load_from_hub(attr, model_args, data_args, training_args)  # calls `align` below
     kind, files = data_files(Path(data_args.dataset_dir) / attr.dataset_name, attr.dataset_name)
-    if kind == "json":
+    if kind in READ_HERE:
         stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]  # the cache is keyed by all of this
         dataset = Dataset.from_generator(
             _records,
@@ -81,13 +95,19 @@ def load_conversations(attr: Any, model_args: Any, data_args: Any, training_args
             parts = ReadInstruction.from_spec(attr.split).to_absolute({"train": len(dataset)})
             dataset = dataset.select([index for part in parts for index in range(part.from_ or 0, part.to)])
     else:
-        dataset = load_dataset(
-            kind,
-            data_files=[str(file) for file in files],
-            split=attr.split,
-            cache_dir=model_args.cache_dir,
-            num_proc=data_args.preprocessing_num_workers,
-        )
+        try:
+            dataset = load_dataset(
+                kind,
+                data_files=[str(file) for file in files],
+                split=attr.split,
+                cache_dir=model_args.cache_dir,
+                num_proc=data_args.preprocessing_num_workers,
+            )
+        except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
+            raise DataError(
+                f"dataset {attr.dataset_name!r}: {', '.join(map(str, files))} cannot be read as {kind}: "
+                f"{error.__cause__ or error}"
+            ) from error
     if not len(dataset):
         raise DataError(f"dataset {attr.dataset_name!r}: {', '.join(map(str, files))} is empty")
     if attr.num_samples is not None:  # as LLaMA-Factory samples

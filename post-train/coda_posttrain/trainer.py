@@ -51,7 +51,7 @@ from .checkpoints import (
 )
 from .metrics import CURRICULUM_KEYS, MetricsLog
 from .records import KEPT, fates
-from .rows import align, load_conversations, processors
+from .rows import align, describe, load_conversations, processors
 from .templates import template_for_collation
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ def run_training(
             (loader, "SupervisedDatasetProcessor", processors(diffusion.overlong, diffusion.other_template)),
             (workflow, "get_template_and_fix_tokenizer", template_for_collation),
             (workflow, "get_dataset", functools.partial(dataset_with_rows, workflow.get_dataset)),
+            (loader, "get_dataset_list", describe),
             (loader, "_load_single_dataset", load_conversations),
             (loader, "align_dataset", align),
         ):

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 1 when a stage failed, 2 when the input is at fault."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGTERM, _end)  # as an exception, so that a stage's processes end with this one
+    before = signal.signal(signal.SIGTERM, _end)  # as an exception, so that a stage's processes end with this one
     try:
         return {"run": _run, "data": _data, "denoise": _denoise, "chat": _chat, "report": _report}[arguments.command](
             arguments
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; run again to go on with the stage that was running", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(signal_number: int, frame: object) -> None:

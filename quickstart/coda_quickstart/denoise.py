@@ -24,7 +24,7 @@ def record_denoising(run_dir: Path, generation: Mapping[str, Any]) -> dict[str, 
         prompt, and steps: one list per forward pass with the text of each new token, None where it is still masked.
     """
     prompt = read_rows(run_dir / "benchmarks" / "quickstart_problems.jsonl")[0]["prompt"]
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model", trust_remote_code=False)
     model = CoDALanguageModel.from_pretrained(run_dir / "model").eval()
     codec = Codec(tokenizer)
     inputs = torch.tensor([codec.encode_chat([{"role": "user", "content": prompt}])])

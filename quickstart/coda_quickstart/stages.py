@@ -29,16 +29,13 @@ def build_stages(
     """
     python = sys.executable
     tokenizer = run_dir / "tokenizer" / "tokenizer.json"
+    sources = [run_dir / "data" / f"{name}.jsonl" for name in SOURCES]
     manifests = {name: run_dir / "shards" / name / "manifest.json" for name in SOURCES}
     model = (run_dir / "model" / "model.safetensors", run_dir / "model" / "config.json")
     benchmarks = [run_dir / "benchmarks" / f"quickstart_{name}.jsonl" for name in ("problems", "infill")]
     instructions = [run_dir / "data" / "instructions" / f"{name}.jsonl" for name in ("train", "validation")]
     makers = sorted(Path(__file__).parent.glob("*.py"))
     data_makers = [path for path in makers if path.stem in ("grammar", "problems", "corpus", "tokenizer", "prepare")]
-
-    def shard(name: str) -> tuple[str, ...]:
-        paths = ("--input", str(run_dir / "data" / f"{name}.jsonl"), "--output", str(run_dir / "shards" / name))
-        return (python, "-m", "coda_pretrain", "data", *paths, "--tokenizer", str(run_dir / "tokenizer"))
 
     def evaluate(name: str, folder: Path, tasks: str, **settings: Any) -> Stage:
         generation = {**evaluation["generation"], **settings}
@@ -53,14 +50,17 @@ def build_stages(
                 + ("--output_dir", str(run_dir)),
             ),
             inputs=(configs / "data.yaml", *data_makers),
-            outputs=(tokenizer, *(run_dir / "data" / f"{name}.jsonl" for name in SOURCES), *benchmarks, *instructions),
+            outputs=(tokenizer, *sources, *benchmarks, *instructions),
             replaces=(run_dir / "data", run_dir / "tokenizer", run_dir / "benchmarks"),
         ),
         Stage(
             name="shards",
             title="Token shards",
-            commands=tuple(shard(name) for name in SOURCES),
-            inputs=(tokenizer, *(run_dir / "data" / f"{name}.jsonl" for name in SOURCES)),
+            commands=(
+                (python, "-m", "coda_pretrain", "data", "--each", "--input", *map(str, sources))
+                + ("--output", str(run_dir / "shards"), "--tokenizer", str(run_dir / "tokenizer")),
+            ),
+            inputs=(tokenizer, *sources),
             outputs=tuple(manifests.values()),
             replaces=(run_dir / "shards",),
         ),

@@ -1,22 +1,32 @@
 """`python -m coda_serving`: settings from the environment, a bound port, the model, then the server."""
 
 import argparse
+import asyncio
+import contextlib
 import gc
 import logging
 import os
 import socket
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import uvicorn
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from CoDALanguageModel.errors import UserError
 
+from .errors import LOADING
+from .gate import refuse
 from .settings import ServerSettings, load_settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from .engine import Engine
     from .sampler import ModelSampler
 
 logger = logging.getLogger("coda_serving")
@@ -38,6 +48,52 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UserError(f"HOST={host} PORT={port} cannot be bound: {error.strerror or error}") from error
     return listener
+
+
+@contextlib.contextmanager
+def answering(listener: socket.socket) -> Iterator[None]:
+    """Answer whoever asks in the meantime that the model is being loaded."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in ("/health", "/ready"):
+            await JSONResponse({"status": "loading"}, LOADING.status, LOADING.headers)(scope, receive, send)
+        else:
+            await refuse(send, scope["path"], LOADING, receive)
+
+    config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None, log_level="warning")
+    server = uvicorn.Server(config)
+    # Both listen to the same port: who is not accepted when this server ends waits for the next one.
+    listener.listen()
+    thread = threading.Thread(target=server.run, args=([listener.dup()],), name="coda-loading", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class Server(uvicorn.Server):
+    """A web server that still answers while it finishes what it has accepted, so that `/ready` and refusals are read.
+
+    Queued answers are finished too: they were accepted, and elsewhere they would begin anew, behind others.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: "Engine", drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_timeout_s = drain_timeout_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let the engine finish, then close; all within the drain timeout."""
+        self._engine.is_draining = True
+        ends_s = time.monotonic() + self._drain_timeout_s
+        while (self._engine.num_waiting or self._engine.num_running) and not self.force_exit:
+            if time.monotonic() >= ends_s:
+                break
+            await asyncio.sleep(0.05)
+        self.config.timeout_graceful_shutdown = max(0.0, ends_s - time.monotonic())
+        await super().shutdown(sockets)
 
 
 def check_defaults(settings: ServerSettings, sampler: "ModelSampler") -> ServerSettings:
@@ -113,20 +169,20 @@ def serve(settings: ServerSettings) -> None:
         UserError: the port is taken, or the model cannot be loaded.
     """
     listener = bind(settings.host, settings.port)
-    app = load_app(settings)
+    with answering(listener):
+        app = load_app(settings)
     config = uvicorn.Config(
         app,
         log_config=None,
         log_level=settings.log_level,
         access_log=False,  # `observe` writes one that names callers and holds no query
-        timeout_graceful_shutdown=settings.drain_timeout_s,
     )
     # What the libraries and the model hold stays: walking it again whenever a large request makes many objects would
     # stop every thread each time.
     gc.collect()
     gc.freeze()
     logger.info("%s on http://%s:%d/v1", settings.public_name, settings.host, settings.port)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config, app.state.engine, settings.drain_timeout_s).run(sockets=[listener])
 
 
 def main() -> int:

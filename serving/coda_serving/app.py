@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -67,7 +67,7 @@ def build_app(service: Service) -> FastAPI:
 def _open_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/health")
+    @router.get("/health", responses={503: {"description": "No: the model's thread is gone"}})
     async def health() -> Response:
         """200 while the model can be asked, 503 when its thread is gone."""
         engine = service.engine
@@ -78,6 +78,13 @@ def _open_routes(service: Service) -> APIRouter:
             "running": engine.num_running,
         }
         return JSONResponse(body, status_code=200 if engine.is_alive else 503)
+
+    @router.get("/ready", responses={503: {"description": "No: it is loading, draining or stopped"}})
+    async def ready() -> Response:
+        """Whether to send requests here: 200, or 503 while loading, and while answers are finished before the end."""
+        engine = service.engine
+        status = "stopped" if not engine.is_alive else "draining" if engine.is_draining else "ready"
+        return JSONResponse({"status": status}, status_code=200 if status == "ready" else 503)
 
     return router
 
@@ -94,17 +101,19 @@ def _model_routes(service: Service) -> APIRouter:
         defaults=settings.decoding | ({"stop": list(service.limits.stop)} if service.limits.stop else {}),
     )
 
-    @router.get("/metrics")
+    unauthorized = documented(statuses=[401], streams=False)
+
+    @router.get("/metrics", response_class=PlainTextResponse, responses=unauthorized)
     async def metrics() -> Response:
         """Counts in Prometheus' text format."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses=unauthorized)
     async def models() -> ModelList:
         """The one model that is served."""
         return ModelList(data=[card])
 
-    @router.get("/v1/models/{name:path}")
+    @router.get("/v1/models/{name:path}", responses=documented(statuses=[401, 404], streams=False))
     async def model(name: str) -> ModelCard:
         """The model of that name."""
         check_model(settings, name)
@@ -153,6 +162,11 @@ def _describe_bodies(app: FastAPI) -> None:
         document = describe()
         for model in (ChatRequest, CompletionRequest, *editors.BODIES, *messages.BODIES):
             document["components"]["schemas"].update(body_parts(model))
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)  # FastAPI's own, which the routes do not use
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from CoDALanguageModel.decoding_settings import DecodingSettings
+from CoDALanguageModel.decoding_settings import SETTINGS, DecodingSettings
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.fill_tokens import read_fill_prompt
 from CoDALanguageModel.infilling import candidate_lengths
@@ -34,6 +34,12 @@ class Asked(NamedTuple):
 
     prompt_tokens: int
     """Of all prompts, what stands behind their gaps included."""
+
+    @property
+    def regime(self) -> str:
+        """`exact`, or the approximate regimes that the answers are denoised in."""
+        approximate = self.answers[0][0].options.approximate if self.answers else []
+        return "+".join(sorted({SETTINGS[name].regime for name in approximate})) or "exact"
 
 
 def chat_canvases(service: Service, body: ChatRequest) -> Asked:

@@ -178,6 +178,8 @@ class Engine:
         self._metrics = metrics
         self._seconds_per_job = 1.0
         self._run = _Run(sampler.start())
+        self.is_draining = False
+        """Whether what was accepted is finished and nothing more is to come; for those who ask the engine."""
         self._stopping = False
         self._stopped = threading.Event()
         self._stuck: threading.Thread | None = None
@@ -231,15 +233,15 @@ class Engine:
         if self._thread.is_alive():
             logger.warning("the model is still busy after %s s", timeout_s)
 
-    def submit(self, requests: Sequence[CanvasRequest], listeners: Sequence[Listener]) -> list[Job]:
-        """Queue all `requests` or none.
+    def submit(self, requests: Sequence[CanvasRequest], listeners: Sequence[Listener], caller: str = "") -> list[Job]:
+        """Queue all `requests` of a caller or none.
 
         Raises:
             QueueFull: there is no room for all of them.
         """
         jobs = [Job(request, listener) for request, listener in zip(requests, listeners, strict=True)]
         try:
-            self._scheduler.submit(jobs)
+            self._scheduler.submit(jobs, caller)
         except QueueFull:
             self._metrics.rejected.inc()
             raise
@@ -271,7 +273,7 @@ class Engine:
             if job.cancelled:
                 run.rows.drop(row)
                 del run.jobs[row]
-        for job in self._scheduler.take([job.request.num_positions for job, _ in run.jobs.values()]):
+        for job in self._scheduler.take([job for job, _ in run.jobs.values()]):
             run.progress_s = time.monotonic()
             self._metrics.queue_s.observe(run.progress_s - job.arrived_s)
             try:
@@ -373,6 +375,8 @@ class Engine:
         is_over = reading.finish_reason is not None and (step.is_full or not goes_on)
         judged = job.judged if request.forced is not None else job.judged[: reading.num_tokens]
         canvas = None if job.view is None else job.view.step(step.changes, len(request.prompt_ids))
+        if reading.text and not job.shown:
+            self._metrics.first_text_s.observe(time.monotonic() - job.arrived_s)
         if len(reading.text) > len(job.shown) or (is_over and len(judged) > job.num_judged) or canvas is not None:
             if reading.text and not job.shown:
                 self._metrics.first_text_s.observe(time.monotonic() - job.arrived_s)

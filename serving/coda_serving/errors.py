@@ -1,6 +1,7 @@
 """Errors of the API, in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
 import json
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -49,14 +50,19 @@ STATUSES = {
     415: "The body is no plain JSON",
     429: "MAX_QUEUE answers wait already; Retry-After says when to try again",
     500: "The model failed; the log says why",
-    503: "The server is shutting down",
+    503: "QUEUE_TIMEOUT_S is over and no answer was begun, or the server is loading or shutting down",
     504: "REQUEST_TIMEOUT_S is over",
 }
 
 
-def documented(model: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
-    """What the OpenAPI document says of the errors of a route that denoises something."""
-    return {status: {"model": model, "description": says} for status, says in STATUSES.items()}
+def documented(
+    model: type[BaseModel] = ErrorBody, statuses: Iterable[int] = STATUSES, *, streams: bool = True
+) -> dict[int | str, dict[str, Any]]:
+    """What the OpenAPI document says of a route beside its answer: its errors, and whether it may answer in events."""
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": model, "description": STATUSES[status]} for status in statuses
+    }
+    return errors | ({200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}} if streams else {})
 
 
 class ApiError(Exception):
@@ -113,8 +119,15 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
-SHUTTING_DOWN = ApiError(503, "the server is shutting down", code="server_shutting_down")
-"""For requests that the end of the server cuts off."""
+SHUTTING_DOWN = ApiError(
+    503, "the server is shutting down", code="server_shutting_down", headers={"Retry-After": "5", "Connection": "close"}
+)
+"""For requests that the end of the server cuts off, or that come after it has begun."""
+
+LOADING = ApiError(
+    503, "the model is being loaded", code="model_loading", headers={"Retry-After": "5", "Connection": "close"}
+)
+"""For requests that come too early."""
 
 CLIENT_LEFT = 499
 """Nobody reads this status; it marks in the log and metrics that the client left (nginx's convention)."""
@@ -160,7 +173,7 @@ def from_validation(errors: list[dict[str, Any]]) -> ApiError:
         path = [*path, fault["loc"][-1]]
         return invalid(f"unknown field {'.'.join(map(str, path))!r}", ".".join(map(str, path)), "unknown_field")
     param = ".".join(map(str, path)) or None
-    if fault["type"].endswith("_type"):
+    if fault["type"].endswith("_type") or fault["type"] == "literal_error":
         named = next((part for part in reversed(path) if isinstance(part, str)), None)
         if named in SEVERAL_KINDS and len(errors) > 1:
             return invalid(f"{param}: must be {SEVERAL_KINDS[named]}, got {_shorten(fault.get('input'))}", param=param)

@@ -9,10 +9,11 @@ import contextlib
 import json
 
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import SHUTTING_DOWN, ApiError, body_at
-from .keys import Keys
+from .keys import UNNAMED, Keys
 from .settings import ServerSettings
 
 LINGER_S = 2.0
@@ -23,6 +24,14 @@ CALLER = "coda.caller"
 
 GUARDED = frozenset({"/metrics", "/v1", "/infill"})
 """Paths that need a key, besides all below `/v1`."""
+
+
+def caller_of(request: HTTPConnection) -> str:
+    """Whom a request counts for where callers take turns: the name of its key, or else its address."""
+    name = request.scope.get(CALLER)
+    if name not in (None, UNNAMED):
+        return f"key {name}"
+    return "" if request.client is None else request.client.host
 
 
 class BodyTooLarge(Exception):
@@ -53,7 +62,7 @@ class Gate:
         headers = Headers(scope=scope)
         fault = self._fault_of_key(scope, headers) or self._fault_of_length(headers)
         if fault is not None:
-            await _respond(send, scope["path"], fault, receive)
+            await refuse(send, scope["path"], fault, receive)
             return
         received = 0
         started = False
@@ -76,10 +85,10 @@ class Gate:
             await self._app(scope, counted_receive, noted_send)
         except BodyTooLarge:
             if not started:
-                await _respond(send, scope["path"], self._too_large(f"more than {self._limit}"), receive)
+                await refuse(send, scope["path"], self._too_large(f"more than {self._limit}"), receive)
         except asyncio.CancelledError:  # the web server ends what still runs when its time to stop is over
             if not started:
-                await _respond(send, scope["path"], SHUTTING_DOWN)
+                await refuse(send, scope["path"], SHUTTING_DOWN)
 
     def _fault_of_key(self, scope: Scope, headers: Headers) -> ApiError | None:
         """401 unless a valid key is shown where one is needed; notes in the scope whose key it is."""
@@ -114,7 +123,7 @@ class Gate:
         )
 
 
-async def _respond(send: Send, path: str, error: ApiError, unread: Receive | None = None) -> None:
+async def refuse(send: Send, path: str, error: ApiError, unread: Receive | None = None) -> None:
     """Send `error`; then throw `unread` away for a while.
 
     A connection that is closed on bytes nobody has read is reset, and a client that is still sending may then never see

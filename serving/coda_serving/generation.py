@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import AsyncIterator, Sequence
 
 from .engine import Answer, Delta, Engine, Event, Failure
@@ -17,18 +18,29 @@ class Generation:
         requests: of each answer, the canvases that compete for it by their scores, of which the first best is kept; no
             more in all than the queue can ever hold.
         timeout_s: seconds from now after which the rows are given up.
+        queue_timeout_s: seconds from now after which they are given up if none of them has begun.
+        caller: for whom; the engine is fair to callers.
 
     Raises:
         ApiError: 429 when the queue has no room now.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Sequence[CanvasRequest]], timeout_s: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[Sequence[CanvasRequest]],
+        timeout_s: float,
+        queue_timeout_s: float = math.inf,
+        caller: str = "",
+    ) -> None:
         self.error: ApiError | None = None
         """Why no more events came."""
         self._engine = engine
         self._timeout_s = timeout_s
+        self._queue_timeout_s = queue_timeout_s
         loop = asyncio.get_running_loop()
-        self._deadline = loop.time() + timeout_s
+        now_s = loop.time()
+        self._deadline, self._queue_deadline = now_s + timeout_s, now_s + queue_timeout_s
         self._events: asyncio.Queue[tuple[int, int, Event]] = asyncio.Queue()
         self._candidates: list[dict[int, Answer]] = [{} for _ in requests]
         self._num_candidates = [len(candidates) for candidates in requests]
@@ -39,30 +51,29 @@ class Generation:
         rows = [(i, place, row) for i, candidates in enumerate(requests) for place, row in enumerate(candidates)]
         listeners = [listener(index, place) for index, place, _ in rows]
         try:
-            self._jobs: list[Job] = engine.submit([row for _, _, row in rows], listeners)
+            self._jobs: list[Job] = engine.submit([row for _, _, row in rows], listeners, caller)
         except QueueFull:
-            seconds = engine.retry_after_s
-            raise ApiError(
-                429,
-                f"{engine.num_waiting} answers wait already; try again in {seconds} s",
-                code="queue_full",
-                headers={"Retry-After": str(seconds)},
-            ) from None
+            raise self._busy(429, f"{engine.num_waiting} answers wait already", "queue_full") from None
+
+    def _busy(self, status: int, message: str, code: str) -> ApiError:
+        seconds = self._engine.retry_after_s
+        headers = {"Retry-After": str(seconds)}
+        return ApiError(status, f"{message}; try again in {seconds} s", code=code, headers=headers)
 
     async def events(self) -> AsyncIterator[tuple[int, Delta | Answer]]:
         """What happens to each answer, by its index, until all are there; one of several candidates comes whole.
 
         Raises:
-            ApiError: 504 after the timeout, 500 when the model failed, 503 when the server stops.
+            ApiError: 504 after the timeout, 503 after that of the queue or when the server stops, 500 when the model
+                failed.
         """
         unfinished = len(self._candidates)
         while unfinished:
             try:
-                async with asyncio.timeout_at(self._deadline):
-                    index, place, event = await self._events.get()
-            except TimeoutError:
-                self.error = ApiError(504, f"no answer within {self._timeout_s:g} s", code="timeout")
-                raise self.error from None
+                index, place, event = await self._next()
+            except ApiError as error:
+                self.error = error
+                raise
             if isinstance(event, Failure):
                 self.error = ApiError(event.status, event.message, code=event.code)
                 raise self.error
@@ -75,6 +86,25 @@ class Generation:
             if isinstance(event, Answer):
                 unfinished -= 1
             yield index, event
+
+    async def _next(self) -> tuple[int, int, Event]:
+        """The next event of a row, in time."""
+        deadlines = [self._deadline]
+        if self._queue_deadline <= self._deadline and not self._has_begun:
+            deadlines.insert(0, self._queue_deadline)
+        for deadline in deadlines:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await self._events.get()
+            except TimeoutError:
+                if not self._has_begun and deadline == self._queue_deadline:
+                    message = f"no answer was begun within {self._queue_timeout_s:g} s (QUEUE_TIMEOUT_S)"
+                    raise self._busy(503, message, "queue_timeout") from None
+        raise ApiError(504, f"no answer within {self._timeout_s:g} s (REQUEST_TIMEOUT_S)", code="timeout")
+
+    @property
+    def _has_begun(self) -> bool:
+        return any(job.begun for job in self._jobs)
 
     def _choose(self, index: int, place: int, event: Delta | Answer) -> Answer | None:
         """The candidate of the highest score, the first of equals, with the cost of all; None until all are there."""

@@ -139,6 +139,8 @@ class MessagesUsage(BaseModel):
     """Forward passes, each row counted. Extension."""
     tokens_per_forward: float = 0.0
     """`output_tokens / forwards`. Extension."""
+    regime: str = "exact"
+    """As in OpenAI's usage. Extension."""
 
     @classmethod
     def of(cls, usage: Usage) -> "MessagesUsage":
@@ -149,6 +151,7 @@ class MessagesUsage(BaseModel):
             cache_read_input_tokens=usage.prompt_tokens_details.cached_tokens,
             forwards=usage.forwards,
             tokens_per_forward=usage.tokens_per_forward,
+            regime=usage.regime,
         )
 
 
@@ -202,9 +205,13 @@ class MessagesForm:
 def routes(service: Service) -> APIRouter:
     """`/v1/messages` and the count of its tokens."""
     router = APIRouter()
-    errors = documented(MessagesErrorBody)
 
-    @router.post(MESSAGES, response_model=AnsweredMessage, responses=errors, openapi_extra=body_schema(AnsweredRequest))
+    @router.post(
+        MESSAGES,
+        response_model=AnsweredMessage,
+        responses=documented(MessagesErrorBody),
+        openapi_extra=body_schema(AnsweredRequest),
+    )
     async def messages(request: Request) -> Any:
         """Answer a conversation, as Anthropic's API does."""
         body = await read_body(request, AnsweredRequest)
@@ -215,7 +222,7 @@ def routes(service: Service) -> APIRouter:
     @router.post(
         MESSAGES + "/count_tokens",
         response_model=TokenCount,
-        responses=errors,
+        responses=documented(MessagesErrorBody, streams=False),
         openapi_extra=body_schema(MessagesRequest),
     )
     async def count_tokens(request: Request) -> Any:

@@ -12,7 +12,8 @@ from starlette.concurrency import run_in_threadpool
 
 from .canvases import Asked
 from .engine import Answer
-from .errors import ApiError, client_left
+from .errors import SHUTTING_DOWN, ApiError, client_left
+from .gate import caller_of
 from .generation import Generation
 from .protocol import SamplingRequest
 from .responses import Head, Usage
@@ -46,11 +47,15 @@ async def respond(
 ) -> Response:
     """Denoise what a body asks for, and say it in the endpoint's form, whole or as it becomes final."""
     settings = service.settings
+    if service.engine.is_draining:
+        raise SHUTTING_DOWN
     check_model(settings, body.model)
     asked = await _prepare(service, body, canvases_of)
-    generation = Generation(service.engine, asked.answers, settings.request_timeout_s)
+    generation = Generation(
+        service.engine, asked.answers, settings.request_timeout_s, settings.queue_timeout_s, caller_of(request)
+    )
     head = Head.new(form.id_prefix, settings.public_name)
-    usage_of = partial(Usage.of, asked.prompt_tokens)
+    usage_of = partial(Usage.of, asked.prompt_tokens, regime=asked.regime)
     if body.stream:
         frames = events(generation, head, form, len(asked.answers), usage_of if body.include_usage else None)
         return EventStream(generation, frames, settings.heartbeat_s, error_frame)

@@ -36,10 +36,12 @@ class Usage(BaseModel):
     """Rows in these passes: more where drafts are verified. Extension."""
     tokens_per_forward: float
     """`completion_tokens / forwards`. Extension."""
+    regime: str
+    """`exact` (the tokens are those of the stepwise sampler), `cached`, `parallel` or `cached+parallel`. Extension."""
     prompt_tokens_details: PromptTokens
 
     @classmethod
-    def of(cls, prompt_tokens: int, answers: Sequence[Answer]) -> "Usage":
+    def of(cls, prompt_tokens: int, answers: Sequence[Answer], regime: str = "exact") -> "Usage":
         """Sum over `answers`."""
         tokens = sum(answer.num_tokens for answer in answers)
         forwards = sum(answer.forwards for answer in answers)
@@ -50,6 +52,7 @@ class Usage(BaseModel):
             forwards=forwards,
             rows=sum(answer.rows for answer in answers),
             tokens_per_forward=round(tokens / forwards, 3) if forwards else 0.0,
+            regime=regime,
             prompt_tokens_details=PromptTokens(
                 cached_tokens=min(prompt_tokens, sum(answer.cached_tokens for answer in answers))
             ),

@@ -1,14 +1,28 @@
-"""Which answers are denoised together: a bounded queue, oldest first.
+"""Which answers are denoised together: a bounded queue, fair to its callers.
 
 A job is one row, and may join any others, each with its own settings, length and stop strings, as long as there is
 room. Not here: running them (`engine`), or what a token is.
+
+The rule. What a caller has been given is counted in positions: a canvas of n positions takes n in every step that it
+takes part in. A free place goes to the waiting caller that has been given least, the one that has waited longest among
+equals; one that comes or comes back begins where the last place was given away, so that idle time earns nothing. The
+requests of one caller take turns, each turn a row, so that the many answers of one wait for a single one behind them.
+
+The bound. A row runs to its end: let U be the most that the rows of one caller which run together still take to theirs.
+While a request waits, no other caller is given more than 2 U beyond what the request's own caller is given: with no row
+to be cut short the fair share is a load U for each caller in turn, and nobody waits for more than two. (Virtual token
+counters; Sheng et al., "Fairness in Serving Large Language Models", 2024.) Proof: counters of those who wait are never
+below the level, the counter of whoever got the last place, which never sinks; no counter is ever more than U above it,
+since only running rows raise one. At the last place that another caller gets while the request waits, its counter is at
+most that of the request's caller, which began at most U above the level; and after it, it is given at most U.
 """
 
 import dataclasses
+import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +87,22 @@ class CanvasRequest:
 
 
 @dataclass(eq=False)
+class Caller:
+    """Whose requests wait or run."""
+
+    served: int = 0
+    """Positions that it has been given, and those that it was put ahead by when it came; see above."""
+
+    requests: deque[deque["Job"]] = dataclasses.field(default_factory=deque)
+    """Rows of each request that wait; the request whose turn it is first."""
+
+    def in_turn(self) -> Iterator["Job"]:
+        """Its rows that wait, in the order in which they would be taken."""
+        turns = itertools.zip_longest(*self.requests)
+        return (job for turn in turns for job in turn if job is not None)
+
+
+@dataclass(eq=False)
 class Job:
     """A request in the queue or being denoised. `cancelled` may be set by any thread."""
 
@@ -89,8 +119,11 @@ class Job:
     view: Any = None
     """`CanvasView` of a request that shows its canvas, once it has been let in."""
     done: bool = False
+    caller: Caller = dataclasses.field(default_factory=Caller)
+    begun: bool = False
+    """Whether it has left the queue to be denoised."""
     passed: int = 0
-    """Younger jobs that were let in before it, for want of room for it."""
+    """Rows of the same caller that were let in before it, for want of room for it."""
 
 
 class QueueFull(Exception):
@@ -102,8 +135,8 @@ class Scheduler:
 
     Args:
         max_queue: jobs that may wait.
-        max_batch_size: jobs at a time; also how many younger ones may pass a job that does not fit, before all others
-            wait for it.
+        max_batch_size: jobs at a time; also how many others of its caller may pass a job that does not fit, before all
+            others wait for it. Those of other callers never do.
         max_batch_tokens: jobs at a time, times the longest canvas; a job alone is always let through.
     """
 
@@ -111,7 +144,10 @@ class Scheduler:
         self.max_queue = max_queue
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
-        self._waiting: deque[Job] = deque()
+        self._callers: dict[str, Caller] = {}
+        """Those who wait or run, and those who are above the level; who began to wait first is first."""
+        self._level = 0
+        self._num_waiting = 0
         self._changed = threading.Condition()
         self._closed = False
 
@@ -121,59 +157,105 @@ class Scheduler:
         return self._closed
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self._num_waiting
 
-    def submit(self, jobs: list[Job]) -> None:
-        """Queue all of `jobs` or none of them.
+    def submit(self, jobs: list[Job], caller: str = "") -> None:
+        """Queue all of `jobs`, which are one request, or none of them.
 
         Raises:
             QueueFull: there is no room for all, or the scheduler is closed.
         """
         with self._changed:
-            if self._closed or len(self._waiting) + len(jobs) > self.max_queue:
+            if self._closed or self._num_waiting + len(jobs) > self.max_queue:
                 raise QueueFull
-            self._waiting.extend(jobs)
+            owner = self._callers.get(caller)
+            if owner is None or not owner.requests:
+                self._callers.pop(caller, None)
+                owner = self._callers[caller] = owner or Caller()
+                owner.served = max(owner.served, self._level)
+            for job in jobs:
+                job.caller = owner
+            owner.requests.append(deque(jobs))
+            self._num_waiting += len(jobs)
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
         """Take `job` out of the queue, or mark it so that it is dropped before the next step."""
         with self._changed:
             job.cancelled = True
-            if job in self._waiting:
-                self._waiting.remove(job)
+            self._remove(job)
 
-    def take(self, running: Sequence[int]) -> list[Job]:
-        """The jobs that may join now, oldest first. Where nothing runs it waits for one, or until it is closed.
+    def take(self, running: Sequence[Job]) -> list[Job]:
+        """The jobs that may join now. Where nothing runs it waits for one, or until it is closed.
+
+        Called before each step: what takes part in it is counted.
 
         Args:
-            running: length of each canvas that is being denoised.
+            running: what is being denoised.
         """
         with self._changed:
-            if not running:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-            rows, longest = len(running), max(running, default=0)
+            if not running and not self._num_waiting:
+                self._callers, self._level = {}, 0
+                self._changed.wait_for(lambda: self._num_waiting or self._closed)
+            for job in running:
+                self._count(job)
+            rows, longest = len(running), max((job.request.num_positions for job in running), default=0)
             taken: list[Job] = []
-            left: list[Job] = []
-            for job in self._waiting:
-                if rows == self._max_batch_size or (left and left[0].passed >= self._max_batch_size):
-                    break
-                longest_with_job = max(longest, job.request.num_positions)
-                if rows and longest_with_job * (rows + 1) > self._max_batch_tokens:
-                    left.append(job)
-                    continue
+            while rows < self._max_batch_size and (job := self._next(rows, longest)) is not None:
+                self._level = job.caller.served
+                self._remove(job, ends_turn=True)
+                self._count(job)
+                job.begun = True
                 taken.append(job)
-                rows, longest = rows + 1, longest_with_job
+                rows, longest = rows + 1, max(longest, job.request.num_positions)
+            runs = {job.caller for job in (*running, *taken)}
+            self._callers = {
+                name: caller
+                for name, caller in self._callers.items()
+                if caller.requests or caller in runs or caller.served > self._level
+            }
+            return taken
+
+    def _count(self, job: Job) -> None:
+        """Count a step of a row."""
+        caller = job.caller
+        if not caller.requests:
+            caller.served = max(caller.served, self._level)
+        caller.served += job.request.num_positions
+
+    def _next(self, rows: int, longest: int) -> Job | None:
+        """Whose turn it is, if there is room for it beside `rows` others."""
+        waiting = [caller for caller in self._callers.values() if caller.requests]
+        left: list[Job] = []
+        for job in min(waiting, key=lambda caller: caller.served).in_turn() if waiting else ():
+            if left and left[0].passed >= self._max_batch_size:
+                break
+            if not rows or max(longest, job.request.num_positions) * (rows + 1) <= self._max_batch_tokens:
                 for older in left:
                     older.passed += 1
-            for job in taken:
-                self._waiting.remove(job)
-            return taken
+                return job
+            left.append(job)
+        return None
+
+    def _remove(self, job: Job, *, ends_turn: bool = False) -> None:
+        """Take a job out of the queue, if it is there; its request's next row may wait for the others' turns."""
+        requests = job.caller.requests
+        rows = next((rows for rows in requests if job in rows), None)
+        if rows is None:
+            return
+        rows.remove(job)
+        self._num_waiting -= 1
+        if not rows or ends_turn:
+            requests.remove(rows)
+            if rows:
+                requests.append(rows)
 
     def close(self) -> list[Job]:
         """Accept nothing more; return the jobs that were still waiting, which will not run."""
         with self._changed:
             self._closed = True
-            dropped = list(self._waiting)
-            self._waiting.clear()
+            dropped = [job for caller in self._callers.values() for job in caller.in_turn()]
+            for job in dropped:
+                self._remove(job)
             self._changed.notify_all()
             return dropped

@@ -134,6 +134,9 @@ class ServerSettings(DecodingDefaults):
     request_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds from a request's arrival, queue included, after which it is cancelled with 504."""
 
+    queue_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """Seconds from a request's arrival after which it is cancelled with 503 if none of its answers has begun."""
+
     step_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds that one step of all rows may take before their requests get 500 and others go on without them."""
 

@@ -406,6 +406,8 @@ def test_its_tokenizer_names_the_mask_and_ends_that_the_model_has(made):
     ]
     model = CoDALanguageModel.from_pretrained(folder)
     assert model.generation_config.eos_token_id == model.config.eos_token_id == [END_TURN, END]
+    is_dream = fake.config["model_type"] == "Dream"  # whose sampler CoDA's is; the others share tokens out evenly
+    assert model.generation_config.schedule == ("published" if is_dream else "even")
 
 
 ALONE = """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 import save_hf_model
+from coda_eval.journal import hash_weights
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
 from save_hf_model import Agreement, check_input, convert, main
 
@@ -285,6 +287,22 @@ def test_tokenizer_without_chat_or_padding_tokens_gets_a_pad_token_and_no_templa
     assert tokenizer.chat_template is None
 
 
+def test_a_base_model_that_is_to_be_adapted_ends_where_its_checkpoint_says(tmp_path):
+    # As Qwen's base models: documents end with <|endoftext|>, which is the padding too.
+    tokenizer = make_tokenizer([*CHATML, "<|other|>"], eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    make_autoregressive(tmp_path / "source", "qwen2", tokenizer=tokenizer)
+    (tmp_path / "source/generation_config.json").write_text(json.dumps({"eos_token_id": [0, 3]}))
+    model = convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False)
+    assert model.config.pad_token_id == 0
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == [2, 0, 3]
+    wants = {0: 1000.0}
+    text = model.eval().diffusion_generate(torch.tensor([[5, 6]]), max_new_tokens=4, steps=4, logit_bias=wants)
+    assert text[0, 2:].tolist() == [0] * 4
+    plain = make_tokenizer(["</s>"])  # ends as its tokenizer and configuration say, with one token
+    make_autoregressive(tmp_path / "llama", "llama", tokenizer=plain)
+    assert convert(str(tmp_path / "llama"), str(tmp_path / "made-llama"), check=False).config.eos_token_id == 0
+
+
 def test_own_template_and_mask_token_are_kept(tmp_path):
     tokenizer = make_tokenizer([*CHATML, "[M]"], chat_template="{{ messages[0].content }}")
     tokenizer.add_special_tokens({"mask_token": "[M]"})
@@ -348,6 +366,15 @@ def test_a_model_with_code_of_its_own_is_refused_by_its_type_without_a_question(
         ValueError, match="model_type must be one of CoDA, qwen3, qwen2, llama, .*llada, got 'unheard-of'"
     ):
         convert(str(source), str(tmp_path / "made"))
+    (source / "model.safetensors").unlink()  # as the folder of a tokenizer it is good
+    make_autoregressive(tmp_path / "plain")
+    convert(str(tmp_path / "plain"), str(tmp_path / "made"), tokenizer_dir=str(source), check=False)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
+    settings["tokenizer_class"] = "OwnTokenizer"
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="holds no tokenizer that loads without code of its own"):
+        convert(str(tmp_path / "plain"), str(tmp_path / "other"), tokenizer_dir=str(source), check=False)
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "misshapen"])
@@ -525,6 +552,7 @@ LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize
         ("empty", "model.safetensors' is not a whole safetensors file"),
         ("quantised", "quantised weights are not supported: .*config.json' says quant_method 'awq'"),
         ("tokenizer", "tokenizer.json' is a Git LFS pointer"),
+        ("tokenizer cut", "source' holds no tokenizer that loads without code of its own: "),
         ("shard", "model-2.safetensors' is missing, which its index names"),
         ("gguf", "model.gguf' is not a GGUF file"),
         ("gguf cut", "model.gguf' is not a whole GGUF file"),
@@ -543,6 +571,8 @@ def test_broken_files_are_named_in_one_line(name, message, tmp_path, capsys):
         weights.write_text(LFS_POINTER)
     elif name == "tokenizer":
         (source / "tokenizer.json").write_text(LFS_POINTER)
+    elif name == "tokenizer cut":
+        (source / "tokenizer.json").write_text((source / "tokenizer.json").read_text()[:-99])
     elif name == "quantised":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
     elif name == "shard":
@@ -604,7 +634,9 @@ def test_command_line_flags_are_stable(capsys):
         main(["--help"])
     usage = capsys.readouterr().out
     flags = ("--checkpoint_dir", "--output_dir", "--tokenizer", "--dtype", "--mask_token", "--overwrite")
-    for flag in (*flags, "--attention", "--block_size", "--block_origin"):
+    flags += ("--attention", "--block_size", "--block_origin")
+    hub = ("--push_to_hub", "--dry_run", "--private", "--license", "--backbone", "--data", "--stage", "--scores")
+    for flag in (*flags, *hub):
         assert flag in usage
 
 
@@ -630,3 +662,148 @@ def test_smollm2_keeps_its_logits_and_its_greedy_text(tmp_path):
     # Each greedy token is the best one after the tokens before it, so the greedy texts are equal.
     assert torch.equal(logits[:, prompt_length - 1 : -1].argmax(dim=-1), ids[:, prompt_length:])
     shutil.rmtree(tmp_path / "made")
+
+
+# ---- uploads
+
+PUSH = ["--push_to_hub", "someone/coda-tiny", "--license", "apache-2.0", "--backbone", "Qwen/Qwen3-1.7B=apache-2.0"]
+PUSH += ["--data", "bigcode/the-stack-v2=other", "own notes=cc-by-4.0"]
+RUN = """\
+max_steps: 300
+global_batch_size: 8
+seq_len: 256
+objective: masked
+model: {init_from: null}
+data: {sources: [{path: stack, weight: 2.0}, {path: wiki, weight: null}]}
+optimizer: {name: adafactor, learning_rate: 0.0003}
+schedule: {name: linear}
+"""
+TUNING = """\
+stage: sft
+finetuning_type: full
+dataset: opencoder
+cutoff_len: 1024
+num_train_epochs: 10
+per_device_train_batch_size: 22
+learning_rate: 2.0e-05
+lr_scheduler_type: cosine
+output_dir: /home/someone/out
+"""
+
+
+class FakeHub:
+    """Stands for `HfApi`: remembers what is asked of it."""
+
+    def __init__(self):
+        self.calls, self.files = [], {}
+
+    def __call__(self):
+        return self
+
+    def whoami(self):
+        self.calls.append("whoami")
+
+    def create_repo(self, repo_id, **options):
+        self.calls.append(("create_repo", repo_id, options))
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        self.calls.append(("upload_folder", repo_id))
+        self.files = {file.name: file.read_bytes() for file in folder_path.iterdir()}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = FakeHub()
+    monkeypatch.setattr(save_hf_model, "HfApi", hub)
+    monkeypatch.setattr(save_hf_model, "check_folder", lambda *arguments: None)  # has tests of its own
+    return hub
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """A model that may be uploaded, with its runs and the scores of the evaluation."""
+    make_export(tmp_path / "export")
+    (tmp_path / "config.yaml").write_text(RUN)
+    (tmp_path / "run_config.yaml").write_text(TUNING)
+    card = {"task": "coda_humaneval", "metric": "pass@1", "filter": "run", "score": 0.25, "n": 164}
+    card |= {"wilson95": [0.19, 0.32], "isolation": "bubblewrap"}
+    card |= {"settings": {"generation_settings": {"steps": 64}}}
+    card |= {"hashes": {"weights": hash_weights({"pretrained": str(tmp_path / "export")})}}
+    (tmp_path / "scores.json").write_text(json.dumps([card]))
+    return tmp_path
+
+
+def push(folder, *more):
+    files = [str(folder / name) for name in ("config.yaml", "run_config.yaml", "scores.json")]
+    known = ["--checkpoint_dir", str(folder / "export"), *PUSH, "--stage", *files[:2], "--scores", files[2]]
+    return save_hf_model.main([*known, *more])
+
+
+def test_a_dry_run_writes_exactly_what_is_uploaded(adapted, hub):
+    assert push(adapted, "--output_dir", str(adapted / "dry"), "--dry_run") == 0
+    assert hub.calls == []
+    assert push(adapted, "--output_dir", str(adapted / "wet"), "--private") == 0
+    assert hub.calls == [
+        "whoami",
+        ("create_repo", "someone/coda-tiny", {"private": True, "exist_ok": True}),
+        ("upload_folder", "someone/coda-tiny"),
+    ]
+    assert hub.files == {file.name: file.read_bytes() for file in (adapted / "dry").iterdir()}
+    names = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert names | {"modeling_coda.py", "tokenizer_config.json"} <= hub.files.keys()
+
+
+def test_a_model_card_says_what_configuration_runs_and_score_cards_say(adapted, hub):
+    assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 0
+    text = (adapted / "made/README.md").read_text()
+    facts = ModelCard(text).data
+    assert (facts.license, facts.base_model, facts.pipeline_tag) == ("apache-2.0", "Qwen/Qwen3-1.7B", "text-generation")
+    assert facts.datasets == ["bigcode/the-stack-v2"]
+    for line in (
+        "| heads for queries, for keys and values, size of each | 4, 2, 8 |",
+        "| attention | full |",
+        "| `temperature` | `0.1` |",
+        "| 1 | masked from random weights | stack (2), wiki | 300 steps | 8 x 256 | adafactor, linear, 0.0003 |",
+        "| 2 | fine-tuning (full) | opencoder | 10 epochs | 22 a device x 1024 | cosine, 2e-05 |",
+        "| coda_humaneval | pass@1 | 25.0 % | 19.0 to 32.0 | 164 | steps=64 | bubblewrap |",
+        "| backbone | Qwen/Qwen3-1.7B | apache-2.0 |",
+        "| data | own notes | cc-by-4.0 |",
+    ):
+        assert line in text.splitlines(), line
+    assert "/home/someone" not in text
+    assert str(adapted) not in text
+
+
+def test_scores_of_other_weights_and_files_of_another_kind_are_refused(adapted, hub, capsys):
+    cards = json.loads((adapted / "scores.json").read_text())
+    cards[0]["hashes"]["weights"] = "0" * 24
+    (adapted / "scores.json").write_text(json.dumps(cards))
+    assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
+    assert "coda_humaneval was scored with other weights or another configuration" in capsys.readouterr().err
+    (adapted / "scores.json").write_text(json.dumps({"results": {}}))
+    assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
+    assert "--scores must be a scores.json of evaluation, got" in capsys.readouterr().err
+    (adapted / "run_config.yaml").write_text("dataset: opencoder\n")
+    assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
+    assert "--stage must be the config.yaml of a pre-training run or" in capsys.readouterr().err
+    assert not (adapted / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (PUSH[:2], "--push_to_hub needs --license (of the weights)"),
+        (PUSH[:4], "--push_to_hub needs --backbone (with its licence, or none)"),
+        (PUSH[:6], "--push_to_hub needs --data (with their licences)"),
+        ([*PUSH[:5], "Qwen3", *PUSH[6:]], "--backbone must be NAME=LICENCE, got 'Qwen3'"),
+        (["--push_to_hub", "coda-tiny", *PUSH[2:]], "--push_to_hub must be OWNER/NAME, got 'coda-tiny'"),
+        (["--push_to_hub", "a/b/c", *PUSH[2:]], "--push_to_hub must be OWNER/NAME, got 'a/b/c'"),
+        (["--dry_run"], "--dry_run goes with --push_to_hub OWNER/NAME"),
+        (PUSH[2:4], "--license goes with --push_to_hub OWNER/NAME"),
+    ],
+)
+def test_an_upload_that_says_too_little_is_refused_before_anything_is_loaded(tmp_path, hub, capsys, arguments, message):
+    folders = ["--checkpoint_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path / "made")]
+    assert save_hf_model.main([*folders, *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert hub.calls == []

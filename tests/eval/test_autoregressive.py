@@ -14,6 +14,7 @@ from coda_eval.autoregressive import FILL_TOKENS, AutoregressiveModel
 from coda_eval.harness import CoDAEvalModel
 from coda_eval.journal import Journal
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.conversion import build_model
 from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.row import complete
 
@@ -105,6 +106,33 @@ def test_a_healed_prompt_is_the_prompt_without_its_last_tokens(newline_model):
         if text.strip():
             assert tail
             assert not text[: len(text) - len(tail)][-1].isspace()
+
+
+def test_blocks_of_one_token_say_what_the_same_weights_say(newline_model):
+    tokenizer, model = newline_model
+    asked = [request("def f():\n"), request("a\n\n\n"), request("def g():"), request("def f():\n", max_gen_toks=4)]
+    asked += [request("def f():\n", until=["    ret"]), request("x "), request("a\n", until=["\n"])]
+    theirs = AutoregressiveModel(model, tokenizer=tokenizer, batch_size=4).generate_until(asked, True)
+    twin = build_model(model, tokenizer, {"attention": "block_causal", "block_size": 1})
+    for settings in ({"batch_size": 4}, {"batch_size": 1, "kv_cache": "none"}, {"batch_size": 3, "speculate": 2}):
+        ours = CoDAEvalModel(twin, tokenizer=tokenizer, temperature=0, steps=12, **settings)
+        assert list(ours.generate_until(asked, True)) == list(theirs)
+    assert theirs[0] == "    return a"
+    wide = build_model(model, tokenizer, {"attention": "block_causal", "block_size": 2})
+    as_it_is = CoDAEvalModel(wide, tokenizer=tokenizer, temperature=0, steps=12)._job(0, asked[0], 0)
+    assert as_it_is.ids == encode(tokenizer, "def f():\n")
+
+
+def test_the_longest_answer_does_not_depend_on_company(newline_model):
+    tokenizer, _ = newline_model
+    letter = encode(tokenizer, "y")[-1]
+    space = encode(tokenizer, " ")[-1]
+    model = bigram_model(tokenizer, {letter: letter, space: letter})
+    own = AutoregressiveModel(model, tokenizer=tokenizer, batch_size=2)
+    asked = [request("a ", max_gen_toks=4), request("a     ", max_gen_toks=4)]
+    together = own.generate_until(asked, True)
+    assert together == [own.generate_until([one], True)[0] for one in asked]
+    assert together[0] == "yyyy"
 
 
 def test_prompts_that_need_no_healing_are_lm_evals_own(newline_model):

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from coda_eval.comparison import compare, main, mcnemar_p
+from coda_eval.comparison import compare, main, mcnemar_p, read_cards
 from coda_eval.records import Record
 from CoDALanguageModel.errors import UserError
 
@@ -167,3 +167,34 @@ def test_unbounded_scores_have_no_share_and_no_mcnemar(tmp_path):
     assert (task.mcnemar_p, task.discordant) == (None, None)
     assert math.isclose(task.difference, 0.25)
     assert task.better[0].statuses == ("scored", "scored")
+
+
+@pytest.mark.parametrize(
+    ("cards", "said"),
+    [
+        ({}, r"it must be a list, got \{\}"),
+        ([3], "card 1 must be an object, got 3"),
+        ([CARD, CARD | {"score": "high"}], "card 2: score must be a number, got 'high'"),
+        ([CARD | {"task": ["t"]}], r"card 1: task must be a text, got \['t'\]"),
+        ([CARD | {"settings": "x"}], "card 1: settings must be an object, got 'x'"),
+        ([CARD | {"cost": {"forwards": None}}], "card 1: cost must be an object of numbers or null"),
+        ([CARD | {"wilson95": [0.1]}], r"card 1: wilson95 must be two numbers or null, got \[0.1\]"),
+    ],
+)
+def test_a_score_card_that_is_none_is_named_with_its_file_and_field(cards, said, tmp_path):
+    write_run(tmp_path / "a", singles("1"), cards=cards)
+    (tmp_path / "a" / "scores.json").write_text(json.dumps(cards))
+    with pytest.raises(UserError, match=f"a/scores.json does not hold score cards: {said}"):
+        read_cards(tmp_path / "a")
+
+
+def test_scores_that_are_no_numbers_and_ids_that_are_no_texts_are_refused(tmp_path):
+    a, b = write_run(tmp_path / "a", [[1.0], [float("nan")]]), write_run(tmp_path / "b", singles("11"))
+    with pytest.raises(UserError, match="a: the score of q/1 in t, repeat 0, is nan, which compares with nothing"):
+        compare(a, b)
+    c = write_run(tmp_path / "c", singles("1"), task_id="q/\ud800")
+    with pytest.raises(UserError, match="line 1: task_id holds half of a surrogate pair at character 2"):
+        compare(b, c)
+    d = write_run(tmp_path / "d", singles("1"), task=["t"])
+    with pytest.raises(UserError, match=r"records.jsonl: line 1: task must be a text, got \['t'\]"):
+        compare(b, d)

@@ -143,8 +143,8 @@ GOOD = {
 """A row that every benchmark but MBPP, whose ids are numbers, accepts."""
 
 LATE = {
-    "test": [None, 3, "def check(:", "x = '\x00'", "assert '\ud800'"],
-    "test_list": [None, [], "assert True", [1], ["assert ("], ["assert '\udfff'"]],
+    "test": [None, 3, " ", "# later", "def check(:", "x = '\x00'", "assert '\ud800'"],
+    "test_list": [None, [], [""], "assert True", [1], ["assert ("], ["assert '\udfff'"]],
     "test_imports": ["import math", [1]],
     "test_setup_code": [3, "import ("],
     "timeout_s": [None, "30", 0, -1, True, float("inf"), float("nan"), 1e9, 10**400],
@@ -206,6 +206,13 @@ def test_every_field_that_is_read_later_is_checked_on_load(tmp_path, name):
         for index, value in enumerate(LATE[field]):
             with pytest.raises(ValueError, match=f"{file}: .* line 1 has a wrong {field}: it must be "):
                 load({**whole, field: value}, f"{field}_{index}")
+
+
+@pytest.mark.parametrize("name", [n for n in data.SOURCES if n.startswith("humaneval") or n.endswith("_infilling")])
+def test_what_is_called_to_judge_is_defined(tmp_path, name):
+    (tmp_path / data.SOURCES[name].files[0]).write_text(json.dumps({**GOOD, "test": "assert f() == 1"}))
+    with pytest.raises(ValueError, match="line 1 has a wrong test: it must define check.candidate."):
+        documents(name, data_dir=str(tmp_path))
 
 
 def test_fields_that_programs_read_are_fields_that_are_checked():

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -237,6 +238,12 @@ def test_all_regimes_are_scored_and_their_cost_is_recorded(model_dir, settings):
         assert answer.cost["forwards"] == answer.forwards
         assert answer.cost["tokens_evaluated"] >= 8
         assert (answer.cost["cache_refreshes"] > 0) == ("kv_cache" in settings)
+
+
+def test_answers_match_the_expression_that_is_set(model_dir):
+    asked = [request({"task_id": f"p/{n}"}, "x = 1\n" * (n + 1)) for n in range(3)]
+    answers = load(model_dir, batch_size=2, regex="[ab]{3,5}").generate_until(asked, True)
+    assert all(re.fullmatch("[ab]{3,5}", answer) for answer in answers)
 
 
 def test_none_turns_a_setting_off(model_dir):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from coda_eval import harness, programs, sandbox
+from coda_eval import harness, programs, run, sandbox
 from coda_eval.__main__ import main
 from coda_eval.hosted import Nats, known_likelihood
 from coda_eval.journal import Journal, code_version, hash_tokenizer, hash_weights
@@ -279,6 +280,64 @@ def test_judging_takes_the_answers_of_the_last_run_where_the_same_command_gave_o
         if len(found) == 1:
             (output / "journal_rank0.jsonl").rename(output / "journal_rank1.jsonl")
     assert found[0] == found[2] != found[1]
+
+
+def test_a_killed_resumption_leaves_the_answers_of_its_command_to_be_judged(evaluation, model_dir, tmp_path):
+    output, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    assert evaluation(output, model=model, tasks="quickstart_infill") == ""
+    before, path = judged(output), model / "generation_config.json"
+
+    def kill(*_):
+        raise Killed
+
+    def killed(**settings):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "run_tasks", kill)
+            with pytest.raises(Killed):
+                evaluation(output, "--resume", model=model, tasks="quickstart_infill", **settings)
+
+    killed(batch_size=1)
+    assert evaluation.judge(output) == ""
+    assert judged(output) == before
+    killed(steps=2)
+    assert "4 of 4 answers are not in the journal" in evaluation.judge(output)
+    killed()
+    assert "4 of 4 answers are not in the journal" in evaluation.judge(output)
+    assert evaluation(output, "--resume", model=model, tasks="quickstart_infill") == ""
+    assert evaluation.judge(output) == ""
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"top_k": 1}))
+    killed()
+    assert "4 of 4 answers are not in the journal" in evaluation.judge(output)
+
+
+WRONG = {
+    "command.json": [
+        ("[]", r"command.json must hold an object, got \[\]"),
+        ('{"name": 1}', "command.json: name must be a str, got 1"),
+        (lambda command: command | {"tasks": [3]}, r"command.json: tasks\[0\] must be a text, got 3"),
+        (lambda command: command | {"arguments": {"mode": 1}}, "command.json: arguments has unknown names: mode"),
+        (lambda command: command | {"data": ["x"]}, "command.json: data must be a text, got"),
+    ],
+    "hashes.json": [
+        ("{", "hashes.json is not JSON: .*; remove it, and the files are hashed again"),
+        ("[]", r"hashes.json must hold an object, got \[\]"),
+        ('{"x": [1, 2]}', r"hashes.json: 'x' must have \[size, time of change, hash\], got \[1, 2\]"),
+    ],
+}
+
+
+def test_files_of_a_run_that_do_not_hold_what_they_should_are_named(evaluation, tmp_path, model_dir):
+    output = tmp_path / "run"
+    assert evaluation(output, tasks="quickstart_infill") == ""
+    command = json.loads((output / "command.json").read_text())
+    for text, said in WRONG["command.json"]:
+        (output / "command.json").write_text(text if isinstance(text, str) else json.dumps(text(command)))
+        assert re.search(said, evaluation.judge(output)), said
+    for text, said in WRONG["hashes.json"]:
+        (output / "hashes.json").write_text(text)
+        with pytest.raises(UserError, match=said):
+            hash_weights({"pretrained": model_dir}, output)
 
 
 def test_judge_and_resume_say_what_is_missing(evaluation, tmp_path, data_dir):

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from coda_eval.__main__ import TASKS, add_our_tasks
+from coda_eval.__main__ import TASKS, add_our_tasks, lm_eval_arguments
+from CoDALanguageModel.errors import UserError
 
 
 def test_our_tasks_come_first_and_the_users_are_kept(tmp_path):
@@ -17,6 +18,12 @@ def test_our_tasks_come_first_and_the_users_are_kept(tmp_path):
     for given, file, expected in ((None, None, []), ("a", None, ["a"]), (None, str(config), ["from_yaml"])):
         args = add_our_tasks(argparse.Namespace(include_path=given, config=file))
         assert args.include_path == [str(TASKS), *expected]
+
+
+def test_arguments_that_lm_eval_takes_for_json_are_told(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["coda_eval"])
+    with pytest.raises(UserError, match="Invalid JSON: pretrained={x"):
+        lm_eval_arguments(["run", "--tasks", "a", "--model_args", "pretrained={x,steps=8"])
 
 
 def test_task_files_load_and_do_not_take_names_of_lm_eval(tasks):

@@ -66,6 +66,14 @@ def test_extract_code_prefers_the_block_that_defines_the_entry_point():
     assert extract_code("    return x\n", "f") == "    return x\n"
 
 
+@pytest.mark.parametrize("names", [("f",), ("g", "f"), ()])
+def test_a_block_in_a_list_loses_the_indentation_of_its_fence_alone(names):
+    text = "1. So:\n\n   ```python\n   def f(x):\n\n       return (\n  x)\n   ```\n2. Done."
+    assert extract_code(text, *names) == "def f(x):\n\n    return (\nx)\n"
+    rest = "Body:\n    ```python\n    return f(x)\n    ```\n"
+    assert extract_code(rest, "f") == "    return f(x)\n    "
+
+
 def test_pass_at_k_equals_brute_force():
     for n in range(1, 8):
         for c in range(n + 1):
@@ -196,8 +204,9 @@ def test_answers_of_every_form_are_judged_as_programs():
 def test_mbpp_answers_answer_for_the_names_of_the_reference():
     row = {"code": "def sum(a, b):\n    return a + b\n", "test_list": ["assert sum(1, 2) == 3"], "timeout_s": 20.0}
     answers = ["def sum(a, b): return a + b", "def sum(a, b): return 4", "def zip(*a): return []"]
+    answers += ["Try:\n```python\nprint(sum(1, 2))\n```\nof\n```python\ndef sum(a, b): return a + b\n```"]
     verdicts = run_programs([programs.mbpp_program(row, answer) for answer in answers])
-    assert [verdict.passed for verdict in verdicts] == [True, False, False]
+    assert [verdict.passed for verdict in verdicts] == [True, False, False, True]
     assert "defines no sum" in verdicts[2].error
 
 

@@ -15,7 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from coda_eval import programs
+from coda_eval import programs, run
 from coda_eval.__main__ import TASKS, main
 from coda_eval.harness import CoDAEvalModel
 from coda_eval.judge import judge
@@ -409,3 +409,9 @@ def test_the_diffusion_model_draws_by_whatever_sets_its_temperature(model_dir):
     ):
         model = CoDAEvalModel(model_dir, device="cpu", **settings)
         assert model.draws({"until": [], "max_gen_toks": 4, **given}) is draws
+
+
+def test_every_rank_makes_the_folder_that_it_writes_to(tmp_path, monkeypatch):
+    """In a sweep, ranks come to the next point's folder at no agreed time."""
+    monkeypatch.setenv("RANK", "1")
+    assert run.claim_folder(str(tmp_path / "sweep" / "point"), resume=True).is_dir()

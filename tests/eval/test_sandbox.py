@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -249,11 +251,141 @@ def test_programs_do_not_see_each_other(level):
     assert all(v.passed for v in run_programs([Program(candidate=code, tests=TESTS)] * 4, level=level, workers=2))
 
 
+TRACES = """
+import os
+places = [place for top in ("/", "/dev", "/packages") if os.path.isdir(top) for place in [top, *(
+    os.path.join(top, name) for name in os.listdir(top))] if os.path.exists(place)]
+assert not [place for place in places if os.path.exists(place + "/mark")]
+assert os.listdir("/tmp") == [] and oct(os.stat("/tmp").st_mode) == "0o41777"
+before = [place for place in places if os.stat(place).st_mode & 1]
+for place in before:
+    for reach in (lambda: open(place + "/mark", "w").close(), lambda: os.mkdir(place + "/mark"),
+                  lambda: os.chmod(place, 0), lambda: os.utime(place, (1, 1)), lambda: os.rename(place, place + "2")):
+        try: reach()
+        except OSError: pass
+assert all(os.stat(place).st_mtime > 9 for place in places if not place.startswith("/tmp"))
+held = []
+for fd in range(3, 256):
+    try: held.append(os.fstat(fd))
+    except OSError: pass
+assert len(held) == 2, held
+terminal = os.openpty() if os.path.isdir("/dev/pts") else None
+assert terminal is None or os.ttyname(terminal[1]) == "/dev/pts/0"
+def f(x): return 4
+"""
+
+
+@pytest.mark.parametrize("level", [level for level in ISOLATED if level not in sandbox.SHARED])
+def test_a_program_leaves_the_next_one_of_its_zygote_nothing(level):
+    verdicts = run_programs([Program(candidate=TRACES, tests=TESTS)] * 3, level=level, workers=1)
+    assert [verdict.error for verdict in verdicts] == [""] * 3
+
+
+SEARCH = """
+import re
+found = set()
+with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", 0) as memory:
+    for line in maps:
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if " rw" in line and "[v" not in line:
+            try: memory.seek(start)
+            except OverflowError: continue
+            found.update(re.findall(rb"needle-(\\w+)", memory.read(end - start)))
+found = sorted(word.decode() for word in found)
+def f(x): return found
+"""
+
+
+def test_the_memory_of_a_program_holds_its_own_source_and_no_other_word():
+    if "rlimits" not in AVAILABLE:
+        pytest.skip("reads its own memory, which the levels that isolate do not show")
+    first = Program(candidate="a = 'needle-first'\ndef f(x): return 4", tests=f"b = 'needle-first_tests'\n{TESTS}")
+    tests = "found = f(2)\nassert found == ['own'], found\nc = 'needle-tests'"
+    second = Program(candidate=f"a = 'needle-own'\n{SEARCH}", tests=tests, setup="d = 'needle-setup'", called=("f",))
+    verdicts = run_programs([first, second], level="rlimits", workers=1)
+    assert [verdict.error for verdict in verdicts] == ["", ""]
+
+
+def zygotes_of(monkeypatch):
+    """The zygotes that are made from now on."""
+    made, make = [], sandbox._Zygote.__init__
+
+    def init(self, *arguments):
+        made.append(self)
+        make(self, *arguments)
+
+    monkeypatch.setattr(sandbox._Zygote, "__init__", init)
+    return made
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_one_zygote_serves_all_programs_that_want_the_same_modules(level, monkeypatch):
+    made = zygotes_of(monkeypatch)
+    numeric = Program(candidate="import numpy\ndef f(x): return int(numpy.int64(4))", tests=TESTS)
+    verdicts = run_programs([GOOD, numeric] * 5, level=level, workers=1)
+    assert [verdict.error for verdict in verdicts] == [""] * 10
+    assert ["numpy" in zygote.preload for zygote in made] == [False, True]
+    assert all(zygote._process.returncode == 0 for zygote in made)
+
+
+@pytest.mark.parametrize("level", [level for level in AVAILABLE if level not in sandbox.SHARED])
+def test_where_no_namespace_may_stand_in_another_each_program_has_a_zygote(level, monkeypatch):
+    made, walls = zygotes_of(monkeypatch), sandbox._Zygote._walls
+
+    def refused(self, *arguments):
+        found = walls(self, *arguments)
+        return {**found, "binds": [("/nowhere", "/nowhere")]} if self.lasting else found
+
+    monkeypatch.setattr(sandbox._probe, "reasons", {})
+    monkeypatch.setattr(sandbox._Zygotes, "lasting", {})
+    monkeypatch.setattr(sandbox._Zygote, "_walls", refused)
+    monkeypatch.setattr(sandbox, "_command", lambda level, lasting, make=sandbox._command: make(level, False))
+    hostile = ["new session that lives on", "kills everybody", "memory flood", "reads from the keyboard"]
+    programs = [Program(candidate=HOSTILE[name][0], tests=TESTS, timeout_s=3) for name in hostile]
+    verdicts = run_programs([*programs, GOOD, GOOD], level=level, workers=1)
+    assert [verdict.passed for verdict in verdicts] == [False] * 4 + [True] * 2
+    assert [zygote.lasting for zygote in made] == [True] + [False] * 7
+    assert leftovers() == []
+
+
+@pytest.mark.parametrize("level", [level for level in AVAILABLE if level not in sandbox.SHARED])
+def test_a_program_may_have_as_many_processes_as_the_one_before_it(level):
+    """Where all are the same user's, what is left of one program counts for the next."""
+    code = "import os, time\nn = 0\ntry:\n    while os.fork(): n += 1\n    time.sleep(9)\nexcept OSError: pass\n"
+    count = Program(candidate=f"{code}def f(x): return n", tests="assert f(2) == 0, f(2)")
+    verdicts = run_programs([count, *[GOOD] * 8, count, count], level=level, workers=1)
+    assert {verdict.passed for verdict in verdicts[1:9]} == {True}
+    assert len({verdict.error for verdict in verdicts if not verdict.passed}) == 1
+    assert int(verdicts[0].error.rpartition(" ")[2]) in (Limits().processes - 1, Limits().processes + 1)
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_a_zygote_that_dies_takes_one_program_along_at_most(level, monkeypatch):
+    made = zygotes_of(monkeypatch)
+    start = sandbox._Zygote.start
+
+    def dying(self, *descriptors):
+        pid = start(self, *descriptors)
+        if len(made) == 1:
+            threading.Timer(1.5, self._control.shutdown, (socket.SHUT_WR,)).start()  # reads as an evaluator that went
+        return pid
+
+    monkeypatch.setattr(sandbox._Zygote, "start", dying)
+    sleeper = Program(candidate="import time\ntime.sleep(5)\ndef f(x): return 4", tests=TESTS)
+    verdicts = run_programs([sleeper, GOOD], level=level, workers=1)
+    assert [verdict.status for verdict in verdicts] == ["killed", "passed"]
+    assert len(made) == 2
+    with sandbox._Zygotes(level) as zygotes:
+        with zygotes.one(()) as zygote:
+            pass
+        sandbox.kill(zygote._process.pid)
+        monkeypatch.setattr(sandbox.time, "sleep", lambda seconds: None)
+        assert sandbox._run_surely(GOOD, zygotes, Limits()).passed
+
+
 def test_server_on_this_machine_is_not_reachable():
     if not ISOLATED:
         pytest.skip("needs an isolated level")
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         code = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)\ndef f(x): return 4"
@@ -367,9 +499,9 @@ def test_time_is_processor_time_of_all_processes():
 def test_a_program_that_found_no_processor_runs_again_alone(monkeypatch):
     run, seen = sandbox._run, []
 
-    def busy(program, level, limits):
+    def busy(program, *rest):
         seen.append(program.candidate)
-        verdict = run(program, level, limits)
+        verdict = run(program, *rest)
         return sandbox.replace(verdict, status="near") if len(seen) == 1 else verdict
 
     monkeypatch.setattr(sandbox, "_run", busy)
@@ -429,7 +561,7 @@ def test_nothing_a_program_writes_ends_the_evaluation(level):
 
 def test_a_sandbox_that_cannot_be_built_is_a_program_with_a_reason(monkeypatch):
     level = AVAILABLE[0]
-    monkeypatch.setattr(sandbox, "_command", lambda level: ["/nowhere/python"])
+    monkeypatch.setattr(sandbox, "_command", lambda *_: ["/nowhere/python"])
     monkeypatch.setattr(sandbox.time, "sleep", lambda seconds: None)
     verdict = run_programs([Program(candidate="", tests="")], level=level)[0]
     assert verdict.status == "unjudged"
@@ -457,7 +589,7 @@ def test_programs_end_with_a_killed_evaluator(level, tmp_path):
     try:
         deadline, looks = time.monotonic() + 30, 0
         while looks < 2 and time.monotonic() < deadline:  # the level's own trial comes before, and ends
-            looks = looks + 1 if len(leftovers(evaluator.pid)) >= 2 else 0
+            looks = looks + 1 if leftovers(evaluator.pid) else 0
             time.sleep(0.3)
         assert looks == 2
     finally:

@@ -94,6 +94,27 @@ def test_auto_map_names_the_classes_that_a_saved_folder_carries(tiny_config):
         "AutoConfig": "configuration_coda.CoDAConfig",
         "AutoModel": "modeling_coda.CoDALanguageModel",
         "AutoModelForCausalLM": "modeling_coda.CoDALanguageModel",
+        "AutoModelForMaskedLM": "modeling_coda.CoDAForMaskedLM",
+    }
+
+
+def test_ids_that_are_left_out_follow_the_vocabulary(tmp_path):
+    names = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
+
+    def ids(**arguments):
+        config = CoDAConfig(**arguments)
+        assert all(type(i) is int for i in (getattr(config, name) for name in names) if i is not None)
+        return [getattr(config, name) for name in names]
+
+    assert ids(vocab_size=99) == [98, None, None, None]
+    assert ids(vocab_size=152064) == ids() == [151669, 151643, 151643, 151645]
+    assert ids(vocab_size=99, pad_token_id=3)[:2] == [98, 3]
+    assert ids(pad_token_id=None)[1] is None
+    with pytest.raises(ValueError, match=r"eos_token_id must be in \[0, vocab_size=99\), got 151645"):
+        ids(vocab_size=99, eos_token_id=151645)
+    CoDAConfig(vocab_size=99).save_pretrained(tmp_path)
+    assert CoDAConfig.from_pretrained(tmp_path).to_dict() == CoDAConfig(vocab_size=99).to_dict() | {
+        "transformers_version": CoDAConfig.from_pretrained(tmp_path).transformers_version
     }
 
 

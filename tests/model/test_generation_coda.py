@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers import GenerationConfig, MaxLengthCriteria, PreTrainedTokenizerFast, pipeline
 
 from CoDALanguageModel import CoDALanguageModel, DecodingStalled, DiffusionGenerationConfig
 from CoDALanguageModel.diffusion import named_rng
@@ -316,6 +316,17 @@ def test_pads_come_only_behind_the_first_end_token_of_the_new_part(eos_model, to
     assert 0 < ends
 
 
+def test_tokens_per_forward_are_told_of_each_row(model, tokens):
+    settings = {"max_new_tokens": 8, "steps": 4, "schedule": "even"}
+    settings |= {"return_dict_in_generate": True, "suppress_tokens": [EOS]}
+    output = model.diffusion_generate(tokens(2, 4), **settings)
+    assert output.tokens_per_forward.tolist() == [2.0, 2.0]
+    assert output.cost.tokens_per_forward == 2.0
+    one = model.diffusion_generate(tokens(2, 4), **settings | {"steps": 8})
+    assert one.tokens_per_forward.tolist() == [1.0, 1.0]
+    assert one.num_forwards.tolist() == [8, 8]  # the published schedule pauses first and takes seven
+
+
 def test_any_of_several_end_tokens_ends_a_row(make_model, tokens):
     model = make_model(eos_token_id=[EOS, 3])
     bias = torch.zeros(72)
@@ -469,6 +480,68 @@ def test_generate_is_diffusion_generate(model, tokens):
         model.generate(tokens(2, 4), input_ids=tokens(2, 4))
 
 
+def test_generate_takes_what_callers_of_transformers_pass(model, tokens):
+    ids = tokens(2, 4)
+    want = model.diffusion_generate(ids, max_new_tokens=6, steps=6)
+    nothing = {"use_cache": True, "num_beams": 1, "synced_gpus": False, "disable_compile": True, "top_k": 0}
+    assert torch.equal(model.generate(ids, max_length=10, steps=6, **nothing), want)
+    plain = GenerationConfig(max_length=10, use_cache=False, num_beams=1, top_k=0)
+    assert torch.equal(model.generate(ids, plain, steps=6), want)
+    gap = ids.clone()
+    gap[:, 2] = 67
+    assert model.generate(gap, max_length=4, steps=6).shape == (2, 4)
+    for arguments, message in (
+        ({"num_beams": 4}, "num_beams must be 1: denoising has no beams, got 4"),
+        ({"max_length": 3}, "max_length must be an integer >= 4, the tokens of inputs, got 3"),
+        ({"max_length": 10, "max_new_tokens": 6}, "max_length and max_new_tokens both say"),
+        ({"num_beam_groups": 2}, "unknown generation setting 'num_beam_groups'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, **arguments)
+    with pytest.raises(ValueError, match="unknown generation setting 'use_cache'"):  # no setting of ours
+        model.diffusion_generate(ids, use_cache=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"block_length": 3}, {"alg": "p2", "block_length": 3}, {"threshold": 0.01}])
+def test_a_stopping_criterion_ends_each_row_with_the_first_text_that_it_stops(model, tokens, settings):
+    ids, seen = tokens(2, 4), []
+    settings = {"max_new_tokens": 9, "steps": 9, "temperature": 1.0, "return_dict_in_generate": True} | settings
+    free = model.generate(ids, **settings)
+    stop = free.sequences[0, 7].item()  # the first row ends with this token, where it comes first
+
+    def criterion(input_ids, scores, **kwargs):
+        assert scores is None
+        seen.append(input_ids[0].tolist())
+        return torch.tensor([seen[-1][-1] == stop])
+
+    stopped = model.generate(ids, stopping_criteria=[criterion], **settings)
+    for row, whole in zip(stopped.sequences.tolist(), free.sequences.tolist(), strict=True):
+        answer = whole[4:]
+        end = 4 + (answer.index(stop) + 1 if stop in answer else len(answer))
+        assert row == whole[:end] + [66] * (13 - end)
+        asked = dict.fromkeys(tuple(text) for text in seen if text[:4] == row[:4])  # again where none has settled
+        assert list(asked) == [tuple(row[:n]) for n in range(5, end + 1)]
+    assert stopped.num_forwards[0] <= free.num_forwards[0]
+
+
+def test_a_criterion_that_looks_at_the_clock_ends_rows_and_lengths_end_like_tokens(model, tokens):
+    ids, asked = tokens(1, 4), []
+
+    def later(input_ids, scores, **kwargs):
+        asked.append(input_ids.shape[1])
+        return torch.tensor([len(asked) == 4])
+
+    settings = {"max_new_tokens": 9, "steps": 9, "alg": "origin", "seed": 1}
+    out = model.generate(ids, stopping_criteria=[later], **settings)
+    assert len(asked) == 4
+    assert (out[0, asked[-1] :] == 66).all()
+    assert (out[0, : asked[-1]] == model.generate(ids, **settings)[0, : asked[-1]]).all()
+    short = model.generate(ids, stopping_criteria=[MaxLengthCriteria(6)], **settings)
+    assert short[0, 6:].tolist() == [66] * 7
+    with pytest.raises(ValueError, match="stopping_criteria end the appended part, and max_new_tokens is 0"):
+        model.generate(torch.tensor([[1, 67]]), stopping_criteria=[later], max_new_tokens=0)
+
+
 def test_a_text_generation_pipeline_decodes_with_the_settings_of_the_model(make_model):
     vocabulary = {chr(33 + i): i for i in range(64)} | {"<pad>": PAD}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="!"))
@@ -596,7 +669,7 @@ def test_a_plain_generation_config_is_read_as_ours_or_refused(model, tokens):
     plain = GenerationConfig(max_new_tokens=5, do_sample=False, temperature=0.9, top_p=0.9)
     want = model.diffusion_generate(tokens(1, 3), max_new_tokens=5, steps=128)
     assert torch.equal(model.generate(tokens(1, 3), generation_config=plain), want)
-    with pytest.raises(ValueError, match="unknown generation setting 'num_beams'"):
+    with pytest.raises(ValueError, match="num_beams must be 1: denoising has no beams, got 3"):
         model.generate(tokens(1, 3), generation_config=GenerationConfig(num_beams=3, max_new_tokens=5))
 
 

@@ -171,9 +171,12 @@ def test_broken_shards_and_pytorch_files_are_named(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     check_weights(tmp_path)
     whole = (tmp_path / "pytorch_model.bin").read_bytes()
-    (tmp_path / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="pytorch_model.bin' is not a whole PyTorch file"):
-        check_weights(tmp_path)
+    for content in (whole[: len(whole) // 2], b"", b"<html>404</html>"):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ValueError, match="pytorch_model.bin' is not a whole PyTorch file"):
+            check_weights(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    check_weights(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_named(make_model):
@@ -189,6 +192,14 @@ def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
     for path in (tmp_path / "nothing", str(tmp_path / "nothing"), "./nothing/at/all"):
         with pytest.raises(ValueError, match="no model folder at .*nothing"):
             CoDALanguageModel.from_pretrained(path)
+
+
+def test_weights_that_are_given_need_no_folder(model, tokens):
+    loaded = CoDALanguageModel.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert torch.equal(loaded(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
+    for given in ({}, {"config": model.config}, {"state_dict": model.state_dict()}):
+        with pytest.raises(ValueError, match="reads no folder: give config and state_dict"):
+            CoDALanguageModel.from_pretrained(None, **given)
 
 
 def test_loading_information_is_returned_when_asked_for(model, tmp_path):
@@ -239,7 +250,7 @@ except ModuleNotFoundError:
     pass
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
 torch.set_num_threads(1)
 report = {}
 settings = {"max_new_tokens": 6, "steps": 6, "temperature": 0.8, "top_p": 0.9, "seed": 3}
@@ -255,6 +266,8 @@ report["again"] = third.diffusion_generate(torch.tensor(prompt), **settings).tol
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 report["fresh"] = list(fresh(torch.tensor(prompt)).logits.shape)
+masked = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+report["masked"] = [type(masked).__name__, bool(torch.equal(masked.lm_head.weight, model.lm_head.weight))]
 print(json.dumps(report))
 """
 
@@ -264,7 +277,7 @@ def test_a_saved_folder_loads_and_generates_in_a_process_without_this_repository
     model.save_pretrained(folder)
     # What programs here need and a folder of weights does not.
     programs = {"__init__", "__main__", "agreement", "answers", "conversion", "families", "intervals", "noise"}
-    programs |= {"fill_tokens", "prompts", "run_files", "sample"}
+    programs |= {"canvas_view", "fill_tokens", "prompts", "run_files", "sample"}
     code_files = {file.stem for file in (REPOSITORY / "CoDALanguageModel").glob("*.py")} - programs
     assert {file.stem for file in folder.glob("*.py")} == code_files
     # The copy lies elsewhere, so that no path in it can lead back.
@@ -284,4 +297,5 @@ def test_a_saved_folder_loads_and_generates_in_a_process_without_this_repository
     assert report["AutoModel"] == report["AutoModelForCausalLM"] == report["again"] == want
     assert report["class"] == "transformers_modules"
     assert report["fresh"] == [2, 5, 72]
+    assert report["masked"] == ["CoDAForMaskedLM", True]
     assert report["files"] == sorted(file.name for file in folder.iterdir())

@@ -15,6 +15,7 @@ from transformers import (
 
 from CoDALanguageModel import CoDALanguageModel, diffusion
 from CoDALanguageModel.diffusion import IGNORE_INDEX
+from CoDALanguageModel.modeling_coda import CoDAForMaskedLM
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -402,6 +403,58 @@ def test_outputs_as_tuple_embeddings_as_input_and_hidden_states(model, tokens):
     output = model(inputs_embeds=model.get_input_embeddings()(ids), output_hidden_states=True)
     assert torch.equal(output.logits, want)
     assert [tuple(h.shape) for h in output.hidden_states] == [(2, 6, 32)] * 3
+
+
+@torch.no_grad()
+def test_a_masked_lm_gives_the_row_that_scores_each_token(make_model, tokens):
+    model, ids = make_model(), tokens(2, 6)
+    masked = CoDAForMaskedLM(model.config).eval()
+    masked.load_state_dict(model.state_dict())
+    real = torch.ones(2, 6, dtype=torch.long)
+    real[1, 2:4] = 0  # padding inside a row is stepped over
+    rows, logits = model(ids, attention_mask=real).logits, masked(ids, attention_mask=real).logits
+    assert torch.equal(logits[0, 1:], rows[0, :-1])
+    assert torch.equal(logits[1, [1, 4, 5]], rows[1, [0, 1, 4]])
+    assert not logits[:, 0].any()
+    assert not logits[1, 2:4].any()
+    assert torch.equal(masked(ids).logits[:, 1:], model(ids).logits[:, :-1])
+    segments = torch.tensor([[1, 1, 1, 2, 2, 2]] * 2)
+    assert not masked(ids, segment_ids=segments).logits[:, [0, 3]].any()
+    labels = ids.clone().masked_fill(torch.arange(6) % 2 == 0, -100)
+    assert torch.equal(masked(ids, labels=labels).loss, model(ids, labels=labels).loss)
+    loss = F.cross_entropy(masked(ids).logits.flatten(0, 1), labels.flatten())
+    assert loss.item() == pytest.approx(model(ids, labels=labels).loss.item(), rel=1e-5)
+    settings = {"max_new_tokens": 4, "steps": 4}
+    assert torch.equal(masked.diffusion_generate(ids, **settings), model.diffusion_generate(ids, **settings))
+    unshifted = CoDAForMaskedLM(make_model(logits_shift=False).config).eval()
+    assert torch.equal(unshifted(ids).logits, unshifted.lm_head(unshifted.model(ids).last_hidden_state))
+
+
+@torch.no_grad()
+def test_the_eager_kernel_gives_weights_and_the_others_refuse(make_model, tokens):
+    model, ids, mask = make_model(attn_implementation="eager"), tokens(2, 6), torch.ones(2, 6)
+    mask[0, 4:] = 0
+    output = model(ids, attention_mask=mask, output_attentions=True)
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 4, 6, 6)] * 2
+    assert torch.allclose(torch.stack(output.attentions).sum(-1), torch.ones(2, 2, 4, 6), atol=1e-6)
+    assert not output.attentions[0][0, :, :, 4:].any()
+    assert model(ids, attention_mask=mask).attentions is None
+    assert not model.model.layers[0].self_attn._forward_hooks
+    with pytest.raises(ValueError, match="output_attentions=True needs attn_implementation 'eager', .* got 'sdpa'"):
+        make_model()(ids, output_attentions=True)
+
+
+@torch.no_grad()
+def test_what_the_configuration_asks_for_is_returned_unless_a_call_says_otherwise(make_model, tokens):
+    model, ids = make_model(output_hidden_states=True, return_dict=False), tokens(1, 4)
+    logits, hidden = model(ids)
+    assert torch.equal(logits, model.lm_head(hidden[-1]))
+    last, hidden = model.model(ids)
+    assert torch.equal(last, hidden[-1])
+    assert model.diffusion_generate(ids, max_new_tokens=2, steps=2).shape == (1, 6)
+    output = model(ids, return_dict=True, output_hidden_states=False)
+    assert output.hidden_states is None
+    assert torch.equal(output.logits, logits)
 
 
 @pytest.mark.parametrize(

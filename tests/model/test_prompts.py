@@ -1,6 +1,7 @@
 """Ordinary text gets the tokenizer's own ids; control tokens come from the template alone."""
 
 import copy
+import json
 import threading
 
 import pytest
@@ -167,8 +168,23 @@ def test_what_the_template_refuses_is_told(chatml_tokenizer):
         Codec(tokenizer).encode_chat([{"role": "user", "content": "a"}] * 4)
 
 
+def test_a_tokenizer_beside_a_model_with_code_of_its_own_is_loaded_without_a_question(
+    chatml_tokenizer, tmp_path, monkeypatch
+):
+    chatml_tokenizer.save_pretrained(tmp_path)
+    own = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    monkeypatch.setattr("builtins.input", lambda text="": pytest.fail(f"asked: {text}"))
+    assert Codec.load(str(tmp_path)).encode_text("def f") == Codec(chatml_tokenizer).encode_text("def f")
+
+
 def test_a_model_without_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}: no tokenizer"):
+        Codec.load(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
+    with pytest.raises(ValueError, match="tokenizer_config.json' is a Git LFS pointer"):
         Codec.load(str(tmp_path))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from CoDALanguageModel.schedule import MOST_STEPS, commit_counts, kept_counts, plan_commits
+from CoDALanguageModel.schedule import MOST_STEPS, commit_counts, even_counts, kept_counts, plan_commits
 
 EPS = 1e-3
 
@@ -46,15 +46,26 @@ def test_one_token_a_step_of_the_published_table_commits_all_768():
     assert max(counts[:-1]) == 1
 
 
+def test_the_even_schedule_commits_one_token_a_step_where_the_published_one_pauses_and_catches_up():
+    options = {"block_length": None, "eps": EPS, "keeps_deciding": False}
+    for size in (8, 32, 100):
+        counts = [c.count for c in whole_plan(size, steps=size, schedule="even", **options)]
+        assert counts == [1] * size
+    published = commit_counts(8, 8, EPS)
+    assert (published[0], published[-1]) == (0, 2)
+    assert even_counts(10, 4) == (3, 3, 2, 2)
+    assert [c.count for c in whole_plan(3, steps=600, schedule="even", **options)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("schedule", ["published", "even"])
 @pytest.mark.parametrize("keeps_deciding", [False, True])
-def test_a_plan_commits_in_every_forward_and_fills_each_block(keeps_deciding):
+def test_a_plan_commits_in_every_forward_and_fills_each_block(keeps_deciding, schedule):
     for num_masked in (1, 5, 12, 33):
         for block_length in (None, 1, 4, 12, 50):
             num_blocks = math.ceil(num_masked / (block_length or num_masked))
             for steps in (num_blocks, num_blocks + 3, 64):
-                plan = whole_plan(
-                    num_masked, steps=steps, block_length=block_length, eps=EPS, keeps_deciding=keeps_deciding
-                )
+                options = {"eps": EPS, "keeps_deciding": keeps_deciding, "schedule": schedule}
+                plan = whole_plan(num_masked, steps=steps, block_length=block_length, **options)
                 assert [commit.step for commit in plan] == sorted({commit.step for commit in plan})
                 assert plan[-1].step < steps
                 assert [commit.block for commit in plan] == sorted(commit.block for commit in plan)
@@ -108,7 +119,7 @@ def test_blocks_of_any_sizes_are_planned_as_they_are_reached():
 
 
 def test_plans_that_are_kept_are_few():
-    for function in (commit_counts, kept_counts):
+    for function in (commit_counts, even_counts, kept_counts):
         assert function.cache_info().maxsize <= 64
 
 

@@ -84,6 +84,16 @@ def test_unlike_numbers_of_labels_give_the_losses_and_weights_of_ddp(strategy, h
         assert torch.allclose(torch.tensor(got["weights"]), torch.tensor(want["weights"]), rtol=1e-5, atol=1e-6)
 
 
+def test_layers_shared_out_by_the_plan_of_the_configuration_score_as_one(results):
+    for rank in range(2):
+        file = results / f"tensor-parallel-{rank}.pt"
+        assert file.exists(), f"it did not finish: {(results / f'log-{rank}').read_text()[-3000:]}"
+        seen = torch.load(file)
+        assert seen["local"] == [32, 32]  # half of 4 heads of 16
+        torch.testing.assert_close(seen["logits"], seen["whole"])
+        torch.testing.assert_close(seen["loss"], seen["whole_loss"])
+
+
 # ---- what each process does
 
 
@@ -200,7 +210,28 @@ def work(rank: int, folder: Path) -> None:
             continue
         result = trained(strategy, head, rank)
         (folder / f"{strategy}-{head}-{rank}.json").write_text(json.dumps(result))
+    share_out_layers(rank, folder)
     dist.barrier()
+
+
+def share_out_layers(rank: int, folder: Path) -> None:
+    """Load a model with its layers shared out, and score with it and with the whole one."""
+    whole, inputs = built("own").eval(), batch(0, 0)
+    if rank == 0:
+        whole.save_pretrained(folder / "model")
+    dist.barrier()
+    shared = CoDALanguageModel.from_pretrained(folder / "model", tp_plan="auto").eval()
+    ids = {"input_ids": inputs["input_ids"]}
+    with torch.no_grad():
+        seen = {
+            "logits": shared(**ids).logits,
+            "whole": whole(**ids).logits,
+            "loss": shared(**inputs).loss,
+            "whole_loss": whole(**inputs).loss,
+        }
+    weight = shared.model.layers[0].self_attn.q_proj.weight
+    seen["local"] = list((weight.to_local() if hasattr(weight, "to_local") else weight).shape)
+    torch.save(seen, folder / f"tensor-parallel-{rank}.pt")
 
 
 if __name__ == "__main__":

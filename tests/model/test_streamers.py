@@ -95,3 +95,17 @@ def test_a_streamer_needs_one_row(double_model, tokens):
         double_model.generate(tokens(2, 3), max_new_tokens=2, streamer=Plain())
     with pytest.raises(UserError, match="got 3 rows"):
         double_model.generate(tokens(1, 3), max_new_tokens=2, num_return_sequences=3, streamer=Plain())
+
+
+def test_stopping_criteria_end_what_is_streamed(double_model, tokens):
+    prompt, options = tokens(1, 5), {"max_new_tokens": 12, "steps": 12, "block_length": 4, "eos_early_stop": False}
+    whole = double_model.diffusion_generate(prompt, **options)[0].tolist()
+    streamer = Drafts()
+
+    def at_ten(ids, scores, **kwargs):
+        return torch.tensor([ids.shape[1] >= 10])
+
+    out = double_model.diffusion_generate(prompt, streamer=streamer, stopping_criteria=[at_ten], **options)
+    assert [token for put in streamer.values for token in put] == whole[:10]
+    assert out[0].tolist()[:10] == whole[:10]
+    assert streamer.is_over

@@ -229,6 +229,9 @@ def test_a_model_whose_weights_are_cut_off_is_refused_at_once(model_dir, data_di
     assert main(["train", *settings(tmp_path / "model", data_dir, tmp_path / "out")]) == 2
     size = (model_dir / "model.safetensors").stat().st_size
     assert f"cannot be used: model.safetensors has {size - 100} of {size} bytes" in capsys.readouterr().err
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 3441185608\n")
+    assert main(["train", *settings(tmp_path / "model", data_dir, tmp_path / "out")]) == 2
+    assert "model.safetensors' is a Git LFS pointer, not the file itself" in capsys.readouterr().err
     weights.unlink()
     assert main(["train", *settings(tmp_path / "model", data_dir, tmp_path / "out")]) == 2
     assert "cannot be used: there are no weights" in capsys.readouterr().err

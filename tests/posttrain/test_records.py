@@ -1,5 +1,6 @@
 """Every record is a conversation, left out for a reason that is counted, or named with its file and line."""
 
+import csv
 import gzip
 import json
 import re
@@ -48,8 +49,10 @@ def read(file) -> list[tuple[str, str]]:
             gzip.compress(b'{"instruction": "a", "output": "b"}\r\n{"instruction": "c", "output": "d"}\r\n', mtime=0),
             "a.jsonl.gz",
         ),
+        (b"\xef\xbb\xbfinstruction,output\na,b\nc,d\n", "a.csv"),
+        (gzip.compress(b'output,instruction\r\n"b","a"\r\n\r\nd,c', mtime=0), "a.csv.gz"),
     ],
-    ids=["lines with BOM", "array with BOM", "gz"],
+    ids=["lines with BOM", "array with BOM", "gz", "table with BOM", "table in gz"],
 )
 def test_bytes_of_every_shape_give_the_same_records(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
@@ -72,6 +75,11 @@ def test_bytes_of_every_shape_give_the_same_records(tmp_path, content, name):
         (b'{"instruction": 5, "output": "b"}', "a.jsonl", "a.jsonl:1", "key 'instruction' must be text, got 5 .int"),
         (b'{"instruction": "a", "output": ["b"]}', "a.jsonl", "a.jsonl:1", "'output' must be text, got .'b'. .list"),
         (b'{"instruction": "a"}', "a.jsonl", "a.jsonl:1", "no key 'output' .it has 'instruction'"),
+        (b"instruction,output\na,b\ncaf\xe9,b\n", "a.csv", "a.csv:3", "not UTF-8 .byte 0xe9 at 4"),
+        ("instruction,output\na,b\n".encode("utf-16"), "a.csv", "a.csv:1", "not UTF-8 .byte 0xff at 1"),
+        (b'instruction,output\n"a\nb",c\nd,e,f\n', "a.csv", "a.csv:4", "1 more values than columns"),
+        (b'instruction,output\na,"b\n', "a.csv", "a.csv:2", "not CSV: unexpected end of data"),
+        (b"instruction,out\na,b\n", "a.csv", "a.csv:2", "no key 'output' .it has 'instruction', 'out'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named_by_file_and_line_before_anything_is_loaded(
@@ -83,12 +91,28 @@ def test_what_cannot_be_read_is_named_by_file_and_line_before_anything_is_loaded
         check_datasets({"dataset": "train", "dataset_dir": str(tmp_path)})
 
 
+def test_what_stands_in_a_table_is_text(tmp_path):
+    answers = ["42", "None", "NA", "1e5", "true", "x" * 200_000, "a\n b"]
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["instruction", "output"], *(["q", answer] for answer in answers)])
+    found = [parse_record(Layout(), *record[1:])["messages"][1] for record in read_records(tmp_path / "a.csv")]
+    assert found == [{"role": "assistant", "content": answer} for answer in answers]
+
+
 def test_optional_columns_may_appear_late(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "input": "x"}) + "\n")
     (tmp_path / "dataset_info.json").write_text('{"train": {"file_name": "a.jsonl"}}')
     check_datasets({"dataset": "train", "dataset_dir": str(tmp_path)})
     assert Layout().conversation({**PAIR, "input": "x"})["messages"][0]["content"] == "a\nx"
     assert Layout().conversation(PAIR)["messages"][0]["content"] == "a"
+
+
+def test_a_data_set_that_is_nowhere_is_refused(tmp_path):
+    (tmp_path / "dataset_info.json").write_text('{"train": {"formatting": "alpaca"}}')
+    with pytest.raises(
+        ValueError, match="dataset 'train': dataset_info.json says not where it is: give one of file_name"
+    ):
+        check_datasets({"dataset": "train", "dataset_dir": str(tmp_path)})
 
 
 def test_a_named_column_that_no_record_has_is_refused(tmp_path):

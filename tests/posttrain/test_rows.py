@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 from llamafactory.data.parser import DatasetAttr
 from llamafactory.data.template import TEMPLATES
 
@@ -18,7 +19,7 @@ from coda_posttrain.records import (
     DataError,
     fates,
 )
-from coda_posttrain.rows import RowProcessor, load_conversations, processors
+from coda_posttrain.rows import RowProcessor, describe, load_conversations, processors
 
 from .conftest import byte_tokenizer
 
@@ -151,10 +152,25 @@ def test_records_beyond_the_first_are_checked_too_and_a_changed_file_is_read_aga
 
 def test_tables_give_the_same_conversations_as_json_lines(tmp_path):
     (tmp_path / "a.csv").write_text('instruction,output\na,b\nc,""\n')
-    attr = DatasetAttr("file", dataset_name="a.csv", query=None)
-    dataset = load_conversations(attr, *arguments(tmp_path, tmp_path))
-    assert dataset[0]["messages"] == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert [place for _, place in fates(dataset)] == ["a.csv[0]", "a.csv[1]"]
+    Dataset.from_dict({"instruction": ["a", "c"], "output": ["b", None]}).to_parquet(tmp_path / "a.parquet")
+    for name, places in (("a.csv", [f"{tmp_path}/a.csv:2", f"{tmp_path}/a.csv:3"]),
+                         ("a.parquet", ["a.parquet[0]", "a.parquet[1]"])):  # fmt: skip
+        attr = DatasetAttr("file", dataset_name=name, query=None)
+        dataset = load_conversations(attr, *arguments(tmp_path, tmp_path))
+        assert dataset[0]["messages"] == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        assert [place for _, place in fates(dataset)] == places
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path):
+    for name, content in (("a.parquet", b"no parquet"), ("a.txt", b"caf\xe9")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"dataset '{name}': .*{name} cannot be read as "):
+            load_conversations(DatasetAttr("file", dataset_name=name), *arguments(tmp_path, tmp_path))
+
+
+def test_the_description_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "dataset_info.json").write_text('{"own": {"file_name": "a.csv"}}', encoding="utf-8-sig")
+    assert [attr.dataset_name for attr in describe(["own"], str(tmp_path))] == ["a.csv"]
 
 
 def test_a_split_may_be_a_part_of_the_file(tmp_path):

@@ -23,6 +23,33 @@ def test_the_command_line_prepares_shards_and_reports_counts(tmp_path, tokenizer
     assert "bad.py: invalid or missing encoding declaration" in caplog.text
 
 
+def test_each_input_gets_the_shards_that_it_gets_alone_in_a_folder_of_its_name(tmp_path, tokenizer_dir, capsys):
+    (tmp_path / "code [1]").mkdir()
+    (tmp_path / "code [1]" / "a.py").write_text("x = 1\n" * 20)
+    (tmp_path / "text.v1.jsonl").write_text('{"text": "one two"}\n' * 3)
+    common = ["--tokenizer", str(tokenizer_dir), "--num_workers", "1"]
+    inputs = [str(tmp_path / "code [1]"), str(tmp_path / "text.v1.jsonl")]
+    assert main([*common, "--each", "--input", *inputs, "--output", str(tmp_path / "each")]) == 0
+    assert len(re.findall(r"^train: ", capsys.readouterr().out, re.MULTILINE)) == 2
+    for path, name in zip(inputs, ("code [1]", "text"), strict=True):
+        assert main([*common, "--input", path, "--output", str(tmp_path / "alone" / name)]) == 0
+        made = {file.name: file.read_bytes() for file in (tmp_path / "each" / name).iterdir()}
+        assert made == {file.name: file.read_bytes() for file in (tmp_path / "alone" / name).iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--hf_dataset", "x"], "--each needs --input"),
+        (["--input", "no/*.py"], "'no/*.py' gives no name"),
+        (["--input", "a/code.py", "b/code.jsonl"], "'a/code.py' and 'b/code.jsonl' into one folder, 'code'"),
+    ],
+)
+def test_each_input_needs_a_name_of_its_own(tmp_path, tokenizer_dir, caplog, options, message):
+    assert main(["--each", *options, "--tokenizer", str(tokenizer_dir), "--output", str(tmp_path / "out")]) == 2
+    assert message in caplog.text
+
+
 def test_a_full_disk_stops_the_work_and_the_same_command_finishes_it(
     tmp_path, tokenizer_dir, caplog, capsys, monkeypatch
 ):
@@ -64,7 +91,7 @@ def test_the_options_of_the_command_line_are_stable():
     assert options == {
         *("-h", "--help", "--input", "--exclude", "--text_suffixes", "--hf_dataset", "--hf_config", "--hf_split"),
         *("--text_key", "--tokenizer", "--document_end", "--output", "--validation_fraction", "--shard_tokens"),
-        *("--num_workers", "--max_bad_share", "--overwrite", "--download"),
+        *("--num_workers", "--max_bad_share", "--overwrite", "--download", "--each"),
     }
 
 

@@ -20,6 +20,7 @@ from .conftest import FAMILIES, SHAPE, autoregressive_folder
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_starts_from_an_autoregressive_folder_and_reports_its_loss(tmp_path, run_config, family):
     source = autoregressive_folder(tmp_path / "source", family)
+    (tmp_path / "source/generation_config.json").write_text('{"eos_token_id": [256, 5]}')
     model = {"init_from": str(tmp_path / "source"), "tokenizer": str(tmp_path / "source"), "config": None}
     config = merge(run_config, {"model": model, "max_steps": 2, "metrics": {"every": 2}})
     trainer = Trainer(from_dict(RunConfig, config))
@@ -33,6 +34,7 @@ def test_a_run_starts_from_an_autoregressive_folder_and_reports_its_loss(tmp_pat
     trainer.train()
     trainer.close()
     assert (network.config.mask_token_id, network.config.vocab_size) == (257, 272)
+    assert {256, 5} <= set(network.config.eos_token_id)  # answers end where the checkpoint's do
     first = read_rows(trainer.output_dir / "metrics.jsonl")[0]
     assert first.keys() == {"step", "initial_loss"}
     assert (first["step"], 0 < first["initial_loss"] < 20) == (0, True)

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 
+import httpx
 import pytest
 
 CODE = "\n\ndef f(x):\n\treturn  x   # two  spaces\n\n\n"
@@ -34,6 +35,28 @@ def test_usage_counts_tokens_and_forwards(serve):
     assert usage["completion_tokens"] == len("hello")
     assert usage["total_tokens"] == usage["prompt_tokens"] + 5
     assert usage["tokens_per_forward"] == round(5 / usage["forwards"], 3)
+    assert usage["regime"] == "exact"
+
+
+@pytest.mark.parametrize(
+    ("fields", "regime"),
+    [
+        ({"speculate": 2, "kv_cache": "none"}, "exact"),
+        ({"kv_cache": "dual"}, "cached"),
+        ({"threshold": 0.9}, "parallel"),
+        ({"suffix_window": 8, "entropy_bound": 0.1}, "cached+parallel"),
+    ],
+)
+def test_usage_names_the_regime(serve, fields, regime):
+    async def test(client):
+        streamed = {"stream": True, "stream_options": {"include_usage": True}}
+        return [
+            (await client.post("/v1/completions", json={"prompt": "a"} | fields)).json()["usage"]["regime"],
+            (await client.post("/v1/messages", json=CHAT | {"max_tokens": 9} | fields)).json()["usage"]["regime"],
+            (await client.post(URL, json=CHAT | fields | streamed)).text.count(f'"regime": "{regime}"'),
+        ]
+
+    assert serve(test) == [regime, regime, 1]
 
 
 def test_request_fields_reach_the_canvas(serve, serving_fakes):
@@ -327,6 +350,95 @@ def test_a_request_that_takes_too_long_is_cancelled(serve, serving_fakes):
     assert (plain.status_code, plain.json()["error"]["type"]) == (504, "timeout_error")
     assert "no answer within 0.2 s" in streamed.text
     assert sampler.forwards < 500
+
+
+def test_a_request_that_is_not_begun_in_time_is_told_so_and_one_that_is_has_the_rest_of_its_own_time(
+    serve, serving_fakes
+):
+    """Limit of the queue, time in the queue and time of a request have each a status and a code of their own."""
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 200, step_s=0.005)
+    long = CHAT | {"max_tokens": 200}
+
+    async def test(client):
+        running = asyncio.create_task(client.post(URL, json=long))
+        while not sampler.batches:
+            await asyncio.sleep(0.01)
+        waiting = [asyncio.create_task(client.post(URL, json=long | more)) for more in ({}, {"stream": True})]
+        while (await client.get("/health")).json()["waiting"] < 2:
+            await asyncio.sleep(0.01)
+        full = await client.post(URL, json=long)
+        plain, streamed = await asyncio.gather(*waiting)
+        left = (await client.get("/health")).json()
+        return await running, full, plain, streamed, left
+
+    options = {"max_batch_size": 1, "max_queue": 2, "queue_timeout_s": 0.3, "request_timeout_s": 20}
+    running, full, plain, streamed, left = serve(test, sampler, **options)
+    assert (left["running"], left["waiting"]) == (1, 0)
+    assert running.status_code == 200
+    assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
+    error = plain.json()["error"]
+    assert (plain.status_code, error["code"]) == (503, "queue_timeout")
+    assert "no answer was begun within 0.3 s (QUEUE_TIMEOUT_S)" in error["message"]
+    assert int(plain.headers["Retry-After"]) >= 1
+    assert '"code": "queue_timeout"' in streamed.text
+    assert sampler.forwards == 200
+
+
+@pytest.mark.parametrize("hosts", [("10.0.0.1", "10.0.0.2"), ("10.0.0.1", "10.0.0.1")])
+def test_callers_are_told_apart_by_the_names_of_their_keys_or_else_by_their_addresses(serving_fakes, tmp_path, hosts):
+    """One that sends twenty requests at once does not hold another one up."""
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 30, step_s=0.002)
+    (tmp_path / "keys").write_text("one:first\ntwo:second\n")
+    has_keys = hosts[0] == hosts[1]
+    app = serving_fakes.make_app(sampler, max_batch_size=2, **{"api_keys_file": tmp_path / "keys"} if has_keys else {})
+
+    async def test():
+        async with app.router.lifespan_context(app):
+            clients = [
+                httpx.AsyncClient(
+                    transport=httpx.ASGITransport(app=app, client=(host, 1)),
+                    base_url="http://test",
+                    headers={"Authorization": f"Bearer {key}"},
+                )
+                for host, key in zip(hosts, ("first", "second"), strict=True)
+            ]
+            ask = CHAT | {"max_tokens": 30}
+            flood = [asyncio.create_task(clients[0].post(URL, json=ask | {"seed": 1})) for _ in range(20)]
+            while app.state.engine.num_waiting < 18:
+                await asyncio.sleep(0.001)
+            assert (await clients[1].post(URL, json=ask | {"seed": 2})).status_code == 200
+            num_done = sum(task.done() for task in flood)
+            await asyncio.gather(*flood)
+            return num_done
+
+    assert asyncio.run(test()) <= 6
+
+
+def test_a_server_is_not_ready_while_it_finishes_what_it_has_accepted(serve, serving_fakes):
+    gate = threading.Event()
+    sampler = serving_fakes.FakeSampler(gate=gate)
+    app = serving_fakes.make_app(sampler)
+
+    async def test():
+        async with serving_fakes.open_client(app) as client:
+            before = await client.get("/ready")
+            running = asyncio.create_task(client.post(URL, json=CHAT))
+            while not sampler.batches:
+                await asyncio.sleep(0.01)
+            app.state.engine.is_draining = True
+            answers = [await client.get(url) for url in ("/ready", "/health")]
+            answers += [await client.post(url, json=CHAT | {"max_tokens": 9}) for url in (URL, "/v1/messages")]
+            gate.set()
+            answers.append(await running)
+        return before, answers
+
+    before, (ready, health, refused, other, running) = asyncio.run(test())
+    assert (before.status_code, before.json()) == (200, {"status": "ready"})
+    assert (ready.status_code, ready.json()) == (503, {"status": "draining"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_shutting_down")
+    assert refused.headers["Retry-After"] == "5"
+    assert (other.status_code, other.json()["error"]["type"]) == (503, "overloaded_error")
+    assert health.status_code == running.status_code == 200
 
 
 def test_a_client_that_leaves_frees_the_model(serving_fakes):

@@ -97,6 +97,49 @@ def test_a_stop_string_ends_the_computation(start, ask, serving_fakes, monkeypat
     assert (answer.text, answer.finish_reason, answer.forwards, sampler.forwards) == ("ab", "stop", 4, 4)
 
 
+def test_the_end_of_the_text_ends_the_computation(start, ask, serving_fakes, monkeypatch):
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"ab")
+    monkeypatch.setattr("random.Random.sample", lambda self, population, k: list(population))  # left to right
+    engine = start(sampler)
+    _, (events,) = submit(engine, ask(max_tokens=64))
+    answer = collect(events)[-1]
+    assert (answer.text, answer.finish_reason, answer.forwards, sampler.forwards) == ("ab", "stop", 3, 3)
+
+
+def test_a_short_request_that_comes_late_takes_as_many_steps_as_in_a_fresh_pair(start, ask, serving_fakes):
+    """It comes at 15 % of a long one, between two steps and in the middle of one."""
+
+    def steps_of_short(at):
+        sampler, told, took = serving_fakes.FakeSampler(script=lambda r: b"x" * 200), queue.Queue(), []
+
+        class Rows(serving_fakes.FakeRows):
+            def step(self):
+                if sampler.forwards == at:
+                    come()
+                return super().step()
+
+        def come():
+            begun = sampler.forwards
+
+            def listen(event):
+                if isinstance(event, Answer):
+                    took.append(sampler.forwards - begun)
+
+            engine.submit([ask(max_tokens=20, seed=1)], [listen])
+
+        sampler.start = lambda: Rows(sampler)
+        engine = start(sampler)
+        if at is None:
+            come()
+        engine.submit([ask(max_tokens=200)], [told.put])
+        collect(told)
+        return took[0]
+
+    fresh, late = steps_of_short(None), steps_of_short(30)
+    assert 20 <= fresh <= 21
+    assert late <= 1.3 * fresh
+
+
 def test_an_answer_that_has_ended_frees_its_place_at_once(start, ask, serving_fakes):
     sampler = serving_fakes.FakeSampler(script=lambda r: b"x" * 30, step_s=0.002)
     engine = start(sampler, max_batch_size=2)

@@ -243,6 +243,7 @@ def test_no_value_of_a_field_is_the_servers_fault(serve, field):
         ),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role", "'system'"),
         ({"messages": "hi"}, "messages", "list"),
+        ({"tool_choice": 5}, "tool_choice", "a function's name as {type: function"),
     ],
 )
 def test_the_field_at_fault_is_named_with_what_is_allowed(serve, fields, param, words):

@@ -151,7 +151,11 @@ def test_several_gaps_of_unknown_length_share_max_tokens(asked, model_folder, ch
         ({"infill": {"pieces": ["a"]}}, "infill.pieces", "at least 2"),
         ({"infill": {"pieces": ["a", "b"], "lengths": [1, 2]}}, "infill.lengths", "one length per gap (1), got 2"),
         ({"infill": {"pieces": ["a", "b"], "lengths": [0]}}, "infill.lengths.0", "greater than or equal to 1"),
-        ({"infill": {"pieces": ["a", "b"], "lengths": "any"}}, "infill.lengths", "auto"),
+        (
+            {"infill": {"pieces": ["a", "b"], "lengths": "any"}},
+            "infill.lengths",
+            "a list of integers of at least 1, or 'auto'",
+        ),
         ({"infill": {"pieces": ["a", "b"], "lengths": [3]}, "max_tokens": 4}, "max_tokens", "make 3"),
         ({"infill": {"pieces": ["a", "b"]}, "prompt": "x"}, "infill.pieces", "the whole text"),
         ({"infill": {}, "prompt": "x"}, "infill.pieces", "prompt and suffix around the gap"),

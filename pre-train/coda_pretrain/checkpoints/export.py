@@ -158,7 +158,7 @@ def write_tokenizer(source: Path, target: Path, *, mask_token_id: int | None) ->
     Raises:
         UserError: the tokenizer has another mask token than the model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)  # None would ask at the terminal
     if tokenizer.mask_token_id is None:
         complete_tokenizer(tokenizer, None)
         tokenizer.save_pretrained(target)

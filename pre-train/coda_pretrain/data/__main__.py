@@ -5,6 +5,7 @@ The work is in `download` (fetching text), `documents` (reading it), `prepare` (
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -32,6 +33,11 @@ def build_parser(*, tokenizes: bool = True) -> argparse.ArgumentParser:
         nargs="+",
         help="files, folders or glob patterns: "
         ".jsonl (also .gz, .bz2, .zst, .lz4), .parquet, or text files, one document each",
+    )
+    source.add_argument(
+        "--each",
+        action="store_true",
+        help="shards of each input apart, in the folder of OUTPUT that has its name (of corpus/code.jsonl.gz: code)",
     )
     source.add_argument("--exclude", nargs="+", help="path patterns to leave out, e.g. '*/test/*'")
     source.add_argument("--text_suffixes", nargs="+", help="suffixes of text files")
@@ -80,15 +86,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --num_workers says how many cores are used
     if descriptions is not None:
         return download_all(descriptions, Path(arguments["output"]), arguments["num_workers"])
-    started = time.perf_counter()
+    each = arguments.pop("each")
     try:
-        summary = prepare(PrepareConfig(**arguments))
+        for config in one_for_each(PrepareConfig(**arguments)) if each else [PrepareConfig(**arguments)]:
+            prepare_and_tell(config)
     except UserError as error:
         logger.error("error: %s", error)
         return 2
     except (OSError, WorkerDied) as error:
         logger.error("error: %s; the same command continues from here", error)
         return 1
+    return 0
+
+
+def one_for_each(config: PrepareConfig) -> list[PrepareConfig]:
+    """A preparation for each input of `config`, in a folder of its own.
+
+    Raises:
+        UserError: an input has no name for a folder, or two have the same.
+    """
+    if not config.inputs:
+        raise UserError("--each needs --input; a data set of --hf_dataset is one input")
+    named: dict[str, str] = {}
+    for path in config.inputs:
+        name = Path(path).resolve().name.partition(".")[0]
+        is_pattern = any(character in path for character in "*?[") and not Path(path).exists()
+        if not name or is_pattern:
+            raise UserError(f"--each names folders after files and folders; {path!r} gives no name")
+        if name in named:
+            raise UserError(f"--each would put {named[name]!r} and {path!r} into one folder, {name!r}")
+        named[name] = path
+    return [
+        dataclasses.replace(config, inputs=(path,), output=str(Path(config.output, name)))
+        for name, path in named.items()
+    ]
+
+
+def prepare_and_tell(config: PrepareConfig) -> None:
+    """Prepare, and print what was made."""
+    started = time.perf_counter()
+    summary = prepare(config)
     seconds = time.perf_counter() - started
     if listed := summary["tally"].listed():
         logger.warning("skipped, and named in the manifest:\n%s", listed)
@@ -99,8 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{summary['new_tokens']} tokens made in {seconds:.1f} s ({summary['new_tokens'] / seconds:.0f} tokens/s)"
     )
     for split, path in summary["manifests"].items():
-        print(f"{split}: {printable(path)}")
-    return 0
+        print(f"{split}: {printable(path)}", flush=True)
 
 
 def download_main(argv: Sequence[str] | None = None) -> int:

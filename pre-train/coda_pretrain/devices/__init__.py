@@ -21,7 +21,10 @@ def create_backend(config: HardwareConfig) -> Backend:
         try:
             from .xla_backend import XlaBackend
         except ModuleNotFoundError as error:
-            raise UserError(f"hardware.backend 'xla' needs the package {error.name}, which is not installed") from error
+            raise UserError(
+                f"hardware.backend 'xla' needs the package {error.name}, which is not installed; "
+                "run: bash setup_env.sh --all"
+            ) from error
         return XlaBackend(config)
     from .torch_backend import TorchBackend
 

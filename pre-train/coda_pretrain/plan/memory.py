@@ -285,7 +285,7 @@ def bytes_of_passes(
         scored = min(scored, MAX_CHUNKS * chunk_rows)
         with LiveBytes() as count:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16, cache_enabled=cast_cache):
-                hidden, _ = model.model(ids, position_ids=ids, visibility=full(ids))
+                hidden = model.model(ids, position_ids=ids, visibility=full(ids)).last_hidden_state
                 if doubled:
                     half = seq_len // 2
                     scoring = torch.where(ids[:, :half, None] > 0, hidden[:, half:], hidden[:, :half])

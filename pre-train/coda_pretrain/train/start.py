@@ -21,7 +21,7 @@ from CoDALanguageModel.conversion import (
 )
 from CoDALanguageModel.diffusion import named_rng
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.families import FAMILIES, family_of
+from CoDALanguageModel.families import FAMILIES, family_of, published_ends
 from CoDALanguageModel.noise import Blocks, blocks_to_train
 from CoDALanguageModel.weight_files import check_tokenizer, read_json, refuse_not_finite
 
@@ -45,7 +45,7 @@ def load_tokenizer_folder(folder: str, *, complete: bool = False) -> PreTrainedT
         raise UserError(f"model.tokenizer: no folder at {folder!r}")
     try:
         check_tokenizer(Path(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask at the terminal
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.tokenizer {folder!r} cannot be loaded as a tokenizer folder: {error}") from error
     if complete:
@@ -122,13 +122,17 @@ def _from_autoregressive(config: ModelConfig, tokenizer: PreTrainedTokenizerBase
     assert config.init_from is not None, "the caller checks"
     try:
         source, _ = load_source(Path(config.init_from), {})
-        known = number_of_ids(AutoTokenizer.from_pretrained(config.tokenizer))  # without the tokens added here
+        own = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)  # without what is changed here
+        known = number_of_ids(own)
         if known > source.config.vocab_size:
             raise UserError(
                 f"it has {source.config.vocab_size} rows, fewer than the {known} ids of model.tokenizer "
                 f"{config.tokenizer!r}"
             )
-        model = build_model(source, tokenizer)
+        values = read_json(Path(config.init_from, "config.json"))
+        ends = published_ends(Path(config.init_from), values, own, with_padding=False)
+        ids = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+        model = build_model(source, tokenizer, {"eos_token_id": ids} if len(ids) > 1 else {})
     except (ValueError, OSError) as error:
         raise UserError(f"model.init_from {config.init_from!r}: {error}") from error
     model.set_attn_implementation(config.attn_implementation)

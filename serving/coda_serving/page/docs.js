@@ -6,6 +6,9 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
+/** A description: what stands between backticks is code. */
+const words = (text = "") => text.split("`").map((part, i) => (i % 2 ? make("code", {}, part) : part));
+
 let schemas = {};
 
 const resolved = (schema) => (schema?.$ref ? schemas[schema.$ref.split("/").at(-1)] ?? {} : schema ?? {});
@@ -29,7 +32,7 @@ function fields(schema) {
   const rows = Object.entries(properties).map(([name, about]) => make("tr", {},
     make("th", { scope: "row" }, make("code", {}, name), required.includes(name) ? " *" : ""),
     make("td", { className: "kind" }, kind(about)),
-    make("td", {}, about.description ?? "")));
+    make("td", {}, ...words(about.description))));
   return make("table", {}, make("tbody", {}, ...rows));
 }
 
@@ -53,13 +56,13 @@ function article(path, method, about) {
   const reply = about.responses?.["200"]?.content?.["application/json"]?.schema;
   const element = make("article", { id },
     make("h2", {}, make("span", { className: "method" }, method.toUpperCase()), path),
-    make("p", { className: "lead" }, about.description ?? about.summary ?? ""),
+    make("p", { className: "lead" }, ...words(about.description ?? about.summary)),
     make("pre", { tabIndex: 0 }, example(path, method)));
   if (schema) element.append(make("h3", {}, "Request (* required)"), fields(schema));
   if (reply && resolved(reply).properties) element.append(make("h3", {}, "Answer"), fields(reply));
   if (replies.length > 1) {
     const rows = replies.map(([status, { description }]) => make("tr", {},
-      make("th", { scope: "row" }, make("code", {}, status)), make("td", {}, description ?? "")));
+      make("th", { scope: "row" }, make("code", {}, status)), make("td", {}, ...words(description))));
     element.append(make("h3", {}, "Statuses"), make("table", {}, make("tbody", {}, ...rows)));
   }
   const link = make("a", { href: `#${id}` }, make("span", { className: "method" }, method.toUpperCase()), path);
@@ -69,7 +72,7 @@ function article(path, method, about) {
 function parts(names) {
   const shown = names.filter((name) => schemas[name].properties);
   return shown.map((name) => make("article", { id: name }, make("h2", {}, name),
-    make("p", { className: "lead" }, schemas[name].description ?? ""), fields(schemas[name])));
+    make("p", { className: "lead" }, ...words(schemas[name].description)), fields(schemas[name])));
 }
 
 async function start() {

@@ -65,14 +65,16 @@ async function* eventsOf(response) {
 // ---- one answer: its canvas, its cost, what can be done with it
 
 class Answer {
-  constructor(before = "", after = "") {
+  constructor({ before = "", after = "", waiting = "Waiting for its turn" } = {}) {
+    this.waiting = waiting;
     this.text = "";
     this.cells = [];
     this.changed = new Set();
     this.map = make("div", { className: "map", attributes: { "aria-hidden": "true" } });
     this.canvas = make("div", { className: "canvas", attributes: { "aria-hidden": "true" } });
     this.spoken = make("div", { className: "hidden" });
-    this.cost = make("span", { className: "cost" }, "Waiting for its turn");
+    this.map.append(...Array.from({ length: 24 }, () => make("i", { className: "masked" })));
+    this.cost = make("span", { className: "cost" }, waiting);
     this.shades = make("button", { className: "quiet small", type: "button" }, "Shades");
     this.copy = make("button", { className: "quiet small", type: "button" }, "Copy");
     this.facts = make("div", { className: "facts" }, this.cost, this.shades, this.copy);
@@ -85,7 +87,7 @@ class Answer {
     this.after = after;
     this.showShades(true);
     this.shades.addEventListener("click", () => this.showShades(this.element.classList.contains("plain")));
-    this.copy.addEventListener("click", () => this.copyText());
+    this.copy.addEventListener("click", () => this.copyWhole());
     this.canvas.addEventListener("pointerover", (event) => this.explain(event.target));
     this.map.addEventListener("pointerover", (event) => this.explain(event.target));
     this.started = performance.now();
@@ -99,14 +101,15 @@ class Answer {
     this.shades.setAttribute("aria-pressed", String(on));
   }
 
-  async copyText() {
+  async copyWhole() {
     try {
-      await navigator.clipboard.writeText(this.whole);
+      await copyText(this.whole);
       this.copy.textContent = "Copied";
-      say("Copied.");
-    } catch {
+    } catch (error) {
+      if (error.name !== "NotAllowedError") throw error;
       this.copy.textContent = "Not allowed";
     }
+    say(this.copy.textContent);
     setTimeout(() => { this.copy.textContent = "Copy"; }, 1500);
   }
 
@@ -126,7 +129,7 @@ class Answer {
       this.cells = Array.from({ length: canvas.length }, (_, place) => ({
         text: "", state: "masked", confidence: null, step: 0,
         span: make("span", { className: "cell masked", dataset: { place } }),
-        square: make("i", { dataset: { place } }),
+        square: make("i", { className: "masked", dataset: { place } }),
       }));
       this.ends[0].after(...this.cells.map((cell) => cell.span));
       this.map.append(...this.cells.map((cell) => cell.square));
@@ -162,14 +165,9 @@ class Answer {
       }
       this.changed.clear();
       const end = this.cells.findIndex((cell) => cell.text === null && cell.state === "committed");
-      if (end !== this.end) {
-        this.end = end;
-        this.cells.forEach((cell, place) => {
-          for (const element of [cell.span, cell.square]) element.classList.toggle("beyond", end >= 0 && place >= end);
-        });
-      } else if (end >= 0) {
-        for (const place of this.cells.keys()) if (place >= end) this.cells[place].span.classList.add("beyond");
-      }
+      this.cells.forEach((cell, place) => {
+        for (const element of [cell.span, cell.square]) element.classList.toggle("beyond", end >= 0 && place >= end);
+      });
       // The canvas never becomes smaller while it fills, so that nothing below it jumps.
       this.canvas.style.minHeight = `${this.canvas.offsetHeight}px`;
     });
@@ -179,7 +177,7 @@ class Answer {
   tick() {
     const seconds = ((performance.now() - this.started) / 1000).toFixed(1);
     if (this.cells.length === 0) {
-      this.cost.textContent = `Waiting for its turn, ${seconds} s`;
+      this.cost.textContent = `${this.waiting}, ${seconds} s`;
       return;
     }
     const gap = this.cells.filter((cell) => cell.state !== "given");
@@ -187,24 +185,27 @@ class Answer {
     this.cost.textContent = `Step ${this.step}, ${done} of ${gap.length} tokens, ${seconds} s`;
   }
 
-  /** The last thing that happens to an answer. */
+  /** The last thing that happens to an answer. Without `usage` it is not whole, and its canvas stays as it was. */
   finish({ usage = null, note = "" } = {}) {
     clearInterval(this.clock);
     cancelAnimationFrame(this.frame);
     this.drawNow();
-    const seconds = ((performance.now() - this.started) / 1000).toFixed(1);
-    const parts = usage
-      ? [plural(usage.completion_tokens, "token"), plural(usage.forwards, "forward"),
-        `${usage.tokens_per_forward.toFixed(2)} per forward`, `${seconds} s`]
-      : [`${seconds} s`];
-    this.cost.textContent = [...parts, ...(note ? [note] : [])].join(" \u00b7 ");
+    if (usage) {
+      const seconds = ((performance.now() - this.started) / 1000).toFixed(1);
+      this.cost.textContent = [
+        plural(usage.completion_tokens, "token"), plural(usage.forwards, "forward"),
+        `${usage.tokens_per_forward.toFixed(2)} per forward`, `${seconds} s`,
+      ].join(" \u00b7 ");
+      this.element.classList.add("whole");
+      this.canvas.style.minHeight = "";
+      this.cut();
+      if (!this.text) this.ends[0].after(make("span", { className: "empty" }, "An empty answer."));
+    }
+    if (note) this.cost.append(` \u00b7 ${note}`);
     this.element.classList.remove("waiting");
     this.element.classList.add("done");
     this.element.removeAttribute("aria-busy");
-    this.cut();
-    if (!this.text) this.ends[0].after(make("span", { className: "empty" }, note === "stopped" ? "Nothing was final yet." : "An empty answer."));
     this.spoken.textContent = this.whole;
-    this.canvas.style.minHeight = "";
   }
 
   /** Show of the cells what became the answer; a stop string may end it inside of one. */
@@ -235,6 +236,20 @@ function keepAtEnd(change) {
   if (isAtEnd) box.scrollTop = box.scrollHeight;
 }
 
+/** Browsers have a clipboard only for pages of this machine and of https. */
+async function copyText(text) {
+  if (navigator.clipboard) {
+    await navigator.clipboard.writeText(text);
+    return;
+  }
+  const box = make("textarea", { value: text, className: "hidden" });
+  document.body.append(box);
+  box.select();
+  const isDone = document.execCommand("copy");
+  box.remove();
+  if (!isDone) throw new DOMException("The browser does not copy.", "NotAllowedError");
+}
+
 function problem(error, again) {
   const button = make("button", { type: "button" }, "Try again");
   const box = make("div", { className: "problem", attributes: { role: "alert" } }, make("p", {}, error.message), button);
@@ -246,8 +261,12 @@ function problem(error, again) {
 
 let running = null; // {abort, button}
 
-/** Stream one answer; true when it is whole. */
+const stop = () => running?.abort.abort();
+const isRunning = (button) => running?.button === $(button);
+
+/** Stream one answer, to which what runs gives way; false when it failed. */
 async function stream(path, body, answer, button, isChat) {
+  stop();
   const abort = new AbortController();
   const word = button.textContent;
   running = { abort, button };
@@ -288,13 +307,11 @@ async function stream(path, body, answer, button, isChat) {
     answer.fault = error;
     return false;
   } finally {
-    running = null;
+    if (running?.abort === abort) running = null;
     button.textContent = word;
     button.classList.remove("stop");
   }
 }
-
-const stop = () => running?.abort.abort();
 
 // ---- chat
 
@@ -321,12 +338,12 @@ async function answerLast() {
   $("conversation").scrollTop = $("conversation").scrollHeight;
   const system = $("system")?.value.trim();
   const asked = [...(system ? [{ role: "system", content: system }] : []), ...messages];
-  const isWhole = await stream("v1/chat/completions", { messages: asked, ...settings() }, answer, $("send"), true);
+  const isGiven = await stream("v1/chat/completions", { messages: asked, ...settings() }, answer, $("send"), true);
   if (!turn.isConnected) return; // another chat has begun
-  if (isWhole) {
-    messages.push({ role: "assistant", content: answer.text });
+  if (isGiven) {
+    if (answer.text) messages.push({ role: "assistant", content: answer.text });
   } else {
-    if (!answer.text) answer.element.remove();
+    if (!answer.cells.length) answer.element.remove();
     keepAtEnd(() => turn.append(problem(answer.fault, () => { turn.remove(); answerLast(); })));
   }
 }
@@ -340,12 +357,12 @@ function fitMessage() {
 function setUpChat() {
   for (const sample of SAMPLES) {
     const button = make("button", { type: "button" }, sample);
-    button.addEventListener("click", () => { if (!running) chat(sample); });
+    button.addEventListener("click", () => chat(sample));
     $("samples").append(button);
   }
   $("chat-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (running) {
+    if (isRunning("send")) {
       stop();
       return;
     }
@@ -361,7 +378,7 @@ function setUpChat() {
   $("message").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
-      if (!running) $("chat-form").requestSubmit();
+      if (!isRunning("send")) $("chat-form").requestSubmit();
     }
   });
   $("clear").addEventListener("click", () => {
@@ -393,7 +410,7 @@ function countGaps() {
   const searched = lengths.length === 1 ? "its length is searched" : "their lengths are searched";
   const known = isAuto ? searched : `${plural(lengths.reduce((a, b) => a + b, 0), "token")} to fill`;
   $("gap-count").textContent = lengths.length ? `${plural(lengths.length, "gap")}, ${known}` : "No gap yet";
-  if (running?.button !== $("fill")) $("fill").disabled = lengths.length === 0;
+  if (!isRunning("fill")) $("fill").disabled = lengths.length === 0;
 }
 
 async function fill() {
@@ -402,14 +419,16 @@ async function fill() {
   const { max_tokens: most, ...rest } = settings();
   const body = { infill: { pieces, lengths: isAuto ? "auto" : lengths }, ...rest };
   if (isAuto && most !== undefined) body.max_tokens = most;
-  const answer = new Answer(pieces[0], pieces.at(-1));
+  const answer = new Answer({
+    before: pieces[0], after: pieces.at(-1), waiting: isAuto ? "Searching for the best length" : undefined,
+  });
   $("filled").replaceChildren(answer.element);
   $("filled").scrollIntoView({ block: "nearest" });
-  const isWhole = await stream("v1/completions", body, answer, $("fill"), false);
+  const isGiven = await stream("v1/completions", body, answer, $("fill"), false);
   countGaps();
-  if (!isWhole && answer.element.isConnected) {
+  if (!isGiven && answer.element.isConnected) {
     const box = problem(answer.fault, fill);
-    if (answer.text) $("filled").append(box);
+    if (answer.cells.length) $("filled").append(box);
     else $("filled").replaceChildren(box);
   }
 }
@@ -417,6 +436,9 @@ async function fill() {
 function setUpInfill() {
   $("text").value = EXAMPLE;
   $("text").addEventListener("input", countGaps);
+  $("text").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !isRunning("fill")) $("infill-form").requestSubmit();
+  });
   $("insert-gap").addEventListener("click", () => {
     const box = $("text");
     box.setRangeText("{{gap}}", box.selectionStart, box.selectionEnd, "end");
@@ -425,7 +447,7 @@ function setUpInfill() {
   });
   $("infill-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (running) stop();
+    if (isRunning("fill")) stop();
     else fill();
   });
   countGaps();
@@ -520,7 +542,7 @@ function settings() {
     if (!text) continue;
     try {
       const value = JSON.parse(text);
-      given[input.name] = typeof value === "number" && Number.isInteger(value) && !Number.isSafeInteger(value) ? text : value;
+      given[input.name] = typeof value === "number" && Math.abs(value) > Number.MAX_SAFE_INTEGER ? text : value;
     } catch {
       given[input.name] = text;
     }
@@ -617,9 +639,15 @@ function start() {
     sessionStorage.setItem("coda-key", key);
     connect();
   });
+  // Open is what covers a narrow page: a wider one shows the settings beside.
+  const isOpen = () => $("settings").classList.contains("open");
+  matchMedia("(max-width: 900px)").addEventListener("change", () => { if (isOpen()) showSettings(false); });
+  document.addEventListener("pointerdown", (event) => {
+    if (isOpen() && !$("settings").contains(event.target)) showSettings(false);
+  });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
-    if ($("settings").classList.contains("open")) showSettings(false);
+    if (isOpen()) showSettings(false);
     else stop();
   });
   setUpChat();

@@ -1,0 +1,1 @@
+"""A real autoregressive model through every room: what `real_model.py` runs, stage by stage."""
