@@ -378,8 +378,6 @@ class Engine:
         if reading.text and not job.shown:
             self._metrics.first_text_s.observe(time.monotonic() - job.arrived_s)
         if len(reading.text) > len(job.shown) or (is_over and len(judged) > job.num_judged) or canvas is not None:
-            if reading.text and not job.shown:
-                self._metrics.first_text_s.observe(time.monotonic() - job.arrived_s)
             job.listener(Delta(reading.text[len(job.shown) :], tuple(judged[job.num_judged :]), canvas))
             job.shown, job.num_judged = reading.text, len(judged)
         if is_over:

@@ -95,11 +95,11 @@ def read_messages(session: PromptSession | None) -> Iterator[str]:
         return
     while True:
         try:
-            line = session.prompt("> ", multiline=False, bottom_toolbar=None)
+            line = session.prompt("> ", multiline=False)
             if line.strip() == QUOTES:
                 line = _block(lambda: session.prompt("... "))
             elif line.strip() == "/multi":
-                line = session.prompt("", multiline=True, bottom_toolbar="Esc Enter sends it, Ctrl-C drops it")
+                line = session.prompt("Esc Enter sends it, Ctrl-C drops it:\n", multiline=True)
         except EOFError:
             return
         except KeyboardInterrupt:
