@@ -4,6 +4,7 @@
 #   bash quickstart.sh                 runs what is not done yet, in runs/quickstart
 #   bash quickstart.sh --fresh         starts over
 #   bash quickstart.sh --serve         leaves the server running at the end
+#   bash quickstart.sh --demo          shows a chat and an infilling, canvas in view, as soon as fine-tuning has ended
 #   bash quickstart.sh --compare       also trains and scores a model that attends by blocks, on the same tokens
 #   bash quickstart.sh --run_dir DIR   another run folder
 set -euo pipefail

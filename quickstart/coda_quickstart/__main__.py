@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -27,6 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--config_dir", type=Path, help="settings of the stages (default: quickstart/configs)")
     run.add_argument("--fresh", action="store_true", help="remove the run folder and start over")
     run.add_argument("--serve", action="store_true", help="leave the server running at the end")
+    run.add_argument(
+        "--demo", action="store_true", help="show a chat and an infilling as soon as fine-tuning has ended"
+    )
     run.add_argument("--compare", action="store_true", help="also train and score a model that attends by blocks")
     data = commands.add_parser("data", help="corpus, tokenizer, instruction set and held-out problems")
     data.add_argument("--config", type=Path, required=True)
@@ -69,6 +73,7 @@ def _end(signal_number: int, frame: object) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from coda_quickstart.chat import demonstrate
     from coda_quickstart.report import write_report
     from coda_quickstart.runner import Runner, start_over
     from coda_quickstart.stages import build_stages
@@ -82,7 +87,8 @@ def _run(arguments: argparse.Namespace) -> int:
     # Room processes are single and share no cores; the tokenizers' own threads would fight with the workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stages = build_stages(REPOSITORY, run_dir, configs, _yaml(configs / "eval.yaml"), compare=arguments.compare)
-    seconds = Runner(run_dir, REPOSITORY, show=_show).run(stages)
+    demo = {"sft": partial(demonstrate, REPOSITORY, run_dir, _show)} if arguments.demo else None
+    seconds = Runner(run_dir, REPOSITORY, show=_show).run(stages, after=demo)
     (run_dir / "times.json").write_text(json.dumps(seconds, indent=2) + "\n")
     for answer in json.loads((run_dir / "answers.json").read_text()):
         _show(f"\n{answer['kind']} request:\n{answer['question'].rstrip()}\nanswer:\n{answer['answer'].rstrip()}")

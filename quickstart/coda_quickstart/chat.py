@@ -1,13 +1,15 @@
-"""Starts the server on the fine-tuned model and asks it one chat and one infill question with the official client."""
+"""Starts the server on the fine-tuned model and asks it a chat and an infill question: by program, or to be seen."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -116,6 +118,36 @@ def _raise_exit(signal_number: int, frame: object) -> None:
     raise SystemExit(128 + signal_number)
 
 
+def examples(run_dir: Path) -> tuple[dict[str, str], dict[str, str], int]:
+    """A held-out problem, a gap in held-out text, and the tokens of what is missing there."""
+    problem = read_rows(run_dir / "benchmarks" / "quickstart_problems.jsonl")[0]
+    gap = read_rows(run_dir / "benchmarks" / "quickstart_infill.jsonl")[0]
+    return problem, gap, len(Codec.load(str(run_dir / "tokenizer")).encode_text(gap["middle"], joins=True))
+
+
+def demonstrate(repository: Path, run_dir: Path, show: Callable[[str], None]) -> None:
+    """Show a chat and an infilling of the fine-tuned model, with their canvases, by the server and its terminal client.
+
+    Raises:
+        StageFailed: the server or the client ended with an error.
+    """
+    problem, gap, num_tokens = examples(run_dir)
+    text = run_dir / "demo.txt"
+    text.write_text(f"{gap['prefix']}<gap:{num_tokens}>{gap['suffix']}", encoding="utf-8")
+    with running_server(repository, run_dir / "model", run_dir / "logs" / "demo.log") as base_url:
+        client = [sys.executable, str(repository / "serving" / "fast-api" / "chat_cli.py"), "--base-url", base_url]
+        client += ["--model", MODEL_NAME, "--canvas", "--show-meta", "--no-history"]
+        for title, asked, more in (
+            (f"chat: {problem['prompt'].rstrip()}", problem["prompt"], []),
+            (f"infilling: {num_tokens} tokens are missing", None, ["--infill", str(text)]),
+        ):
+            show(f"\n{title}\n")
+            ended = subprocess.run([*client, *more], input=asked, text=True, check=False)
+            if ended.returncode:
+                raise StageFailed(f"the chat client ended with exit status {ended.returncode}")
+    show(f"\nto ask it yourself: bash quickstart.sh --serve --run_dir {shlex.quote(str(run_dir))}\n")
+
+
 def ask(base_url: str, run_dir: Path) -> list[dict[str, str | float]]:
     """One chat request and one infill request about held-out text.
 
@@ -123,14 +155,12 @@ def ask(base_url: str, run_dir: Path) -> list[dict[str, str | float]]:
         Two rows of kind, question, answer, expected and seconds.
     """
     client = OpenAI(base_url=base_url, api_key="none", timeout=120)
-    problem = read_rows(run_dir / "benchmarks" / "quickstart_problems.jsonl")[0]
-    gap = read_rows(run_dir / "benchmarks" / "quickstart_infill.jsonl")[0]
+    problem, gap, num_tokens = examples(run_dir)
     started = time.monotonic()
     chat = client.chat.completions.create(
         model=MODEL_NAME, messages=[{"role": "user", "content": problem["prompt"]}], max_tokens=ANSWER_TOKENS
     )
     between = time.monotonic()
-    num_tokens = len(Codec.load(str(run_dir / "tokenizer")).encode_text(gap["middle"], joins=True))
     infill = client.completions.create(
         model=MODEL_NAME, prompt=gap["prefix"], suffix=gap["suffix"], max_tokens=num_tokens
     )

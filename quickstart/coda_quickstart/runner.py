@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,8 +76,12 @@ class Runner:
             return False
         return all(path.is_file() and stamp["outputs"].get(str(path)) == file_hash(path) for path in stage.outputs)
 
-    def run(self, stages: Sequence[Stage]) -> dict[str, float]:
+    def run(self, stages: Sequence[Stage], after: Mapping[str, Callable[[], None]] | None = None) -> dict[str, float]:
         """Run what is not done; seconds of each stage, remembered ones included.
+
+        Args:
+            stages: in their order.
+            after: what else is to be done after a stage, by its name, also if that had been done already.
 
         Raises:
             StageFailed: a command failed, or an output is missing after the stage.
@@ -88,10 +92,12 @@ class Runner:
             if self.is_done(stage):
                 seconds[stage.name] = self._read_stamp(stage)["seconds"]
                 self.show(f"{label}: already done ({seconds[stage.name]:.0f} s then)")
-                continue
-            self.show(label)
-            seconds[stage.name] = self._run_stage(stage)
-            self.show(f"{label}: {seconds[stage.name]:.0f} s")
+            else:
+                self.show(label)
+                seconds[stage.name] = self._run_stage(stage)
+                self.show(f"{label}: {seconds[stage.name]:.0f} s")
+            if after and stage.name in after:
+                after[stage.name]()
         return seconds
 
     def _run_stage(self, stage: Stage) -> float:

@@ -6,7 +6,8 @@ import urllib.request
 
 import pytest
 
-from coda_quickstart.chat import ServerFailed, ask, running_server
+from coda_quickstart.chat import ServerFailed, ask, demonstrate, running_server
+from coda_quickstart.runner import StageFailed
 
 FAKE_SERVER = """
 import json, os
@@ -52,7 +53,8 @@ def repository(tmp_path):
     return tmp_path
 
 
-def test_both_requests_are_about_held_out_text_and_the_server_ends_with_the_block(repository, tokenizer):
+@pytest.fixture
+def held_out(repository, tokenizer):
     tokenizer.save_pretrained(repository / "tokenizer")
     rows = {
         "problems": {"prompt": "def f(x):\n", "canonical_solution": "    return x\n"},
@@ -62,6 +64,10 @@ def test_both_requests_are_about_held_out_text_and_the_server_ends_with_the_bloc
         path = repository / "benchmarks" / f"quickstart_{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(row) + "\n")
+    return rows
+
+
+def test_both_requests_are_about_held_out_text_and_the_server_ends_with_the_block(repository, held_out, tokenizer):
     with running_server(repository, repository / "model", repository / "logs" / "server.log") as base_url:
         with urllib.request.urlopen(base_url.removesuffix("/v1") + "/health") as response:
             assert json.load(response)["model"] == str(repository / "model")
@@ -72,6 +78,28 @@ def test_both_requests_are_about_held_out_text_and_the_server_ends_with_the_bloc
     assert infill["question"] == f"a = [{num_tokens} tokens missing]\n"
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(base_url.removesuffix("/v1") + "/health")
+
+
+def test_the_demo_shows_both_in_the_chat_client(repository, held_out, tokenizer):
+    client = repository / "serving" / "fast-api" / "chat_cli.py"
+    log = repository / "asked.jsonl"
+    client.write_text(
+        "import json, sys, urllib.request\n"
+        "url = sys.argv[sys.argv.index('--base-url') + 1]\n"
+        "urllib.request.urlopen(url.removesuffix('/v1') + '/health')\n"
+        f"print(json.dumps([sys.argv[1:], '--infill' in sys.argv or sys.stdin.read()]), file=open({str(log)!r}, 'a'))\n"
+    )
+    said = []
+    demonstrate(repository, repository, said.append)
+    (chat, message), (infill, _) = map(json.loads, log.read_text().splitlines())
+    assert "--canvas" in chat
+    assert message == held_out["problems"]["prompt"]
+    with open(infill[infill.index("--infill") + 1]) as file:
+        assert file.read() == f"a = <gap:{len(tokenizer(' x')['input_ids'])}>\n"
+    assert "--serve" in said[-1]
+    client.write_text("raise SystemExit(3)")
+    with pytest.raises(StageFailed, match="exit status 3"):
+        demonstrate(repository, repository, said.append)
 
 
 def test_the_server_ends_also_when_a_request_fails(repository):

@@ -123,3 +123,21 @@ program.main(["report", "--run_dir", "run"])
             os.kill(stage_process, 0)
     finally:
         run.kill()
+
+
+def test_what_is_asked_for_after_a_stage_follows_it_also_when_it_is_done_already(tmp_path):
+    runner = Runner(tmp_path / "run", tmp_path, show=lambda line: None)
+    stages = [
+        Stage(
+            name=name,
+            title=name,
+            commands=((sys.executable, "-S", "-c", f"open('{name}', 'w')"),),
+            inputs=(),
+            outputs=(tmp_path / name,),
+        )
+        for name in ("first", "second")
+    ]
+    there = []
+    for _ in range(2):
+        runner.run(stages, after={"first": lambda: there.append((tmp_path / "second").exists())})
+    assert there == [False, True]
