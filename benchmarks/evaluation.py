@@ -419,7 +419,6 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], help="ids of documents that the case regimes leaves out")
     parser.add_argument("--note", default="", help="what else is to be said of the machine")
     options = parser.parse_args()
-    logging.disable(logging.WARNING)
     where = ", ".join(filter(None, [f"CPU {platform.machine()}", f"{os.cpu_count()} cores", options.note]))
     stored = HERE / "evaluation.json"
     numbers = json.loads(stored.read_text()) if stored.is_file() else {}
@@ -441,4 +440,5 @@ def section(name: str, case: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     main()

@@ -538,7 +538,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         options.clients, options.rounds, options.against = 3, 1, None
     elif any(CASES[name][1] == "quickstart" for name in options.case) and not options.model.is_dir():
         parser.error(f"--model must be a folder, got {options.model}: quickstart.sh makes it")
-    logging.disable(logging.WARNING)
     where = [f"CPU {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", options.note]
     if options.against:
         head = subprocess.run(
@@ -571,4 +570,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     main()

@@ -1,5 +1,6 @@
 """Fixtures that tests of several rooms use."""
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -25,15 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_signal_handlers():
-    """What a test, or the code that it calls, does on a signal does not outlive it."""
+def same_process():
+    """A test, or the code that it calls, leaves the process as it was: what it does on a signal, and what it logs."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
+    silenced, logging.root.manager.disable = logging.root.manager.disable, 0
     after = {number: signal.getsignal(number) for number in numbers}
     for number, handler in before.items():
         signal.signal(number, handler)
     assert after == before
+    assert not silenced
 
 
 @pytest.fixture(scope="session")

@@ -88,33 +88,6 @@ def write_problems(folder):
         (folder / f"{file}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in content))
 
 
-class ServerHere:
-    """A server in this process."""
-
-    def __init__(self, checkout, model, log):
-        from starlette.testclient import TestClient
-
-        from coda_serving.__main__ import check_defaults
-        from coda_serving.app import Service, build_app
-        from coda_serving.engine import Engine
-        from coda_serving.metrics import Metrics
-        from coda_serving.sampler import ModelSampler
-        from coda_serving.scheduler import Scheduler
-        from coda_serving.settings import ServerSettings
-        from CoDALanguageModel.prompts import Codec
-
-        sampler, metrics = ModelSampler.load(str(model), device="cpu", dtype="float32"), Metrics()
-        settings = check_defaults(ServerSettings(model_name=str(model), _env_file=None), sampler)
-        scheduler = Scheduler(max_queue=64, max_batch_size=16, max_batch_tokens=32768)
-        codec = Codec.load(str(model))
-        engine = Engine(sampler, codec.decode, scheduler, step_timeout_s=60, metrics=metrics)
-        app = build_app(Service(settings=settings, engine=engine, encoder=codec, limits=sampler, metrics=metrics))
-        self.client = TestClient(app).__enter__()
-
-    def close(self):
-        self.client.__exit__(None, None, None)
-
-
 def test_every_stage_of_a_random_model_in_a_gguf_file(tmp_path, monkeypatch, chatml_tokenizer):
     import real_model
     from gpu import adaptation, section
@@ -122,13 +95,15 @@ def test_every_stage_of_a_random_model_in_a_gguf_file(tmp_path, monkeypatch, cha
     from real import model, roads, serving, task
     from real.stages import STAGES
 
+    from serving import thread
+
     given = tmp_path / "random.gguf"
     (tmp_path / "adapt").mkdir()
     weights = write_gguf(given, chatml_tokenizer)
     write_problems(tmp_path)
     monkeypatch.setenv("CODA_EVAL_DATA", str(tmp_path))
     monkeypatch.setattr(model, "convert", functools.partial(model.convert, check=False))
-    monkeypatch.setattr(serving, "Server", ServerHere)
+    monkeypatch.setattr(serving, "process", lambda checkout, folder, variables: thread(folder, variables))
     monkeypatch.setattr(serving, "ANSWER_TOKENS", 8)
     for name, value in (("NEW_TOKENS", 12), ("GAP_TOKENS", 12), ("CHUNK", 2)):
         monkeypatch.setattr(roads, name, value)

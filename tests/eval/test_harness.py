@@ -393,7 +393,7 @@ if dist.is_initialized():
 def test_two_ranks_give_the_scores_and_answers_of_one_which_finds_them_again(model_dir, tasks, tmp_path, monkeypatch):
     gaps = [{"task_id": f"g/{n}", "prefix": "x = ", "middle": "1" * (n + 1), "suffix": "\n"} for n in range(5)]
     problems = [
-        {"task_id": f"p/{n}", "prompt": "f" * (n + 1), "entry_point": "f", "test": "", "canonical_solution": ""}
+        {"task_id": f"p/{n}", "prompt": "f" * (n + 1), "entry_point": "f", "test": "pass", "canonical_solution": ""}
         for n in range(3)
     ]
     (tmp_path / "quickstart_infill.jsonl").write_text("\n".join(map(json.dumps, gaps)))

@@ -29,7 +29,13 @@ from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.errors import UserError
 
 PROBLEMS = [
-    {"task_id": f"q/{n}", "prompt": "x = 1\n" * n + "Add.", "entry_point": "f", "test": "", "canonical_solution": "\n"}
+    {
+        "task_id": f"q/{n}",
+        "prompt": "x = 1\n" * n + "Add.",
+        "entry_point": "f",
+        "test": "pass",
+        "canonical_solution": "\n",
+    }
     for n in range(6)
 ]
 GAPS = [{"task_id": f"g/{n}", "prefix": "x = ", "middle": "1" * (n + 1), "suffix": "\n"} for n in range(4)]

@@ -46,7 +46,7 @@ def test_card_holds_what_the_answers_cost(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "results_2026.json").write_text(json.dumps(RUN))
     cost = {"forwards": 4, "tokens_evaluated": 50, "tokens_per_forward": 1.5, "generation_s": 0.5}
-    nothing = {field.name: None for field in dataclasses.fields(Record)}
+    nothing = {field.name: None for field in dataclasses.fields(Record)} | {"repeat": 0}
     answer = nothing | {"task": "coda_humaneval", "new_tokens": 5, "forwards": 4}
     rows = [answer | {"cost": cost}] * 2 + [answer, answer | {"task": "other"}]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -313,7 +313,7 @@ def test_the_diffusion_model_writes_its_answers_as_it_makes_them(evaluation, mod
 def test_records_with_an_unknown_or_a_missing_field_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no records.jsonl in"):
         read_records(tmp_path)
-    fields = {field.name: None for field in dataclasses.fields(Record)}
+    fields = {field.name: None for field in dataclasses.fields(Record)} | {"task": "t", "repeat": 0}
     for rows, message in (
         ([fields, fields | {"scores": 1}], r"records.jsonl: line 2 has an unknown field 'scores'.*score"),
         ([{name: None for name in fields if name != "seed"}], "line 1 lacks seed"),
