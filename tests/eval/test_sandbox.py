@@ -329,6 +329,17 @@ def test_one_zygote_serves_all_programs_that_want_the_same_modules(level, monkey
     assert all(zygote._process.returncode == 0 for zygote in made)
 
 
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_a_program_leaves_no_word_on_its_streams_for_the_next_one(level):
+    code = "import fcntl\ndef f(x): return [fcntl.fcntl(i, how) for i in (0, 1, 2) for how in (fcntl.F_GETFL, 11)]\n"
+    leave = f"{code}fcntl.fcntl(1, fcntl.F_SETFL, fcntl.fcntl(1, fcntl.F_GETFL) | 0xC00)\n"  # O_APPEND, O_NONBLOCK
+    leave += "try: fcntl.fcntl(1, 10, 17)  # F_SETSIG\nexcept PermissionError: pass\n"
+    programs = [Program(candidate=each, tests="assert not f(2), f(2)") for each in (code, leave, code)]
+    first, changed, second = (verdict.error for verdict in run_programs(programs, level=level, workers=1))
+    assert first != changed
+    assert first == second
+
+
 @pytest.mark.parametrize("level", [level for level in AVAILABLE if level not in sandbox.SHARED])
 def test_where_no_namespace_may_stand_in_another_each_program_has_a_zygote(level, monkeypatch):
     made, walls = zygotes_of(monkeypatch), sandbox._Zygote._walls
