@@ -395,6 +395,16 @@ def test_a_zygote_that_dies_takes_one_program_along_at_most(level, monkeypatch):
         assert sandbox._run_surely(GOOD, zygotes, Limits()).passed
 
 
+def test_a_link_in_the_place_of_the_scratch_folder_is_not_followed(tmp_path):
+    if "rlimits" not in AVAILABLE:
+        pytest.skip("needs the level that lets a program remove its folder")
+    (tmp_path / "file").touch(mode=0o400)
+    code = f"import os\nd = os.getcwd()\nos.rmdir(d)\nos.symlink({str(tmp_path)!r}, d)\ndef f(x): return 4"
+    (verdict,) = run_programs([Program(candidate=code, tests=TESTS)], level="rlimits")
+    assert verdict.error == ""
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o400
+
+
 def test_server_on_this_machine_is_not_reachable():
     if not ISOLATED:
         pytest.skip("needs an isolated level")
