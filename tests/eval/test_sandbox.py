@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -357,6 +358,26 @@ def test_where_no_namespace_may_stand_in_another_each_program_has_a_zygote(level
     verdicts = run_programs([*programs, GOOD, GOOD], level=level, workers=1)
     assert [verdict.passed for verdict in verdicts] == [False] * 4 + [True] * 2
     assert [zygote.lasting for zygote in made] == [True] + [False] * 7
+    assert leftovers() == []
+
+
+def test_a_stopped_zygote_of_one_program_holds_nobody_up(monkeypatch):
+    """As an ordinary user, where no namespace may stand in another, the program reaches it."""
+    if "unshare" not in AVAILABLE:
+        pytest.skip("needs a level whose zygote is the process that was started")
+    start = sandbox._Zygote.start
+
+    def stopped(self, *descriptors):
+        pid = start(self, *descriptors)
+        os.kill(self._process.pid, signal.SIGSTOP)
+        return pid
+
+    monkeypatch.setattr(sandbox._Zygote, "start", stopped)
+    monkeypatch.setattr(sandbox._Zygotes, "lasting", {"unshare": False})
+    monkeypatch.setattr(sandbox, "START_S", 20.0)
+    started = time.monotonic()
+    assert run_programs([GOOD], level="unshare")[0].passed
+    assert time.monotonic() - started < 20
     assert leftovers() == []
 
 
