@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
@@ -566,8 +567,9 @@ def main(arguments: list[str] | None = None) -> int:
             )
         if uploads:
             upload(Path(options.output_dir), options.push_to_hub, private=options.private)
-    except (UserError, OSError) as error:
-        print(f"save_hf_model.py: error: {error}", file=sys.stderr)
+    except (UserError, OSError, httpx.TransportError) as error:
+        unreachable = "the Hub cannot be reached: " if isinstance(error, httpx.TransportError) else ""
+        print(f"save_hf_model.py: error: {unreachable}{error}", file=sys.stderr)
         return 1
     return 0
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -772,6 +773,20 @@ def test_a_model_card_says_what_configuration_runs_and_score_cards_say(adapted, 
         assert line in text.splitlines(), line
     assert "/home/someone" not in text
     assert str(adapted) not in text
+
+
+def test_a_hub_that_cannot_be_reached_is_told_and_the_folder_stays(adapted, hub, monkeypatch, capsys):
+    def unreachable(*_, **__):
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(hub, "upload_folder", unreachable)
+    assert push(adapted, "--output_dir", str(adapted / "made")) == 1
+    assert (adapted / "made" / "README.md").is_file()
+    monkeypatch.setattr(hub, "whoami", unreachable)
+    assert push(adapted, "--output_dir", str(adapted / "other")) == 1
+    assert not (adapted / "other").exists()
+    said = "save_hf_model.py: error: the Hub cannot be reached: [Errno 111] Connection refused\n"
+    assert capsys.readouterr().err.count(said) == 2
 
 
 def test_a_name_stays_in_its_cell_of_the_card(adapted, hub):
