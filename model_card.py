@@ -18,6 +18,8 @@ from CoDALanguageModel.decoding_settings import SETTINGS, TOKEN_IDS
 from CoDALanguageModel.errors import UserError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+LICENCE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+"""Identifiers of licences on the Hub."""
 
 USE = """\
 import torch
@@ -102,7 +104,12 @@ def model_card(repo: str, model: CoDALanguageModel, provenance: Provenance, weig
 
 def _table(head: Sequence[str], rows: Any) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """A cell that stays one, whatever a name holds."""
+    return re.sub(r"(\\*)\|", r"\1\1\\|", " ".join(str(value).split()))
 
 
 def _architecture(model: CoDALanguageModel) -> list[tuple[str, Any]]:
@@ -156,9 +163,9 @@ def _stage(file: Path) -> tuple[str, str, str, str, str]:
             return f"{run.get('objective', 'masked')} from {start}", ", ".join(sources), length, batch, how
         length = f"{run['max_steps']} steps" if run.get("max_steps", -1) > 0 else f"{run['num_train_epochs']} epochs"
         batch = f"{run['per_device_train_batch_size']} a device x {run['cutoff_len']}"
-        how = f"{run.get('lr_scheduler_type', 'linear')}, {run['learning_rate']:g}"
+        how = f"{run.get('lr_scheduler_type', 'linear')}, {float(run['learning_rate']):g}"
         return f"fine-tuning ({run['finetuning_type']})", str(run["dataset"]), length, batch, how
-    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"--stage must be the config.yaml of a pre-training run or the run_config.yaml of fine-tuning, got "
             f"{str(file)!r}: {error!r}"

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
@@ -52,7 +53,7 @@ from CoDALanguageModel.conversion import (
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.families import AUTOREGRESSIVE_TYPES, Family, family_of, find_mask_token, published_ends
 from CoDALanguageModel.weight_files import check_tokenizer, check_weights, read_json, refuse_not_finite, weight_files
-from model_card import Provenance, model_card, named_licence
+from model_card import LICENCE, Provenance, model_card, named_licence
 
 logger = logging.getLogger("save_hf_model")
 
@@ -481,6 +482,10 @@ def provenance_of(options: argparse.Namespace) -> Provenance | None:
     for name, words in needed.items():
         if not getattr(options, name):
             raise UserError(f"--push_to_hub needs --{name} ({words}), which the model card says")
+    if not LICENCE.fullmatch(options.license):
+        raise UserError(
+            f"--license must be an identifier of the Hub, such as apache-2.0, mit or other, got {options.license!r}"
+        )
     return Provenance(
         license=options.license,
         backbone=None if options.backbone == "none" else named_licence(options.backbone, "--backbone"),
@@ -562,8 +567,9 @@ def main(arguments: list[str] | None = None) -> int:
             )
         if uploads:
             upload(Path(options.output_dir), options.push_to_hub, private=options.private)
-    except (UserError, OSError) as error:
-        print(f"save_hf_model.py: error: {error}", file=sys.stderr)
+    except (UserError, OSError, httpx.TransportError) as error:
+        unreachable = "the Hub cannot be reached: " if isinstance(error, httpx.TransportError) else ""
+        print(f"save_hf_model.py: error: {unreachable}{error}", file=sys.stderr)
         return 1
     return 0
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
+from .configuration_coda import token_ids
 from .constraints import Lexicon, constraint_of
 from .decoder import Decoding, Progress
 from .decoding_settings import SETTINGS
@@ -165,11 +166,17 @@ class DiffusionGenerationMixin(GenerationMixin):
         criteria = StoppingCriteriaList(stopping_criteria or ())
         if criteria and not config.max_new_tokens:
             raise UserError("stopping_criteria end the appended part, and max_new_tokens is 0")
+        if (criteria or config.stop_strings) and config.pad_token_id is None and not token_ids(config.eos_token_id):
+            raise UserError(
+                "stop_strings and stopping_criteria need pad_token_id or eos_token_id, to stand behind the answer that "
+                "they end: both are None"
+            )
         seeds = _seeds(config, len(inputs))
         inputs = inputs.repeat_interleave(config.num_return_sequences, 0)
         attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, 0)
-        if streamer is not None and len(inputs) > 1:
-            raise UserError(f"streamer must be None for more than one row, got {len(inputs)} rows")
+        if streamer is not None and len(inputs) != 1:
+            number = "more than one row" if len(inputs) else "an empty batch"
+            raise UserError(f"streamer must be None for {number}, got {len(inputs)} rows")
         decoding = Decoding(self, decode=tokenizer.decode if tokenizer is not None else None)
         requests = [
             Request(
@@ -318,8 +325,9 @@ def _check_inputs(
     inputs: Tensor | None, attention_mask: Tensor | None, config: DiffusionGenerationConfig, device
 ) -> tuple[Tensor, Tensor]:
     """Refuse inputs that cannot be decoded; give both tensors as int64 on the model's device."""
-    if inputs is None:
-        raise UserError("inputs must be a (B, T) tensor of token ids, got None")
+    if not isinstance(inputs, Tensor):
+        found = None if inputs is None else type(inputs).__name__
+        raise UserError(f"inputs must be a (B, T) tensor of token ids, got {found}")
     if inputs.ndim != 2 or inputs.dtype not in (torch.int64, torch.int32):
         raise UserError(f"inputs must be a (B, T) tensor of token ids, got {inputs.dtype} {tuple(inputs.shape)}")
     if attention_mask is None:

@@ -5,6 +5,7 @@ Not here: whether the files are whole (`weight_files`), other families (`convers
 
 import json
 import re
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,13 @@ class StrictLoading:
             dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             config, unused = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
             kwargs = {**_hub_arguments(kwargs), **unused, **dtype, "config": config}
-        if kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
-            tied = _checkpoint_is_tied(path, kwargs["config"].tie_word_embeddings, _hub_arguments(kwargs))
-            if tied != kwargs["config"].tie_word_embeddings:
+        if not kwargs.get("gguf_file"):
+            says, given = kwargs["config"].tie_word_embeddings, kwargs.get("state_dict")
+            if given is None:
+                tied = _checkpoint_is_tied(path, says, _hub_arguments(kwargs))
+            else:
+                tied = _is_tied(given, given.__getitem__, says)
+            if tied != says:
                 logger.info("tie_word_embeddings is %s in the weights of %s; the config is corrected", tied, path)
                 kwargs["config"].tie_word_embeddings = tied
         # A misshapen weight is reported below by its name, as the others are.
@@ -106,13 +111,24 @@ def _checkpoint_is_tied(path: str, default: bool, hub_arguments: dict[str, Any])
         where = {key: find(weight_map[key]) for key in (HEAD_WEIGHT, EMBEDDING_WEIGHT) if key in weight_map}
     else:
         return default
-    if HEAD_WEIGHT not in where:
-        return True
-    if EMBEDDING_WEIGHT not in where or not default:
-        return False
 
     def read(key: str) -> Tensor:
         with safe_open(where[key], framework="pt") as file:
             return file.get_tensor(key)
 
+    return _is_tied(where, read, default)
+
+
+def _is_tied(names: Container[str], read: Callable[[str], Tensor], default: bool) -> bool:
+    """Whether head and embedding are one among the weights of some names; two that are equal are what `default` says.
+
+    Args:
+        names: of the weights.
+        read: gives the weight of a name.
+        default: what the configuration says.
+    """
+    if HEAD_WEIGHT not in names:
+        return True
+    if EMBEDDING_WEIGHT not in names or not default:
+        return False
     return torch.equal(read(HEAD_WEIGHT), read(EMBEDDING_WEIGHT))

@@ -32,6 +32,7 @@ from sandbox_walls import (
     keep_imports,
     refuse_system_calls,
     renew_scratch,
+    renew_streams,
     set_limits,
 )
 
@@ -87,10 +88,7 @@ def serve(shared):
     except (OSError, ImportError) as error:
         control.sendall(describe(error).encode("ascii", "backslashreplace"))
         os._exit(1)
-    null = os.open("/dev/null", os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
+    renew_streams()
     gc.freeze()  # forks then share these objects for longer
     control.sendall(b"ready")
     while True:
@@ -104,6 +102,7 @@ def serve(shared):
                 die_with_parent()
                 control.sendall(b"!")
                 control.close()
+                renew_streams()
                 main(shared, *descriptors)
             finally:
                 os._exit(1)

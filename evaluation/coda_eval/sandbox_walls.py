@@ -268,6 +268,14 @@ def keep_only(*descriptors):
     os.closerange(before + 1, 1 << 16)
 
 
+def renew_streams():
+    """Open the standard streams anew, on nothing: flags and signals set on a descriptor stay for all that share it."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+
+
 def die_with_parent(number=signal.SIGKILL):
     """Have this process signalled when the one that started it ends (lost with every change of user)."""
     call("prctl", 1, number, 0, 0, 0)  # PR_SET_PDEATHSIG

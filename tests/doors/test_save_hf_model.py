@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -774,6 +775,32 @@ def test_a_model_card_says_what_configuration_runs_and_score_cards_say(adapted, 
     assert str(adapted) not in text
 
 
+def test_a_hub_that_cannot_be_reached_is_told_and_the_folder_stays(adapted, hub, monkeypatch, capsys):
+    def unreachable(*_, **__):
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(hub, "upload_folder", unreachable)
+    assert push(adapted, "--output_dir", str(adapted / "made")) == 1
+    assert (adapted / "made" / "README.md").is_file()
+    monkeypatch.setattr(hub, "whoami", unreachable)
+    assert push(adapted, "--output_dir", str(adapted / "other")) == 1
+    assert not (adapted / "other").exists()
+    said = "save_hf_model.py: error: the Hub cannot be reached: [Errno 111] Connection refused\n"
+    assert capsys.readouterr().err.count(said) == 2
+
+
+def test_a_name_stays_in_its_cell_of_the_card(adapted, hub):
+    (adapted / "run_config.yaml").write_text(
+        TUNING.replace("opencoder", '"open\\n\\n## Scores\\n| a"').replace("2.0e-05", "2e-5")
+    )
+    names = ["--data", "x\n---\nlicense: mit=other", "a\\|b=mit"]
+    assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run", *names) == 0
+    text = (adapted / "made/README.md").read_text()
+    assert "| 2 | fine-tuning (full) | open ## Scores \\| a | 10 epochs | 22 a device x 1024 | cosine, 2e-05 |" in text
+    assert "| data | x --- license: mit | other |\n| data | a\\\\\\|b | mit |" in text
+    assert ModelCard(text).data.license == "apache-2.0"
+
+
 def test_scores_of_other_weights_and_files_of_another_kind_are_refused(adapted, hub, capsys):
     cards = json.loads((adapted / "scores.json").read_text())
     cards[0]["hashes"]["weights"] = "0" * 24
@@ -783,9 +810,11 @@ def test_scores_of_other_weights_and_files_of_another_kind_are_refused(adapted, 
     (adapted / "scores.json").write_text(json.dumps({"results": {}}))
     assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
     assert "--scores must be a scores.json of evaluation, got" in capsys.readouterr().err
-    (adapted / "run_config.yaml").write_text("dataset: opencoder\n")
-    assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
-    assert "--stage must be the config.yaml of a pre-training run or" in capsys.readouterr().err
+    wrong = ("dataset: opencoder\n", "opencoder", "[1]", TUNING.replace("2.0e-05", "much"))
+    for text in (*wrong, RUN.replace("weight: 2.0", "weight: [2]")):
+        (adapted / "run_config.yaml").write_text(text)
+        assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
+        assert "--stage must be the config.yaml of a pre-training run or" in capsys.readouterr().err
     assert not (adapted / "made").exists()
 
 
@@ -795,6 +824,10 @@ def test_scores_of_other_weights_and_files_of_another_kind_are_refused(adapted, 
         (PUSH[:2], "--push_to_hub needs --license (of the weights)"),
         (PUSH[:4], "--push_to_hub needs --backbone (with its licence, or none)"),
         (PUSH[:6], "--push_to_hub needs --data (with their licences)"),
+        (
+            [*PUSH[:3], "Apache 2.0", *PUSH[4:]],
+            "--license must be an identifier of the Hub, such as apache-2.0, mit or",
+        ),
         ([*PUSH[:5], "Qwen3", *PUSH[6:]], "--backbone must be NAME=LICENCE, got 'Qwen3'"),
         (["--push_to_hub", "coda-tiny", *PUSH[2:]], "--push_to_hub must be OWNER/NAME, got 'coda-tiny'"),
         (["--push_to_hub", "a/b/c", *PUSH[2:]], "--push_to_hub must be OWNER/NAME, got 'a/b/c'"),

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -329,6 +330,17 @@ def test_one_zygote_serves_all_programs_that_want_the_same_modules(level, monkey
     assert all(zygote._process.returncode == 0 for zygote in made)
 
 
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_a_program_leaves_no_word_on_its_streams_for_the_next_one(level):
+    code = "import fcntl\ndef f(x): return [fcntl.fcntl(i, how) for i in (0, 1, 2) for how in (fcntl.F_GETFL, 11)]\n"
+    leave = f"{code}fcntl.fcntl(1, fcntl.F_SETFL, fcntl.fcntl(1, fcntl.F_GETFL) | 0xC00)\n"  # O_APPEND, O_NONBLOCK
+    leave += "try: fcntl.fcntl(1, 10, 17)  # F_SETSIG\nexcept PermissionError: pass\n"
+    programs = [Program(candidate=each, tests="assert not f(2), f(2)") for each in (code, leave, code)]
+    first, changed, second = (verdict.error for verdict in run_programs(programs, level=level, workers=1))
+    assert first != changed
+    assert first == second
+
+
 @pytest.mark.parametrize("level", [level for level in AVAILABLE if level not in sandbox.SHARED])
 def test_where_no_namespace_may_stand_in_another_each_program_has_a_zygote(level, monkeypatch):
     made, walls = zygotes_of(monkeypatch), sandbox._Zygote._walls
@@ -346,6 +358,26 @@ def test_where_no_namespace_may_stand_in_another_each_program_has_a_zygote(level
     verdicts = run_programs([*programs, GOOD, GOOD], level=level, workers=1)
     assert [verdict.passed for verdict in verdicts] == [False] * 4 + [True] * 2
     assert [zygote.lasting for zygote in made] == [True] + [False] * 7
+    assert leftovers() == []
+
+
+def test_a_stopped_zygote_of_one_program_holds_nobody_up(monkeypatch):
+    """As an ordinary user, where no namespace may stand in another, the program reaches it."""
+    if "unshare" not in AVAILABLE:
+        pytest.skip("needs a level whose zygote is the process that was started")
+    start = sandbox._Zygote.start
+
+    def stopped(self, *descriptors):
+        pid = start(self, *descriptors)
+        os.kill(self._process.pid, signal.SIGSTOP)
+        return pid
+
+    monkeypatch.setattr(sandbox._Zygote, "start", stopped)
+    monkeypatch.setattr(sandbox._Zygotes, "lasting", {"unshare": False})
+    monkeypatch.setattr(sandbox, "START_S", 20.0)
+    started = time.monotonic()
+    assert run_programs([GOOD], level="unshare")[0].passed
+    assert time.monotonic() - started < 20
     assert leftovers() == []
 
 
@@ -382,6 +414,16 @@ def test_a_zygote_that_dies_takes_one_program_along_at_most(level, monkeypatch):
         sandbox.kill(zygote._process.pid)
         monkeypatch.setattr(sandbox.time, "sleep", lambda seconds: None)
         assert sandbox._run_surely(GOOD, zygotes, Limits()).passed
+
+
+def test_a_link_in_the_place_of_the_scratch_folder_is_not_followed(tmp_path):
+    if "rlimits" not in AVAILABLE:
+        pytest.skip("needs the level that lets a program remove its folder")
+    (tmp_path / "file").touch(mode=0o400)
+    code = f"import os\nd = os.getcwd()\nos.rmdir(d)\nos.symlink({str(tmp_path)!r}, d)\ndef f(x): return 4"
+    (verdict,) = run_programs([Program(candidate=code, tests=TESTS)], level="rlimits")
+    assert verdict.error == ""
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o400
 
 
 def test_server_on_this_machine_is_not_reachable():

@@ -3,6 +3,7 @@ import math
 import random
 from fractions import Fraction
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -524,6 +525,18 @@ def test_a_stopping_criterion_ends_each_row_with_the_first_text_that_it_stops(mo
     assert stopped.num_forwards[0] <= free.num_forwards[0]
 
 
+def test_what_ends_an_answer_needs_a_token_to_stand_behind_it(make_model, tokens):
+    padless = make_model(pad_token_id=None, eos_token_id=None)
+    letters = SimpleNamespace(decode=lambda ids: "x" * len(ids))
+    criteria = [lambda ids, _, **__: torch.tensor([ids.shape[1] > 6])]
+    ends = [{"stopping_criteria": criteria}, {"stop_strings": ["xx"], "tokenizer": letters}]
+    for end in ends:
+        with pytest.raises(ValueError, match="need pad_token_id or eos_token_id, to stand behind the answer"):
+            padless.generate(tokens(1, 5), max_new_tokens=8, **end)
+        out = padless.generate(tokens(1, 5), max_new_tokens=8, pad_token_id=66, **end)
+        assert padless.config.mask_token_id not in out[0].tolist()
+
+
 def test_a_criterion_that_looks_at_the_clock_ends_rows_and_lengths_end_like_tokens(model, tokens):
     ids, asked = tokens(1, 4), []
 
@@ -619,6 +632,7 @@ def test_bad_settings_are_refused_by_name(model, tokens, tmp_path, arguments, me
     ("inputs", "mask", "message"),
     [
         (None, None, "inputs must be .* got None"),
+        ([[1, 2]], None, "inputs must be .* got list"),
         (torch.zeros(4).long(), None, r"inputs must be a \(B, T\) tensor of token ids, got torch.int64 \(4,\)"),
         (torch.zeros(1, 4), None, "inputs must be .* got torch.float32"),
         (torch.tensor([[1, 72]]), None, r"token ids must be in \[0, 72\), got 1 to 72"),

@@ -202,6 +202,20 @@ def test_weights_that_are_given_need_no_folder(model, tokens):
             CoDALanguageModel.from_pretrained(None, **given)
 
 
+def test_weights_that_are_given_say_whether_the_head_is_the_embedding(make_model):
+    for ties in (False, True):
+        weights = make_model(seed=1).state_dict()
+        config = make_model(tie_word_embeddings=ties).config
+        loaded = CoDALanguageModel.from_pretrained(None, config=config, state_dict=weights)
+        assert not is_tied(loaded)
+        assert not loaded.config.tie_word_embeddings
+        del weights["lm_head.weight"]
+        config = make_model(tie_word_embeddings=ties).config
+        loaded = CoDALanguageModel.from_pretrained(None, config=config, state_dict=weights)
+        assert is_tied(loaded)
+        assert loaded.config.tie_word_embeddings
+
+
 def test_loading_information_is_returned_when_asked_for(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded, info = CoDALanguageModel.from_pretrained(tmp_path, output_loading_info=True)

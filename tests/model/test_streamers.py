@@ -93,6 +93,8 @@ def test_transformers_own_streamer_prints_the_answer(double_model, tokens, capsy
 def test_a_streamer_needs_one_row(double_model, tokens):
     with pytest.raises(UserError, match="streamer must be None for more than one row, got 2 rows"):
         double_model.generate(tokens(2, 3), max_new_tokens=2, streamer=Plain())
+    with pytest.raises(UserError, match="streamer must be None for an empty batch, got 0 rows"):
+        double_model.generate(tokens(2, 3)[:0], max_new_tokens=2, streamer=Plain())
     with pytest.raises(UserError, match="got 3 rows"):
         double_model.generate(tokens(1, 3), max_new_tokens=2, num_return_sequences=3, streamer=Plain())
 
