@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -168,6 +169,8 @@ def serve(settings: ServerSettings) -> None:
     Raises:
         UserError: the port is taken, or the model cannot be loaded.
     """
+    if os.getpid() == 1:  # in a container, where a signal without a handler is ignored: also while the model is loaded
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     listener = bind(settings.host, settings.port)
     with answering(listener):
         app = load_app(settings)

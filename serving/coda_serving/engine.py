@@ -42,6 +42,12 @@ class Delta:
     canvas: CanvasStep | None = None
     """What the step changed in the canvas, where the request asks for it."""
 
+    def then(self, other: "Delta") -> "Delta":
+        """This and the next one as one; both show a canvas."""
+        cells = {cell.position: cell for cell in (*self.canvas.cells, *other.canvas.cells)}
+        canvas = other.canvas._replace(cells=tuple(cells[i] for i in sorted(cells)), length=self.canvas.length)
+        return Delta(self.text + other.text, self.tokens + other.tokens, canvas)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:

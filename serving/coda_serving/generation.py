@@ -3,11 +3,15 @@
 import asyncio
 import dataclasses
 import math
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Sequence
 
 from .engine import Answer, Delta, Engine, Event, Failure
 from .errors import ApiError
 from .scheduler import CanvasRequest, Job, QueueFull
+
+MOST_UNREAD_CELLS = 1 << 16
+"""Cells of canvases that wait for a client that reads slowly, about 10 MB; then several steps become one."""
 
 
 class Generation:
@@ -41,12 +45,16 @@ class Generation:
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         self._deadline, self._queue_deadline = now_s + timeout_s, now_s + queue_timeout_s
-        self._events: asyncio.Queue[tuple[int, int, Event]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
+        """Rows of which something has happened, each as the place of its answer, and its own among the candidates."""
+        self._unread: dict[tuple[int, int], deque[Event]] = defaultdict(deque)
+        """What happened to each."""
+        self._num_unread_cells = 0
         self._candidates: list[dict[int, Answer]] = [{} for _ in requests]
         self._num_candidates = [len(candidates) for candidates in requests]
 
         def listener(index: int, place: int):
-            return lambda event: loop.call_soon_threadsafe(self._events.put_nowait, (index, place, event))
+            return lambda event: loop.call_soon_threadsafe(self._put, (index, place), event)
 
         rows = [(i, place, row) for i, candidates in enumerate(requests) for place, row in enumerate(candidates)]
         listeners = [listener(index, place) for index, place, _ in rows]
@@ -95,12 +103,28 @@ class Generation:
         for deadline in deadlines:
             try:
                 async with asyncio.timeout_at(deadline):
-                    return await self._events.get()
+                    row = await self._events.get()
+                event = self._unread[row].popleft()
+                self._num_unread_cells -= _num_cells(event)
+                return *row, event
             except TimeoutError:
                 if not self._has_begun and deadline == self._queue_deadline:
                     message = f"no answer was begun within {self._queue_timeout_s:g} s (QUEUE_TIMEOUT_S)"
                     raise self._busy(503, message, "queue_timeout") from None
         raise ApiError(504, f"no answer within {self._timeout_s:g} s (REQUEST_TIMEOUT_S)", code="timeout")
+
+    def _put(self, row: tuple[int, int], event: Event) -> None:
+        """Keep an event for the client; one that only adds to what it is far from having read joins that."""
+        unread = self._unread[row]
+        self._num_unread_cells += _num_cells(event)
+        if self._num_unread_cells > MOST_UNREAD_CELLS and unread and _num_cells(event) and _num_cells(unread[-1]):
+            before = unread.pop()
+            joined = before.then(event)
+            self._num_unread_cells -= _num_cells(before) + _num_cells(event) - _num_cells(joined)
+            unread.append(joined)
+            return
+        unread.append(event)
+        self._events.put_nowait(row)
 
     @property
     def _has_begun(self) -> bool:
@@ -132,3 +156,8 @@ class Generation:
     def cancel(self) -> None:
         """Give up the rows that are not finished."""
         self._engine.cancel(self._jobs)
+
+
+def _num_cells(event: Event) -> int:
+    """Cells of a canvas that a step has changed, which an event tells of."""
+    return len(event.canvas.cells) if isinstance(event, Delta) and event.canvas is not None else 0

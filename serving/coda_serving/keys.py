@@ -26,9 +26,9 @@ def read_keys(path: Path) -> dict[bytes, str]:
     Raises:
         UserError: the file cannot be read, holds no key, or has a wrong line. No message shows a line: it may be a key.
     """
-    if not path.is_file():  # nor a pipe, which could be waited for
-        raise UserError("there is no such file")
     try:
+        if not path.is_file():  # nor a pipe, which could be waited for
+            raise UserError("there is no such file")
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error.strerror if isinstance(error, OSError) else error.reason}") from error

@@ -58,9 +58,9 @@ class ObserveMiddleware:
             self._metrics.latency_s.labels(path=path).observe(seconds)
             if caller is not None:
                 self._metrics.caller_responses.labels(caller=caller, status=status).inc()
-            # No query: it may hold anything.
+            # No query: it may hold anything. So may the path, and the address that a proxy told.
             place = urllib.parse.quote(scope["path"][:200])
-            client = (scope.get("client") or ("-",))[0]
+            client = urllib.parse.quote((scope.get("client") or ("-",))[0][:200], safe="/:%")
             logger.info("%s %s %s %s %d %.3f s", client, caller or "-", scope["method"], place, status, seconds)
 
     def _pattern(self, scope: Scope) -> str:

@@ -5,20 +5,24 @@ room. Not here: running them (`engine`), or what a token is.
 
 The rule. What a caller has been given is counted in positions: a canvas of n positions takes n in every step that it
 takes part in. A free place goes to the waiting caller that has been given least, the one that has waited longest among
-equals; one that comes or comes back begins where the last place was given away, so that idle time earns nothing. The
-requests of one caller take turns, each turn a row, so that the many answers of one wait for a single one behind them.
+equals; one that comes or comes back begins at the start or above, so that idle time earns nothing. The start is the
+level, where the last place was given away, or more: with every step it rises by half of what a caller is given on
+average, up to the highest counter of those who wait or run. Or ever new callers would begin where the first one did, be
+taken before one that waits and has been given something, and have to be remembered. The requests of one caller take
+turns, each turn a row, so that the many answers of one wait for a single one behind them.
 
 The bound. A row runs to its end: let U be the most that the rows of one caller which run together still take to theirs.
 While a request waits, no other caller is given more than 2 U beyond what the request's own caller is given: with no row
 to be cut short the fair share is a load U for each caller in turn, and nobody waits for more than two. (Virtual token
 counters; Sheng et al., "Fairness in Serving Large Language Models", 2024.) Proof: counters of those who wait are never
-below the level, the counter of whoever got the last place, which never sinks; no counter is ever more than U above it,
-since only running rows raise one. At the last place that another caller gets while the request waits, its counter is at
-most that of the request's caller, which began at most U above the level; and after it, it is given at most U.
+below the level, which never sinks; no counter, and so no start, is ever more than U above it, since only running rows
+raise one. At the last place that another caller gets while the request waits, its counter is at most that of the
+request's caller, which began at most U above the level; and after it, it is given at most U.
 """
 
 import dataclasses
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -145,8 +149,11 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
         self._callers: dict[str, Caller] = {}
-        """Those who wait or run, and those who are above the level; who began to wait first is first."""
+        """Those who wait or run, and those who are above the start; who began to wait first is first."""
         self._level = 0
+        """Counter of whoever got the last place, when it got it."""
+        self._start = 0
+        """Least counter of one that comes."""
         self._num_waiting = 0
         self._changed = threading.Condition()
         self._closed = False
@@ -172,7 +179,7 @@ class Scheduler:
             if owner is None or not owner.requests:
                 self._callers.pop(caller, None)
                 owner = self._callers[caller] = owner or Caller()
-                owner.served = max(owner.served, self._level)
+                owner.served = max(owner.served, self._start)
             for job in jobs:
                 job.caller = owner
             owner.requests.append(deque(jobs))
@@ -195,7 +202,7 @@ class Scheduler:
         """
         with self._changed:
             if not running and not self._num_waiting:
-                self._callers, self._level = {}, 0
+                self._callers, self._level, self._start = {}, 0, 0
                 self._changed.wait_for(lambda: self._num_waiting or self._closed)
             for job in running:
                 self._count(job)
@@ -208,13 +215,19 @@ class Scheduler:
                 job.begun = True
                 taken.append(job)
                 rows, longest = rows + 1, max(longest, job.request.num_positions)
-            runs = {job.caller for job in (*running, *taken)}
-            self._callers = {
-                name: caller
-                for name, caller in self._callers.items()
-                if caller.requests or caller in runs or caller.served > self._level
-            }
+            self._move_start([*running, *taken])
             return taken
+
+    def _move_start(self, rows: Sequence[Job]) -> None:
+        """Say where the next ones begin, once places have been given to `rows`; forget who would begin there anyway."""
+        runs = {job.caller for job in rows}
+        active = {caller for caller in self._callers.values() if caller.requests or caller in runs}
+        rise = math.ceil(sum(job.request.num_positions for job in rows) / (2 * max(1, len(active))))
+        highest = max((caller.served for caller in active), default=0)
+        self._start = max(self._level, self._start, min(self._start + rise, highest))
+        self._callers = {
+            name: caller for name, caller in self._callers.items() if caller in active or caller.served > self._start
+        }
 
     def _count(self, job: Job) -> None:
         """Count a step of a row."""

@@ -16,9 +16,8 @@ import io
 import json
 import os
 import re
-import shutil
+import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -34,6 +33,8 @@ from rich.console import Console
 from coda_serving.chat.canvas import CanvasDisplay
 from coda_serving.chat.commands import COMMANDS, is_command, read_setting, run_command
 from coda_serving.chat.conversation import Conversation, Part
+from coda_serving.chat.files import replace
+from coda_serving.chat.terminal import harmless, note
 from CoDALanguageModel.decoding_settings import Setting, offered
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.tools.gap_marks import read_gaps
@@ -66,7 +67,8 @@ class PrivateHistory(FileHistory):
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_CREAT | os.O_WRONLY, 0o600)
-        os.fchmod(descriptor, 0o600)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # /dev/null belongs to all
+            os.fchmod(descriptor, 0o600)
         os.close(descriptor)
         super().__init__(str(path))
 
@@ -84,7 +86,7 @@ def open_history(arguments: argparse.Namespace, notes: Console) -> History:
         if not arguments.no_history:
             return PrivateHistory((arguments.history or Path(state) / "coda/chat_history").expanduser())
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        notes.print(f"the history is not kept: {error}", style="dim", markup=False, soft_wrap=True)
+        note(notes, f"the history is not kept: {error}")
     return InMemoryHistory()
 
 
@@ -161,7 +163,7 @@ def gapped_text(arguments: argparse.Namespace) -> tuple[list[str], list[int] | N
         raise UserError(f"--infill {path} is not UTF-8: {error.reason} at byte {error.start}") from error
     if arguments.lines is not None:
         first, last = arguments.lines
-        lines = text.splitlines(keepends=True)
+        lines = list(io.StringIO(text, newline=""))  # as editors count them: str.splitlines knows more line ends
         if last > len(lines):
             raise UserError(f"--lines must be within 1-{len(lines)}, got {first}-{last}")
         ending = lines[last - 1][len(lines[last - 1].rstrip("\r\n")) :]
@@ -207,14 +209,19 @@ def show(parts: Iterator[Part], conversation: Conversation, notes: Console) -> t
                 first_text_s = time.monotonic() - started
             pieces.append(part.text)
             if canvas is None:
-                sys.stdout.write(part.text)
+                write(part.text)
                 sys.stdout.flush()
             elif part.canvas is not None:
                 canvas.show(part.canvas)
     if conversation.shows_canvas:
-        sys.stdout.write("".join(pieces))
+        write("".join(pieces))
     cost = describe(usage, time.monotonic() - started, first_text_s if conversation.stream else None)
     return "".join(pieces), cost
+
+
+def write(text: str) -> None:
+    """Write text of the model or of a file to standard output: whole, but for a terminal without control characters."""
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
 
 
 def answer(text: str, conversation: Conversation, arguments: argparse.Namespace, notes: Console, again: bool) -> None:
@@ -223,7 +230,7 @@ def answer(text: str, conversation: Conversation, arguments: argparse.Namespace,
     sys.stdout.write("\n")
     sys.stdout.flush()
     if arguments.show_meta:
-        notes.print(cost, style="dim", markup=False, highlight=False, soft_wrap=True)
+        note(notes, cost)
 
 
 def fill(conversation: Conversation, arguments: argparse.Namespace, notes: Console) -> None:
@@ -232,30 +239,26 @@ def fill(conversation: Conversation, arguments: argparse.Namespace, notes: Conso
     Raises:
         UserError: the file cannot be read or written, or its gaps make no sense.
     """
+    path = Path(arguments.infill)
+    before = path.read_bytes() if arguments.write and path.is_file() else None
     pieces, lengths = gapped_text(arguments)
     if arguments.write:
         conversation.stream = conversation.shows_canvas
         with contextlib.redirect_stdout(io.StringIO()):
             filled, cost = show(conversation.fill(pieces, lengths), conversation, notes)
-        _replace(Path(arguments.infill), pieces[0] + filled + pieces[-1])
+        try:
+            if path.read_bytes() != before:
+                raise UserError(f"--write {path}: the file has changed in the meantime, and stays as it is now")
+            replace(path, (pieces[0] + filled + pieces[-1]).encode())
+        except OSError as error:
+            raise UserError(f"--write {path}: {error.strerror}") from error
     else:
-        sys.stdout.write(pieces[0])
+        write(pieces[0])
         _, cost = show(conversation.fill(pieces, lengths), conversation, notes)
-        sys.stdout.write(pieces[-1])
+        write(pieces[-1])
         sys.stdout.flush()
     if arguments.show_meta:
-        notes.print(cost, style="dim", markup=False, highlight=False, soft_wrap=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Put a text into a file's place, whole or not at all."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as new:
-            new.write(text.encode())
-        shutil.copymode(path, new.name)
-        os.replace(new.name, path)
-    except OSError as error:
-        raise UserError(f"--write {path}: {error.strerror}") from error
+        note(notes, cost)
 
 
 def explain(error: Exception, base_url: str) -> str:
@@ -328,7 +331,7 @@ def talk(conversation: Conversation, arguments: argparse.Namespace, notes: Conso
     if sys.stdin.isatty():
         session = PromptSession(history=open_history(arguments, notes))
         hello = f"{conversation.model} at {base_url}; /help lists the commands"
-        notes.print(hello, style="dim", markup=False, highlight=False)
+        note(notes, hello)
     failed = False
     for text in read_messages(session):
         try:
@@ -340,20 +343,18 @@ def talk(conversation: Conversation, arguments: argparse.Namespace, notes: Conso
                 if outcome.is_end:
                     break
                 if outcome.says:
-                    notes.print(outcome.says, style="dim", markup=False, highlight=False, soft_wrap=True)
+                    note(notes, outcome.says)
                 ask, again = outcome.ask_again, True
             if ask is not None:
                 answer(ask, conversation, arguments, notes, again)
         except (argparse.ArgumentTypeError, UserError) as error:
             failed = failed or not isinstance(error, UserError)
-            notes.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            note(notes, f"error: {error}", "red")
         except (openai.OpenAIError, httpx.HTTPError) as error:
             failed = True
-            notes.print(
-                f"error: {explain(error, base_url)}", style="red", markup=False, highlight=False, soft_wrap=True
-            )
+            note(notes, f"error: {explain(error, base_url)}", "red")
         except KeyboardInterrupt:
-            notes.print("\ninterrupted", style="dim")
+            note(notes, "\ninterrupted")
             if session is None:
                 return INTERRUPTED
     return 1 if failed and session is None else 0
@@ -387,10 +388,10 @@ def main(arguments: list[str] | None = None) -> int:
         fill(conversation, args, notes)
         return 0
     except (openai.OpenAIError, httpx.HTTPError) as error:
-        notes.print(f"error: {explain(error, base_url)}", style="red", markup=False, highlight=False, soft_wrap=True)
+        note(notes, f"error: {explain(error, base_url)}", "red")
         return 1
     except UserError as error:
-        notes.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        note(notes, f"error: {error}", "red")
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED

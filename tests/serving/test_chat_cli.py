@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import io
+import json
 import os
 import pty
 import re
@@ -22,6 +23,7 @@ from rich.console import Console
 from coda_serving.chat.canvas import CanvasDisplay
 from coda_serving.chat.commands import run_command
 from coda_serving.chat.conversation import Conversation
+from coda_serving.chat.terminal import harmless
 from CoDALanguageModel.errors import UserError
 
 CLI = Path(__file__).resolve().parents[2] / "serving/fast-api/chat_cli.py"
@@ -173,6 +175,9 @@ def conversation(**fields):
         ("/retry", "/retry: nothing was asked yet"),
         ("/save", "/save: needs the name of a file"),
         ("/load /no/such/file", "/load: /no/such/file: No such file or directory"),
+        ("/save ~nobody-of-this-name/x", "/save: ~nobody-of-this-name/x: Could not determine home directory"),
+        ("/load a\0b", "/load: needs the name of a file"),
+        ("/load /dev/null", "/load: /dev/null is no saved conversation: it is no file"),
         ("/hlp", "unknown command /hlp; did you mean /help?; /help lists them"),
     ],
 )
@@ -206,11 +211,52 @@ def test_a_conversation_is_saved_and_gone_on_with_and_no_other_file_is_overwritt
     program.write_text("print()\n")
     with pytest.raises(UserError, match="is no saved conversation, and stays as it is"):
         run_command(f"/save {program}", held)
-    for wrong in ("[]", "{}", '{"messages": [{"role": "assistant", "content": "a"}]}', "print()"):
+    half = '{"system": "\\udc80", "messages": []}'
+    deep = "[" * 100_000
+    for wrong in ("[]", "{}", '{"messages": [{"role": "assistant", "content": "a"}]}', "print()", half, deep):
         program.write_text(wrong)
         with pytest.raises(UserError, match="/load: .* is no saved conversation"):
             run_command(f"/load {program}", other)
     assert other.turns == turns
+    program.write_text('{"messages": []}')
+    assert run_command(f"/load {program}", other).says == "0 messages; system: (none)"
+
+
+def test_a_saved_conversation_that_cannot_be_written_anew_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "talk.json"
+    held = conversation(system="Be odd.")
+    run_command(f"/save {path}", held)
+    saved = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left", str(path))))
+    with pytest.raises(UserError, match="No space left"):
+        run_command(f"/save {path}", held)
+    assert path.read_bytes() == saved
+    assert list(tmp_path.iterdir()) == [path]
+
+
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\b\rname\n"
+
+
+def test_nothing_that_others_say_controls_a_terminal(ask, serving_fakes, monkeypatch, tmp_path):
+    """Answers, errors of the server and files; into a file or a pipe an answer goes as it is."""
+    sampler = serving_fakes.FakeSampler(script=lambda request: ESCAPES.encode())
+    (tmp_path / "talk").write_text(json.dumps({"system": ESCAPES, "messages": []}))
+    (tmp_path / "prog").write_text(f"{ESCAPES}<gap:2>")
+    with serving_fakes.served(serving_fakes.make_app(sampler)) as url:
+        runs = [(b"hello",), (b"hello", "--stream"), (b"", "--infill", str(tmp_path / "prog"))]
+        assert ESCAPES in ask(url, *runs[0])[1]
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        for run in [*runs, (b"hello", "--model", ESCAPES), (f"/load {tmp_path}/talk\n".encode(),)]:
+            _, out, notes = ask(url, *run)
+            assert "owned" in out + notes
+            assert all(sign.isprintable() or sign in "\n\ufffd" for sign in out + notes)
+
+
+def test_what_is_no_file_of_the_history_keeps_its_mode(ask, monkeypatch):
+    changed = []
+    monkeypatch.setattr(os, "fchmod", lambda *arguments: changed.append(arguments))
+    sys.modules["chat_cli"].PrivateHistory(Path(os.devnull)).append_string("hello")
+    assert changed == []
 
 
 def infilled(server, pieces, **fields):
@@ -231,12 +277,32 @@ def test_the_gaps_of_a_file_are_filled_and_printed_or_written(ask, live_server, 
     assert path.read_bytes() == expected.encode()
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert list(tmp_path.iterdir()) == [path]
-    path.write_text("one\ntwo\nthree\nfour\n")
+    link = tmp_path / "link"
+    link.symlink_to("prog.py")
+    path.write_text("a<gap:3>b")
+    assert ask(live_server.url, b"", "--infill", str(link), "--write")[:2] == (0, "")
+    assert link.is_symlink()
+    assert path.read_text() == infilled(live_server, ["a", "b"], lengths=[3])
+    path.write_text("one\f\u2028\ntwo\nthree\nfour\n")
     _, out, notes = ask(
         live_server.url, b"", "--infill", str(path), "--lines", "2-3", "--max-tokens", "8", "--show-meta"
     )
-    assert out == infilled(live_server, ["one\n", "\nfour\n"])
+    assert out == infilled(live_server, ["one\f\u2028\n", "\nfour\n"])
     assert re.search(r"\[\d+\.\d\d s, \d+ prompt tokens", notes)
+
+
+def test_a_file_that_changes_while_its_gaps_are_filled_is_not_overwritten(ask, serving_fakes, tmp_path):
+    path = tmp_path / "prog.py"
+    path.write_text("a<gap:2>")
+
+    def script(request):
+        path.write_text("edited")
+        return b"xy"
+
+    with serving_fakes.served(serving_fakes.make_app(serving_fakes.FakeSampler(script=script))) as url:
+        status, _, notes = ask(url, b"", "--infill", str(path), "--write")
+    assert (status, path.read_text()) == (2, "edited")
+    assert "the file has changed in the meantime" in notes
 
 
 @pytest.mark.parametrize(
@@ -425,10 +491,11 @@ def test_at_a_terminal_the_canvas_is_shown_and_then_the_answer(live_server, tmp_
     terminal.type(b"hello\r")
     terminal.until(b"step 0, 16 of 16 open")
     terminal.until(b" forwards (")
+    terminal.until(PROMPT)  # until then the terminal itself would take the key
     terminal.type(b"\x04")
     assert terminal.end() == 0
     assert "\u2591" in terminal.seen.decode(errors="replace")
     expected = answer_of(live_server, [{"role": "user", "content": "hello"}], max_tokens=16)
-    plain = expected.encode().replace(b"\n", b"\r\n")
+    plain = harmless(expected).encode().replace(b"\n", b"\r\n")
     assert plain in terminal.seen
     assert not (tmp_path / "coda").exists()

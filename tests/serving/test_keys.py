@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,21 @@ def test_a_start_with_a_broken_file_ends_and_says_why_but_shows_no_line(file, mo
     assert "secret" not in told
 
 
+def test_a_file_that_the_system_does_not_let_see_is_told_like_any_other(file, monkeypatch, caplog):
+    """A folder that is closed to the server, a name that is too long."""
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        Keys(path=file.with_name("x" * 300))
+    keys = Keys(path=file)
+
+    def refused(path, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", refused)
+    assert keys.caller([b"sec0nd"]) == "bob.2"
+    assert "cannot be read: Permission denied; the 4 keys of before stay valid" in caplog.text
+    assert not keys.is_file_valid
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="there is no such file"):
@@ -132,6 +148,22 @@ def test_a_file_that_breaks_keeps_the_old_keys_and_says_so_once_and_loudly(serve
     assert "line 1 must be KEY or NAME:KEY" in told[0][1]
     assert "there is no such file; the 4 keys of before stay valid" in told[1][1]
     assert "secret" not in str(told)
+
+
+def test_what_a_proxy_calls_an_address_cannot_forge_the_log(serve, caplog):
+    caplog.set_level(logging.INFO, "coda_serving.observe")
+
+    async def call(app, client):
+        scope = {"type": "http", "method": "GET", "path": "/health", "headers": [], "client": client}
+        await app(scope | {"query_string": b""}, None, lambda message: asyncio.sleep(0))
+
+    async def test(client):
+        for name in ("2001:db8::1", "x alice GET / 200\x9b31m"):
+            await call(client._transport.app, (name, 1))
+
+    serve(test)
+    told = [record.getMessage().rpartition(" - GET ")[0] for record in caplog.records]
+    assert told == ["2001:db8::1", "x%20alice%20GET%20/%20200%C2%9B31m"]
 
 
 def test_logs_and_metrics_name_the_caller_and_never_show_a_key(serve, file, caplog):

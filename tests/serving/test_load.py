@@ -6,6 +6,7 @@ import gc
 import json
 import random
 import resource
+import signal
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ import uvicorn
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 
+from coda_serving import __main__ as program
 from coda_serving.__main__ import Server, answering, bind, check_defaults
 from coda_serving.app import Service, build_app
 from coda_serving.engine import Engine
@@ -301,3 +303,21 @@ def test_while_the_model_is_loaded_the_port_answers_503():
     # The port still listens: who comes between the two servers is answered by the second.
     socket.create_connection(listener.getsockname(), 5).close()
     listener.close()
+
+
+def test_the_first_process_of_a_container_ends_also_while_the_model_is_loaded(serving_fakes, monkeypatch):
+    """The system passes a signal to such a process only if it handles it."""
+
+    def load_app(settings):
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the signal was ignored")
+
+    monkeypatch.setattr(program, "load_app", load_app)
+    monkeypatch.setattr(program.os, "getpid", lambda: 1)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as end:
+            program.serve(serving_fakes.make_settings(port=serving_fakes.free_port()))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 0

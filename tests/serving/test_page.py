@@ -349,6 +349,28 @@ def test_a_fault_of_the_model_and_a_server_that_is_gone_are_said(visit, model, s
     page.get_by_text("The server cannot be reached. Is it still running?").wait_for()
 
 
+def test_a_connection_that_breaks_is_said_and_can_be_tried_again(visit, serving_fakes):
+    app = serving_fakes.make_app(serving_fakes.FakeSampler())
+    asked = []
+
+    async def breaking(scope, receive, send):
+        if scope.get("path") != "/v1/chat/completions" or asked.append(scope) or len(asked) > 1:
+            await app(scope, receive, send)
+            return
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+        raise RuntimeError("broken")
+
+    with serving_fakes.served(breaking) as url:
+        page = visit(url + "/")
+        page.locator("#set-steps").wait_for()
+        send(page)
+        page.get_by_role("alert").filter(has_text="The connection ended before the answer did.").wait_for()
+        page.get_by_role("button", name="Try again").click()
+        assert finished(page).locator(".canvas").inner_text() == "hello"
+
+
 def test_a_key_is_asked_for_once_and_kept_for_the_tab(visit, serving_fakes):
     with serving_fakes.served(serving_fakes.make_app(serving_fakes.FakeSampler(), api_key=KEY)) as url:
         page = visit(url + "/")

@@ -228,6 +228,23 @@ def test_a_flood_holds_another_caller_up_until_a_row_ends_and_its_own_requests_u
     assert max(wait for *_, wait in unfair[-4:]) > 300
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_ever_new_callers_neither_starve_one_that_came_before_nor_are_remembered(batch_size):
+    queue, running, begun, regular = scheduler(max_queue=100, max_batch_size=batch_size), {}, set(), []
+    for step in range(1000):
+        if step % 100 == 0:
+            regular.append(job())
+            queue.submit(regular[-1:], "regular")
+        if len(queue) < 40:  # more than are served by one place, as many as by four
+            queue.submit([job()], f"address {step}")
+        for one in queue.take(list(running)):
+            running[one] = 4
+            begun.add(one)
+        running = {one: left - 1 for one, left in running.items() if left > 1}
+        assert len(queue._callers) < 100
+    assert begun.issuperset(regular[:5])
+
+
 def test_with_seed_changes_nothing_else():
     request = job().request
     assert dataclasses.replace(request.with_seed(5), seed=0) == request

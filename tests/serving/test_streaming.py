@@ -1,11 +1,15 @@
 """Server-sent events: OpenAI's shape, and the text of the plain answer."""
 
+import asyncio
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coda_serving.engine import Answer
+from coda_serving.generation import Generation
+from coda_serving.scheduler import CanvasRequest
 from CoDALanguageModel.canvas_view import CanvasStep, Cell, rebuilt
 
 CODE = "\n\ndef f(x):\n\treturn  x   # two  spaces\n\n\n"
@@ -141,6 +145,43 @@ def test_a_canvas_is_not_computed_where_it_is_not_asked_for(serve, serving_fakes
     assert not seen
     assert '"canvas"' in serve(post(URL, **CHAT, **WITH_CANVAS)).text
     assert seen
+
+
+def test_a_slow_reader_gets_the_same_canvases_in_fewer_steps_and_they_are_not_all_kept(serving_fakes, monkeypatch):
+    sampler = serving_fakes.FakeSampler(script=lambda r: b"abc" * 30)
+    canvases = [
+        CanvasRequest(
+            prompt_ids=(1,), max_tokens=60 + i, shows_canvas=True, seed=i, options=serving_fakes.sampling_options()
+        )
+        for i in range(2)
+    ]
+
+    async def read(is_slow):
+        engine = serving_fakes.make_engine(sampler, serving_fakes.make_settings())
+        generation = Generation(engine, [[canvas] for canvas in canvases], 60)
+        engine.start()
+        while is_slow and not all(job.done for job in generation._jobs):
+            await asyncio.sleep(0.01)
+        unread = sum(
+            len(event.canvas.cells) for events in generation._unread.values() for event in events if event.canvas
+        )
+        steps, texts, answers = [[], []], ["", ""], {}
+        async for index, event in generation.events():
+            if isinstance(event, Answer):
+                answers[index] = event
+            else:
+                steps[index].append(event.canvas)
+                texts[index] += event.text
+        await asyncio.to_thread(engine.stop)
+        assert texts == [answers[i].text for i in range(2)]
+        return [rebuilt(shown) for shown in steps], texts, [len(shown) for shown in steps], unread
+
+    expected, texts, _, _ = asyncio.run(read(False))
+    monkeypatch.setattr("coda_serving.generation.MOST_UNREAD_CELLS", 100)
+    canvas, same_texts, numbers, unread = asyncio.run(read(True))
+    assert (canvas, same_texts) == (expected, texts)
+    assert unread <= 100 + 2 * 61
+    assert all(3 < number < 60 for number in numbers)
 
 
 def test_of_lengths_that_compete_the_best_canvas_comes_whole(serve, serving_fakes):

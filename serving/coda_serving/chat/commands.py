@@ -120,17 +120,22 @@ def _undo(argument: str, conversation: Conversation) -> Outcome:
     return Outcome(f"taken back: {first[:60]}{'...' if rest or len(first) > 60 else ''}")
 
 
-def _save(argument: str, conversation: Conversation) -> Outcome:
-    if not argument:
+def _file(argument: str) -> Path:
+    if not argument or "\0" in argument:
         raise UserError("needs the name of a file")
-    conversation.save(Path(argument).expanduser())
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError as error:  # ~NAME of nobody
+        raise UserError(f"{argument}: {error}") from error
+
+
+def _save(argument: str, conversation: Conversation) -> Outcome:
+    conversation.save(_file(argument))
     return Outcome(f"{len(conversation.turns)} messages are in {argument}")
 
 
 def _load(argument: str, conversation: Conversation) -> Outcome:
-    if not argument:
-        raise UserError("needs the name of a file")
-    conversation.load(Path(argument).expanduser())
+    conversation.load(_file(argument))
     return Outcome(f"{len(conversation.turns)} messages; system: {conversation.system or '(none)'}")
 
 

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import openai
 
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, half_surrogate
+
+from .files import replace
 
 
 class Part(NamedTuple):
@@ -80,13 +82,16 @@ class Conversation:
             UserError: the file is there and is something else.
             OSError: it cannot be written.
         """
-        if path.exists():
-            try:
-                _read(path)
-            except UserError as error:
-                raise UserError(f"{path} is no saved conversation, and stays as it is") from error
         told = {"model": self.model, "system": self.system, "settings": self.settings, "messages": self.turns}
-        path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        content = (json.dumps(told, indent=1) + "\n").encode()
+        if not path.exists():
+            path.write_bytes(content)
+            return
+        try:
+            _read(path)
+        except UserError as error:
+            raise UserError(f"{path} is no saved conversation, and stays as it is") from error
+        replace(path, content)
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation; the model and the settings stay those of now.
@@ -96,7 +101,7 @@ class Conversation:
             OSError: it cannot be read.
         """
         saved = _read(path)
-        self.system, self.turns = saved["system"], saved["messages"]
+        self.system, self.turns = saved.get("system"), saved["messages"]
 
     def _parts(
         self, create: Any, text_of: Any, *, extra: dict[str, Any] | None = None, **fields: Any
@@ -118,9 +123,11 @@ class Conversation:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a pipe could be waited for, and a device has no end
+        raise UserError(f"{path} is no saved conversation: it is no file")
     try:
         saved = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no saved conversation: {error}") from error
     turns = saved.get("messages") if isinstance(saved, dict) else None
     is_right = isinstance(turns, list) and all(
@@ -132,4 +139,6 @@ def _read(path: Path) -> dict[str, Any]:
     )
     if not is_right or len(turns) % 2 or not isinstance(saved.get("system"), str | None):
         raise UserError(f"{path} is no saved conversation: needs messages of user and assistant in turn, and system")
+    if any(half_surrogate(text) is not None for text in (saved.get("system") or "", *(t["content"] for t in turns))):
+        raise UserError(f"{path} is no saved conversation: it holds half of a surrogate pair, which is no character")
     return saved

@@ -47,7 +47,10 @@ async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true }; // the connection broke
+    });
     if (done) throw new ServerError({ message: "The connection ended before the answer did." });
     const frames = (rest + value).split("\n\n");
     rest = frames.pop();
