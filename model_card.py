@@ -184,6 +184,8 @@ SCORE_COLUMNS = ("task", "metric", "score", "95 % interval", "n", "settings", "i
 def _read_cards(file: Path, weights: Sequence[str]) -> list[Mapping[str, Any]]:
     try:
         cards = json.loads(file.read_text(encoding="utf-8"))
+        if not cards:
+            raise ValueError("it holds no score")
         for card in cards:
             _score(card)
             found = card["hashes"]["weights"]

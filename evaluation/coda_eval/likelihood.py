@@ -212,6 +212,7 @@ def _score(
     logits: Tensor = model(
         input_ids=clean.masked_fill(masked, config.mask_token_id).to(device),
         positions=(rows * longest + sources[rows, columns]).to(device),  # after a context: >= 0
+        return_dict=True,
         **rule,
     ).logits  # (N, V)
     log_probs = logits.float().log_softmax(dim=-1).cpu()

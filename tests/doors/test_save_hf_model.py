@@ -807,9 +807,10 @@ def test_scores_of_other_weights_and_files_of_another_kind_are_refused(adapted, 
     (adapted / "scores.json").write_text(json.dumps(cards))
     assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
     assert "coda_humaneval was scored with other weights or another configuration" in capsys.readouterr().err
-    (adapted / "scores.json").write_text(json.dumps({"results": {}}))
-    assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
-    assert "--scores must be a scores.json of evaluation, got" in capsys.readouterr().err
+    for other in ({"results": {}}, []):
+        (adapted / "scores.json").write_text(json.dumps(other))
+        assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
+        assert "--scores must be a scores.json of evaluation, got" in capsys.readouterr().err
     wrong = ("dataset: opencoder\n", "opencoder", "[1]", TUNING.replace("2.0e-05", "much"))
     for text in (*wrong, RUN.replace("weight: 2.0", "weight: [2]")):
         (adapted / "run_config.yaml").write_text(text)

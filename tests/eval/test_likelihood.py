@@ -25,7 +25,7 @@ class TableModel:
         table = np.random.default_rng(0).random((VOCAB,) * LENGTH)
         self.table = table / table.sum()
 
-    def __call__(self, input_ids, attention_mask, positions):
+    def __call__(self, input_ids, attention_mask, positions, return_dict):
         logits = torch.full((*input_ids.shape, 6), -1e9, dtype=torch.float64)
         for row, ids in enumerate(input_ids.tolist()):
             text = ids[len(CONTEXT) : len(CONTEXT) + LENGTH]
@@ -121,7 +121,7 @@ def draw(*lengths):
     return [rng.integers(4, 50, length).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("blocks", [{}, {"attention": "block_causal", "block_size": 5}])
+@pytest.mark.parametrize("blocks", [{"return_dict": False}, {"attention": "block_causal", "block_size": 5}])
 def test_bounds_do_not_depend_on_the_batch(make_model, blocks):
     model = make_model(**blocks)
     texts = draw(3, 2, 20, 5, 7, 9)
