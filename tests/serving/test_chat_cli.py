@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import stat
 import struct
 import subprocess
@@ -388,6 +389,12 @@ PROMPT = b"\x1b[?2004h"
 """Asks for pastes in brackets: the client waits for a message."""
 
 
+def take_terminal():
+    """In a new process: its standard input controls it, and Ctrl-C ends it, whatever the tests were started by."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Terminal:
     """The client in a terminal of its own."""
 
@@ -407,7 +414,7 @@ class Terminal:
             stderr=slave,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=take_terminal,
         )
         os.close(slave)
         self.seen = b""
