@@ -52,7 +52,8 @@ from CoDALanguageModel.conversion import (
 )
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.families import AUTOREGRESSIVE_TYPES, Family, family_of, find_mask_token, published_ends
-from CoDALanguageModel.weight_files import check_tokenizer, check_weights, read_json, refuse_not_finite, weight_files
+from CoDALanguageModel.run_files import read_json
+from CoDALanguageModel.weight_files import check_tokenizer, check_weights, refuse_not_finite, weight_files
 from model_card import LICENCE, Provenance, model_card, named_licence
 
 logger = logging.getLogger("save_hf_model")

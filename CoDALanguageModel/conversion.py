@@ -22,7 +22,8 @@ from .families import AUTOREGRESSIVE_TYPES, family_of
 from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from .modeling_coda import CoDALanguageModel
 from .prompts import CHATML_TEMPLATE
-from .weight_files import check_weights, read_json, refuse_not_finite, weight_files
+from .run_files import read_json
+from .weight_files import check_weights, refuse_not_finite, weight_files
 
 logger = logging.getLogger(__name__)
 

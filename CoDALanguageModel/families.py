@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_coda import CoDAConfig, token_ids
 from .errors import UserError
-from .weight_files import read_json
+from .run_files import read_json
 
 AUTOREGRESSIVE_TYPES = ("qwen3", "qwen2", "llama")
 

@@ -46,6 +46,7 @@ from .limits import Limits as Limits  # isort: skip
 from .orders import Order as Order  # isort: skip
 from .regular import Automaton as Automaton  # isort: skip
 from .row import Row as Row  # isort: skip
+from .run_files import read_json as read_json  # isort: skip
 from .schedule import Commit as Commit  # isort: skip
 from .scoring import Scorer as Scorer  # isort: skip
 from .speculation import Speculation as Speculation  # isort: skip

@@ -35,6 +35,22 @@ def write_whole(target: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def read_json(file: Path, remedy: str = "") -> dict[str, Any]:
+    """The object that a file of JSON holds.
+
+    Raises:
+        UserError: it is not valid, or holds something else; the message ends with the remedy.
+    """
+    remedy = remedy and f"; {remedy}"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of the JSON, or of its encoding
+        raise UserError(f"{str(file)!r} is not valid JSON: {error}{remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(file)!r} must hold a JSON object, got {type(content).__name__}{remedy}")
+    return content
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file; a last line that was not written completely is left out, with a warning.
 

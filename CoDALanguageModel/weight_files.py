@@ -3,7 +3,6 @@
 Not here: whether the weights fit a configuration (`modeling_coda` and `conversion` compare names and shapes).
 """
 
-import json
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import UserError
+from .run_files import read_json
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SINGLE_FILES, INDEX_SUFFIX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
@@ -107,21 +107,6 @@ def refuse_not_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise UserError(f"{what}: weights are not finite: {', '.join(broken[:3])}{more}")
-
-
-def read_json(file: Path) -> dict:
-    """The object that a file of JSON holds.
-
-    Raises:
-        UserError: it is not valid, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the JSON, or of its encoding
-        raise UserError(f"{str(file)!r} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(file)!r} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _starts_with(file: Path, start: bytes) -> bool:

@@ -35,6 +35,7 @@ import httpx
 import torch
 import uvicorn
 from generation import random_model, write_results
+from gpu.report import said_by
 from published_sampler import published_generate
 from rich.console import Console
 from rich.markdown import Markdown
@@ -540,10 +541,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error(f"--model must be a folder, got {options.model}: quickstart.sh makes it")
     where = [f"CPU {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", options.note]
     if options.against:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=options.against, capture_output=True, text=True
-        )
-        where.append(f"against is {head.stdout.strip() or 'another checkout'}")
+        head = said_by("git", "-C", str(options.against), "rev-parse", "--short", "HEAD")
+        where.append(f"against is {head or 'another checkout'}")
     stored = HERE / "serving.json"
     numbers = json.loads(stored.read_text()) if stored.is_file() and not options.tiny else {}
     benches: dict[str, Bench] = {}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import threading
 from itertools import groupby
 from pathlib import Path
@@ -77,6 +78,15 @@ class Report:
             if section.get("tail"):
                 lines += ["```text", *section["tail"], "```", ""]
         return lines
+
+
+def said_by(*command: str) -> str | None:
+    """What a command says of the machine; None where it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def tables(measurements: list[dict[str, Any]]) -> list[str]:

@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 import traceback
@@ -20,7 +19,7 @@ from generation import random_model
 
 from CoDALanguageModel import CoDALanguageModel
 
-from .report import RECORD
+from .report import RECORD, said_by
 
 TINY = {
     "vocab_size": 512,
@@ -174,7 +173,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    found["commit"] = os.environ.get("CODA_COMMIT") or _output("git", "rev-parse", "HEAD")
+    found["commit"] = os.environ.get("CODA_COMMIT") or said_by("git", "rev-parse", "HEAD")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= {
@@ -182,16 +181,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             "memory_gib": properties.total_memory / 2**30,
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     else:
         found["card"] = f"none: CPU {platform.machine()}"
     return found
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -3,13 +3,12 @@
 import json
 import os
 import platform
-import subprocess
 import textwrap
 import threading
 from pathlib import Path
 from typing import Any
 
-from gpu.report import RECORD, tables
+from gpu.report import RECORD, said_by, tables
 
 from CoDALanguageModel.run_files import write_whole
 
@@ -114,18 +113,10 @@ def shown(facts: dict[str, Any]) -> dict[str, Any]:
 
 def machine() -> str:
     """What a stage runs on."""
-    card = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    commit = _output("git", "describe", "--always", "--dirty")
+    card = said_by("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    commit = said_by("git", "describe", "--always", "--dirty")
     cores = len(os.sched_getaffinity(0))
     return f"{card or 'CPU ' + platform.machine()}, {cores} cores, commit {commit}"
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def markdown(models: dict[str, dict[str, Any]]) -> list[str]:

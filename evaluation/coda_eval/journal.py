@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.run_files import write_whole
+from CoDALanguageModel.run_files import read_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -203,15 +203,11 @@ def _model_folder(name: str, revision: str, subfolder: str) -> Path:
 
 def _read_hashes(store: Path) -> dict[str, list[Any]]:
     """The hashes of files that a run's folder keeps: [size, time of change, hash] by path."""
-    try:
-        known = json.loads(store.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{store} is not JSON: {error}; remove it, and the files are hashed again") from error
-    if not isinstance(known, dict):
-        raise UserError(f"{store} must hold an object, got {json.dumps(known)[:80]}; remove it")
+    remedy = "remove it, and the files are hashed again"
+    known = read_json(store, remedy)
     for path, facts in known.items():
         if not isinstance(facts, list) or [*map(type, facts)] != [int, int, str]:
-            raise UserError(f"{store}: {path!r} must have [size, time of change, hash], got {facts!r:.80}; remove it")
+            raise UserError(f"{store}: {path!r} must have [size, time of change, hash], got {facts!r:.80}; {remedy}")
     return known
 
 

@@ -28,6 +28,7 @@ from coda_eval.journal import COMMAND, Journal
 from coda_eval.programs import Answer
 from coda_eval.run import check_tasks, run_tasks
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import read_json
 
 
 class JournalLM(LM):
@@ -99,12 +100,7 @@ def read_command(folder: Path) -> dict[str, Any]:
     path, mend = folder / COMMAND, "the run's own command with --resume writes it anew"
     if not path.is_file():
         raise UserError(f"no {COMMAND} in {str(folder)!r}: give the --output_path of a run")
-    try:
-        command = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}; {mend}") from error
-    if not isinstance(command, dict):
-        raise UserError(f"{path} must hold an object, got {json.dumps(command)[:80]}; {mend}")
+    command = read_json(path, mend)
     for name, kind in _FACTS.items():
         if not isinstance(command.get(name), kind):
             raise UserError(f"{path}: {name} must be a {kind.__name__}, got {command.get(name)!r:.80}; {mend}")

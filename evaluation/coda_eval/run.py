@@ -43,7 +43,7 @@ from coda_eval.report import write_scores
 from CoDALanguageModel.decoding_settings import offered
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import bootstrap_interval
-from CoDALanguageModel.run_files import write_whole
+from CoDALanguageModel.run_files import read_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -195,15 +195,15 @@ def resumed_name(folder: Path, said: dict[str, Any]) -> str:
     What a resumption that was killed has not come to is then still there to be judged.
     """
     try:
-        last = json.loads((folder / COMMAND).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it is written anew
-        last = None
+        last = read_json(folder / COMMAND)
+    except (OSError, UserError):  # it is written anew
+        last = {}
 
     def asked(command: dict[str, Any]) -> Any:
         arguments = {k: v for k, v in command["arguments"].items() if k not in ("batch_size", "max_batch_size")}
         return [command.get(fact) for fact in _ASKED], arguments
 
-    is_same = isinstance(last, dict) and isinstance(last.get("arguments"), dict) and asked(last) == asked(said)
+    is_same = isinstance(last.get("arguments"), dict) and asked(last) == asked(said)
     return str(last["name"]) if is_same and "name" in last else uuid.uuid4().hex
 
 

@@ -319,15 +319,15 @@ def test_a_killed_resumption_leaves_the_answers_of_its_command_to_be_judged(eval
 
 WRONG = {
     "command.json": [
-        ("[]", r"command.json must hold an object, got \[\]"),
+        ("[]", "command.json' must hold a JSON object, got list"),
         ('{"name": 1}', "command.json: name must be a str, got 1"),
         (lambda command: command | {"tasks": [3]}, r"command.json: tasks\[0\] must be a text, got 3"),
         (lambda command: command | {"arguments": {"mode": 1}}, "command.json: arguments has unknown names: mode"),
         (lambda command: command | {"data": ["x"]}, "command.json: data must be a text, got"),
     ],
     "hashes.json": [
-        ("{", "hashes.json is not JSON: .*; remove it, and the files are hashed again"),
-        ("[]", r"hashes.json must hold an object, got \[\]"),
+        ("{", "hashes.json' is not valid JSON: .*; remove it, and the files are hashed again"),
+        ("[]", "hashes.json' must hold a JSON object, got list"),
         ('{"x": [1, 2]}', r"hashes.json: 'x' must have \[size, time of change, hash\], got \[1, 2\]"),
     ],
 }
@@ -352,7 +352,7 @@ def test_judge_and_resume_say_what_is_missing(evaluation, tmp_path, data_dir):
     assert evaluation(output, tasks="quickstart_infill") == ""
     said = (output / "command.json").read_bytes()
     (output / "command.json").write_text("{")
-    assert "command.json is not JSON" in evaluation.judge(output)
+    assert "command.json' is not valid JSON" in evaluation.judge(output)
     (output / "command.json").write_bytes(said)
     lines = (output / "journal_rank0.jsonl").read_bytes().splitlines(keepends=True)
     (output / "journal_rank0.jsonl").write_bytes(b"".join(lines[:-1]))

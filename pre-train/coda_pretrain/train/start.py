@@ -23,7 +23,8 @@ from CoDALanguageModel.diffusion import named_rng
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.families import FAMILIES, family_of, published_ends
 from CoDALanguageModel.noise import Blocks, blocks_to_train
-from CoDALanguageModel.weight_files import check_tokenizer, read_json, refuse_not_finite
+from CoDALanguageModel.run_files import read_json
+from CoDALanguageModel.weight_files import check_tokenizer, refuse_not_finite
 
 from ..config import ModelConfig, RunConfig
 from ..data.tokenization import load_tokenizer
