@@ -86,7 +86,7 @@ for auto_class in (AutoModel, AutoModelForCausalLM):
     model = auto_class.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
     types.append([type(model).__name__, str(model.dtype)])
     with torch.no_grad():
-        logits[auto_class.__name__] = model.float()(input_ids=ids).logits
+        logits[auto_class.__name__] = model.float()(input_ids=ids, return_dict=True).logits
 save_file(logits, outputs)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # it needs no code of the folder
 names = ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids")
@@ -212,8 +212,12 @@ def check_source(
         place = torch.arange(ids.shape[1]) // (block_size or ids.shape[1])
     allowed = (place[:, None] >= place).expand(len(ids), 1, -1, -1)
     knows_rule = block_size == 1 or not family.is_autoregressive
-    found = model(input_ids=ids, attention_mask=None if knows_rule else allowed).logits[..., :vocab_size]
-    expected = source(input_ids=ids, attention_mask=None if family.is_autoregressive else allowed).logits
+    found = model(input_ids=ids, attention_mask=None if knows_rule else allowed, return_dict=True).logits[
+        ..., :vocab_size
+    ]
+    expected = source(
+        input_ids=ids, attention_mask=None if family.is_autoregressive else allowed, return_dict=True
+    ).logits
     seen = Agreement.of(found, expected)
     if not seen.is_equal:
         raise UserError(f"the logits differ from the source's under {rule}; nothing written: {seen}")
@@ -231,12 +235,12 @@ def round_weights(model: CoDALanguageModel, dtype: torch.dtype) -> None:
         return
     ids = masked_input(model)
     with torch.no_grad():
-        before = model(input_ids=ids).logits
+        before = model(input_ids=ids, return_dict=True).logits
         cast_weights(model, dtype)
         name = str(dtype).removeprefix("torch.")
         refuse_not_finite(model.named_parameters(), f"--dtype {name} ends at {torch.finfo(dtype).max:.3g}")
         cast_weights(model, torch.float32)
-        logger.info("rounded to %s: %s", name, Agreement.of(model(input_ids=ids).logits, before))
+        logger.info("rounded to %s: %s", name, Agreement.of(model(input_ids=ids, return_dict=True).logits, before))
     cast_weights(model, dtype)
 
 
@@ -277,7 +281,7 @@ def check_folder(folder: Path, model: CoDALanguageModel, tokenizer: PreTrainedTo
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         ids = masked_input(model)
         cast_weights(model, torch.float32)
-        expected = model(input_ids=ids).logits
+        expected = model(input_ids=ids, return_dict=True).logits
         cast_weights(model, dtype)
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({"input_ids": ids}, inputs)

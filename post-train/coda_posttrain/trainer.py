@@ -387,7 +387,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
             rule = Visibility(*(inputs[name] for name in Visibility._fields))
             others = {name: x for name, x in inputs.items() if name not in (*Visibility._fields, "attention_mask")}
             inputs = {**others, "visibility": rule, "doubled": True}
-        outputs = model(**inputs)
+        outputs = model(**inputs, return_dict=True)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

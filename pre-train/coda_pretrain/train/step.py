@@ -199,7 +199,7 @@ class StepFunctions:
         inputs = {name: batch[name] for name in MODEL_INPUTS}
         inputs["visibility"] = Visibility(batch["segment_ids"], *(batch.get(name) for name in RULE_ARRAYS))
         with self._backend.autocast():
-            return self.model(batch["noised_ids"], doubled=self._doubled, **inputs).loss
+            return self.model(batch["noised_ids"], doubled=self._doubled, return_dict=True, **inputs).loss
 
     def _accumulate_gradients(self, batch: dict[str, Tensor]) -> Tensor:
         loss = self._forward(batch)
