@@ -90,7 +90,7 @@ with_progress() {
     wait "$pid" || status=$?
     trap - INT TERM
     if [ "$status" -ne 0 ]; then
-        tail -n 25 "$log" >&2
+        tail -n 25 "$log" | cut -c 1-500 >&2
         fail "installation failed (exit $status); the whole output is in $log"
     fi
 }
@@ -128,6 +128,9 @@ if [ ! -e "$venv" ]; then
 fi
 touch "$venv/.installing"
 rm -f "$venv/.complete"
+# Said before the minutes of downloads: 9 GB stay, and about 4 GB of packages lie in the temporary folder meanwhile.
+free_gb=$(df -Pk "$venv" | awk 'NR == 2 { print int($4 / 1048576) }')
+[ "$free_gb" -ge 13 ] || printf 'note: %d GB are free for %s; installing may need 13 GB\n' "$free_gb" "$venv"
 printf 'installing coda-lm[%s] with the versions of %s\n' "$extra" "$(basename "$constraints")"
 # Byte code is compiled on first use: compiling all of it here takes longer than all tests need.
 command=("$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off --no-compile)
