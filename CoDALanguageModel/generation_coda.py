@@ -242,8 +242,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         if config.output_scores:
             scores, commit_steps = torch.zeros(canvas.shape, device=canvas.device), torch.full_like(canvas, -1)
         for row, i in place.items():
-            cost.add(row.cost)
-            num_forwards[i], tokens_per_forward[i] = row.cost.forwards, row.cost.tokens_per_forward
+            cost.add(spent := row.spent())
+            num_forwards[i], tokens_per_forward[i] = spent.forwards, spent.tokens_per_forward
             if scores is not None:
                 scores[i], commit_steps[i] = row.log_probability, canvas.new_tensor(row.commit_steps)
         return DiffusionGenerationOutput(
@@ -296,7 +296,6 @@ def _stop(
             if end > row.prompt_length and bool(criteria(inputs.new_tensor([row.ids[:end]]), None)):
                 row.end, row.reason = end, "stop"
                 decoding.drop(row)
-                row.leave()
                 break
 
 

@@ -7,7 +7,7 @@ import copy
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from operator import attrgetter
@@ -512,9 +512,12 @@ class Row:
 
     def leave(self) -> None:
         """The row is decoded no more."""
-        mask = self.config.mask_token_id
         self.is_present = False
-        self.cost.tokens_committed = sum(self.ids[gap] != mask for gap in self.gaps if gap < self.end)
+
+    def spent(self) -> DecodingCost:
+        """What it cost so far: `cost` with the tokens that stand in the gaps now."""
+        mask = self.config.mask_token_id
+        return replace(self.cost, tokens_committed=sum(self.ids[gap] != mask for gap in self.gaps if gap < self.end))
 
     def text_ids(self) -> list[int]:
         """The canvas with the pad token behind the end of its answer."""

@@ -105,7 +105,7 @@ class _Running:
             return None
         answer = Answer(reading.text)
         answer.new_tokens, answer.generation_s = reading.num_tokens, round(self.seconds, 4)
-        answer.forwards, answer.cost = self.row.cost.forwards, self.row.cost.as_dict()
+        answer.forwards, answer.cost = self.row.cost.forwards, self.row.spent().as_dict()
         answer.seed = self.job.seed
         if self.job.rivals:  # the rule of `CoDALanguageModel.infilling`: the mean over all that was filled in
             answer.nats = float(self.row.log_probability[self.job.gap].mean())

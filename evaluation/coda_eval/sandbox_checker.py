@@ -54,7 +54,8 @@ class Client:
                     names, text, code = self.codec.decode(parts[0])
                     if type(names) is not list or {*map(type, names), type(text)} != {str}:
                         raise Gone("sent what is no answer")
-                    raise rebuild((names, text, code if type(code) in (int, str) else None))
+                    raised = rebuild((names, text, code if type(code) in (int, str) else None))
+                    break
                 else:
                     raise Gone("sent what is no answer")
         except (Uncarried, IndexError) as error:
@@ -63,6 +64,7 @@ class Client:
         except Gone as error:
             self.broken = str(error)
             raise
+        raise raised  # behind the try, which would take the candidate's own IndexError for a broken line
 
     def _called_back(self, parts):
         number, positional, named = self.codec.decode(parts[0])

@@ -240,6 +240,16 @@ def test_all_regimes_are_scored_and_their_cost_is_recorded(model_dir, settings):
         assert (answer.cost["cache_refreshes"] > 0) == ("kv_cache" in settings)
 
 
+def test_an_answer_that_a_stop_string_ends_tells_the_tokens_that_it_committed(model_dir):
+    model = load(model_dir, batch_size=1, temperature=1.0, block_length=1)
+    whole = model.generate_until([request({"task_id": "p/0"}, "x = 1\n")], True)[0]
+    assert len(whole) > 2
+    cut = model.generate_until([request({"task_id": "p/0"}, "x = 1\n", until=[whole[1]])], True)[0]
+    assert len(cut) <= 1
+    assert 0 < cut.cost["tokens_committed"] <= whole.cost["tokens_committed"]
+    assert cut.cost["tokens_per_forward"] == cut.cost["tokens_committed"] / cut.cost["rows_evaluated"] > 0
+
+
 def test_answers_match_the_expression_that_is_set(model_dir):
     asked = [request({"task_id": f"p/{n}"}, "x = 1\n" * (n + 1)) for n in range(3)]
     answers = load(model_dir, batch_size=2, regex="[ab]{3,5}").generate_until(asked, True)

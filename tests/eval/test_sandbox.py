@@ -131,6 +131,13 @@ RIGHT = {
         "try:\n    f(-1)\n    raise AssertionError\nexcept ValueError as e:\n    assert str(e) == 'negative'\n"
         "try:\n    f(1)\n    raise AssertionError\nexcept KeyError: pass",
     ),
+    "raises what any of the machinery could": (
+        "import builtins\ndef f(name): raise getattr(builtins, name)('text')",
+        "for kind in (IndexError, KeyError, AttributeError, TypeError, ValueError, OSError, BrokenPipeError,\n"
+        "             EOFError, StopIteration, RecursionError, NotImplementedError, UnicodeError, MemoryError):\n"
+        "    try:\n        f(kind.__name__)\n        raise SystemExit('nothing was raised')\n"
+        "    except kind as e:\n        assert type(e).__name__ == kind.__name__ and 'text' in str(e)",
+    ),
     "function as an argument": (
         "def f(g, xs): return [g(x) for x in xs]",
         "assert f(lambda x: x + 1, [1, 2]) == [2, 3]\nassert f(str, [1]) == ['1']\n"
