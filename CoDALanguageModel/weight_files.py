@@ -1,4 +1,4 @@
-"""What is wrong with the files of a checkpoint, said in one line before a loader falls over them.
+"""What is wrong with the files of a checkpoint, said in one line before or where a loader falls over them.
 
 Not here: whether the weights fit a configuration (`modeling_coda` and `conversion` compare names and shapes).
 """
@@ -6,10 +6,12 @@ Not here: whether the weights fit a configuration (`modeling_coda` and `conversi
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from .errors import UserError
 from .run_files import read_json
@@ -30,6 +32,19 @@ def check_tokenizer(folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             refuse_pointer(folder / name)
+
+
+def read_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder or of the Hub; no code of its own is run.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    check_tokenizer(Path(folder))
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask at the terminal
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no tokenizer can be loaded: {error}") from error
 
 
 def check_weights(folder: Path, gguf_file: str | None = None) -> None:
