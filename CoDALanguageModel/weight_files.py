@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from .errors import UserError
-from .run_files import read_json
+from .run_files import LFS_POINTER, read_json
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SINGLE_FILES, INDEX_SUFFIX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
 QUANTISED = ("I8", "U8", "F8", "F6", "F4")
 """Starts of the names that safetensors has for numbers of at most 8 bits, which mean nothing without their scales."""

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
-from CoDALanguageModel.conversion import complete_tokenizer
+from CoDALanguageModel.conversion import DTYPES, complete_tokenizer
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.weight_files import read_tokenizer, refuse_not_finite
 
@@ -29,7 +29,6 @@ from .checkpoint import committed_checkpoints, intact_checkpoint, step_folder, s
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_NAMES = {"model": ("model.", ""), "ema": ("optim.", ".ema")}
 """Prefix and suffix of the names of tensors in a checkpoint."""
 
