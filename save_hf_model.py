@@ -44,6 +44,7 @@ from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGeneration
 from CoDALanguageModel.configuration_coda import ATTENTIONS, BLOCK_ORIGINS, token_ids
 from CoDALanguageModel.conversion import (
     DEFAULT_MASK_TOKEN,
+    DTYPES,
     build_model,
     cast_weights,
     complete_tokenizer,
@@ -58,7 +59,6 @@ from model_card import LICENCE, Provenance, model_card, named_licence
 
 logger = logging.getLogger("save_hf_model")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 CHECK_TEXT = "def add(a, b):\n    return a + b\n"
 # Largest difference of two float32 computations of the same logits, relative to the largest one. Weights of any dtype

@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from .configuration_coda import token_ids
 
+INCOMPLETE = "\ufffd"
+"""What decoders write for bytes that are no whole character yet."""
+
 FinishReason = Literal["stop", "length"]
 
 Decode = Callable[[Sequence[int], Sequence[int]], str]
@@ -146,7 +149,7 @@ class AnswerReader:
         tail = self._ids[self._num_decoded :]
         before = TEXT if self._num_decoded else self._prompt_ids
         text = self._decode(tail, before)
-        if not text.endswith("\ufffd"):
+        if not text.endswith(INCOMPLETE):
             taken = len(tail)
         elif len(tail) > LONGEST_TAIL:
             # Bytes that are no text are final as far as they can be divided: at any border of characters.
@@ -190,7 +193,7 @@ def _first(ids: Sequence[int], token: int, start: int) -> int:
 
 def _whole_characters(text: str) -> str:
     """Drop what may be the first bytes of a character whose other bytes are still to come."""
-    return text.rstrip("\ufffd")
+    return text.rstrip(INCOMPLETE)
 
 
 def _hold_back(text: str, stop: Sequence[str]) -> str:

@@ -7,16 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from .answers import TEXT, Decode
+from .answers import INCOMPLETE, TEXT, Decode
 
 if TYPE_CHECKING:
     from .row import Change
 
 State = Literal["masked", "provisional", "committed", "given"]
 """`provisional`: masked, with the token that the last step would have put there. `given`: text between two gaps."""
-
-INCOMPLETE = "\ufffd"
-"""Stands in a decoded text for bytes that are no whole character."""
 
 
 class Cell(NamedTuple):

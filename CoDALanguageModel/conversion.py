@@ -213,6 +213,10 @@ def build_model(
     return model.eval()
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What weights may be written in, by the name that a user gives."""
+
+
 def cast_weights(model: CoDALanguageModel, dtype: torch.dtype) -> None:
     """Cast the weights in place. The tables of the rotary embedding are no weights and stay float32, as when loaded."""
     model.to(dtype)

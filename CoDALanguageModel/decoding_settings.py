@@ -55,6 +55,9 @@ class Setting:
     most: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
+    takes_back: tuple[str, ...] = ()
+    """Choices that mask committed tokens again."""
+
     words: str = ""
     """What may be given, where kind, bounds and choices do not say it; `holds` then decides."""
 
@@ -180,6 +183,7 @@ def _number(value: float) -> str:
 
 
 _TOKEN = "a token id (an integer >= 0)"
+_REMASKS = ("conf",)
 _FOLDER = {"server": "a fact of the model's folder"}
 _RESULT = dict.fromkeys(DOORS, "what comes back is for the program to decide")
 
@@ -197,7 +201,7 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (
     ),
     Setting(
         name="alg", kind=str, default="entropy", choices=("origin", "maskgit_plus", "topk_margin", "entropy", "p2"),
-        says="order in which tokens are committed",
+        takes_back=("p2",), says="order in which tokens are committed",
     ),
     Setting(
         name="alg_temp", kind=float, default=None, optional=True, least=0, most=1e6, rounds_to_zero=True, served=0.1,
@@ -335,7 +339,8 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (
         "with the row alone; the default suits float32, and bfloat16 needs about 0.05",
     ),
     Setting(
-        name="remask", kind=str, default=None, optional=True, choices=("conf",), regime="remasking",
+        name="remask", kind=str, default=None, optional=True, choices=_REMASKS, takes_back=_REMASKS,
+        regime="remasking",
         says="`conf` masks doubtful tokens again while decoding (ReMDM); none never does",
     ),
     Setting(
@@ -416,11 +421,12 @@ def check_together(values: Mapping[str, Any]) -> None:
     if len(rules) > 1:
         every = ", ".join(name for name, setting in SETTINGS.items() if setting.regime == "parallel")
         raise UserError(f"set at most one of {every}, got {' and '.join(rules)}")
-    if values["alg"] == "p2" and values["remask"] is not None:
-        raise UserError("remask cannot be used with alg 'p2', which masks tokens again by itself")
+    alg = f"alg {values['alg']!r}" if values["alg"] in SETTINGS["alg"].takes_back else ""
+    if alg and values["remask"] is not None:
+        raise UserError(f"remask cannot be used with {alg}, which masks tokens again by itself")
     for name in (*rules, *(["speculate"] if values["speculate"] else [])):
         if not commits_are_final(values):
-            cause = "alg 'p2'" if values["alg"] == "p2" else "remask"
+            cause = alg or "remask"
             raise UserError(f"{name} cannot be used with {cause}: it needs commits that are final")
     if values["speculate"] and SETTINGS["kv_cache"].is_approximate(values["kv_cache"]):
         raise UserError(f"speculate is lossless and kv_cache={values['kv_cache']!r} is not: use one of them")
@@ -440,12 +446,13 @@ def check_together(values: Mapping[str, Any]) -> None:
     if values["suffix_window"] is not None and values["block_length"] is None:
         raise UserError("suffix_window needs block_length: it counts from the end of the block")
     if values["eta"] is not None and values["remask"] is None:
-        raise UserError("eta needs remask='conf'")
+        raise UserError(f"eta needs remask: {SETTINGS['remask'].allowed}")
 
 
 def commits_are_final(values: Mapping[str, Any]) -> bool:
     """Whether a committed token stays: not with `p2` and not with remasking."""
-    return values["alg"] != "p2" and values["remask"] is None
+    alg, remask = SETTINGS["alg"], SETTINGS["remask"]
+    return values["alg"] not in alg.takes_back and values["remask"] not in remask.takes_back
 
 
 class DecodingSettings:

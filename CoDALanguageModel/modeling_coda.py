@@ -1,7 +1,7 @@
 """The CoDA network: a transformer on Qwen3's parts without the causal mask, one class for CPU, GPU and TPU.
 
 The forward pass draws no noise and knows no device. Not here: who may attend to whom (`attention_coda`), the forward
-process and the loss (`diffusion`), checkpoints (`loading_coda`), the decoding loop (`generation_coda`).
+process and the loss (`diffusion`), checkpoints (`loading_coda`), the decoding loop (`decoder`).
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -10,15 +10,14 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .constraints import Lexicon
 from .errors import UserError, half_surrogate
-from .weight_files import check_tokenizer
+from .weight_files import read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -114,13 +113,8 @@ class Codec:
         Raises:
             UserError: there is none, or it cannot be used.
         """
-        check_tokenizer(Path(folder))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask at the terminal
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder}: no tokenizer can be loaded: {error}") from error
-        try:
-            return cls(tokenizer)
+            return cls(read_tokenizer(folder))
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
 

@@ -15,6 +15,9 @@ from .errors import UserError
 
 logger = logging.getLogger(__name__)
 
+LFS_POINTER = b"version https://git-lfs"
+"""What a file starts with that stands for the real one, in a repository that was cloned without Git LFS."""
+
 
 @contextmanager
 def arriving(target: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""What is wrong with the files of a checkpoint, said in one line before a loader falls over them.
+"""What is wrong with the files of a checkpoint, said in one line before or where a loader falls over them.
 
 Not here: whether the weights fit a configuration (`modeling_coda` and `conversion` compare names and shapes).
 """
@@ -6,15 +6,16 @@ Not here: whether the weights fit a configuration (`modeling_coda` and `conversi
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from .errors import UserError
-from .run_files import read_json
+from .run_files import LFS_POINTER, read_json
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SINGLE_FILES, INDEX_SUFFIX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
 QUANTISED = ("I8", "U8", "F8", "F6", "F4")
 """Starts of the names that safetensors has for numbers of at most 8 bits, which mean nothing without their scales."""
@@ -30,6 +31,19 @@ def check_tokenizer(folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             refuse_pointer(folder / name)
+
+
+def read_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder or of the Hub; no code of its own is run.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    check_tokenizer(Path(folder))
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask at the terminal
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no tokenizer can be loaded: {error}") from error
 
 
 def check_weights(folder: Path, gguf_file: str | None = None) -> None:

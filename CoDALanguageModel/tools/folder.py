@@ -2,20 +2,20 @@
 
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from ..errors import UserError
 from ..modeling_coda import CoDALanguageModel
+from ..weight_files import read_tokenizer, refuse_not_finite
 
 
 def load(name: str, *, dtype: str, device: str = "cpu") -> tuple[Any, CoDALanguageModel]:
     """The tokenizer and the model in evaluation mode.
 
     Raises:
-        UserError: there is no such folder or model, or it cannot be read.
+        UserError: there is no such folder or model, it cannot be read, or its weights are not finite.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # None would ask at the terminal
-        return tokenizer, CoDALanguageModel.from_pretrained(name, dtype=dtype).eval().to(device)
+        tokenizer, model = read_tokenizer(name), CoDALanguageModel.from_pretrained(name, dtype=dtype)
+        refuse_not_finite(model.named_parameters(), f"in {dtype}")
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name}: {error}") from error
+    return tokenizer, model.eval().to(device)

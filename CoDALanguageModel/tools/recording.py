@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
+from ..answers import INCOMPLETE
 from ..errors import UserError
 
 MASK_SIGN = "\u2591"
@@ -30,8 +31,8 @@ def token_texts(codec: Any, ids: Sequence[int], mask_token_id: int, hidden: set[
         else:
             pending.append(token)
             text = codec.decode(pending, ids[: place + 1 - len(pending)])
-            texts.append("" if text.endswith("\ufffd") else text)
-            pending = pending if text.endswith("\ufffd") else []
+            texts.append("" if text.endswith(INCOMPLETE) else text)
+            pending = pending if text.endswith(INCOMPLETE) else []
     return texts
 
 

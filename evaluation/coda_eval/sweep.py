@@ -137,7 +137,7 @@ def check_points(points: Sequence[Point], given: Mapping[str, Any]) -> None:
 
 
 def _changes_regime(name: str, value: Any) -> bool:
-    return SETTINGS[name].is_approximate(value) or (name, value) in (("remask", "conf"), ("alg", "p2"))
+    return SETTINGS[name].is_approximate(value) or value in SETTINGS[name].takes_back
 
 
 def run_points(points: Sequence[Point], config: "EvaluatorConfig") -> dict[str, str]:

@@ -22,12 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from CoDALanguageModel.errors import UserError, did_you_mean
+from CoDALanguageModel.objectives import EVERY_OBJECTIVE, OBJECTIVES, check_objective
 
 from .checkpoints import file_identity, folder_identity, weights_problem
 from .records import MALFORMED, READ_HERE, Layout, data_files, parse_record, read_records, refuse_malformed
 
-OBJECTIVES = {"full": ("masked",), "block_causal": ("block", "joint")}
-"""What a model of each attention is trained with."""
 BLOCK_SETTINGS = ("objective", "complementary", "autoregressive_weight")
 TAILS = ("eos", "pad", "none")
 NORMALIZERS = ("maskable", "row", "padded")
@@ -166,7 +165,7 @@ class DiffusionArguments:
         _check_numbers("tail_tokens", (self.tail_tokens,), "a whole number >= 0", lambda v: v >= 0, whole=True)
         _check_numbers("eval_seed", (self.eval_seed,), "a whole number >= 0", lambda v: v >= 0, whole=True)
         for name, allowed in (
-            ("objective", sum(OBJECTIVES.values(), ())), ("tail", TAILS), ("normalize", NORMALIZERS),
+            ("objective", EVERY_OBJECTIVE), ("tail", TAILS), ("normalize", NORMALIZERS),
             ("overlong", OVERLONG), ("save_dtype", SAVE_DTYPES),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
@@ -174,19 +173,14 @@ class DiffusionArguments:
         for name in ("complementary", *SWITCHES):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"diffusion.{name} must be true or false, got {getattr(self, name)!r}")
-        if self.complementary and self.objective == "masked":
-            raise UserError("diffusion.complementary needs diffusion.objective block or joint, got 'masked'")
-        if self.complementary and max(self.t_min) >= 0.5:
-            raise UserError(
-                "diffusion.t_min must be below 0.5 with diffusion.complementary, whose levels lie between t_min and "
-                f"1 - t_min, got {list(self.t_min)}"
-            )
         weight = self.autoregressive_weight
-        if (weight is None) == (self.objective == "joint"):
-            raise UserError(
-                "diffusion.autoregressive_weight must be given with diffusion.objective joint and only with it, got "
-                f"objective {self.objective!r} and {weight}"
-            )
+        check_objective(
+            self.objective,
+            complementary=self.complementary,
+            autoregressive_weight=weight,
+            t_min=max(self.t_min),
+            names={name: f"diffusion.{name}" for name in (*BLOCK_SETTINGS, "t_min")},
+        )
         if weight is not None:
             _check_numbers("autoregressive_weight", (weight,), "a finite number > 0", lambda v: 0 < v < math.inf)
 
@@ -352,7 +346,9 @@ def check_model_folder(host: Mapping[str, Any], diffusion: DiffusionArguments | 
             )
         if diffusion is not None:
             check_length(host.get("cutoff_len", CUTOFF_LEN), model_config.get("max_position_embeddings"))
-            check_objective(diffusion, model_config.get("attention", "full"), model_config.get("logits_shift", True))
+            check_model_objective(
+                diffusion, model_config.get("attention", "full"), model_config.get("logits_shift", True)
+            )
 
 
 def check_weights(host: Mapping[str, Any]) -> None:
@@ -383,7 +379,7 @@ def check_length(cutoff_len: Any, context: int | None) -> None:
         raise UserError(f"cutoff_len must be at most the model's max_position_embeddings={context}, got {cutoff_len}")
 
 
-def check_objective(diffusion: DiffusionArguments, attention: str, logits_shift: bool) -> None:
+def check_model_objective(diffusion: DiffusionArguments, attention: str, logits_shift: bool) -> None:
     """Refuse an objective that is not one of a model's attention and shift.
 
     Raises:

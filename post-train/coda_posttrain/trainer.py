@@ -36,7 +36,7 @@ from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.noise import Blocks, DoubledRows, NoisedRows, blocks_to_train, deal_levels
 
 from . import curriculum
-from .arguments import CUTOFF_LEN, DiffusionArguments, check_length, check_objective
+from .arguments import CUTOFF_LEN, DiffusionArguments, check_length, check_model_objective
 from .batches import EpochOrder, NumberedRows, RowCollator, report_fates
 from .checkpoints import (
     FINISHED,
@@ -191,7 +191,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
     ) -> None:
         model_config, tokenizer = kwargs["model"].config, kwargs["tokenizer"]
         check_model(model_config, tokenizer, source)
-        check_objective(diffusion, model_config.attention, model_config.logits_shift)
+        check_model_objective(diffusion, model_config.attention, model_config.logits_shift)
         check_length(cutoff_len, getattr(model_config, "max_position_embeddings", None))
         self.diffusion = diffusion
         self.source = source

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.objectives import EVERY_OBJECTIVE, OBJECTIVES, check_objective
 
 from .data.mixture import DataConfig
 from .devices.config import HardwareConfig
@@ -256,7 +257,7 @@ class RunConfig:
     max_skipped_steps: int = 10
     """A step whose loss or gradient is not finite changes nothing; this many in a row end the run."""
 
-    objective: Literal["masked", "block", "joint"] = "masked"
+    objective: Literal[EVERY_OBJECTIVE] = "masked"  # type: ignore[valid-type]
     """`masked`: noised rows, for a model of full attention. `block`: each row as `[noisy; clean]`, twice as long, for a
     model with attention by blocks; the loss is that of the noisy copy. `joint`: the same with the cross-entropy of the
     next token on the clean copy, which then attends causally."""
@@ -317,22 +318,23 @@ class RunConfig:
             )
 
     def _check_objective(self) -> None:
-        weight = self.blocks.autoregressive_weight
         if not self.by_blocks and self.blocks != BlockConfig():
             raise UserError(
                 f"blocks says nothing with objective 'masked': leave it out or take objective block or joint, "
                 f"got {self.blocks}"
             )
-        if (weight is None) == (self.objective == "joint"):
-            raise UserError(
-                "blocks.autoregressive_weight must be given with objective joint and only with it, "
-                f"got objective {self.objective!r} and {weight}"
-            )
-        if self.blocks.complementary and self.masking.t_min >= 0.5:
-            raise UserError(
-                "masking.t_min must be below 0.5 with blocks.complementary, whose levels lie between it and 1 - t_min, "
-                f"got {self.masking.t_min}"
-            )
+        check_objective(
+            self.objective,
+            complementary=self.blocks.complementary,
+            autoregressive_weight=self.blocks.autoregressive_weight,
+            t_min=self.masking.t_min,
+            names={
+                "objective": "objective",
+                "complementary": "blocks.complementary",
+                "autoregressive_weight": "blocks.autoregressive_weight",
+                "t_min": "masking.t_min",
+            },
+        )
         if not self.by_blocks:
             return
         if self.model.attention_annealing_steps is not None:
@@ -350,7 +352,7 @@ class RunConfig:
     @property
     def by_blocks(self) -> bool:
         """Whether rows are `[noisy; clean]`."""
-        return self.objective != "masked"
+        return self.objective in OBJECTIVES["block_causal"]
 
     @property
     def rows_per_sample(self) -> int:

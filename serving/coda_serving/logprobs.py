@@ -8,14 +8,12 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from CoDALanguageModel.answers import TEXT, Decode
+from CoDALanguageModel.answers import INCOMPLETE, TEXT, Decode
 
 from .engine import Judged
 
 LEAST = -9999.0
 """Stands for minus infinity, which JSON has not, as in OpenAI's API."""
-
-INCOMPLETE = "\ufffd"
 
 
 class BestToken(BaseModel):

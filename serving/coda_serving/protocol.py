@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator
 from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, NUM_BEST, Setting
 from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 
-from .errors import invalid
+from .errors import FIELDS_OF_BODIES, invalid
 from .settings import DECODING, MAX_SEED, typed
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,11 @@ class StrictModel(BaseModel):
     """Nothing is coerced: 5.0 and "5" are no integers."""
 
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Let faults be told by the names of the fields."""
+        FIELDS_OF_BODIES.update(cls.model_fields)
 
     @model_validator(mode="before")
     @classmethod

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from CoDALanguageModel import CoDAConfig, DiffusionGenerationConfig
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import Codec
+from CoDALanguageModel.tools.folder import load
 from CoDALanguageModel.tools.recording import Recording, token_texts
 from CoDALanguageModel.tools.sample import parse, read_gaps, run
 
@@ -95,3 +97,14 @@ def test_every_decoding_setting_is_an_option_and_others_are_refused():
 def test_an_unknown_option_is_named_rather_than_its_neighbours():
     with pytest.raises(ValueError, match="unknown generation setting 'chat'"):
         parse(["--model", "M", "--prompt", "P", "--chat", "--steps", "4"])
+
+
+def test_a_folder_whose_weights_are_not_finite_is_refused_by_name(make_model, chatml_tokenizer, tmp_path):
+    model = make_model()
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    chatml_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"--model {tmp_path}: in float32: weights are not finite: model\.norm\.weight$"
+    ):
+        load(str(tmp_path), dtype="float32")

@@ -99,7 +99,9 @@ def test_an_input_without_a_file_is_named(tokenizer_dir, texts, tmp_path, capsys
 
 def test_no_manifest_is_written_before_every_task_has_finished(tokenizer_dir, tmp_path):
     facts = load_tokenizer(str(tokenizer_dir), "<|endoftext|>")
-    WriteTokenShards(facts, str(tmp_path)).run(iter([]), rank=0, world_size=2)
+    WriteTokenShards(facts, str(tmp_path), shard_tokens=100, validation_fraction=0.0).run(
+        iter([]), rank=0, world_size=2
+    )
     with pytest.raises(ValueError, match=r"000001\.json is missing: that task has not finished"):
         WriteManifests(facts, str(tmp_path), tasks=2).run()
     assert not (tmp_path / "manifest.json").exists()

@@ -73,9 +73,9 @@ def test_another_format_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": "other", "version": 3}')
     with pytest.raises(ValueError, match="must be format 'coda-token-shards' version 1, got format 'other' version 3"):
         TokenShards(tmp_path)
-    for content, reason in (('{"format": ', "is not JSON"), ("[]", "must hold an object, got list")):
+    for content, reason in (('{"format": ', "is not valid JSON"), ("[]", "must hold a JSON object, got list")):
         (tmp_path / "manifest.json").write_text(content)
-        with pytest.raises(ValueError, match=rf"manifest\.json {reason}"):
+        with pytest.raises(ValueError, match=rf"manifest\.json' {reason}"):
             TokenShards(tmp_path)
 
 

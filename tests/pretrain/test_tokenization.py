@@ -58,7 +58,7 @@ def test_facts_of_a_tokenizer(tokenizer_dir):
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"--tokenizer {tmp_path}: cannot be loaded as a tokenizer folder")):
+    with pytest.raises(ValueError, match=re.escape(f"--tokenizer {tmp_path}: no tokenizer can be loaded")):
         load_tokenizer(str(tmp_path), "<|endoftext|>")
 
 

@@ -328,6 +328,18 @@ def test_a_resume_on_other_shards_is_refused_unless_accepted_and_then_recorded(
     refused("data one:")
 
 
+def test_a_byte_edited_in_a_shard_is_found_by_who_asks_for_it(tmp_path, run_config, shards_dir):
+    shutil.copytree(shards_dir, tmp_path / "shards")
+    config = merge(run_config, {"max_steps": 2, "data": {"sources": [{"path": str(tmp_path / "shards")}]}})
+    trained(config)
+    asked = merge(config, {"max_steps": 3, "data": {"verify": True}})
+    trained(asked)
+    shard = tmp_path / "shards" / "train-000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\x01\x00")
+    with pytest.raises(ValueError, match="shard train-000000 in .* does not have the hash its manifest recorded"):
+        Trainer(from_dict(RunConfig, merge(asked, {"max_steps": 4})))
+
+
 def test_a_checkpoint_that_does_not_say_what_it_read_is_continued_with_a_warning(tmp_path, run_config, caplog):
     config = at(tmp_path / "a", run_config)
     newest = committed_checkpoints(trained(config).checkpoints)[-1]

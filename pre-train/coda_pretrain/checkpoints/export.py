@@ -18,19 +18,17 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
-from CoDALanguageModel.conversion import complete_tokenizer
+from CoDALanguageModel.conversion import DTYPES, complete_tokenizer
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.weight_files import refuse_not_finite
+from CoDALanguageModel.weight_files import read_tokenizer, refuse_not_finite
 
 from ..places import Place, place_of
 from .checkpoint import committed_checkpoints, intact_checkpoint, step_folder, step_of, tensor_reader
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_NAMES = {"model": ("model.", ""), "ema": ("optim.", ".ema")}
 """Prefix and suffix of the names of tensors in a checkpoint."""
 
@@ -156,9 +154,9 @@ def write_tokenizer(source: Path, target: Path, *, mask_token_id: int | None) ->
     """Copy a tokenizer's files; where the run added the mask token to an autoregressive model's, write that one.
 
     Raises:
-        UserError: the tokenizer has another mask token than the model.
+        UserError: it cannot be loaded, or has another mask token than the model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)  # None would ask at the terminal
+    tokenizer = read_tokenizer(source)
     if tokenizer.mask_token_id is None:
         complete_tokenizer(tokenizer, None)
         tokenizer.save_pretrained(target)

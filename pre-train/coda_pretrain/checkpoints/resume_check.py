@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 FIXED = ("seed", "global_batch_size", "seq_len", "data", "model.config", "optimizer.name", "optimizer.ema_decay")
 """Changing one of these would silently train on other data, or cannot fit the tensors."""
 
-MACHINE = ("output_dir", "hardware", "checkpoint", "metrics", "micro_batch_size", "data.root", "data.cache")
+MACHINE = (
+    *("output_dir", "hardware", "checkpoint", "metrics", "micro_batch_size"),
+    *("data.root", "data.cache", "data.verify"),
+)
 """These change nothing that is learnt."""
 
 

@@ -17,7 +17,7 @@ from CoDALanguageModel.errors import UserError
 
 from .download import describe, download, load_corpus
 from .inputs import printable
-from .prepare import DEFAULTS, PrepareConfig, WorkerDied, prepare
+from .prepare import DEFAULTS, PrepareConfig, WorkerDied, add_options, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -44,27 +44,15 @@ def build_parser(*, tokenizes: bool = True) -> argparse.ArgumentParser:
     source.add_argument("--hf_dataset", help="name or local folder of a Hugging Face data set, instead of --input")
     source.add_argument("--hf_config", help="configuration (subset) of the data set")
     source.add_argument("--hf_split", help="split of the data set (default: %(default)s)")
-    source.add_argument("--text_key", help="field or column that holds the text (default: %(default)s)")
     source.add_argument(
         "--download",
         nargs="+",
         help="fetch the data sets that these files of configs/data describe into folders of OUTPUT, and do no more",
     )
     parser.add_argument("--tokenizer", required=tokenizes, help="tokenizer folder")
-    parser.add_argument("--document_end", help="token after each document")
     parser.add_argument("--output", required=True, help="folder for shards and manifest.json")
-    parser.add_argument(
-        "--validation_fraction",
-        type=float,
-        help="share of the documents held out into OUTPUT/validation (default: %(default)s)",
-    )
-    parser.add_argument("--shard_tokens", type=int, help="about how many tokens a shard holds")
+    add_options(parser)
     parser.add_argument("--num_workers", type=int, help="processes (default: all cores)")
-    parser.add_argument(
-        "--max_bad_share",
-        type=float,
-        help="largest share of documents, and of files, that may be unreadable and are skipped (default: %(default)s)",
-    )
     parser.add_argument("--overwrite", action="store_true", help="remove another preparation from OUTPUT first")
     return parser
 

@@ -24,10 +24,9 @@ from typing import Any
 from CoDALanguageModel.errors import UserError
 
 from ..places import CHUNK_BYTES, Place, copy_to_local, is_url, place_of, write_durably
-from ..plain_data import require_range
 from .documents import Document, document_of, jsonl_documents, parquet_documents, parquet_metadata
 from .inputs import Listing, UnreadableFileError, check_openable, files_of_folder, matches_of, printable
-from .prepare import DEFAULTS, is_held_out, tokenized
+from .prepare import add_options, check_numbers, is_held_out, tokenized
 from .shards import MANIFEST_NAME, ShardRecord, ShardWriter, build_manifest, token_dtype
 from .skipped import Tally
 from .tokenization import TokenizerFacts, encoder_of, load_tokenizer
@@ -90,9 +89,7 @@ class WriteTokenShards(PipelineStep):
     name = "token shards"
     type = "CoDA"
 
-    def __init__(
-        self, facts: TokenizerFacts, output: str, *, shard_tokens: int = 50_000_000, validation_fraction: float = 0.0
-    ) -> None:
+    def __init__(self, facts: TokenizerFacts, output: str, *, shard_tokens: int, validation_fraction: float) -> None:
         """Settings of the step.
 
         Args:
@@ -333,23 +330,13 @@ def check_same_preparation(output: Place, identity: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 on success, 2 when the input is at fault, which includes too much that is unreadable."""
     parser = argparse.ArgumentParser(prog="python -m coda_pretrain cluster", description=__doc__.split("\n\n")[0])
-    names = ("text_key", "document_end", "validation_fraction", "shard_tokens", "max_bad_share")
-    parser.set_defaults(**{name: DEFAULTS[name] for name in names})
     parser.add_argument("--input", required=True, help="folder or fsspec URL that the reader reads")
     parser.add_argument("--reader", choices=("jsonl", "parquet"), default="jsonl")
     parser.add_argument("--pattern", help="pattern of the files, below --input")
-    parser.add_argument("--text_key", help="field or column that holds the text (default: %(default)s)")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
-    parser.add_argument("--document_end", help="token after each document")
     parser.add_argument("--output", required=True, help="folder or fsspec URL that all machines see")
     parser.add_argument("--logs", help="folder or URL of datatrove's logs and finished tasks (default: OUTPUT/logs)")
-    parser.add_argument("--validation_fraction", type=float)
-    parser.add_argument("--shard_tokens", type=int)
-    parser.add_argument(
-        "--max_bad_share",
-        type=float,
-        help="largest share of documents, and of files, that may be unreadable and are skipped (default: %(default)s)",
-    )
+    add_options(parser)
     parser.add_argument("--executor", choices=("local", "slurm", "ray"), default="local")
     parser.add_argument("--tasks", type=int, default=1, help="parts that the input's files are dealt to")
     parser.add_argument("--workers", type=int, default=-1, help="tasks at once (default: all)")
@@ -362,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--executor slurm needs --slurm_partition")
     held_out = arguments.validation_fraction
     try:
-        require_range("--max_bad_share", arguments.max_bad_share, at_least=0.0, at_most=1.0)
+        check_numbers(arguments)
         facts = load_tokenizer(arguments.tokenizer, arguments.document_end)
         output = place_of(arguments.output)
         listing, digest = list_input(

@@ -21,10 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from CoDALanguageModel.errors import UserError, half_surrogate
+from CoDALanguageModel.run_files import LFS_POINTER
 
 from .inputs import (
     COMPRESSED,
-    LFS_POINTER,
+    IS_POINTER,
     LFS_POINTER_BYTES,
     Kind,
     UnreadableFileError,
@@ -189,7 +190,7 @@ def _read_text_file(path: str) -> Document:
         return _undecodable(path, "", f"more than {MAX_RECORD_BYTES} bytes in one document")
     data = Path(path).read_bytes()
     if data.startswith(LFS_POINTER) and len(data) < LFS_POINTER_BYTES:
-        return _undecodable(path, "", "a Git LFS pointer; `git lfs pull` fetches the file itself")
+        return _undecodable(path, "", IS_POINTER)
     try:
         encoding = "utf-8-sig"
         if path.endswith(".py"):

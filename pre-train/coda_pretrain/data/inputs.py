@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Literal
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import LFS_POINTER
 
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 COMPRESSED = tuple(CODECS)
 MAGIC = {"gzip": (b"\x1f\x8b",), "bz2": (b"BZh",), "zstd": (b"\x28\xb5\x2f\xfd",), "lz4": (b"\x04\x22\x4d\x18",)}
 SKIPPABLE_FRAME = b"\x2a\x4d\x18"  # bytes 1 to 3 of what zstd and lz4 files may start with too
-LFS_POINTER = b"version https://git-lfs"
 LFS_POINTER_BYTES = 1024  # none is as long
+IS_POINTER = "a Git LFS pointer; `git lfs pull` fetches the file itself"
 SAME_FOLDER = "its folder is read under another name"
 OWN_OUTPUT = "it is --output"
 Kind = Literal["jsonl", "parquet", "text", "dataset"]
@@ -224,7 +225,7 @@ def check_openable(path: str, kind: Kind) -> os.stat_result:
     with open(path, "rb") as file:
         start = file.read(len(LFS_POINTER))
     if start == LFS_POINTER:
-        raise UnreadableFileError("a Git LFS pointer; `git lfs pull` fetches the file itself")
+        raise UnreadableFileError(IS_POINTER)
     if kind == "jsonl":
         _check_codec(start, codec_of(path))
     return status

@@ -67,6 +67,9 @@ class DataConfig:
     """Local folder for copies of shards behind URLs: each is copied when first needed and verified by its hash, and
     needs as much room as the sources. Null reads rows straight from the store, without copies."""
 
+    verify: bool = False
+    """Read all shards when a run starts or goes on, and compare their hashes; their sizes are always compared."""
+
     def __post_init__(self) -> None:
         """Check the fields.
 
@@ -173,7 +176,7 @@ class Mixture:
         """
         if seq_len < 2:
             raise UserError(f"seq_len must be at least 2, got {seq_len}")
-        self.seq_len, self.seed = seq_len, seed
+        self.seq_len, self.seed, self._verifies = seq_len, seed, config.verify
         places = [source_place(config.root, source.path) for source in config.sources]
         self._sources = [TokenShards(place, config.cache) for place in places]
         self._has_remote = any(source.is_remote for source in self._sources)
@@ -206,7 +209,13 @@ class Mixture:
         self._first_slots = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     def identities(self) -> dict[str, dict[str, Any]]:
-        """`TokenShards.identity` of each source, by its path as the configuration names it."""
+        """`TokenShards.identity` of each source, by its path as the configuration names it.
+
+        Raises:
+            UserError: `DataConfig.verify` is set, and a shard is not what its manifest recorded.
+        """
+        for source in self._sources if self._verifies else ():
+            source.verify()
         return {share.path: source.identity() for share, source in zip(self.shares, self._sources, strict=True)}
 
     def _check_tokenizers(self) -> None:

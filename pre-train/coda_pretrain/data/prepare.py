@@ -6,6 +6,7 @@ progress file lists and what still has the recorded hash, and does the rest agai
 Not here: the format of a shard (`shards`), files and records (`documents`), the command line (`__main__`).
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -95,19 +96,48 @@ class PrepareConfig:
         """
         if bool(self.inputs) == (self.hf_dataset is not None):
             raise UserError(f"give exactly one of --input and --hf_dataset, got {self.inputs} and {self.hf_dataset}")
-        for name in ("num_workers", "shard_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"--validation_fraction must be in [0, 1), got {self.validation_fraction}")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"--max_bad_share must be in [0, 1], got {self.max_bad_share}")
+        if self.num_workers < 1:
+            raise UserError(f"--num_workers must be at least 1, got {self.num_workers}")
+        check_numbers(self)
         if any(not suffix.startswith(".") for suffix in self.text_suffixes):
             raise UserError(f"--text_suffixes must start with a dot, got {self.text_suffixes}")
 
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(PrepareConfig) if f.default is not dataclasses.MISSING}
 """What holds where a command line says nothing."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a user may say on both roads from text to shards, on one machine and on many."""
+    names = ("text_key", "document_end", "validation_fraction", "shard_tokens", "max_bad_share")
+    parser.set_defaults(**{name: DEFAULTS[name] for name in names})
+    parser.add_argument("--text_key", help="field or column that holds the text (default: %(default)s)")
+    parser.add_argument("--document_end", help="token after each document (default: %(default)s)")
+    parser.add_argument(
+        "--validation_fraction",
+        type=float,
+        help="share of the documents held out into OUTPUT/validation (default: %(default)s)",
+    )
+    parser.add_argument("--shard_tokens", type=int, help="about how many tokens a shard holds (default: %(default)s)")
+    parser.add_argument(
+        "--max_bad_share",
+        type=float,
+        help="largest share of documents, and of files, that may be unreadable and are skipped (default: %(default)s)",
+    )
+
+
+def check_numbers(given: PrepareConfig | argparse.Namespace) -> None:
+    """Check the numbers among the values of `add_options`.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    if given.shard_tokens < 1:
+        raise UserError(f"--shard_tokens must be at least 1, got {given.shard_tokens}")
+    if not 0 <= given.validation_fraction < 1:
+        raise UserError(f"--validation_fraction must be in [0, 1), got {given.validation_fraction}")
+    if not 0 <= given.max_bad_share <= 1:
+        raise UserError(f"--max_bad_share must be in [0, 1], got {given.max_bad_share}")
 
 
 def is_held_out(text: str, fraction: float) -> bool:

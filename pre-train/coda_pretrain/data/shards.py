@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.run_files import write_whole
+from CoDALanguageModel.run_files import read_json, write_whole
 
 from ..places import Place, place_of, sha256_of, size_of
 from .remote import RangedArray, cached_file, verified_array
@@ -181,12 +181,7 @@ class TokenShards:
                 f"no {MANIFEST_NAME} in {self.folder}: not a folder of token shards, or its preparation is not "
                 "finished (running `python -m coda_pretrain data` again with the same arguments finishes it)"
             )
-        try:
-            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{manifest_path} is not JSON: {error}") from error
-        if not isinstance(manifest, dict):
-            raise UserError(f"{manifest_path} must hold an object, got {type(manifest).__name__}")
+        manifest = read_json(manifest_path)
         if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
             got = f"format {manifest.get('format')!r} version {manifest.get('version')!r}"
             raise UserError(f"{manifest_path} must be format {FORMAT!r} version {VERSION}, got {got}")

@@ -59,12 +59,12 @@ def load_tokenizer(folder: str, document_end: str) -> TokenizerFacts:
     """
     if not Path(folder).is_dir():
         raise UserError(f"--tokenizer {folder}: no such folder")
-    from transformers import AutoTokenizer  # seconds to import; the workers do without it
+    from CoDALanguageModel import weight_files  # with transformers, seconds to import; the workers do without it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask at the terminal
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--tokenizer {folder}: cannot be loaded as a tokenizer folder: {error}") from error
+        tokenizer = weight_files.read_tokenizer(folder)
+    except UserError as error:
+        raise UserError(f"--tokenizer {folder}: {error}") from error
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         raise UserError(f"--tokenizer {folder}: needs a fast tokenizer (tokenizer.json), got {kind}")

@@ -86,17 +86,8 @@ class Backend(Placement, Planners, ABC):
         return self.rank == 0
 
     def check_rows(self, name: str, rows: int) -> None:
-        """Check that `rows` rows can be split over the mesh; `name` is the setting they come from.
-
-        Raises:
-            UserError: they cannot.
-        """
-        data, fsdp, _ = self.mesh_shape
-        if rows % (data * fsdp):
-            raise UserError(
-                f"{name} must be a multiple of the {data * fsdp} devices that share the batch "
-                f"(hardware.mesh data {data} x fsdp {fsdp}), got {rows}"
-            )
+        """See the function of this name."""
+        check_rows(name, rows, self.mesh_shape)
 
     def rows_for_process(self, num_rows: int, num_parts: int = 1) -> list[int]:
         """Which rows of a global batch this process has to supply.
@@ -194,6 +185,20 @@ class Backend(Placement, Planners, ABC):
 
     def close(self) -> None:  # noqa: B027 (most backends have nothing to leave)
         """Leave the process group, if one was joined."""
+
+
+def check_rows(name: str, rows: int, mesh: tuple[int, int, int]) -> None:
+    """Check that `rows` rows can be split over a mesh (data, fsdp, tensor); `name` is the setting they come from.
+
+    Raises:
+        UserError: they cannot.
+    """
+    data, fsdp, _ = mesh
+    if rows % (data * fsdp):
+        raise UserError(
+            f"{name} must be a multiple of the {data * fsdp} devices that share the batch "
+            f"(hardware.mesh data {data} x fsdp {fsdp}), got {rows}"
+        )
 
 
 def process_environment() -> tuple[int, int, int]:

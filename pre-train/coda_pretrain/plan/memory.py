@@ -25,6 +25,7 @@ from CoDALanguageModel.diffusion import LOSS_CHUNK_ELEMENTS
 from CoDALanguageModel.errors import UserError
 
 from ..config import RunConfig
+from ..devices.backend import check_rows
 from ..devices.sharding import AXES, partition_specs
 from ..train.optim import build_optimizer, state_tensors
 
@@ -67,11 +68,7 @@ def memory_per_chip(config: RunConfig, shape: CoDAConfig, mesh: tuple[int, int, 
         UserError: the rows of a micro-batch, or the heads, do not split over the mesh.
     """
     data, fsdp, tensor = mesh
-    if config.rows_per_micro_batch % (data * fsdp):
-        raise UserError(
-            f"global_batch_size (or micro_batch_size) must be a multiple of the {data * fsdp} devices that share the "
-            f"batch (hardware.mesh data {data} x fsdp {fsdp}), got {config.rows_per_micro_batch}"
-        )
+    check_rows("global_batch_size (or micro_batch_size)", config.rows_per_micro_batch, mesh)
     shards = weight_shards(config, shape, mesh)
     optimizer = build_optimizer(config.optimizer, shards, ShapesOnly())
     states: dict[str, int] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.conversion import (
@@ -24,7 +24,7 @@ from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.families import FAMILIES, family_of, published_ends
 from CoDALanguageModel.noise import Blocks, blocks_to_train
 from CoDALanguageModel.run_files import read_json
-from CoDALanguageModel.weight_files import check_tokenizer, refuse_not_finite
+from CoDALanguageModel.weight_files import read_tokenizer, refuse_not_finite
 
 from ..config import ModelConfig, RunConfig
 from ..data.tokenization import load_tokenizer
@@ -45,10 +45,9 @@ def load_tokenizer_folder(folder: str, *, complete: bool = False) -> PreTrainedT
     if not Path(folder).is_dir():
         raise UserError(f"model.tokenizer: no folder at {folder!r}")
     try:
-        check_tokenizer(Path(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask at the terminal
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.tokenizer {folder!r} cannot be loaded as a tokenizer folder: {error}") from error
+        tokenizer = read_tokenizer(folder)
+    except UserError as error:
+        raise UserError(f"model.tokenizer {folder!r}: {error}") from error
     if complete:
         complete_tokenizer(tokenizer, None)
     for name in ("mask_token", "pad_token"):
@@ -123,7 +122,7 @@ def _from_autoregressive(config: ModelConfig, tokenizer: PreTrainedTokenizerBase
     assert config.init_from is not None, "the caller checks"
     try:
         source, _ = load_source(Path(config.init_from), {})
-        own = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)  # without what is changed here
+        own = read_tokenizer(config.tokenizer)  # without what is changed here
         known = number_of_ids(own)
         if known > source.config.vocab_size:
             raise UserError(
