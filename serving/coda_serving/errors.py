@@ -133,11 +133,12 @@ CLIENT_LEFT = 499
 """Nobody reads this status; it marks in the log and metrics that the client left (nginx's convention)."""
 
 FIELDS_OF_BODIES = {setting.api for setting in offered("server")}.union(
-    "arguments content description echo filename function guided_regex id include_canvas include_obfuscation "
-    "include_usage infill input_extra input_prefix input_suffix json_schema lengths logprobs max_completion_tokens "
-    "messages model n n_indent n_predict name parameters pieces prompt random_seed response_fields response_format "
-    "role stop stop_sequences stream stream_options strict suffix system text time tool_call_id tool_calls "
-    "tool_choice tools top_logprobs type".split()
+    "arguments content description disable_parallel_tool_use echo filename function guided_regex id include_canvas "
+    "include_obfuscation include_usage infill input input_extra input_prefix input_schema input_suffix is_error "
+    "json_schema lengths logprobs max_completion_tokens messages model n n_indent n_predict name parallel_tool_calls "
+    "parameters pieces prompt random_seed response_fields response_format role stop stop_sequences stream "
+    "stream_options strict suffix system text time tool_call_id tool_calls tool_choice tool_use_id tools top_logprobs "
+    "type".split()
 )
 """Names that may stand in the path to a fault. Pydantic puts the branch of a union there too, which is no field."""
 
