@@ -499,12 +499,8 @@ class CompletionRequest(ShapedRequest):
     def _check_echo(self) -> "CompletionRequest":
         if self.max_tokens == 0 and not self.echo:
             raise invalid("max_tokens must be at least 1, or 0 with echo=true, got 0", param="max_tokens")
-        if self.max_tokens == 0 and self.stream:
-            raise invalid("max_tokens=0 only echoes, and there is nothing to stream", param="max_tokens")
         if self.echo and (self.suffix or self.infill is not None):
             raise invalid("echo repeats a prompt that goes on, not text around a gap", param="echo")
-        if self.echo and self.logprobs is not None and self.stream:
-            raise invalid("echo with logprobs scores the whole prompt first and cannot be streamed", param="echo")
         if self.logprobs is not None and self.infill is not None and len(self.infill.pieces or "..") > 2:
             raise invalid("logprobs are told of one gap, not of several", param="logprobs")
         return self
