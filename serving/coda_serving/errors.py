@@ -48,7 +48,7 @@ STATUSES = {
     404: "Another model than the one served",
     413: "The body is larger than MAX_BODY_BYTES",
     415: "The body is no plain JSON",
-    429: "MAX_QUEUE answers wait already; Retry-After says when to try again",
+    429: "MAX_QUEUE answers wait already, the caller's share of them included; Retry-After says when to try again",
     500: "The model failed; the log says why",
     503: "QUEUE_TIMEOUT_S is over and no answer was begun, or the server is loading or shutting down",
     504: "REQUEST_TIMEOUT_S is over",

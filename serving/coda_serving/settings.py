@@ -114,7 +114,7 @@ class ServerSettings(DecodingDefaults):
     """
 
     max_queue: int = Field(64, ge=1)
-    """Answers that may wait for the model; beyond that a request gets 429 with Retry-After."""
+    """Answers that may wait for the model; beyond that, and beyond the caller's share, a request gets 429."""
 
     max_batch_size: int = Field(16, ge=1)
     """Answers denoised together at most."""
