@@ -140,6 +140,19 @@ class QueueFull(Exception):
     """The queue has no room for a request's rows."""
 
 
+def may_wait(new: int, own: int, waiting: int, num_callers: int, limit: int) -> bool:
+    """Whether there is room for more, or their caller has no more than its share with them; see above.
+
+    Args:
+        new: those that come.
+        own: those of their caller that wait.
+        waiting: all that wait.
+        num_callers: whose they are, with the one who comes.
+        limit: how many may wait.
+    """
+    return waiting + new <= limit or (own + new) * num_callers <= limit
+
+
 class Scheduler:
     """Thread-safe queue that says who may join the rows being denoised.
 
@@ -184,8 +197,7 @@ class Scheduler:
             owner = self._callers.get(caller)
             own = sum(map(len, owner.requests)) if owner else 0
             num_callers = sum(bool(other.requests) for other in self._callers.values()) + (not own)
-            is_full = self._num_waiting + len(jobs) > self.max_queue
-            if self._closed or (is_full and (own + len(jobs)) * num_callers > self.max_queue):
+            if self._closed or not may_wait(len(jobs), own, self._num_waiting, num_callers, self.max_queue):
                 raise QueueFull
             if owner is None or not owner.requests:
                 self._callers.pop(caller, None)
