@@ -179,7 +179,6 @@ def serve(settings: ServerSettings) -> None:
     config = uvicorn.Config(
         app,
         http=partial(Connection, limit_s=settings.client_timeout_s),  # type: ignore[arg-type]
-        ws="none",
         log_config=None,
         log_level=settings.log_level,
         access_log=False,  # `observe` writes one that names callers and holds no query

@@ -36,7 +36,7 @@ def web_server(app, drain_timeout_s=0):
     """Serve an app with the server's own web server, in a thread; gives its URL and the web server."""
     listener = bind("127.0.0.1", 0)
     http = partial(Connection, limit_s=60)
-    server = Server(uvicorn.Config(app, http=http, ws="none", log_config=None), app.state.engine, drain_timeout_s)
+    server = Server(uvicorn.Config(app, http=http, log_config=None), app.state.engine, drain_timeout_s)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
