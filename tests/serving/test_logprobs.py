@@ -198,6 +198,31 @@ def test_lm_evals_loglikelihood_runs_against_the_server(live_server, model_folde
         assert is_greedy == bool((expected.argmax(dim=1) == wanted).all())
 
 
+def test_lm_evals_generation_runs_against_both_endpoints(live_server, model_folder, client):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.api_models import JsonChatStr
+    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+    tokenizer = dict(tokenizer=str(model_folder), tokenizer_backend="huggingface", max_length=512)
+    url = live_server.url + "/v1"
+    plain = LocalCompletionsAPI(base_url=url + "/completions", model="tiny-coda", batch_size=2, **tokenizer)
+    talk = LocalChatCompletion(base_url=url + "/chat/completions", model="tiny-coda", **tokenizer)
+    options = {"until": ["\n\n"], "max_gen_toks": 12, "temperature": 0.0, "do_sample": False}
+    prompts = [PROMPT, "def f(x):", "a"]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    fields = dict(model="tiny-coda", max_tokens=12, temperature=0, seed=1234, stop=["\n\n"])
+
+    def answers(lm, contexts):
+        return lm.generate_until(
+            [Instance("generate_until", {}, (c, dict(options)), i) for i, c in enumerate(contexts)]
+        )
+
+    expected = [client.completions.create(prompt=prompt, **fields).choices[0].text for prompt in prompts]
+    assert answers(plain, prompts) == expected
+    expected = [client.chat.completions.create(messages=chat, **fields).choices[0].message.content for chat in chats]
+    assert answers(talk, [JsonChatStr(json.dumps(chat)) for chat in chats]) == expected
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
