@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -20,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from CoDALanguageModel.errors import UserError
 
+from .connections import Connection
 from .errors import LOADING
 from .gate import refuse
 from .settings import ServerSettings, load_settings
@@ -176,6 +178,7 @@ def serve(settings: ServerSettings) -> None:
         app = load_app(settings)
     config = uvicorn.Config(
         app,
+        http=partial(Connection, limit_s=settings.client_timeout_s),  # type: ignore[arg-type]
         log_config=None,
         log_level=settings.log_level,
         access_log=False,  # `observe` writes one that names callers and holds no query

@@ -17,7 +17,7 @@ from .errors import ApiError, invalid
 from .protocol import ChatRequest, CompletionRequest, DecodingFields, SamplingRequest, Shape
 from .scheduler import CanvasRequest
 from .service import Service
-from .tools import callable_tools, shape_of
+from .tools import Conversation, shape_of
 
 AUTO = "auto"
 """Lengths of gaps that nobody knows: several are tried, and the best answer is kept."""
@@ -45,34 +45,37 @@ class Asked(NamedTuple):
 def chat_canvases(service: Service, body: ChatRequest) -> Asked:
     """One canvas per answer to a conversation."""
     max_tokens = body.max_completion_tokens or body.max_tokens
-    messages = [message.as_text() for message in body.messages]
-    tools = [tool.model_dump(exclude_none=True) for tool in callable_tools(body)]
-    return conversation_canvases(service, body, messages, max_tokens, tools=tools, shape=shape_of(body))
+    _check_number(service, body, 1)
+    shape = shape_of(body)
+    prompt_ids = conversation_ids(service, body, [message.as_text() for message in body.messages], max_tokens, shape)
+    return lay_out(service, body, [[prompt_ids]], max_tokens, "messages", shape=shape)
 
 
-def conversation_canvases(
+def conversation_ids(
     service: Service,
-    body: SamplingRequest,
+    body: Conversation,
     messages: list[dict[str, str]],
     max_tokens: int | None,
+    shape: Shape | None = None,
     *,
     continue_final_message: bool = False,
-    tools: Sequence[dict[str, Any]] = (),
-    shape: Shape | None = None,
-) -> Asked:
-    """One canvas per answer to a conversation, or per end of its last message."""
-    _check_number(service, body, 1)
+) -> list[int]:
+    """Ids of a conversation up to where an answer begins that has a shape, or where the last message goes on.
+
+    Raises:
+        ApiError: it cannot be encoded, or surely does not fit in the context.
+    """
     options: dict[str, Any] = {"continue_final_message": True} if continue_final_message else {}
-    options |= {"tools": tools} if tools else {}
+    if tools := body.tooling.callable:
+        options["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
     try:
         prompt_ids = service.encoder.encode_chat(messages, max_tokens=service.limits.context_length, **options)
     except TextTooLong as error:
         raise _context_exceeded(error.max_tokens, f"at least {error.least_tokens}", max_tokens, "messages") from error
     except UserError as error:
         raise invalid(str(error), param="tools" if isinstance(error, NoTools) else "messages") from error
-    if shape is not None and shape.beginning:
-        prompt_ids = [*prompt_ids, *service.encoder.encode_answer(shape.beginning)]
-    return lay_out(service, body, [[prompt_ids]], max_tokens, "messages", shape=shape)
+    beginning = "" if shape is None else shape.beginning
+    return [*prompt_ids, *service.encoder.encode_answer(beginning)] if beginning else prompt_ids
 
 
 def completion_canvases(service: Service, body: CompletionRequest) -> Asked:
@@ -218,8 +221,9 @@ def _shaped(
     service: Service, body: SamplingRequest, options: DecodingSettings, shape: Shape
 ) -> tuple[DecodingSettings, Any]:
     """The options with what answers must match, and what is made of it."""
-    if body.stop is not None:
-        raise invalid(f"stop cannot be used with {shape.param}: an answer that is cut would not match", param="stop")
+    if body.stop_strings:
+        name = "stop" if "stop" not in body.closed else "stop_sequences"
+        raise invalid(f"{name} cannot be used with {shape.param}: an answer that is cut would not match", param=name)
     # Speculation changes no token, so that an operator's default may be left out.
     own = shape.settings | ({} if body.decoding.get("speculate") else {"speculate": 0})
     try:

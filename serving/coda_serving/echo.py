@@ -6,14 +6,14 @@ all before it stand and all behind it are masked, one in every step.
 """
 
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
-from CoDALanguageModel.answers import Decode
+from CoDALanguageModel.answers import Decode, FinishReason
 from CoDALanguageModel.decoding_settings import DecodingSettings
 from CoDALanguageModel.errors import UserError
 
 from .canvases import Asked, check_rows, completion_canvases, completion_texts
-from .engine import Answer
+from .engine import Answer, Delta, Judged
 from .errors import invalid
 from .generation import Generation
 from .logprobs import TextLogprobs
@@ -110,15 +110,64 @@ class Echo:
         self, generation: Generation, head: Head, form: "Echo", n: int, make_usage: MakeUsage | None
     ) -> AsyncIterator[str]:
         """Frames of streamed answers, each behind its prompt."""
+        begun: set[int] = set()
 
-        def opening(index: int) -> CompletionChoice:
-            return CompletionChoice(index=index, text=self._texts[index // self._n], finish_reason=None)
+        def part(index: int, delta: Delta, end: FinishReason | None) -> CompletionChoice | None:
+            prompt = index // self._n
+            if prompt >= len(self._prompts):
+                return None  # what scored a prompt, and has been told as a part of its answers
+            if index not in begun:
+                begun.add(index)
+                spelling = self._form.spelling
+                told = None if spelling is None else spelling.text(delta.tokens, first=self._prompts[prompt][0])
+                return CompletionChoice(index=index, text=delta.text, logprobs=told, finish_reason=None)
+            choice = self._form.part(index, delta, end)
+            if choice.logprobs is None:
+                return choice
+            return choice.model_copy(update={"logprobs": _moved(choice.logprobs, len(self._texts[prompt]))})
 
-        return answer_events(generation, head, dataclasses.replace(self._form, opening=opening), n, make_usage)
+        form = dataclasses.replace(self._form, part=part)
+        return answer_events(generation, head, form, n, make_usage, self._in_turn(generation))
+
+    async def _in_turn(self, generation: Generation) -> AsyncIterator[tuple[int, Delta | Answer]]:
+        """Events of which the first of an answer is its prompt, as soon as that has been scored; others wait for it."""
+        scored = set(self._scored)
+        num = len(self._prompts) * self._n
+        waiting: dict[int, list[Delta | Answer]] = {i: [] for i in range(num) if i // self._n in scored}
+        """Of each answer at most a part, and its end."""
+
+        def opened(prompt: int, tokens: tuple[Judged, ...] = ()) -> Iterator[tuple[int, Delta | Answer]]:
+            for index in range(prompt * self._n, (prompt + 1) * self._n):
+                yield index, Delta(self._texts[prompt], tokens)
+                events = waiting.pop(index, []) if self._has_answers else [NOTHING]
+                yield from ((index, event) for event in events)
+
+        for prompt in range(len(self._prompts)):
+            if prompt not in scored:
+                for event in opened(prompt):
+                    yield event
+        first = num if self._has_answers else 0
+        async for index, event in generation.events():
+            if index >= first:
+                if isinstance(event, Answer):
+                    yield num, event
+                    for told in opened(self._scored[index - first], event.tokens):
+                        yield told
+            elif index not in waiting:
+                yield index, event
+            elif isinstance(event, Delta) and waiting[index]:
+                waiting[index] = [waiting[index][0].then(event)]
+            else:
+                waiting[index].append(event)
 
 
 def _joined(before: TextLogprobs, after: TextLogprobs, start: int) -> TextLogprobs:
     """Both in turn; `after` belongs to text that begins at a character."""
-    moved = after.model_copy(update={"text_offset": [start + offset for offset in after.text_offset]})
+    moved = _moved(after, start)
     names = TextLogprobs.model_fields
     return TextLogprobs(**{name: getattr(before, name) + getattr(moved, name) for name in names})
+
+
+def _moved(logprobs: TextLogprobs, start: int) -> TextLogprobs:
+    """The same of text that begins at a character."""
+    return logprobs.model_copy(update={"text_offset": [start + offset for offset in logprobs.text_offset]})

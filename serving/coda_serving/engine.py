@@ -43,7 +43,9 @@ class Delta:
     """What the step changed in the canvas, where the request asks for it."""
 
     def then(self, other: "Delta") -> "Delta":
-        """This and the next one as one; both show a canvas."""
+        """This and the next one as one; both show a canvas, or neither."""
+        if self.canvas is None:
+            return Delta(self.text + other.text, self.tokens + other.tokens)
         cells = {cell.position: cell for cell in (*self.canvas.cells, *other.canvas.cells)}
         canvas = other.canvas._replace(cells=tuple(cells[i] for i in sorted(cells)), length=self.canvas.length)
         return Delta(self.text + other.text, self.tokens + other.tokens, canvas)

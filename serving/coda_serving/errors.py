@@ -44,9 +44,10 @@ STATUSES = {
     400: "The request is at fault; `param` names the field",
     401: "The key is missing or wrong",
     404: "Another model than the one served",
+    408: "The body was not there within CLIENT_TIMEOUT_S",
     413: "The body is larger than MAX_BODY_BYTES",
     415: "The body is no plain JSON",
-    429: "MAX_QUEUE answers wait already; Retry-After says when to try again",
+    429: "MAX_QUEUE answers wait already, the caller's share of them included; Retry-After says when to try again",
     500: "The model failed; the log says why",
     503: "QUEUE_TIMEOUT_S is over and no answer was begun, or the server is loading or shutting down",
     504: "REQUEST_TIMEOUT_S is over",
@@ -186,11 +187,12 @@ def _cut(text: str, limit: int) -> str:
 
 
 def _type(status: int) -> str:
-    names = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
+    names = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    names |= {408: "timeout_error", 504: "timeout_error"}
     return names.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
 def _anthropic_type(status: int) -> str:
     names = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
-    names |= {503: "overloaded_error", 504: "timeout_error"}
+    names |= {408: "timeout_error", 503: "overloaded_error", 504: "timeout_error"}
     return names.get(status, "invalid_request_error" if status < 500 else "api_error")

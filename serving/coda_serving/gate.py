@@ -34,18 +34,22 @@ def caller_of(request: HTTPConnection) -> str:
     return "" if request.client is None else request.client.host
 
 
-class BodyTooLarge(Exception):
-    """A body went beyond the limit while it was received."""
+class BodyRefused(Exception):
+    """A body went beyond a limit while it was received, which `fault` tells of."""
+
+    def __init__(self, fault: ApiError) -> None:
+        super().__init__(fault.message)
+        self.fault = fault
 
 
 class Gate:
-    """ASGI middleware: 401 before a byte of the body is received, 413 at the first byte too many.
+    """ASGI middleware: 401 before a byte of the body is received, 413 at the first byte too many, 408 when it is late.
 
     It also answers requests that are cut off because the server stops: 503 in OpenAI's shape.
 
     Args:
         app: what it guards.
-        settings: `max_body_bytes`.
+        settings: `max_body_bytes`, `client_timeout_s`.
         keys: those that open it; where there is none, all may pass.
     """
 
@@ -53,6 +57,7 @@ class Gate:
         self._app = app
         self._keys = keys
         self._limit = settings.max_body_bytes
+        self._limit_s = settings.client_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer it."""
@@ -65,15 +70,22 @@ class Gate:
             await refuse(send, scope["path"], fault, receive)
             return
         received = 0
+        is_whole = False
         started = False
+        ends_s = asyncio.get_running_loop().time() + self._limit_s
 
         async def counted_receive() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_whole
+            try:
+                async with asyncio.timeout_at(None if is_whole else ends_s):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyRefused(self._too_slow()) from None
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 if received > self._limit:
-                    raise BodyTooLarge
+                    raise BodyRefused(self._too_large(f"more than {self._limit}"))
+            is_whole = not message.get("more_body", False)
             return message
 
         async def noted_send(message: Message) -> None:
@@ -83,9 +95,9 @@ class Gate:
 
         try:
             await self._app(scope, counted_receive, noted_send)
-        except BodyTooLarge:
+        except BodyRefused as refused:
             if not started:
-                await refuse(send, scope["path"], self._too_large(f"more than {self._limit}"), receive)
+                await refuse(send, scope["path"], refused.fault, receive)
         except asyncio.CancelledError:  # the web server ends what still runs when its time to stop is over
             if not started:
                 await refuse(send, scope["path"], SHUTTING_DOWN)
@@ -113,6 +125,14 @@ class Gate:
         if length.isdecimal() and length.isascii() and int(length[:20]) > self._limit:
             return self._too_large(length[:20])
         return None
+
+    def _too_slow(self) -> ApiError:
+        return ApiError(
+            408,
+            f"the body was not there within {self._limit_s:g} s (CLIENT_TIMEOUT_S)",
+            code="body_timeout",
+            headers={"Connection": "close"},
+        )
 
     def _too_large(self, got: str) -> ApiError:
         return ApiError(

@@ -61,12 +61,7 @@ class Generation:
         try:
             self._jobs: list[Job] = engine.submit([row for _, _, row in rows], listeners, caller)
         except QueueFull:
-            raise self._busy(429, f"{engine.num_waiting} answers wait already", "queue_full") from None
-
-    def _busy(self, status: int, message: str, code: str) -> ApiError:
-        seconds = self._engine.retry_after_s
-        headers = {"Retry-After": str(seconds)}
-        return ApiError(status, f"{message}; try again in {seconds} s", code=code, headers=headers)
+            raise busy(engine, 429, f"{engine.num_waiting} answers wait already", "queue_full") from None
 
     async def events(self) -> AsyncIterator[tuple[int, Delta | Answer]]:
         """What happens to each answer, by its index, until all are there; one of several candidates comes whole.
@@ -110,7 +105,7 @@ class Generation:
             except TimeoutError:
                 if not self._has_begun and deadline == self._queue_deadline:
                     message = f"no answer was begun within {self._queue_timeout_s:g} s (QUEUE_TIMEOUT_S)"
-                    raise self._busy(503, message, "queue_timeout") from None
+                    raise busy(self._engine, 503, message, "queue_timeout") from None
         raise ApiError(504, f"no answer within {self._timeout_s:g} s (REQUEST_TIMEOUT_S)", code="timeout")
 
     def _put(self, row: tuple[int, int], event: Event) -> None:
@@ -156,6 +151,12 @@ class Generation:
     def cancel(self) -> None:
         """Give up the rows that are not finished."""
         self._engine.cancel(self._jobs)
+
+
+def busy(engine: Engine, status: int, message: str, code: str) -> ApiError:
+    """For requests that would have to wait too long."""
+    seconds = engine.retry_after_s
+    return ApiError(status, f"{message}; try again in {seconds} s", code=code, headers={"Retry-After": str(seconds)})
 
 
 def _num_cells(event: Event) -> int:

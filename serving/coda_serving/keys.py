@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import logging
 import re
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from CoDALanguageModel.errors import UserError
 logger = logging.getLogger(__name__)
 
 LINE = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]{1,64}):)?(?P<key>[!-~]+)")
+
+SETTLED_NS = 2_000_000_000
+"""A file that was changed longer ago has another time when it changes again: longer than the ticks of a file system."""
 
 UNNAMED = "unnamed"
 """Name of a caller whose key has none."""
@@ -66,13 +70,20 @@ class Keys:
     def __init__(self, key: str | None = None, path: Path | None = None) -> None:
         self._own = {} if key is None else {_digest(key.encode()): UNNAMED}
         self._path = path
-        self._stamp = None if path is None else _stamp(path)
-        self._read = {} if path is None else read_keys(path)
-        self.is_file_valid = True
-        """Whether the last reading of the file went well."""
+        self._stamp: tuple[int, ...] | None = None
+        self._read: dict[bytes, str] = {}
+        self._fault = ""
+        if path is not None:
+            self._note_stamp(_stamp(path))
+            self._read = read_keys(path)
 
     def __bool__(self) -> bool:
         return bool(self._own or self._read)
+
+    @property
+    def is_file_valid(self) -> bool:
+        """Whether the last reading of the file went well."""
+        return not self._fault
 
     def caller(self, shown: Iterable[bytes]) -> str | None:
         """The name of who shows one of `shown`; None if none is valid. Takes the same time whichever key it is."""
@@ -85,17 +96,26 @@ class Keys:
         return found
 
     def _refresh(self) -> None:
-        if self._path is None or (stamp := _stamp(self._path)) == self._stamp:
+        if self._path is None or ((stamp := _stamp(self._path)) == self._stamp and self._is_settled):
             return
-        self._stamp = stamp
+        self._note_stamp(stamp)
+        before = self._read, self._fault
         try:
-            self._read = read_keys(self._path)
+            self._read, self._fault = read_keys(self._path), ""
         except UserError as error:
-            self.is_file_valid = False
-            logger.error("API_KEYS_FILE=%s: %s; the %d keys of before stay valid", self._path, error, len(self._read))
+            self._fault = str(error)
+        if (self._read, self._fault) == before:
+            return
+        if self._fault:
+            held = len(self._read)
+            logger.error("API_KEYS_FILE=%s: %s; the %d keys of before stay valid", self._path, self._fault, held)
         else:
-            self.is_file_valid = True
             logger.warning("API_KEYS_FILE=%s has changed: %d keys are valid now", self._path, len(self._read))
+
+    def _note_stamp(self, stamp: tuple[int, ...] | None) -> None:
+        """Remember what is about to be read, and whether it could change and still have this stamp."""
+        self._stamp = stamp
+        self._is_settled = stamp is None or time.time_ns() - stamp[0] > SETTLED_NS
 
 
 def _digest(key: bytes) -> bytes:
@@ -108,4 +128,4 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         status = path.stat()
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev
+    return status.st_ctime_ns, status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev

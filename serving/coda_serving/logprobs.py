@@ -91,14 +91,17 @@ class Spelling(NamedTuple):
             )
         return ChatLogprobs(content=content)
 
-    def text(self, tokens: Sequence[Judged], *, first: int | None = None, start: int = 0) -> TextLogprobs:
+    def text(
+        self, tokens: Sequence[Judged], *, first: int | None = None, offsets: "Offsets | None" = None
+    ) -> TextLogprobs:
         """In the shape of a plain text.
 
         Args:
-            tokens: those of the text.
+            tokens: those of the text, or of a part of it.
             first: a token before them that nothing judged.
-            start: characters before all of them.
+            offsets: where the parts before ended; None for the beginning.
         """
+        offsets = offsets or Offsets(self.decode)
         before = [] if first is None else [first]
         spelled = [self.token(token)[0] for token in (*before, *(judged.token for judged in tokens))]
         top = []
@@ -111,18 +114,32 @@ class Spelling(NamedTuple):
             tokens=spelled,
             token_logprobs=[None] * len(before) + [finite(judged) for judged in tokens],
             top_logprobs=[None] * len(before) + top,
-            text_offset=self._offsets([*before, *(judged.token for judged in tokens)], start),
+            text_offset=offsets.of([*before, *(judged.token for judged in tokens)]),
             steps=[None] * len(before) + [judged.evidence.step for judged in tokens],
         )
 
-    def _offsets(self, tokens: list[int], start: int) -> list[int]:
-        offsets, pending = [], []
+
+class Offsets:
+    """Characters before each token of a text, of which any portions come in turn.
+
+    Args:
+        decode: token ids to text.
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._start = 0
+        self._pending: list[int] = []
+
+    def of(self, tokens: Sequence[int]) -> list[int]:
+        """Those of the next tokens."""
+        offsets = []
         for token in tokens:
-            offsets.append(start)
-            pending.append(token)
-            text = self.decode(pending, TEXT)
+            offsets.append(self._start)
+            self._pending.append(token)
+            text = self._decode(self._pending, TEXT)
             if not text.endswith(INCOMPLETE):  # a character may have several tokens
-                start, pending = start + len(text), []
+                self._start, self._pending = self._start + len(text), []
         return offsets
 
 

@@ -4,6 +4,7 @@ Not here: what comes back (`responses`).
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, create_model, model_validator
@@ -22,15 +23,20 @@ MAX_NESTING = 100
 """Objects and lists in each other in the parameters of a tool."""
 
 
-def _check_unicode(text: str) -> str:
+def check_unicode(text: str) -> str:
+    """The text itself.
+
+    Raises:
+        UserError: half of a character stands in it.
+    """
     if (half := half_surrogate(text)) is not None:
         raise UserError(f"the text is not valid Unicode: lone surrogate at character {half}")
     return text
 
 
-Text = Annotated[str, AfterValidator(_check_unicode)]
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
+Text = Annotated[str, AfterValidator(check_unicode)]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(check_unicode)]
 
 
 # A list stops at its first fault: a long one would make an error for every element.
@@ -322,6 +328,22 @@ class Tool(StrictModel):
     function: Function
 
 
+class Tooling(NamedTuple):
+    """What a conversation says of tools."""
+
+    tools: Sequence[Tool] = ()
+    choice: Literal["none", "auto", "required"] = "auto"
+    name: str | None = None
+    """The one that is required; None for any of them."""
+    is_parallel: bool = True
+    """Whether an answer may have more calls than one."""
+
+    @property
+    def callable(self) -> list[Tool]:
+        """Those that the model is told of."""
+        return [] if self.choice == "none" else list(self.tools)
+
+
 class NamedFunction(StrictModel):
     """The function that must be called."""
 
@@ -388,7 +410,6 @@ class ChatRequest(ShapedRequest):
         "functions": ([],),
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (True, False),
         "prediction": (),
         "reasoning_effort": (),
         "verbosity": (),
@@ -402,6 +423,8 @@ class ChatRequest(ShapedRequest):
     """Functions that the model may call."""
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     """`required`: the answer is a call of one of them; `auto`, the default: it may hold calls."""
+    parallel_tool_calls: bool | None = None
+    """False keeps the first call of an answer that holds several."""
     logprobs: bool | None = None
     """Tell of each token its log-probability when it was committed."""
     top_logprobs: int | None = Field(None, ge=0, le=NUM_BEST)
@@ -411,6 +434,14 @@ class ChatRequest(ShapedRequest):
     def num_best(self) -> int | None:
         """Most probable tokens to tell of; None tells no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def tooling(self) -> Tooling:
+        """What is said of tools."""
+        choice, tools, is_parallel = self.tool_choice or "auto", self.tools or (), self.parallel_tool_calls is not False
+        if isinstance(choice, str):
+            return Tooling(tools, choice, None, is_parallel)
+        return Tooling(tools, "required", choice.function.name, is_parallel)
 
     @model_validator(mode="after")
     def _top_of_logprobs(self) -> "ChatRequest":
@@ -473,12 +504,8 @@ class CompletionRequest(ShapedRequest):
     def _check_echo(self) -> "CompletionRequest":
         if self.max_tokens == 0 and not self.echo:
             raise invalid("max_tokens must be at least 1, or 0 with echo=true, got 0", param="max_tokens")
-        if self.max_tokens == 0 and self.stream:
-            raise invalid("max_tokens=0 only echoes, and there is nothing to stream", param="max_tokens")
         if self.echo and (self.suffix or self.infill is not None):
             raise invalid("echo repeats a prompt that goes on, not text around a gap", param="echo")
-        if self.echo and self.logprobs is not None and self.stream:
-            raise invalid("echo with logprobs scores the whole prompt first and cannot be streamed", param="echo")
         if self.logprobs is not None and self.infill is not None and len(self.infill.pieces or "..") > 2:
             raise invalid("logprobs are told of one gap, not of several", param="logprobs")
         return self

@@ -1,9 +1,9 @@
 """Answering a checked request, whole or as a stream. Not here: its canvases (`canvases`), or words (`responses`)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -14,12 +14,15 @@ from .canvases import Asked
 from .engine import Answer
 from .errors import SHUTTING_DOWN, ApiError, client_left
 from .gate import caller_of
-from .generation import Generation
+from .generation import Generation, busy
 from .protocol import SamplingRequest
 from .responses import Head, Usage
+from .scheduler import QueueFull
 from .service import Service
 from .settings import ServerSettings
 from .streaming import EventStream, answer_events, error_event
+
+Result = TypeVar("Result")
 
 
 class Whole(Protocol):
@@ -50,7 +53,7 @@ async def respond(
     if service.engine.is_draining:
         raise SHUTTING_DOWN
     check_model(settings, body.model)
-    asked = await _prepare(service, body, canvases_of)
+    asked = await _prepare(service, request, body, canvases_of)
     generation = Generation(
         service.engine, asked.answers, settings.request_timeout_s, settings.queue_timeout_s, caller_of(request)
     )
@@ -59,44 +62,57 @@ async def respond(
     if body.stream:
         frames = events(generation, head, form, len(asked.answers), usage_of if body.include_usage else None)
         return EventStream(generation, frames, settings.heartbeat_s, error_frame)
-    answers = await _unless_client_leaves(request, generation)
+    try:
+        answers = await _unless_client_leaves(request, generation.answers())
+    finally:
+        generation.cancel()
     # Written in a thread: long answers would keep the event loop.
     content = await run_in_threadpool(lambda: form.whole(head, answers, usage_of(answers)).model_dump_json())
     return Response(content, media_type="application/json")
 
 
-async def _prepare(service: Service, body: SamplingRequest, canvases_of: Callable[[Service, Any], Asked]) -> Asked:
-    """The canvases, made in a thread; in one of its own where that may take long."""
+async def _prepare(
+    service: Service, request: Request, body: SamplingRequest, canvases_of: Callable[[Service, Any], Asked]
+) -> Asked:
+    """The canvases, made in a thread; in one of its own where that may take long, for callers in turn."""
     is_shaped = getattr(body, "shape", None) is not None or getattr(body, "tools", None)
     if not is_shaped:
         return await run_in_threadpool(canvases_of, service, body)
     limit_s = service.settings.request_timeout_s
+
+    async def in_turn() -> Asked:
+        async with service.turns.turn(caller_of(request), service.settings.max_queue):
+            return await asyncio.get_running_loop().run_in_executor(service.shaper, canvases_of, service, body)
+
     try:
         async with asyncio.timeout(limit_s):
-            return await asyncio.get_running_loop().run_in_executor(service.shaper, canvases_of, service, body)
+            return await _unless_client_leaves(request, in_turn())
     except TimeoutError:
         raise ApiError(504, f"no answer within {limit_s:g} s", code="timeout") from None
+    except QueueFull:
+        service.metrics.rejected.inc()
+        message = f"{len(service.turns)} requests wait already to be prepared"
+        raise busy(service.engine, 429, message, "queue_full") from None
 
 
-async def _unless_client_leaves(request: Request, generation: Generation) -> list[Answer]:
-    """All answers; when the client hangs up first, the generation is cancelled."""
+async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """What comes of `work`, which is given up when the client hangs up first."""
 
     async def disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             continue
 
-    answers = asyncio.ensure_future(generation.answers())
+    working = asyncio.ensure_future(work)
     left = asyncio.ensure_future(disconnect())
     try:
-        await asyncio.wait([answers, left], return_when=asyncio.FIRST_COMPLETED)
-        if answers.done():
-            return answers.result()
+        await asyncio.wait([working, left], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
         raise client_left()
     finally:
-        generation.cancel()
-        for task in (answers, left):
+        for task in (working, left):
             task.cancel()
-        await asyncio.gather(answers, left, return_exceptions=True)
+        await asyncio.gather(working, left, return_exceptions=True)
 
 
 def check_model(settings: ServerSettings, name: str | None) -> None:

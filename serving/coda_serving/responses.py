@@ -3,6 +3,7 @@
 import dataclasses
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 from CoDALanguageModel.answers import FinishReason
 
 from .engine import Answer, Delta
-from .logprobs import ChatLogprobs, Spelling, TextLogprobs
+from .logprobs import ChatLogprobs, Offsets, Spelling, TextLogprobs
 
 
 class PromptTokens(BaseModel):
@@ -259,13 +260,18 @@ INFILL = dataclasses.replace(
 
 def with_logprobs(form: Form, spelling: Spelling) -> Form:
     """A form of OpenAI's that also tells log-probabilities."""
-    spell = spelling.chat if form.response is ChatCompletion else spelling.text
+    offsets: defaultdict[int, Offsets] = defaultdict(lambda: Offsets(spelling.decode))
+    """Where the parts of each answer that were sent end."""
+    is_chat = form.response is ChatCompletion
 
     def choice(index: int, answer: Answer) -> BaseModel:
-        return form.choice(index, answer).model_copy(update={"logprobs": spell(answer.tokens)})
+        logprobs = spelling.chat(answer.tokens) if is_chat else spelling.text(answer.tokens)
+        return form.choice(index, answer).model_copy(update={"logprobs": logprobs})
 
     def part(index: int, delta: Delta, end: FinishReason | None) -> BaseModel:
-        logprobs = spell(delta.tokens) if delta.tokens else None
+        logprobs = None
+        if delta.tokens:
+            logprobs = spelling.chat(delta.tokens) if is_chat else spelling.text(delta.tokens, offsets=offsets[index])
         return form.part(index, delta, end).model_copy(update={"logprobs": logprobs})
 
     return dataclasses.replace(form, choice=choice, part=part, spelling=spelling)

@@ -18,6 +18,12 @@ counters; Sheng et al., "Fairness in Serving Large Language Models", 2024.) Proo
 below the level, which never sinks; no counter, and so no start, is ever more than U above it, since only running rows
 raise one. At the last place that another caller gets while the request waits, its counter is at most that of the
 request's caller, which began at most U above the level; and after it, it is given at most U.
+
+The queue. Up to its limit anyone's rows may wait. When it is full, a caller whose rows, with those that come, are no
+more than its share, the limit divided by those who wait, is let in all the same: one that fills the queue shuts nobody
+else out, and nothing that was let in has to give way. So no more than limit (1 + ln limit) rows ever wait. Proof: in
+the order in which those who wait last got rows in, the j-th was one of at least j who waited; let J be the last that
+came when there was room: the first J have no more than limit together, and every later one no more than limit / j.
 """
 
 import dataclasses
@@ -134,11 +140,24 @@ class QueueFull(Exception):
     """The queue has no room for a request's rows."""
 
 
+def may_wait(new: int, own: int, waiting: int, num_callers: int, limit: int) -> bool:
+    """Whether there is room for more, or their caller has no more than its share with them; see above.
+
+    Args:
+        new: those that come.
+        own: those of their caller that wait.
+        waiting: all that wait.
+        num_callers: whose they are, with the one who comes.
+        limit: how many may wait.
+    """
+    return waiting + new <= limit or (own + new) * num_callers <= limit
+
+
 class Scheduler:
     """Thread-safe queue that says who may join the rows being denoised.
 
     Args:
-        max_queue: jobs that may wait.
+        max_queue: jobs that may wait, besides those of callers who have no more than their share; see above.
         max_batch_size: jobs at a time; also how many others of its caller may pass a job that does not fit, before all
             others wait for it. Those of other callers never do.
         max_batch_tokens: jobs at a time, times the longest canvas; a job alone is always let through.
@@ -173,9 +192,13 @@ class Scheduler:
             QueueFull: there is no room for all, or the scheduler is closed.
         """
         with self._changed:
-            if self._closed or self._num_waiting + len(jobs) > self.max_queue:
-                raise QueueFull
+            if not jobs:  # only an echo, which nobody has to wait for
+                return
             owner = self._callers.get(caller)
+            own = sum(map(len, owner.requests)) if owner else 0
+            num_callers = sum(bool(other.requests) for other in self._callers.values()) + (not own)
+            if self._closed or not may_wait(len(jobs), own, self._num_waiting, num_callers, self.max_queue):
+                raise QueueFull
             if owner is None or not owner.requests:
                 self._callers.pop(caller, None)
                 owner = self._callers[caller] = owner or Caller()

@@ -11,6 +11,7 @@ from .engine import Engine
 from .metrics import Metrics
 from .scheduler import CanvasRequest
 from .settings import ServerSettings
+from .turns import Turns
 
 
 class Encoder(Protocol):
@@ -68,3 +69,5 @@ class Service:
     metrics: Metrics
     shaper: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="coda-shapes"))
     """Where requests are prepared whose answers must match something: one at a time, so that others go on."""
+    turns: Turns = field(default_factory=Turns)
+    """Who may use it."""

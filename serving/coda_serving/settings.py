@@ -114,7 +114,7 @@ class ServerSettings(DecodingDefaults):
     """
 
     max_queue: int = Field(64, ge=1)
-    """Answers that may wait for the model; beyond that a request gets 429 with Retry-After."""
+    """Answers that may wait for the model; beyond that, and beyond the caller's share, a request gets 429."""
 
     max_batch_size: int = Field(16, ge=1)
     """Answers denoised together at most."""
@@ -127,6 +127,12 @@ class ServerSettings(DecodingDefaults):
 
     max_body_bytes: int = Field(2 << 20, ge=1024)
     """Largest body of a request; beyond that it gets 413. A body is read into memory and parsed at once."""
+
+    client_timeout_s: float = Field(60.0, gt=0, allow_inf_nan=False)
+    """Seconds in which a client must have sent a request, or else gets 408, and read what it has been sent.
+
+    One that does not read is cut off; of what waits for it 64 KiB and the text of its answers are held until then.
+    """
 
     heartbeat_s: float = Field(15.0, gt=0, allow_inf_nan=False)
     """Seconds of silence after which a stream sends a comment, so that no proxy takes it for dead."""

@@ -98,7 +98,12 @@ async def with_heartbeat(events: AsyncIterator[str], every_s: float) -> AsyncIte
 
 
 async def answer_events(
-    generation: Generation, head: Head, form: Form, n: int, make_usage: MakeUsage | None
+    generation: Generation,
+    head: Head,
+    form: Form,
+    n: int,
+    make_usage: MakeUsage | None,
+    events: AsyncIterator[tuple[int, Delta | Answer]] | None = None,
 ) -> AsyncIterator[str]:
     """Frames of streamed answers.
 
@@ -108,6 +113,7 @@ async def answer_events(
         form: the endpoint's.
         n: number of answers.
         make_usage: gives the usage of the last event; None sends no such event.
+        events: of the generation, where something is made of them before.
     """
 
     def frame(*choices: BaseModel, usage: Usage | None = None, canvas: CanvasStep | None = None) -> str:
@@ -117,13 +123,13 @@ async def answer_events(
         yield frame(form.opening(index))
     answers: list[Answer] = []
     try:
-        async for index, event in generation.events():
-            if isinstance(event, Delta):
-                if (choice := form.part(index, event, None)) is not None:
-                    yield frame(choice, canvas=event.canvas)
-            else:
+        async for index, event in events or generation.events():
+            is_end = isinstance(event, Answer)
+            if is_end:
                 answers.append(event)
-                yield frame(form.part(index, Delta(""), event.finish_reason))
+            delta, end = (Delta(""), event.finish_reason) if is_end else (event, None)
+            if (choice := form.part(index, delta, end)) is not None:
+                yield frame(choice, canvas=delta.canvas)
     except ApiError as error:  # the status has been sent already
         yield error_event(error)
         return

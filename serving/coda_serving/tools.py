@@ -8,8 +8,10 @@ import dataclasses
 import json
 import re
 import uuid
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections import defaultdict
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
@@ -17,7 +19,7 @@ from CoDALanguageModel.errors import half_surrogate
 
 from .engine import Answer, Delta
 from .errors import invalid
-from .protocol import ChatRequest, Shape, Tool
+from .protocol import ChatRequest, Shape, Tool, Tooling
 from .responses import (
     CalledFunction,
     CallingMessage,
@@ -36,32 +38,38 @@ BEGINNING = f"{OPENING}\n"
 CALL = re.compile(rf"{OPENING}(.*?)(?:{CLOSING}|$)", re.DOTALL)
 
 
-def shape_of(body: ChatRequest) -> Shape | None:
-    """What a conversation's answer must match: `response_format`, `guided_regex`, or a call that is asked for.
+class Conversation(Protocol):
+    """A request, whosever words it uses."""
+
+    @property
+    def shape(self) -> Shape | None:
+        """What its answer must match, besides calls."""
+
+    @property
+    def tooling(self) -> Tooling:
+        """What it says of tools."""
+
+
+def shape_of(body: Conversation) -> Shape | None:
+    """What a conversation's answer must match: what its own fields say, or a call that is asked for.
 
     Raises:
         ApiError: two of them, or a tool that there is not.
     """
-    shape, tools = body.shape, callable_tools(body)
-    choice = body.tool_choice
-    if choice not in (None, "none", "auto") and not body.tools:
+    shape, tooling = body.shape, body.tooling
+    tools = tooling.callable
+    if tooling.choice == "required" and not tooling.tools:
         raise invalid("tool_choice needs tools", param="tool_choice")
     if shape is not None and tools:
         raise invalid(f"{shape.param} cannot be used with tools: say tool_choice none", param=shape.param)
-    if choice in (None, "none", "auto"):
+    if tooling.choice != "required":
         return shape
-    if not isinstance(choice, str):
-        name = choice.function.name
-        tools = [tool for tool in tools if tool.function.name == name]
+    if tooling.name is not None:
+        tools = [tool for tool in tools if tool.function.name == tooling.name]
         if not tools:
-            raise invalid(f"tool_choice names {name!r}, which is none of the tools", param="tool_choice")
+            raise invalid(f"tool_choice names {tooling.name!r}, which is none of the tools", param="tool_choice")
     calls = [_call_schema(tool, f"#/anyOf/{i}") for i, tool in enumerate(tools)]
     return Shape("tools", {"json_schema": {"anyOf": calls}}, BEGINNING)
-
-
-def callable_tools(body: ChatRequest) -> list[Tool]:
-    """The tools that the model is told of."""
-    return [] if body.tool_choice == "none" else list(body.tools or ())
 
 
 def _call_schema(tool: Tool, at: str) -> dict[str, Any]:
@@ -98,10 +106,10 @@ def _moved(schema: Any, at: str) -> Any:
 
 def form_of(body: ChatRequest, form: Form) -> Form:
     """How a conversation's answers are worded: calls are calls, and what matches its shape has not been cut."""
-    shape, tools = shape_of(body), callable_tools(body)
-    if tools:
-        return _calling(form, {tool.function.name for tool in tools}, is_call=shape is not None)
-    return form if shape is None else completed(form)
+    calls = calls_of(body)
+    if calls is not None:
+        return _calling(form, calls)
+    return form if shape_of(body) is None else completed(form)
 
 
 def completed(form: Form) -> Form:
@@ -113,42 +121,88 @@ def completed(form: Form) -> Form:
     )
 
 
-def _calling(form: Form, names: set[str], *, is_call: bool) -> Form:
-    """Words for answers in which there may be calls; `is_call` for those that are one, without its beginning."""
-    texts: dict[int, str] = {}
-    shown: dict[int, int] = {}
+@dataclass(frozen=True)
+class Calls:
+    """How answers are read in which there may be calls."""
 
-    def read(text: str) -> tuple[str, list[ToolCall]]:
-        return read_calls(BEGINNING + text if is_call else text, names)
+    names: frozenset[str]
+    """Those of the tools."""
+    is_call: bool
+    """Whether an answer is a call, without its beginning."""
+    is_parallel: bool
+    """Whether there may be more calls than one; the first is kept otherwise."""
+
+    def read(self, text: str) -> tuple[str, list[ToolCall]]:
+        """The text before the calls of a whole answer, and the calls."""
+        text, calls = read_calls(BEGINNING + text if self.is_call else text, self.names)
+        return text, calls if self.is_parallel else calls[:1]
+
+    def readers(self) -> defaultdict[int, "CallReader"]:
+        """A reader for each answer of a stream, by its index."""
+        return defaultdict(lambda: CallReader(self))
+
+
+class CallReader:
+    """Reads one answer as it becomes final."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._text = ""
+        self._num_told = 0
+
+    def more(self, text: str) -> str:
+        """What is surely text, and no call, since more of the answer is known."""
+        self._text += text
+        return self._new("" if self._calls.is_call else _before_call(self._text))
+
+    def end(self, text: str = "") -> tuple[str, list[ToolCall]]:
+        """The rest of the text, and the calls, since all of the answer is known."""
+        seen, calls = self._calls.read(self._text + text)
+        return self._new(seen), calls
+
+    def _new(self, seen: str) -> str:
+        new = seen[self._num_told :]
+        self._num_told = max(len(seen), self._num_told)
+        return new
+
+
+def calls_of(body: Conversation) -> Calls | None:
+    """How a conversation's answers are read; None where there are no tools.
+
+    Raises:
+        ApiError: as `shape_of`.
+    """
+    shape, tooling = shape_of(body), body.tooling
+    names = frozenset(tool.function.name for tool in tooling.callable)
+    return Calls(names, shape is not None, tooling.is_parallel) if names else None
+
+
+def _calling(form: Form, calls: Calls) -> Form:
+    """Words for answers in which there may be calls."""
+    readers = calls.readers()
 
     def choice(index: int, answer: Answer) -> BaseModel:
-        text, calls = read(answer.text)
-        if not calls:
+        text, found = calls.read(answer.text)
+        if not found:
             return form.choice(index, answer)
-        message = CallingMessage(content=text or None, tool_calls=calls)
+        message = CallingMessage(content=text or None, tool_calls=found)
         return ChatChoice(index=index, message=message, finish_reason="tool_calls")
 
     def part(index: int, delta: Delta, end: Literal["stop", "length"] | None) -> BaseModel | None:
-        texts[index] = whole = texts.get(index, "") + delta.text
         if end is None:
-            seen = "" if is_call else _before_call(whole)
-            calls = []
-        else:
-            seen, calls = read(whole)
-        new = seen[shown.get(index, 0) :]
-        shown[index] = max(len(seen), shown.get(index, 0))
-        if end is None:
+            new = readers[index].more(delta.text)
             return form.part(index, Delta(new), None) if new or delta.canvas is not None else None
-        if not calls:
+        new, found = readers[index].end(delta.text)
+        if not found:
             return form.part(index, Delta(new), end)
-        deltas = [ToolCallDelta(index=i, **dict(call)) for i, call in enumerate(calls)]
+        deltas = [ToolCallDelta(index=i, **dict(call)) for i, call in enumerate(found)]
         added = ChatDelta(content=new or None, tool_calls=deltas)
         return ChatChunkChoice(index=index, delta=added, finish_reason="tool_calls")
 
     return dataclasses.replace(form, choice=choice, part=part)
 
 
-def read_calls(text: str, names: Sequence[str] | set[str]) -> tuple[str, list[ToolCall]]:
+def read_calls(text: str, names: Container[str]) -> tuple[str, list[ToolCall]]:
     """The text before the calls of an answer, and the calls.
 
     An answer in which a call is no JSON object with the name of a tool and an object of arguments is text: it has none.

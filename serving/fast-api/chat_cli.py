@@ -13,7 +13,6 @@ written <gap> or <gap:TOKENS>, are filled, and the whole text is printed.
 import argparse
 import contextlib
 import io
-import json
 import os
 import re
 import stat
@@ -32,8 +31,9 @@ from rich.console import Console
 
 from coda_serving.chat.canvas import CanvasDisplay
 from coda_serving.chat.commands import COMMANDS, is_command, read_setting, run_command
-from coda_serving.chat.conversation import Conversation, Part
+from coda_serving.chat.conversation import Conversation
 from coda_serving.chat.files import replace
+from coda_serving.chat.parts import Part, Usage
 from coda_serving.chat.terminal import harmless, note
 from CoDALanguageModel.decoding_settings import Setting, offered
 from CoDALanguageModel.errors import UserError
@@ -44,7 +44,7 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, where there is no prompt to go back to."""
 
 
-def describe(usage: Any, seconds: float, first_text_s: float | None) -> str:
+def describe(usage: Usage | None, seconds: float, first_text_s: float | None) -> str:
     """One line about the cost of an answer."""
     parts = [f"{seconds:.2f} s"]
     if first_text_s is not None:
@@ -52,9 +52,8 @@ def describe(usage: Any, seconds: float, first_text_s: float | None) -> str:
     if usage is not None:
         tokens = usage.completion_tokens
         parts += [f"{usage.prompt_tokens} prompt tokens", f"{tokens} tokens", f"{tokens / seconds:.1f} tokens/s"]
-        forwards = (usage.model_extra or {}).get("forwards")
-        if forwards:
-            parts.append(f"{forwards} forwards ({tokens / forwards:.2f} tokens each)")
+        if usage.forwards:
+            parts.append(f"{usage.forwards} forwards ({tokens / usage.forwards:.2f} tokens each)")
     return "[" + ", ".join(parts) + "]"
 
 
@@ -192,8 +191,14 @@ def line_range(text: str) -> tuple[int, int]:
 # -- what comes back -------------------------------------------------------------------------------------------------
 
 
-def show(parts: Iterator[Part], conversation: Conversation, notes: Console) -> tuple[str, str]:
+def show(parts: Iterator[Part], conversation: Conversation, notes: Console, before: str = "") -> tuple[str, str]:
     """Write an answer to standard output as it comes, or at its end where the canvas is shown.
+
+    Args:
+        parts: of the answer.
+        conversation: says whether the canvas is shown.
+        notes: where it is drawn.
+        before: what stands before the answer.
 
     Returns:
         The text, and a line about its cost.
@@ -201,6 +206,8 @@ def show(parts: Iterator[Part], conversation: Conversation, notes: Console) -> t
     started = time.monotonic()
     first_text_s = usage = None
     pieces: list[str] = []
+    if not conversation.shows_canvas:
+        write(before)
     with contextlib.closing(parts), contextlib.ExitStack() as stack:
         canvas = stack.enter_context(CanvasDisplay(notes)) if conversation.shows_canvas else None
         for part in parts:
@@ -214,7 +221,7 @@ def show(parts: Iterator[Part], conversation: Conversation, notes: Console) -> t
             elif part.canvas is not None:
                 canvas.show(part.canvas)
     if conversation.shows_canvas:
-        write("".join(pieces))
+        write(before + "".join(pieces))
     cost = describe(usage, time.monotonic() - started, first_text_s if conversation.stream else None)
     return "".join(pieces), cost
 
@@ -253,8 +260,7 @@ def fill(conversation: Conversation, arguments: argparse.Namespace, notes: Conso
         except OSError as error:
             raise UserError(f"--write {path}: {error.strerror}") from error
     else:
-        write(pieces[0])
-        _, cost = show(conversation.fill(pieces, lengths), conversation, notes)
+        _, cost = show(conversation.fill(pieces, lengths), conversation, notes, pieces[0])
         write(pieces[-1])
         sys.stdout.flush()
     if arguments.show_meta:
@@ -407,9 +413,12 @@ def served_model(client: openai.OpenAI) -> str:
         UserError: what answers is no such server.
     """
     try:
-        return next(iter(client.models.list())).id
-    except (StopIteration, AttributeError, json.JSONDecodeError) as error:
+        name = next(iter(client.models.list())).id
+    except (StopIteration, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"what answers at {client.base_url} lists no models: is it a server of this API?") from error
+    if not isinstance(name, str):
+        raise UserError(f"what answers at {client.base_url} has a model whose name is no text: {name!r}")
+    return name
 
 
 if __name__ == "__main__":

@@ -314,7 +314,7 @@ def test_health_answers_at_once_while_the_model_works(serve, serving_fakes):
     assert elapsed_s < 0.2
 
 
-def test_a_full_queue_answers_429_with_a_time(serve, serving_fakes):
+def test_a_full_queue_answers_429_with_a_time_and_lets_another_caller_have_its_share(serve, serving_fakes):
     gate = threading.Event()
     sampler = serving_fakes.FakeSampler(gate=gate)
 
@@ -326,14 +326,21 @@ def test_a_full_queue_answers_429_with_a_time(serve, serving_fakes):
         while (await client.get("/health")).json()["waiting"] < 2:
             await asyncio.sleep(0.01)
         refused = [await client.post(URL, json=CHAT), await client.post(URL, json=CHAT | {"stream": True})]
-        gate.set()
-        return refused, await asyncio.gather(first, *waiting)
+        transport = httpx.ASGITransport(client._transport.app, client=("10.0.0.2", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as other:
+            # The share of each of the two is one place.
+            waiting.append(asyncio.create_task(other.post(URL, json=CHAT)))
+            while (await client.get("/health")).json()["waiting"] < 3:
+                await asyncio.sleep(0.01)
+            refused.append(await other.post(URL, json=CHAT))
+            gate.set()
+            return refused, await asyncio.gather(first, *waiting)
 
     refused, answered = serve(test, sampler, max_queue=2)
     for response in refused:
         assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
         assert int(response.headers["Retry-After"]) >= 1
-    assert [response.status_code for response in answered] == [200] * 3
+    assert [response.status_code for response in answered] == [200] * 4
 
 
 def test_a_request_that_takes_too_long_is_cancelled(serve, serving_fakes):

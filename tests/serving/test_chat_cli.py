@@ -24,6 +24,7 @@ from rich.console import Console
 from coda_serving.chat.canvas import CanvasDisplay
 from coda_serving.chat.commands import run_command
 from coda_serving.chat.conversation import Conversation
+from coda_serving.chat.parts import Canvas
 from coda_serving.chat.terminal import harmless
 from CoDALanguageModel.errors import UserError
 
@@ -361,6 +362,69 @@ def test_a_stream_that_the_server_ends_with_an_error_is_told_in_a_line(ask, serv
     assert notes == "error: the model failed; see the server's log\n"
 
 
+CELLS = [[0, "a", "committed", 0.5]]
+BROKEN_CANVASES = [
+    7,
+    {"cells": CELLS},
+    {"step": "1", "length": 1, "cells": CELLS},
+    {"step": 0, "length": 10**12, "cells": []},
+    {"step": 0, "length": -1, "cells": []},
+    {"step": 0, "cells": CELLS},
+    {"step": 0, "length": 1, "cells": 5},
+    {"step": 0, "length": 1, "cells": [[1, "a", "committed", 0.5]]},
+    {"step": 0, "length": 1, "cells": [[-1, "a", "committed", 0.5]]},
+    {"step": 0, "length": 1, "cells": [[0, 5, "committed", 0.5]]},
+    {"step": 0, "length": 1, "cells": [[0, "a", [], 0.5]]},
+    {"step": 0, "length": 1, "cells": [[0, "a", "committed", "high"]]},
+    {"step": 0, "length": 1, "cells": [[0, "a"]]},
+]
+BROKEN_EVENTS = [
+    b"5",
+    b'"text"',
+    b"{not json",
+    b"\xff",
+    b"{}",
+    b'{"choices": 7}',
+    b'{"choices": [7]}',
+    b'{"choices": [{"delta": 7}]}',
+    b'{"choices": [{"delta": {"content": 7}}]}',
+    b'{"choices": [], "usage": {"completion_tokens": "many", "prompt_tokens": 1}}',
+    *(json.dumps({"choices": [{"delta": {}, "canvas": canvas}]}).encode() for canvas in BROKEN_CANVASES),
+]
+
+
+def broken_server(events, kind):
+    """Answers each request with one of `events`, and then with a word."""
+    left = iter(events)
+    good = {"choices": [{"delta": {"content": "good"}, "message": {"content": "good"}}]}
+
+    async def app(scope, receive, send):
+        if scope["type"] == "lifespan":
+            return await no_such_server(scope, receive, send)
+        while (await receive()).get("more_body"):
+            continue
+        event = next(left, json.dumps(good).encode())
+        body = b"data: %b\n\ndata: [DONE]\n\n" % event if kind == b"text/event-stream" else event
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.body", "body": body})
+
+    return app
+
+
+@pytest.mark.parametrize("arguments", [["--canvas"], []])
+def test_what_a_broken_server_sends_is_told_in_a_line_and_the_client_goes_on(ask, serving_fakes, arguments):
+    kind = b"text/event-stream" if arguments else b"application/json"
+    events = BROKEN_EVENTS if arguments else BROKEN_EVENTS[:10]
+    with serving_fakes.served(broken_server(events, kind)) as url:
+        script = b"/set\n" + b"hello\n" * (len(events) + 1)
+        status, out, notes = ask(url, script, "--model", "m", *arguments)
+    told = [line for line in notes.splitlines() if line.startswith("error: ")]
+    assert (status, out.strip()) == (1, "good")
+    assert len(told) == len(events)
+    assert sum("is no answer of this API" in line for line in told) >= len(events) - 1
+    assert "Traceback" not in notes
+
+
 @pytest.mark.parametrize(("width", "height"), [(8, 5), (40, 12), (80, 3)])
 def test_the_canvas_fits_the_terminal_and_shows_where_the_work_is(width, height):
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, _environ={"TERM": "xterm"})
@@ -368,8 +432,8 @@ def test_the_canvas_fits_the_terminal_and_shows_where_the_work_is(width, height)
     cells = [[i, f"w{i}\n", "committed", 0.9] for i in range(60)]
     cells += [[60, "draft", "provisional", 0.4], [62, None, "committed", 0.9], [63, "\x1b[31m", "provisional", None]]
     with display:
-        display.show({"step": 0, "length": 64, "cells": []})
-        display.show({"step": 3, "cells": cells})
+        display.show(Canvas(step=0, length=64, cells=[]))
+        display.show(Canvas(step=3, cells=cells))
     shown = console.file.getvalue().rpartition("step 3")[2]
     assert "draft" in shown
     assert "\u2591" in shown
@@ -506,3 +570,15 @@ def test_at_a_terminal_the_canvas_is_shown_and_then_the_answer(live_server, tmp_
     plain = harmless(expected).encode().replace(b"\n", b"\r\n")
     assert plain in terminal.seen
     assert not (tmp_path / "coda").exists()
+
+
+def test_at_a_terminal_the_filled_text_stands_whole_behind_the_canvas(live_server, tmp_path):
+    path = tmp_path / "prog.py"
+    path.write_text("before<gap:4>behind\n")
+    terminal = Terminal(tmp_path, "--base-url", live_server.url, "--infill", str(path), "--canvas", columns=60)
+    assert terminal.end() == 0
+    drawn, _, printed = terminal.seen.rpartition(b"\x1b[2K")  # the canvas is taken away
+    assert b"of 4 open" in drawn
+    assert b"before" not in drawn
+    expected = harmless(infilled(live_server, ["before", "behind\n"], lengths=[4]))
+    assert printed.decode().replace("\r\n", "\n").endswith(expected)

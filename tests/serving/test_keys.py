@@ -4,11 +4,12 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from coda_serving.keys import Keys
+from coda_serving.keys import Keys, read_keys
 from coda_serving.settings import load_settings
 from CoDALanguageModel.errors import UserError
 
@@ -124,6 +125,23 @@ def test_keys_rotate_while_requests_run(serve, serving_fakes, file, caplog):
         "1 keys are valid now",
         "2 keys are valid now",
     ]
+
+
+def test_a_file_that_changes_twice_within_a_tick_of_the_clock_is_read_twice(file, monkeypatch, caplog):
+    keys = Keys(path=file)
+    monkeypatch.setattr("coda_serving.keys._stamp", lambda path: stamp)
+    reads = []
+    monkeypatch.setattr("coda_serving.keys.read_keys", lambda path: reads.append(path) or read_keys(path))
+    stamp = (time.time_ns(), 0, 0)
+    for name in ("first", "other"):  # of one length, in place
+        file.write_text(f"carol:{name}\n")
+        assert keys.caller([name.encode()]) == "carol"
+    assert keys.caller([b"first"]) is None
+    assert sum("has changed" in record.getMessage() for record in caplog.records) == 2
+    stamp = (time.time_ns() - 3 * 10**9, 0, 0)  # some seconds later its time says enough
+    num_reads = len(reads)
+    assert [keys.caller([b"other"]) for _ in range(3)] == ["carol"] * 3
+    assert len(reads) == num_reads + 1
 
 
 def test_a_file_that_breaks_keeps_the_old_keys_and_says_so_once_and_loudly(serve, file, caplog):

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from functools import partial
 
 import httpx
 import hypothesis
@@ -22,6 +23,7 @@ from schemathesis.specs.openapi import checks
 from coda_serving import __main__ as program
 from coda_serving.__main__ import Server, answering, bind, check_defaults
 from coda_serving.app import Service, build_app
+from coda_serving.connections import Connection
 from coda_serving.engine import Engine
 from coda_serving.metrics import Metrics
 from coda_serving.sampler import ModelSampler
@@ -33,7 +35,8 @@ from CoDALanguageModel.prompts import Codec
 def web_server(app, drain_timeout_s=0):
     """Serve an app with the server's own web server, in a thread; gives its URL and the web server."""
     listener = bind("127.0.0.1", 0)
-    server = Server(uvicorn.Config(app, log_config=None), app.state.engine, drain_timeout_s)
+    http = partial(Connection, limit_s=60)
+    server = Server(uvicorn.Config(app, http=http, log_config=None), app.state.engine, drain_timeout_s)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coda_serving.engine import Judged
-from coda_serving.logprobs import LEAST, Spelling
+from coda_serving.logprobs import LEAST, Offsets, Spelling
 from CoDALanguageModel import CoDALanguageModel, Evidence
 
 MESSAGES = [{"role": "user", "content": "def add(a, b):"}]
@@ -128,6 +128,45 @@ def test_an_echo_alone_needs_no_answer_and_streams_without_logprobs(client):
     assert pieces[0].choices[0].text == PROMPT
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logprobs": 2, "echo": True, "n": 2, "temperature": 0.9, "seed": 3},
+        {"logprobs": 0, "echo": True, "max_tokens": 0},
+        {"echo": True, "max_tokens": 0},
+        {"logprobs": 1, "temperature": 1.5, "seed": 5},
+    ],
+    ids=str,
+)
+def test_a_stream_adds_up_to_the_plain_answer_with_its_logprobs(client, fields):
+    """Three prompts of different length, one of which has nothing to score."""
+    ask = (
+        dict(model="tiny-coda", prompt=[PROMPT, "x", "a = \u00e9"], extra_body={"steps": 24})
+        | {"max_tokens": 24}
+        | fields
+    )
+    plain = client.completions.create(**ask)
+    chunks = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    streamed = {c.index: {"text": "", "logprobs": None, "finish_reason": None} for c in plain.choices}
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        told = streamed[choice.index]
+        assert told["finish_reason"] is None
+        told["text"] += choice.text
+        told["finish_reason"] = choice.finish_reason
+        if choice.logprobs is not None:
+            added = choice.logprobs.model_dump()
+            told["logprobs"] = {k: (told["logprobs"] or {}).get(k, []) + v for k, v in added.items()}
+    for choice in plain.choices:
+        logprobs = None if choice.logprobs is None else choice.logprobs.model_dump()
+        assert streamed[choice.index] == {
+            "text": choice.text,
+            "logprobs": logprobs,
+            "finish_reason": choice.finish_reason,
+        }
+    assert chunks[-1].usage.forwards == plain.usage.forwards
+    assert chunks[-1].usage.completion_tokens == plain.usage.completion_tokens
+
+
 @pytest.mark.parametrize("prompt", [[10**6], [5, 10**6], [5, -1], [5, "mask"]])
 @pytest.mark.parametrize("asked", [{"logprobs": 1}, {}, {"max_tokens": 3}], ids=str)
 def test_an_echo_of_ids_that_are_none_is_refused(client, model, prompt, asked):
@@ -159,13 +198,37 @@ def test_lm_evals_loglikelihood_runs_against_the_server(live_server, model_folde
         assert is_greedy == bool((expected.argmax(dim=1) == wanted).all())
 
 
+def test_lm_evals_generation_runs_against_both_endpoints(live_server, model_folder, client):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.api_models import JsonChatStr
+    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+    tokenizer = dict(tokenizer=str(model_folder), tokenizer_backend="huggingface", max_length=512)
+    url = live_server.url + "/v1"
+    plain = LocalCompletionsAPI(base_url=url + "/completions", model="tiny-coda", batch_size=2, **tokenizer)
+    talk = LocalChatCompletion(base_url=url + "/chat/completions", model="tiny-coda", **tokenizer)
+    options = {"until": ["\n\n"], "max_gen_toks": 12, "temperature": 0.0, "do_sample": False}
+    prompts = [PROMPT, "def f(x):", "a"]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    fields = dict(model="tiny-coda", max_tokens=12, temperature=0, seed=1234, stop=["\n\n"])
+
+    def answers(lm, contexts):
+        return lm.generate_until(
+            [Instance("generate_until", {}, (c, dict(options)), i) for i, c in enumerate(contexts)]
+        )
+
+    expected = [client.completions.create(prompt=prompt, **fields).choices[0].text for prompt in prompts]
+    assert answers(plain, prompts) == expected
+    expected = [client.chat.completions.create(messages=chat, **fields).choices[0].message.content for chat in chats]
+    assert answers(talk, [JsonChatStr(json.dumps(chat)) for chat in chats]) == expected
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
         ({"max_tokens": 0}, "max_tokens", "at least 1, or 0 with echo=true"),
         ({"echo": True, "suffix": "x"}, "echo", "not text around a gap"),
         ({"echo": True, "prompt": "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>"}, "echo", "not text around a gap"),
-        ({"echo": True, "logprobs": 1, "stream": True}, "echo", "cannot be streamed"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "valid integer"),
         ({"prompt": None, "infill": {"pieces": ["a", "b", "c"]}, "logprobs": 1}, "logprobs", "not of several"),
@@ -219,9 +282,13 @@ def test_tokens_that_are_no_text_are_named_by_their_ids(serving_fakes):
     euro = "\u20ac".encode()
     known = Evidence(-1.0, 0, ((euro[0], -1.0), (65, -2.0), (66, -torch.inf)))
     tokens = [Judged(token, known) for token in (*b"a", *euro, *b"b", serving_fakes.EOS)]
-    text = spelling.text(tokens, start=3)
+    text = spelling.text(tokens)
     assert text.tokens == ["a", *(f"token_id:{i}" for i in euro), "b", f"token_id:{serving_fakes.EOS}"]
-    assert text.text_offset == [3, 4, 4, 4, 5, 6]
+    assert text.text_offset == [0, 1, 1, 1, 2, 3]
+    for cut in range(len(tokens)):  # in portions, also within a character
+        offsets = Offsets(serving_fakes.bytes_to_text)
+        parts = [spelling.text(part, offsets=offsets).text_offset for part in (tokens[:cut], tokens[cut:])]
+        assert sum(parts, []) == text.text_offset
     assert text.top_logprobs[0] == {"a": -1.0, f"token_id:{euro[0]}": -1.0, "A": -2.0}
     chat = spelling.chat([Judged(euro[0], Evidence(-torch.inf, 2, known.best[2:]))]).content[0]
     assert (chat.logprob, chat.bytes, chat.step, chat.top_logprobs) == (LEAST, None, 2, [])

@@ -9,9 +9,22 @@ URL = "/v1/messages"
 ASK = {"model": "tiny", "max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]}
 
 
+TOOL = {"name": "now", "input_schema": {"type": "object", "properties": {}}}
+DEEP = json.loads('{"a":' * 150 + "1" + "}" * 150)
+GIVEN = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "7"}]}
+
+
+def use(value):
+    return {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "now", "input": {"a": value}}]}
+
+
+USED = use(1)
+
+
 def ask(serve, sampler=None, url=URL, **body):
     async def test(client):
-        return await client.post(url, json=ASK | body)
+        content = json.dumps(ASK | body).replace("Infinity", "1e999")
+        return await client.post(url, content=content, headers={"Content-Type": "application/json"})
 
     return serve(test, sampler)
 
@@ -87,7 +100,33 @@ def test_a_stream_has_anthropics_events_and_adds_up(serve, serving_fakes):
     ("body", "status", "kind", "words"),
     [
         ({"max_tokens": None}, 400, "invalid_request_error", "max_tokens"),
-        ({"tools": [{"name": "f", "input_schema": {}}]}, 400, "invalid_request_error", "tools is not supported"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, "invalid_request_error", "tools of type 'bash_"),
+        ({"tools": [TOOL | {"input_examples": [{}]}]}, 400, "invalid_request_error", "input_examples is not supported"),
+        ({"tools": [TOOL | {"input_schema": DEEP}]}, 400, "invalid_request_error", "nested deeper than 100"),
+        ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "tool_choice needs tools"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}},
+            400,
+            "invalid_request_error",
+            "none of the tools",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "tool"}},
+            400,
+            "invalid_request_error",
+            "needs a name with type tool",
+        ),
+        ({"tools": [TOOL], "tool_choice": {"type": "required"}}, 400, "invalid_request_error", "tool_choice.type"),
+        ({"messages": [USED]}, 400, "invalid_request_error", "whose result must follow"),
+        ({"messages": [USED | {"role": "user"}]}, 400, "invalid_request_error", "'tool_use' are not supported in user"),
+        (
+            {"messages": [GIVEN | {"role": "assistant"}]},
+            400,
+            "invalid_request_error",
+            "'tool_result' are not supported",
+        ),
+        ({"messages": [use(1e999), GIVEN]}, 400, "invalid_request_error", "too large for JSON"),
+        ({"messages": [use("\ud800"), GIVEN]}, 400, "invalid_request_error", "lone surrogate"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "invalid_request_error", "thinking"),
         ({"n": 2}, 400, "invalid_request_error", "unknown field 'n'"),
         ({"stop": ["x"]}, 400, "invalid_request_error", "unknown field 'stop'"),
@@ -106,6 +145,58 @@ def test_mistakes_have_anthropics_shape(serve, body, status, kind, words):
     error = response.json()
     assert (response.status_code, error["type"], error["error"]["type"]) == (status, "error", kind)
     assert words in error["error"]["message"]
+
+
+CALLS = "".join(f'<tool_call>{{"name": "now", "arguments": {{"a": {i}}}}}</tool_call>' for i in range(2))
+
+
+@pytest.mark.parametrize(
+    ("script", "text", "num_calls"),
+    [(f"So:\n{CALLS}", "So:", 2), (CALLS, None, 2), ("a < b <tool", "a < b <tool", 0), ("", "", 0)],
+)
+def test_calls_in_free_text_are_blocks_behind_it_whether_streamed_or_whole(
+    serve, serving_fakes, monkeypatch, script, text, num_calls
+):
+    encode_chat = serving_fakes.ByteEncoder.encode_chat
+
+    def encode(self, messages, *, tools, **options):
+        assert tools == [{"type": "function", "function": {"name": "now", "parameters": TOOL["input_schema"]}}]
+        return encode_chat(self, messages, **options)
+
+    monkeypatch.setattr(serving_fakes.ByteEncoder, "encode_chat", encode)
+    sampler = serving_fakes.FakeSampler(script=lambda r: script.encode())
+    body = {"tools": [TOOL], "max_tokens": 200}
+    whole = ask(serve, sampler, **body).json()
+    texts, uses = ([b for b in whole["content"] if b["type"] == kind] for kind in ("text", "tool_use"))
+    assert [block["text"] for block in texts] == ([] if text is None else [text])
+    assert [(block["name"], block["input"]) for block in uses] == [("now", {"a": i}) for i in range(num_calls)]
+    assert whole["stop_reason"] == ("tool_use" if num_calls else "end_turn")
+    assert anthropic.types.Message.model_validate(whole)
+
+    frames = ask(serve, sampler, stream=True, **body).text.strip().split("\n\n")
+    datas = [json.loads(frame.split("data: ")[1]) for frame in frames]
+    blocks = {data["index"]: data["content_block"] for data in datas if data["type"] == "content_block_start"}
+    for data in datas:
+        if data["type"] == "content_block_delta" and data["delta"]["type"] == "text_delta":
+            blocks[data["index"]]["text"] += data["delta"]["text"]
+        elif data["type"] == "content_block_delta":
+            blocks[data["index"]]["input"] = json.loads(data["delta"]["partial_json"])
+    assert list(blocks) == list(range(len(whole["content"])))
+    assert [b | {"id": 0} for b in blocks.values()] == [b | {"id": 0} for b in whole["content"]]
+    assert datas[-2]["delta"]["stop_reason"] == whole["stop_reason"]
+    one = ask(serve, sampler, tool_choice={"type": "auto", "disable_parallel_tool_use": True}, **body).json()
+    assert len([b for b in one["content"] if b["type"] == "tool_use"]) == min(1, num_calls)
+
+
+def test_a_result_that_is_an_error_says_so_and_blocks_keep_their_order(serve, serving_fakes):
+    sampler = serving_fakes.FakeSampler()
+    result = {"type": "tool_result", "tool_use_id": "1"}
+    failed = result | {"is_error": True, "content": [{"type": "text", "text": "no"}]}
+    turns = [{"role": "user", "content": [result, failed, {"type": "text", "text": "on"}]}]
+    ask(serve, sampler, messages=[USED, *turns])
+    ((request,),) = sampler.batches
+    call = '<tool_call>\n{"name": "now", "arguments": {"a": 1}}\n</tool_call>'
+    assert bytes(request.prompt_ids).decode() == f"[assistant]{call}[tool][tool]Error: no[user]on"
 
 
 def test_what_the_gate_refuses_has_anthropics_shape_too(serve):

@@ -2,12 +2,13 @@
 
 import anthropic.types.message_create_params as anthropic_messages
 import pytest
+from anthropic import types
 from openai.types import chat, completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 
 from coda_serving.errors import ApiError
-from coda_serving.messages import AnsweredRequest
+from coda_serving.messages import AnsweredRequest, AnthropicTool, TextBlock, ToolChoice, ToolResultBlock, ToolUseBlock
 from coda_serving.protocol import ChatRequest, CompletionRequest, Message, StreamOptions
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -66,6 +67,26 @@ def test_every_field_of_a_message_is_honoured_or_refused_by_name(kind):
     for field in official_fields.keys() - Message.model_fields.keys() - {"name"}:
         with pytest.raises(ApiError, match=f"field {field} is not supported"):
             Message(role=kind.lower(), content="a", **{field: SOMETHING})
+
+
+@pytest.mark.parametrize(
+    ("official_type", "model"),
+    [
+        (types.ToolParam, AnthropicTool),
+        (types.TextBlockParam, TextBlock),
+        (types.ToolUseBlockParam, ToolUseBlock),
+        (types.ToolResultBlockParam, ToolResultBlock),
+        (types.ToolChoiceToolParam, ToolChoice),
+        (types.ToolChoiceAnyParam, ToolChoice),
+        (types.ToolChoiceNoneParam, ToolChoice),
+    ],
+)
+def test_every_field_of_anthropics_tools_and_blocks_is_known(official_type, model):
+    neutral = getattr(model, "neutral", {})
+    assert official_type.__annotations__.keys() <= model.model_fields.keys() | neutral.keys()
+    for field in neutral:
+        with pytest.raises(ApiError, match=f"{field} is not supported"):
+            model(name="f", input_schema={"type": "object"}, **{field: SOMETHING})
 
 
 def test_refusals_that_are_not_plain_say_why():

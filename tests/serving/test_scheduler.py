@@ -1,6 +1,7 @@
 """The queue is bounded, fair to its callers, and puts together what may be together."""
 
 import dataclasses
+import math
 import threading
 from collections import Counter
 
@@ -79,6 +80,47 @@ def test_a_full_queue_takes_none_of_a_request():
         queue.submit([job(), job()])
     assert len(queue) == 2
     queue.submit([job()])
+
+
+MOVES = st.one_of(
+    st.tuples(st.just("submit"), st.sampled_from("abcdefgh"), st.integers(1, 12)),
+    st.tuples(st.just("take"), st.none(), st.integers(1, 4)),
+    st.tuples(st.just("cancel"), st.none(), st.integers(0, 100)),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(MOVES, max_size=80), st.integers(1, 12))
+def test_nobody_with_no_more_than_its_share_is_refused_and_nothing_accepted_is_lost(moves, limit):
+    queue, waiting = scheduler(max_queue=limit), {}
+    for move, caller, num in moves:
+        if move == "submit":
+            jobs, held = [job() for _ in range(num)], Counter(waiting.values())
+            is_full, share = len(waiting) + num > limit, limit / len(held | {caller: 1})
+            try:
+                queue.submit(jobs, caller)
+            except QueueFull:
+                assert is_full
+                assert held[caller] + num > share
+            else:
+                assert not is_full or held[caller] + num <= share
+                waiting |= dict.fromkeys(jobs, caller)
+        elif move == "take" and waiting:
+            for taken in queue.take([job()] * (4 - num)):
+                del waiting[taken]
+        elif move == "cancel" and waiting:
+            cancelled = list(waiting)[num % len(waiting)]
+            queue.cancel(cancelled)
+            del waiting[cancelled]
+        assert len(queue) == len(waiting) <= limit * (1 + math.log(limit))
+    assert set(queue.close()) == set(waiting)
+
+
+def test_a_request_of_no_rows_holds_nobody_up():
+    queue, one = scheduler(), job()
+    queue.submit([], "echo")
+    queue.submit([one], "other")
+    assert queue.take([]) == [one]
 
 
 def test_a_cancelled_job_leaves_the_queue():

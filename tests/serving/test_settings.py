@@ -35,6 +35,7 @@ DEFAULTS = {row.api: row.served_default for row in DECODING} | {
     "queue_timeout_s": 600.0,
     "step_timeout_s": 600.0,
     "max_body_bytes": 2 << 20,
+    "client_timeout_s": 60.0,
     "heartbeat_s": 15.0,
     "drain_timeout_s": 30,
     "log_level": "info",

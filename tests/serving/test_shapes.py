@@ -5,7 +5,9 @@ import json
 import re
 import time
 
+import anthropic
 import httpx
+import httpx2
 import jsonschema
 import openai
 import pytest
@@ -69,6 +71,7 @@ def ask(model_folder):
                     client = openai.AsyncOpenAI(
                         api_key="x", base_url="http://test/v1", http_client=http, max_retries=0, timeout=60
                     )
+                    client.app = app
                     return await test(client)
 
         return asyncio.run(inner())
@@ -97,6 +100,11 @@ def test_an_answer_is_by_the_schema_whether_streamed_or_whole(ask, seed):
     chunks = ask(streamed)
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.message.content
     assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_list_of_no_stop_strings_cuts_nothing(ask):
+    answers = [ask(chat(response_format=FORMAT, seed=1, **more)) for more in ({}, {"stop": []})]
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
 
 
 def test_an_answer_that_fills_its_canvas_is_whole(ask):
@@ -196,6 +204,75 @@ def test_a_conversation_goes_on_behind_a_call(ask):
     assert ask(test).choices[0].finish_reason in ("stop", "length", "tool_calls")
 
 
+def in_anthropics_words(client):
+    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app=client.app), base_url="http://test")
+    return anthropic.AsyncAnthropic(api_key="x", base_url="http://test", http_client=http, max_retries=0).messages
+
+
+ANTHROPIC_TOOLS = [
+    {
+        "name": tool["function"]["name"],
+        "input_schema": tool["function"].get("parameters", {"type": "object", "properties": {}}),
+        **({"description": "Say."} if "description" in tool["function"] else {}),
+    }
+    for tool in TOOLS
+]
+
+
+@pytest.mark.parametrize("name", ["weather", None])
+def test_anthropics_client_gets_the_call_that_a_chat_gets(ask, name):
+    chosen = "required" if name is None else {"type": "function", "function": {"name": name}}
+    choice = {"type": "any"} if name is None else {"type": "tool", "name": name}
+
+    async def test(client):
+        tools = [t if "parameters" in t["function"] else {**t, "function": {**t["function"]}} for t in TOOLS]
+        tools[2]["function"]["parameters"] = {"type": "object", "properties": {}}
+        message = (await chat(tools=tools, tool_choice=chosen, seed=2)(client)).choices[0].message
+        messages = in_anthropics_words(client)
+        asked = dict(model="tiny-coda", messages=USER, tools=ANTHROPIC_TOOLS, tool_choice=choice)
+        more = dict(max_tokens=80, extra_body={"seed": 2, "temperature": 2.0})
+        whole = await messages.create(**asked, **more)
+        async with messages.stream(**asked, **more) as stream:
+            parts = [event.partial_json async for event in stream if event.type == "input_json"]
+            streamed = await stream.get_final_message()
+        count = await messages.count_tokens(**asked)
+        # The call and its result go back, and a text behind them.
+        turns = [
+            *USER,
+            {"role": "assistant", "content": whole.content},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "tool_result", "tool_use_id": whole.content[0].id, "content": "7"},
+                    {"type": "text", "text": "and?"},
+                ],
+            },
+        ]
+        on = await messages.create(
+            model="tiny-coda", messages=turns, tools=ANTHROPIC_TOOLS, max_tokens=8, extra_body={"seed": 1}
+        )
+        behind = [
+            *USER,
+            message.model_dump(exclude_none=True),
+            {"role": "tool", "tool_call_id": "1", "content": "7"},
+            {"role": "user", "content": "and?"},
+        ]
+        goes_on = await client.chat.completions.create(
+            model="tiny-coda", messages=behind, tools=tools, max_tokens=8, seed=1
+        )
+        return message.tool_calls[0].function, whole, streamed, parts, count.input_tokens, on, goes_on
+
+    call, whole, streamed, parts, num_tokens, on, goes_on = ask(test)
+    (block,) = whole.content
+    assert (block.type, block.name, block.input) == ("tool_use", call.name, json.loads(call.arguments))
+    assert whole.stop_reason == streamed.stop_reason == "tool_use"
+    assert [(b.name, b.input) for b in streamed.content] == [(block.name, block.input)]
+    assert "".join(parts) == call.arguments
+    assert num_tokens == whole.usage.input_tokens
+    assert on.content[0].text == goes_on.choices[0].message.content
+    assert on.usage.input_tokens == goes_on.usage.prompt_tokens
+
+
 def call_text(name, arguments):
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
@@ -217,12 +294,13 @@ def test_calls_in_free_text_are_read_and_what_is_none_is_text(serve, serving_fak
             body = {"messages": USER, "tools": TOOLS, "max_tokens": 200}
             whole = await client.post("/v1/chat/completions", json=body)
             stream = await client.post("/v1/chat/completions", json=body | {"stream": True})
-            return whole.json(), stream.text
+            one = await client.post("/v1/chat/completions", json=body | {"parallel_tool_calls": False})
+            return whole.json(), stream.text, one.json()
 
         original = serving_fakes.ByteEncoder
         serving_fakes.ByteEncoder = Encoder
         try:
-            whole, stream = serve(test, sampler)
+            whole, stream, one = serve(test, sampler)
         finally:
             serving_fakes.ByteEncoder = original
         events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
@@ -237,6 +315,7 @@ def test_calls_in_free_text_are_read_and_what_is_none_is_text(serve, serving_fak
             for given in (message["tool_calls"], calls):
                 assert [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in given] == expected
             assert [call["index"] for call in calls] == [0, 1]
+            assert [c["function"]["name"] for c in one["choices"][0]["message"]["tool_calls"]] == ["now"]
             assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
         else:
             assert (message["content"], calls) == (text, [])
@@ -271,6 +350,7 @@ def test_a_call_that_cannot_be_told_is_text(call):
         ({"response_format": {"type": "json_schema"}}, "response_format", "needs json_schema"),
         ({"response_format": {"type": "json_object", "json_schema": {}}}, "response_format", "only then"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format", "a name"),
+        ({"tools": TOOLS, "parallel_tool_calls": 1}, "parallel_tool_calls", "boolean"),
         ({"response_format": FORMAT, "stop": ["x"]}, "stop", "stop cannot be used with response_format"),
         ({"response_format": FORMAT, "speculate": 2}, "speculate", "speculate cannot be used with json_schema"),
         ({"response_format": FORMAT, "guided_regex": "a"}, "guided_regex", "exclude each other"),

@@ -1,11 +1,12 @@
 """The canvas in the terminal while it is denoised, from the events of a stream."""
 
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
+
+from .parts import AnswerFault, Canvas, Cell
 
 STYLES = {"masked": "dim", "committed": "green", "given": ""}
 
@@ -19,7 +20,7 @@ class CanvasDisplay:
 
     def __init__(self, console: Console) -> None:
         self._mask_sign = "\u2591" if console.encoding.lower().startswith("utf") else "."
-        self._cells: list[list[Any]] = []
+        self._cells: list[Cell] = []
         self._step = 0
         self._is_shown = console.is_terminal and not console.is_dumb_terminal
         self._live = Live(self, console=console, auto_refresh=False, transient=True, vertical_overflow="crop")
@@ -33,13 +34,19 @@ class CanvasDisplay:
         if self._is_shown:
             self._live.stop()
 
-    def show(self, canvas: dict[str, Any]) -> None:
-        """Take in what has changed, and draw."""
-        if "length" in canvas:
-            self._cells = [[place, "", "masked", None] for place in range(canvas["length"])]
-        for cell in canvas["cells"]:
-            self._cells[cell[0]] = cell
-        self._step = canvas["step"]
+    def show(self, canvas: Canvas) -> None:
+        """Take in what has changed, and draw.
+
+        Raises:
+            AnswerFault: it is not of this canvas.
+        """
+        if canvas.length is not None:
+            self._cells = [Cell(place, "", "masked", None) for place in range(canvas.length)]
+        for cell in canvas.cells:
+            if not 0 <= cell.position < len(self._cells):
+                raise AnswerFault(f"cell {cell.position} of a canvas of {len(self._cells)}")
+            self._cells[cell.position] = cell
+        self._step = canvas.step
         if self._is_shown:
             self._live.update(self, refresh=True)
 
@@ -63,7 +70,7 @@ class CanvasDisplay:
         room = max(1, console.height - 3)
         first = is_open.index(True) if True in is_open else len(lines)
         start = max(0, min(first - room // 2, len(lines) - room))
-        num_open = sum(cell[2] in ("masked", "provisional") for cell in self._cells)
+        num_open = sum(cell.state in ("masked", "provisional") for cell in self._cells)
         yield Text(f"step {self._step}, {num_open} of {len(self._cells)} open", "dim", no_wrap=True, overflow="crop")
         yield from lines[start : start + room]
 

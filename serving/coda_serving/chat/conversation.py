@@ -4,22 +4,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import openai
 
 from CoDALanguageModel.errors import UserError, half_surrogate
 
 from .files import replace
-
-
-class Part(NamedTuple):
-    """A part of an answer."""
-
-    text: str
-    usage: Any = None
-    canvas: dict[str, Any] | None = None
-    """What has changed of the canvas, where that is asked for."""
+from .parts import AnswerFault, Part, read_part
 
 
 @dataclass
@@ -52,7 +44,7 @@ class Conversation:
         pieces: list[str] = []
         try:
             create = self.client.chat.completions.create
-            for part in self._parts(create, lambda choice: choice.message.content, messages=self.messages()):
+            for part in self._parts(create, messages=self.messages()):
                 pieces.append(part.text)
                 yield part
         except BaseException:
@@ -63,9 +55,7 @@ class Conversation:
     def fill(self, pieces: list[str], lengths: list[int] | None) -> Iterator[Part]:
         """The parts of what stands between the first and the last of `pieces`, of gaps of unknown length if None."""
         infill = {"pieces": pieces, "lengths": lengths or "auto"}
-        return self._parts(
-            self.client.completions.create, lambda choice: choice.text, extra={"infill": infill}, prompt=None
-        )
+        return self._parts(self.client.completions.create, extra={"infill": infill}, prompt=None)
 
     def take_back(self) -> str | None:
         """Forget the last message and its answer; returns the message, or None if there is none."""
@@ -103,23 +93,17 @@ class Conversation:
         saved = _read(path)
         self.system, self.turns = saved.get("system"), saved["messages"]
 
-    def _parts(
-        self, create: Any, text_of: Any, *, extra: dict[str, Any] | None = None, **fields: Any
-    ) -> Iterator[Part]:
+    def _parts(self, create: Any, *, extra: dict[str, Any] | None = None, **fields: Any) -> Iterator[Part]:
         asked = {"model": self.model, "extra_body": self.settings | (extra or {}), **fields}
-        if not self.stream:
-            answer = create(**asked)
-            yield Part(text_of(answer.choices[0]) or "", answer.usage)
-            return
-        options: dict[str, Any] = {"include_usage": True} | ({"include_canvas": True} if self.shows_canvas else {})
-        with create(**asked, stream=True, stream_options=options) as events:
-            for event in events:
-                if not event.choices:
-                    yield Part("", event.usage)
-                    continue
-                choice = event.choices[0]
-                text = choice.delta.content if hasattr(choice, "delta") else choice.text
-                yield Part(text or "", event.usage, (choice.model_extra or {}).get("canvas"))
+        try:
+            if not self.stream:
+                yield read_part(create(**asked))
+                return
+            options: dict[str, Any] = {"include_usage": True} | ({"include_canvas": True} if self.shows_canvas else {})
+            with create(**asked, stream=True, stream_options=options) as events:
+                yield from map(read_part, events)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:  # the official client lets them pass
+            raise AnswerFault(str(error)) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
