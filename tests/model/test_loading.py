@@ -186,6 +186,7 @@ def test_weights_that_are_not_finite_are_named(make_model):
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"^here: weights are not finite: model\.norm\.weight, lm_head\.weight$"):
         refuse_not_finite(model.named_parameters(), "here")
+    refuse_not_finite(model.to("meta").named_parameters(), "another process has them")
 
 
 def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
