@@ -292,7 +292,7 @@ def test_a_saved_folder_loads_and_generates_in_a_process_without_this_repository
     model.save_pretrained(folder)
     # What programs here need and a folder of weights does not.
     programs = {"__init__", "__main__", "agreement", "answers", "conversion", "families", "intervals", "noise"}
-    programs |= {"canvas_view", "fill_tokens", "prompts", "sample"}
+    programs |= {"canvas_view", "fill_tokens", "objectives", "prompts", "sample"}
     code_files = {file.stem for file in (REPOSITORY / "CoDALanguageModel").glob("*.py")} - programs
     assert {file.stem for file in folder.glob("*.py")} == code_files
     # The copy lies elsewhere, so that no path in it can lead back.
