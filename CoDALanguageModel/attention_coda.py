@@ -97,9 +97,14 @@ def block_causal(segment_ids: Tensor, block: Tensor, is_clean: Tensor) -> Visibi
 def places(segment_ids: Tensor) -> Tensor:
     """The place of each position in its segment, from 0; (B, T) int64. A run of padding counts like a segment."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device)[None]  # (1, T)
-    is_start = torch.ones_like(segment_ids, dtype=torch.bool)
-    is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return index - torch.where(is_start, index, 0).cummax(dim=1).values
+    return index - torch.where(run_starts(segment_ids), index, 0).cummax(dim=1).values
+
+
+def run_starts(numbers: Tensor) -> Tensor:
+    """Where runs of equal numbers begin along each row, (B, T) bool."""
+    is_start = torch.ones_like(numbers, dtype=torch.bool)
+    is_start[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    return is_start
 
 
 def block_numbers(position_ids: Tensor, block_size: int, answer_start: Tensor | None = None) -> Tensor:
@@ -286,8 +291,7 @@ def segment_bounds(segment_ids: Tensor) -> dict[str, Any]:
     Raises:
         ValueError: the ids do not count up along a row, so that the tokens of a segment need not lie side by side.
     """
-    is_start = torch.ones_like(segment_ids, dtype=torch.bool)
-    is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    is_start = run_starts(segment_ids)
     highest_before = segment_ids.cummax(dim=1).values.roll(1, dims=1)
     highest_before[:, 0] = 0
     if bool((is_start & (segment_ids != 0) & (segment_ids <= highest_before)).any()):

@@ -30,7 +30,7 @@ class Limits:
 
     def __init__(self, rows: Sequence[Row], row: Tensor, column: Tensor, opened: Sequence[Collection[int]]) -> None:
         self._row = row.tolist()
-        self._num_rows, self._device = len(rows), row.device
+        self._device = row.device
         cells = [r.open_cells(columns) for r, columns in zip(rows, opened, strict=True)]
         self._places = [(cells[r], rows[r].cell_of[c]) for r, c in zip(self._row, column.tolist(), strict=True)]
         self._constraint = rows[0].constraint

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .attention_coda import Visibility, block_starts, doubled, places
+from .attention_coda import Visibility, block_starts, doubled, places, run_starts
 from .diffusion import IGNORE_INDEX, corrupt, named_rng, scored_by, stratified_noise_levels
 from .errors import UserError
 
@@ -261,9 +261,7 @@ def spread_levels(
         answer_start: see `attention_coda.block_numbers`.
     """
     start = block_starts(places(segment_ids), blocks.size, answer_start)
-    is_first = torch.ones_like(segment_ids, dtype=torch.bool)
-    is_first[:, 1:] = (segment_ids[:, 1:] != segment_ids[:, :-1]) | (start[:, 1:] != start[:, :-1])
-    number = is_first.cumsum(dim=1) - 1
+    number = (run_starts(segment_ids) | run_starts(start)).cumsum(dim=1) - 1
     t_max = 1.0 - t_min if blocks.complementary else 1.0
     u = ((t.double() - t_min) / (1.0 - t_min))[:, None]
     return (t_min + (t_max - t_min) * ((u + GOLDEN * number) % 1.0)).float()

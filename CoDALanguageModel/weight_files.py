@@ -111,13 +111,14 @@ def refuse_not_finite(weights: Iterable[tuple[str, Tensor]], what: str) -> None:
     """Refuse weights with NaN or infinite numbers, which every comparison of numbers lets pass.
 
     Args:
-        weights: names and tensors.
+        weights: names and tensors; those without data (where another process has it) are passed over.
         what: whose weights they are, for the message.
 
     Raises:
         UserError: naming the weights.
     """
-    broken = [name for name, tensor in weights if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    known = ((name, tensor) for name, tensor in weights if tensor.is_floating_point() and not tensor.is_meta)
+    broken = [name for name, tensor in known if not torch.isfinite(tensor).all()]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise UserError(f"{what}: weights are not finite: {', '.join(broken[:3])}{more}")

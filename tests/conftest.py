@@ -87,6 +87,31 @@ def chatml_tokenizer():
 
 
 @pytest.fixture(scope="session")
+def write_model():
+    """Give a function that writes a tiny random model to a folder, its tokenizer beside it."""
+    import torch
+
+    from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
+    names = ("mask_token_id", "pad_token_id", "eos_token_id")
+
+    def write(folder, tokenizer, *, seed=0, settings=None, **config):
+        ids = {name: getattr(tokenizer, name) for name in names} | {"bos_token_id": tokenizer.pad_token_id}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = CoDALanguageModel(CoDAConfig(**{**sizes, **ids, "num_token_ids": len(tokenizer), **config}))
+        if settings is not None:
+            model.generation_config = settings
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def ask_server():
     """Give a function that has a server of a model's folder answer requests that come at once, in this process."""
     import asyncio

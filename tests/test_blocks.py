@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coda_eval.harness import CoDAEvalModel
-from CoDALanguageModel import CoDAConfig, CoDALanguageModel
+from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.answers import AnswerReader, end_ids
 from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.tools.sample import parse, run
@@ -22,35 +22,11 @@ ASKED = {"temperature": 0, "alg_temp": "none", "max_tokens": 22, **SHARED}
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["shifted", "same-position"])
-def folder(request, chatml_tokenizer, tmp_path_factory):
-    tokenizer = chatml_tokenizer
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = CoDALanguageModel(
-            CoDAConfig(
-                vocab_size=304,
-                num_token_ids=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=8,
-                max_position_embeddings=256,
-                initializer_range=0.5,
-                mask_token_id=tokenizer.mask_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                attention="block_causal",
-                block_size=4,
-                logits_shift=request.param,
-            )
-        )
+def folder(request, chatml_tokenizer, tmp_path_factory, write_model):
+    blocks = {"attention": "block_causal", "block_size": 4, "logits_shift": request.param}
     where = tmp_path_factory.mktemp("blocks") / "model"
-    model.save_pretrained(where)
-    tokenizer.save_pretrained(where)
-    return where
+    sizes = {"vocab_size": 304, "max_position_embeddings": 256, "initializer_range": 0.5}
+    return write_model(where, chatml_tokenizer, seed=1, **sizes, **blocks)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,14 @@ def load(name: str, *, dtype: str, device: str = "cpu") -> tuple[Any, CoDALangua
     """The tokenizer and the model in evaluation mode.
 
     Raises:
-        UserError: there is no such folder or model, it cannot be read, or its weights are not finite.
+        UserError: there is no such folder, model or device, it cannot be read, or its weights are not finite.
     """
     try:
         tokenizer, model = read_tokenizer(name), CoDALanguageModel.from_pretrained(name, dtype=dtype)
         refuse_not_finite(model.named_parameters(), f"in {dtype}")
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name}: {error}") from error
-    return tokenizer, model.eval().to(device)
+    try:
+        return tokenizer, model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without such devices
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error

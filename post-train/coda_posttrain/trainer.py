@@ -34,6 +34,7 @@ from CoDALanguageModel.attention_coda import RULE_KERNELS, Visibility
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.noise import Blocks, DoubledRows, NoisedRows, blocks_to_train, deal_levels
+from CoDALanguageModel.weight_files import refuse_not_finite
 
 from . import curriculum
 from .arguments import CUTOFF_LEN, DiffusionArguments, check_length, check_model_objective
@@ -176,7 +177,8 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
         **kwargs: what LLaMA-Factory passes to its own trainer.
 
     Raises:
-        UserError: the model is not a CoDA model, its tokenizer lacks the mask token, or a data set is unusable.
+        UserError: the model is not a CoDA model or has weights that are not finite, its tokenizer lacks the mask token,
+            or a data set is unusable.
     """
 
     def __init__(
@@ -191,6 +193,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
     ) -> None:
         model_config, tokenizer = kwargs["model"].config, kwargs["tokenizer"]
         check_model(model_config, tokenizer, source)
+        refuse_not_finite(kwargs["model"].named_parameters(), f"model_name_or_path={source!r}")
         check_model_objective(diffusion, model_config.attention, model_config.logits_shift)
         check_length(cutoff_len, getattr(model_config, "max_position_embeddings", None))
         self.diffusion = diffusion

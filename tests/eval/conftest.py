@@ -8,7 +8,6 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
@@ -17,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 import coda_eval.harness  # noqa: F401  registers the model
 from coda_eval.__main__ import TASKS
-from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
 CHATML = (
@@ -45,32 +43,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+def model_dir(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., Path]) -> str:
     """Folder of a random two-layer CoDA with its tokenizer."""
+    sizes = {"vocab_size": 304, "hidden_size": 48, "intermediate_size": 96, "head_dim": 12}
     folder = tmp_path_factory.mktemp("tiny_coda")
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    model = CoDALanguageModel(
-        CoDAConfig(
-            vocab_size=304,
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=12,
-            max_position_embeddings=512,
-            initializer_range=0.5,
-            mask_token_id=tokenizer.mask_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            num_token_ids=len(tokenizer),
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return str(write_model(folder, build_tokenizer(), bos_token_id=None, initializer_range=0.5, **sizes))
 
 
 @pytest.fixture(scope="session")

@@ -186,6 +186,7 @@ def test_weights_that_are_not_finite_are_named(make_model):
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"^here: weights are not finite: model\.norm\.weight, lm_head\.weight$"):
         refuse_not_finite(model.named_parameters(), "here")
+    refuse_not_finite(model.to("meta").named_parameters(), "another process has them")
 
 
 def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
@@ -291,7 +292,7 @@ def test_a_saved_folder_loads_and_generates_in_a_process_without_this_repository
     model.save_pretrained(folder)
     # What programs here need and a folder of weights does not.
     programs = {"__init__", "__main__", "agreement", "answers", "conversion", "families", "intervals", "noise"}
-    programs |= {"canvas_view", "fill_tokens", "prompts", "sample"}
+    programs |= {"canvas_view", "fill_tokens", "objectives", "prompts", "sample"}
     code_files = {file.stem for file in (REPOSITORY / "CoDALanguageModel").glob("*.py")} - programs
     assert {file.stem for file in folder.glob("*.py")} == code_files
     # The copy lies elsewhere, so that no path in it can lead back.

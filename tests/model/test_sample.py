@@ -99,11 +99,16 @@ def test_an_unknown_option_is_named_rather_than_its_neighbours():
         parse(["--model", "M", "--prompt", "P", "--chat", "--steps", "4"])
 
 
-def test_a_folder_whose_weights_are_not_finite_is_refused_by_name(make_model, chatml_tokenizer, tmp_path):
+def test_weights_that_are_not_finite_and_devices_that_are_not_there_are_refused_by_name(
+    make_model, chatml_tokenizer, tmp_path
+):
     model = make_model()
-    model.model.norm.weight.data[0] = float("nan")
     model.save_pretrained(tmp_path)
     chatml_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--device cuda:99: "):
+        load(str(tmp_path), dtype="float32", device="cuda:99")
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=rf"--model {tmp_path}: in float32: weights are not finite: model\.norm\.weight$"
     ):

@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
+from CoDALanguageModel import DiffusionGenerationConfig
 
 REPO = Path(__file__).resolve().parents[2]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
@@ -38,32 +37,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
+def model_dir(tmp_path_factory, write_model) -> Path:
     tokenizer = byte_tokenizer()
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    config = CoDAConfig(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        mask_token_id=ids["<|mask|>"],
-        pad_token_id=ids["<|endoftext|>"],
-        bos_token_id=ids["<|endoftext|>"],
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
-        num_token_ids=260,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = CoDALanguageModel(config)
-    model.generation_config = DiffusionGenerationConfig(max_new_tokens=48, steps=48, alg="entropy", temperature=0.1)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    settings = DiffusionGenerationConfig(max_new_tokens=48, steps=48, alg="entropy", temperature=0.1)
+    sizes = {"vocab_size": 264, "num_token_ids": 260, "tie_word_embeddings": True}
+    return write_model(tmp_path_factory.mktemp("model"), tokenizer, settings=settings, eos_token_id=ends, **sizes)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from coda_posttrain.__main__ import main
@@ -113,6 +114,10 @@ def eval_losses(folder: Path) -> list[float]:
 def runs(tmp_path_factory, model_dir, block_dirs, data_dir, environment) -> Path:
     """One process: a full run, its resumption, evaluations, accumulation, annealing, LoRA and its merge."""
     out = tmp_path_factory.mktemp("runs")
+    broken = shutil.copytree(model_dir, out / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     make = lambda name, **changes: [  # noqa: E731
         "train", str(CONFIG), *settings(model_dir, data_dir, output_dir=out / name, **changes)
     ]  # fmt: skip
@@ -151,6 +156,7 @@ def runs(tmp_path_factory, model_dir, block_dirs, data_dir, environment) -> Path
             **{"model_name_or_path": block_dirs[4], "diffusion.objective": "joint"},
             **{"diffusion.autoregressive_weight": 1},
         ),
+        make("refused", model_name_or_path=broken),
     ]
     merge = {"template": "qwen3_nothink", "finetuning_type": "lora", "infer_dtype": "float32"}
     (out / "merge.yaml").write_text(yaml.safe_dump(merge))
@@ -242,6 +248,10 @@ def test_padding_up_to_cutoff_len_is_learned_with_the_published_tail(runs):
 
 def test_processes_with_unlike_numbers_of_batches_are_refused(runs):
     assert "accelerator_config.even_batches=false" in (runs / "refused_0.txt").read_text()
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(runs):
+    assert "broken': weights are not finite: model.norm.weight" in (runs / "refused_2.txt").read_text()
 
 
 def test_template_gives_the_token_ids_of_the_chat_template(runs):

@@ -202,35 +202,10 @@ def _plain_environment(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, chatml_tokenizer) -> Path:
+def model_folder(tmp_path_factory, chatml_tokenizer, write_model) -> Path:
     """A tiny random model, saved as a folder that loads by itself."""
-    import torch
-
-    from CoDALanguageModel import CoDAConfig, CoDALanguageModel
-
-    torch.manual_seed(0)
-    tokenizer = chatml_tokenizer
-    config = CoDAConfig(
-        vocab_size=320,
-        num_token_ids=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.5,
-        mask_token_id=tokenizer.mask_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
     folder = tmp_path_factory.mktemp("models") / "tiny-coda"
-    CoDALanguageModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_model(folder, chatml_tokenizer, vocab_size=320, tie_word_embeddings=True, initializer_range=0.5)
 
 
 def free_port() -> int:

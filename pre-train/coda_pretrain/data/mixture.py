@@ -68,7 +68,8 @@ class DataConfig:
     needs as much room as the sources. Null reads rows straight from the store, without copies."""
 
     verify: bool = False
-    """Read all shards when a run starts or goes on, and compare their hashes; their sizes are always compared."""
+    """Read all shards when a run starts or goes on, in each of its processes, and compare their hashes; their sizes are
+    always compared."""
 
     def __post_init__(self) -> None:
         """Check the fields.

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.noise import (
     Blocks,
     CleanRows,
@@ -57,7 +56,7 @@ def noise_samples(
         tokens: ids that are put in, and whether logits are shifted.
 
     Raises:
-        UserError: the numbers of samples, ids and levels differ.
+        ValueError: the numbers of samples, ids and levels differ.
     """
     rows, drawn = _draw(samples, sample_ids, t, seed, strategies, span_lengths)
     return noise_rows(rows, t, drawn, **tokens._asdict())
@@ -93,7 +92,7 @@ def _draw(
     span_lengths: Sequence[int],
 ) -> tuple[CleanRows, DrawnRows]:
     if not len(samples) == len(sample_ids) == len(t):
-        raise UserError(
+        raise ValueError(
             f"samples, sample_ids and t must be equally many, got {len(samples)}, {len(sample_ids)}, {len(t)}"
         )
     input_ids, segment_ids = (

@@ -17,8 +17,6 @@ from ..config import OptimizerConfig
 from ..devices.backend import Placement
 
 DEFAULT_EPS = {"adamw": 1e-8, "adafactor": 1e-30}
-Number = float | Tensor
-"""A number of the host, or a 0-d tensor where steps are traced: a Python number would be a constant of the graph."""
 
 
 class Adafactor(Optimizer):

@@ -1,9 +1,9 @@
 """Files that get a new content."""
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
+
+from CoDALanguageModel.run_files import arriving
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -13,12 +13,7 @@ def replace(path: Path, content: bytes) -> None:
         OSError: it cannot be written, and is as it was.
     """
     path = path.resolve()
-    new = tempfile.NamedTemporaryFile(dir=path.parent, delete=False)  # noqa: SIM115
-    try:
-        with new:
-            new.write(content)
-        shutil.copymode(path, new.name)
-        os.replace(new.name, path)
-    except BaseException:
-        os.unlink(new.name)
-        raise
+    with arriving(path) as new:
+        new.touch(0o600)
+        new.write_bytes(content)
+        shutil.copymode(path, new)
