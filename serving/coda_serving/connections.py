@@ -4,12 +4,43 @@ Not here: a body that comes slowly, whose client gets an answer (`gate`).
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MOST_HEAD_BYTES = 64 << 10
 """Bytes of a request line and its headers, about."""
+
+
+class TimeLimit:
+    """Ends something after a while, unless it is stopped; may be started again.
+
+    It looks twice, so that what has come in the meantime counts also where the event loop itself was late.
+
+    Args:
+        seconds: the while.
+        action: the end.
+    """
+
+    def __init__(self, seconds: float, action: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._action = action
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin to wait, if that has not begun."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds / 2, self._look_again)
+
+    def stop(self) -> None:
+        """Wait no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look_again(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._seconds / 2, self._action)
 
 
 class Connection(HttpToolsProtocol):
@@ -26,21 +57,20 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *, limit_s: float, **options: Any) -> None:
         super().__init__(**options)
-        self._limit_s = limit_s
         self._is_in_head = False
         self._num_head_bytes = 0
-        self._until_asked: asyncio.TimerHandle | None = None
-        self._until_read: asyncio.TimerHandle | None = None
+        self._asking = TimeLimit(limit_s, lambda: self.transport.abort())
+        self._reading = TimeLimit(limit_s, lambda: self.transport.abort())
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for a request."""
         super().connection_made(transport)  # type: ignore[arg-type]
-        self._expect_request()
+        self._asking.start()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing more."""
-        self._stop_waiting()
-        self._until_read = _cancelled(self._until_read)
+        self._asking.stop()
+        self._reading.stop()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -52,9 +82,9 @@ class Connection(HttpToolsProtocol):
         if not self.transport.is_closing():
             super().data_received(data)
         if self.transport.is_closing():
-            self._expect_reading()
+            self._reading.start()
         elif self.cycle is None or self.cycle.response_complete:
-            self._expect_request()
+            self._asking.start()
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -64,43 +94,27 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Its head is there; the rest is the application's."""
         self._is_in_head = False
-        self._stop_waiting()
+        self._asking.stop()
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
         """Where that was the last answer, what is left of it must be read."""
         super().on_response_complete()
         if self.transport.is_closing():
-            self._expect_reading()
+            self._reading.start()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close after a silence."""
         super().timeout_keep_alive_handler()
-        self._expect_reading()
+        self._reading.start()
 
     def pause_writing(self) -> None:
         """The client does not read as fast as it is answered."""
         super().pause_writing()
-        self._expect_reading()
+        self._reading.start()
 
     def resume_writing(self) -> None:
         """It has read."""
         super().resume_writing()
         if not self.transport.is_closing():
-            self._until_read = _cancelled(self._until_read)
-
-    def _expect_request(self) -> None:
-        if self._until_asked is None:
-            self._until_asked = self.loop.call_later(self._limit_s, self.transport.abort)
-
-    def _stop_waiting(self) -> None:
-        self._until_asked = _cancelled(self._until_asked)
-
-    def _expect_reading(self) -> None:
-        if self._until_read is None:
-            self._until_read = self.loop.call_later(self._limit_s, self.transport.abort)
-
-
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+            self._reading.stop()

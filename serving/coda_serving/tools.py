@@ -11,6 +11,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Container
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
@@ -137,13 +138,13 @@ class Calls:
         text, calls = read_calls(BEGINNING + text if self.is_call else text, self.names)
         return text, calls if self.is_parallel else calls[:1]
 
-    def readers(self) -> defaultdict[int, "CallReader"]:
-        """A reader for each answer of a stream, by its index."""
-        return defaultdict(lambda: CallReader(self))
-
 
 class CallReader:
-    """Reads one answer as it becomes final."""
+    """Reads one answer of a stream as it becomes final.
+
+    Args:
+        calls: how it is read when it is whole.
+    """
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
@@ -179,7 +180,7 @@ def calls_of(body: Conversation) -> Calls | None:
 
 def _calling(form: Form, calls: Calls) -> Form:
     """Words for answers in which there may be calls."""
-    readers = calls.readers()
+    readers: defaultdict[int, CallReader] = defaultdict(partial(CallReader, calls))
 
     def choice(index: int, answer: Answer) -> BaseModel:
         text, found = calls.read(answer.text)

@@ -57,15 +57,17 @@ class Turns:
             self._forget(caller, future)
 
     def _pass_on(self) -> None:
-        """Give the turn to the next."""
-        self._is_taken = bool(self._waiting)
-        if self._is_taken:
+        """Give the turn to the next who still waits for it."""
+        while self._waiting:
             caller, futures = next(iter(self._waiting.items()))
             future = futures[0]
             self._forget(caller, future)
             if futures:
                 self._waiting[caller] = self._waiting.pop(caller)
-            future.set_result(None)
+            if not future.done():
+                future.set_result(None)
+                return
+        self._is_taken = False
 
     def _forget(self, caller: str, future: asyncio.Future[None]) -> None:
         futures = self._waiting.get(caller, deque())

@@ -60,6 +60,30 @@ def test_who_leaves_gives_the_turn_to_the_next():
     asyncio.run(test())
 
 
+@pytest.mark.parametrize(
+    "leave", [slice(0, None), slice(0, 3), slice(1, None), slice(None, None, 2), slice(None, None, -1)]
+)
+def test_when_many_leave_at_once_the_others_have_their_turns(leave):
+    async def test():
+        turns, had = Turns(), []
+
+        async def take(name):
+            async with turns.turn(name[0], 10):
+                await asyncio.sleep(0.001)
+                had.append(name)
+
+        names = ["a1", "a2", "b1", "a3", "c1"]
+        tasks = [asyncio.create_task(take(name)) for name in names]
+        await asyncio.sleep(0)
+        for task in tasks[leave]:
+            task.cancel()
+        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+        await asyncio.wait_for(take("d1"), 5)
+        assert sorted(had) == sorted({*names, "d1"} - {*names[leave]})
+
+    asyncio.run(test())
+
+
 @pytest.mark.parametrize("url", ["/v1/completions", "/v1/messages"])
 def test_a_flood_that_is_prepared_shuts_nobody_else_out_and_who_leaves_it_costs_nothing(
     serving_fakes, monkeypatch, url
