@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from .sampler import ModelSampler
 
 logger = logging.getLogger("coda_serving")
+
+SPINS = "2000"
+"""Rounds, of 25 to 45 ns each, for which a thread of OpenMP that has nothing to do waits before it sleeps: about what
+Python takes from one operation to the next. By default it is 10 ms, which each operation may lose where another program
+has the core of one of its threads."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -146,7 +152,12 @@ def load_app(settings: ServerSettings) -> "FastAPI":
         codec = Codec.load(settings.model_name)
     except UserError as error:
         raise UserError(f"MODEL_NAME={error}") from error
-    sampler = ModelSampler.load(settings.model_name, device=settings.device, dtype=settings.dtype)
+    # Each thread that computes keeps threads of OpenMP of its own. As soon as there are more of them than cores, all of
+    # them sleep between any two operations, and waking them takes longer than a small operation. What the loader keeps
+    # ends with it, so that the engine's are alone.
+    with ThreadPoolExecutor(1) as loader:
+        load = loader.submit(ModelSampler.load, settings.model_name, device=settings.device, dtype=settings.dtype)
+    sampler = load.result()
     settings = check_defaults(settings, sampler)
     logger.info("decoding defaults: %s", settings.decoding)
     metrics = Metrics()
@@ -200,6 +211,8 @@ def main() -> int:
         epilog=f"Configuration is by environment variables ({variables}), or by a file that ENV_FILE names.",
     )
     parser.parse_args()
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         settings = load_settings(os.environ.get("ENV_FILE") or None)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -324,3 +324,34 @@ def test_the_first_process_of_a_container_ends_also_while_the_model_is_loaded(se
     finally:
         signal.signal(signal.SIGTERM, before)
     assert end.value.code == 0
+
+
+def test_the_model_is_loaded_by_a_thread_that_has_ended(serving_fakes, model_folder, monkeypatch):
+    """With its threads of OpenMP: with two sets of them on the same cores, all sleep between any two operations."""
+    load, loaders = ModelSampler.load, []
+
+    def noted(*arguments, **options):
+        loaders.append(threading.current_thread())
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(ModelSampler, "load", noted)
+    program.load_app(serving_fakes.make_settings(model_name=str(model_folder), steps=8, max_tokens=8))
+    assert [thread.is_alive() for thread in loaders] == [False]
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, program.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+)
+def test_threads_without_work_sleep_soon_unless_the_operator_decides(given, spins, serving_fakes, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(program.sys, "argv", ["coda_serving"])
+    monkeypatch.setattr(program, "load_settings", lambda file: serving_fakes.make_settings())
+    served = []
+    monkeypatch.setattr(program, "serve", lambda settings: served.append(program.os.environ.get("GOMP_SPINCOUNT")))
+    assert program.main() == 0
+    assert served == [spins]
