@@ -21,6 +21,7 @@ MAX_BYTES = 1 << 31
 _HEAD = struct.Struct("<cQ")
 _NATURAL = struct.Struct("<Q")
 _DTYPE = r"[<>|=](?:[biufc](?:1|2|4|8|16|32)|[SU]\d{1,6}|[mM]8(?:\[\d*[A-Za-z]{1,2}\])?)"
+_ATOMS = {int, bool, str, type(None)}
 _SHORT = 4  # lists below this length are not worth a look for a packed form
 
 CLASSES = ("int", "float", "complex", "bool", "str", "bytes", "bytearray", "list", "tuple", "dict", "set", "frozenset")
@@ -116,7 +117,17 @@ class Codec:
 
     def _put_sequence(self, tag, items, put, depth):
         put(_HEAD.pack(tag, len(items)))
-        kinds = set(map(type, items)) if len(items) >= _SHORT else ()
+        kinds = set(map(type, items)) if len(items) >= _SHORT else set()
+        if kinds and kinds <= _ATOMS and kinds != {int}:
+            one = len(kinds) == 1
+            keys = (lambda: items) if one else (lambda: zip(map(type, items), items, strict=True))  # True is not 1
+            distinct = list(dict.fromkeys(keys()))
+            if len(distinct) <= len(items) // 4:  # few values, many times: also shared on the other side
+                places = {key: place for place, key in enumerate(distinct)}
+                width = next(code for code in "BHIQ" if len(distinct) <= 256 ** array(code).itemsize)
+                found = map(places.__getitem__, keys())
+                self._put_bytes(b"v", bytes(found) if width == "B" else array(width, found).tobytes(), put)
+                return self._put_sequence(b"[", [key if one else key[1] for key in distinct], put, depth)
         if len(kinds) == 1:
             kind = next(iter(kinds))
             if kind is int:
@@ -127,12 +138,6 @@ class Codec:
             elif kind is float:
                 return self._put_bytes(b"e", array("d", items).tobytes(), put)
             elif kind is str:
-                distinct = list(dict.fromkeys(items))
-                if len(distinct) <= len(items) // 4:  # few strings, many times: also shared on the other side
-                    places = {text: place for place, text in enumerate(distinct)}
-                    width = next(code for code in "BHIQ" if len(distinct) <= 256 ** array(code).itemsize)
-                    self._put_bytes(b"v", array(width, map(places.__getitem__, items)).tobytes(), put)
-                    return self._put_sequence(b"[", distinct, put, depth)
                 text = "\0".join(items)
                 if text.count("\0") == len(items) - 1:
                     return self._put_bytes(b"S", text.encode("utf-8", "surrogatepass"), put)
@@ -140,7 +145,7 @@ class Codec:
                 widths = set(map(len, items))
                 if len(widths) == 1 and (width := widths.pop()):
                     put(_HEAD.pack(b"L" if kind is list else b"t", width))
-                    return self._put_sequence(b"[", list(itertools.chain.from_iterable(items)), put, depth + 1)
+                    return self._put_sequence(b"[", _Joined(items, width), put, depth + 1)
         put(_HEAD.pack(b".", 0))
         for item in items:
             self._put(item, put, depth + 1)
@@ -258,6 +263,13 @@ class Codec:
         return counter, at
 
     def _get_sequence(self, tag, count, data, at, depth):
+        items, found, end = self._get_items(count, data, at, depth)
+        if found != count:
+            raise ValueError("wrong count")
+        return (items if type(items) is list and tag == b"[" else (list if tag == b"[" else tuple)(items)), end
+
+    def _get_items(self, count, data, at, depth):
+        """(items, how many, end) of a sequence that says to have `count`."""
         form, size = _HEAD.unpack_from(data, at)
         at += _HEAD.size
         if form in b"qeS":
@@ -277,16 +289,20 @@ class Codec:
             places = array({1: "B", 2: "H", 4: "I", 8: "Q"}[size // count])
             places.frombytes(data[at:end])
             distinct, end = self._get(data, end, depth + 1)
-            items = list(map(_of(list, distinct).__getitem__, places))
+            return map(_of(list, distinct).__getitem__, places), len(places), end
         elif form in b"Lt":
-            flat, end = self._get(data, at, depth + 1)
-            if not 0 < size <= len(_of(list, flat)):
+            tag, number = _HEAD.unpack_from(data, at)
+            if tag != b"[" or depth + 1 > MAX_DEPTH + 8:
                 raise ValueError("rows do not fit")
-            source = iter(flat)
-            items = list(zip(*[source] * size, strict=True)) if size < 64 else []
-            if size >= 64:
-                items = [tuple(flat[i : i + size]) for i in range(0, len(flat), size)]
-            items = list(map(list, items)) if form == b"L" else items
+            flat, found, end = self._get_items(number, data, at + _HEAD.size, depth + 1)
+            if found != number or not 0 < size <= number or number % size:
+                raise ValueError("rows do not fit")
+            if size < 1024:
+                items = zip(*[iter(flat)] * size, strict=True)
+            else:
+                flat = list(flat)
+                items = [tuple(flat[i : i + size]) for i in range(0, number, size)]
+            return (map(list, items) if form == b"L" else items), number // size, end
         elif form == b".":
             items, end = [], at
             for _ in range(count):
@@ -294,9 +310,21 @@ class Codec:
                 items.append(item)
         else:
             raise ValueError(f"form {form!r}")
-        if len(items) != count:
-            raise ValueError("wrong count")
-        return (items if tag == b"[" else tuple(items)), end
+        return items, len(items), end
+
+
+class _Joined:
+    """The items of rows of one width, one after the other, without a list of them all."""
+
+    def __init__(self, rows, width):
+        self.rows = rows
+        self.width = width
+
+    def __len__(self):
+        return len(self.rows) * self.width
+
+    def __iter__(self):
+        return itertools.chain.from_iterable(self.rows)
 
 
 def _of(kind, value):

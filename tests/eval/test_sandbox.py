@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coda_eval import sandbox
+from coda_eval import sandbox, sandbox_watch
 from coda_eval.hostile import CHEATS, HOSTILE, MARK, TESTS, reaching
 from coda_eval.sandbox import LEVELS, Limits, Program, isolation_level, run_programs
 
@@ -525,6 +525,15 @@ def test_memory_of_all_processes_counts(level):
     programs = [Program(candidate=code, tests="") for code in MEMORY.values()]
     verdicts = run_programs(programs, level=level, limits=Limits(memory_bytes=256 << 20))
     assert [(v.status, v.error) for v in verdicts] == [("memory", "more than 256 MB in all processes")] * len(MEMORY)
+
+
+def test_shares_of_memory_are_read_only_where_all_of_it_together_is_more_than_the_limit(monkeypatch):
+    def reading(pids):
+        raise AssertionError("to read them stops a program for long")
+
+    monkeypatch.setattr(sandbox_watch, "_memory_of", reading)
+    large = Program(candidate="import time\nx = b'x' * (300 << 20)\ntime.sleep(0.3)", tests="")
+    assert run_programs([large], level=AVAILABLE[0], limits=Limits(memory_bytes=512 << 20))[0].passed
 
 
 def test_time_is_processor_time_of_all_processes():
