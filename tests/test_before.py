@@ -1,8 +1,8 @@
 """What earlier versions wrote is read: a run of pre-training, its shards, and a model folder.
 
 `before.tar.gz` was written by commit bc37bb3 on a CPU: six steps of a tiny model over a few short functions with a
-checkpoint at the third (`run`, `run.yaml`, `shards`, `tokenizer`), the model folder that `save_hf_model.py` made of that
-checkpoint, without its code (`model`), and what came out there (`expected.json`).
+checkpoint at the third (`run`, `run.yaml`, `shards`, `tokenizer`), the model folder that `save_hf_model.py` made of
+that checkpoint, without its code (`model`), and what came out there (`expected.json`).
 """
 
 import json
