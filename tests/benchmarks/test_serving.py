@@ -54,14 +54,14 @@ def test_another_server_that_refuses_a_request_is_left_out_and_named(monkeypatch
 
     def drive(url, *arguments):
         if url == "against":
-            raise serving.Refused("400 suffix")
+            raise serving.Refused("it answers 400")
         return [serving.Seen(0.0, 1.0, 2.0)] * 2
 
     monkeypatch.setattr(serving, "drive", drive)
     options = SimpleNamespace(tiny=True, against=Path())
     case = serving.case_late(SimpleNamespace(options=options, prompts=["a"], server=lambda name: name))
     assert [row[0] for row in case["rows"]] == ["this"]
-    assert "against is left out: it answers 400 suffix" in case["notes"]
+    assert "against is left out: it answers 400" in case["notes"]
 
 
 def test_a_queue_for_one_server_is_in_the_order_of_arrival():
