@@ -3,8 +3,8 @@
 Contenders of a case get the same requests, in turn: this server, the same one without batching, the published logic
 (one request at a time, the whole canvas computed anew in every step, nothing told before the end: each request is
 timed, and its waiting is added up), and with `--against` the server of another checkout. Results go to
-`benchmarks/RESULTS.md`, `serving.json` and `serving.png`; a case that is not run keeps what it has there. `--tiny` runs
-on tiny models in seconds, with servers in threads, and writes nothing.
+`benchmarks/RESULTS.md`, `serving.json` and `serving.png` after each case; one that is not run keeps what it has there.
+`--tiny` runs on tiny models in seconds, with servers in threads, and writes nothing.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,9 @@ from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.row import Request
 
 HERE = Path(__file__).resolve().parent
+STORED = HERE / "serving.json"
+"""Numbers of the cases that were run last."""
+
 Body = dict[str, Any]
 Work = list[list[Body]]
 """What each client asks for, one after the other."""
@@ -68,19 +72,27 @@ class Seen(NamedTuple):
     forwards: int = 1
 
 
+class Refused(Exception):
+    """A server does not answer a request, or does not start."""
+
+
 async def ask(client: httpx.AsyncClient, body: Body) -> Seen:
-    """Send a request for a stream and read it to its end."""
+    """Send a request for a stream and read it to its end.
+
+    Raises:
+        Refused: it is not answered, or not to its end.
+    """
     sent_s, first_s, text, usage = time.monotonic(), None, "", {}
     asked = body | {"stream": True, "stream_options": {"include_usage": True}}
     async with client.stream("POST", "/v1/completions", json=asked) as response:
         if response.status_code != 200:
-            raise SystemExit(f"{client.base_url}: {response.status_code} {(await response.aread()).decode()}")
+            raise Refused(f"it answers {response.status_code} {(await response.aread()).decode()}")
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
             event = json.loads(line[6:])
             if "error" in event:
-                raise SystemExit(f"{client.base_url}: {event}")
+                raise Refused(f"it answers {line}")
             usage = event.get("usage") or usage
             piece = "".join(choice["text"] for choice in event["choices"])
             if piece and first_s is None:
@@ -114,6 +126,15 @@ def drive(url: str, work: Work, starts_s: Sequence[float] | None = None, app: An
     return asyncio.run(run())
 
 
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives in a thread of its own, whose threads of OpenMP end with it.
+
+    As long as others are there, those of a server in this process sleep between any two operations.
+    """
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(function, *arguments).result()
+
+
 def one_at_a_time(work_s: list[list[float]], starts_s: Sequence[float] | None = None) -> list[Seen]:
     """What the same clients see of a server that takes requests one by one, given the seconds of each."""
     ready = [(start_s, client, 0) for client, start_s in enumerate(starts_s or [0.0] * len(work_s))]
@@ -130,7 +151,11 @@ def one_at_a_time(work_s: list[list[float]], starts_s: Sequence[float] | None = 
 
 @contextlib.contextmanager
 def process(checkout: Path, folder: Path, variables: dict[str, str]) -> Iterator[str]:
-    """Run a checkout's server in a process of its own; gives its URL."""
+    """Run a checkout's server in a process of its own; gives its URL.
+
+    Raises:
+        Refused: it ends at once.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -145,7 +170,7 @@ def process(checkout: Path, folder: Path, variables: dict[str, str]) -> Iterator
                     break
             time.sleep(0.2)
         else:
-            raise SystemExit(f"the server of {checkout} ended")
+            raise Refused(f"the server of {checkout.name} ended at its start, with status {server.returncode}")
         yield url
     finally:
         server.terminate()
@@ -188,6 +213,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace, name: str, stack: contextlib.ExitStack) -> None:
         self.options, self._stack = options, stack
         self.rounds: int = options.rounds
+        self.left_out: list[str] = []
+        """Notes of contenders that are not compared."""
         self._servers: dict[str, str] = {}
         programs = held_out_programs(40, 0)
         self.prompts = [program.prompt for program in programs]
@@ -195,7 +222,7 @@ class Bench:
         if options.tiny:
             num, self.lengths, self.prompts = 1, (4, 8), ["ab", "abc "]
         elif name == "large":
-            num, self.lengths = 1, (8, 16, 24)
+            num, self.lengths, self.rounds = 1, (8, 12, 16), 1  # each round takes minutes
         self.folder: Path = options.model.resolve()
         if options.tiny or name in SHAPES:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -215,6 +242,10 @@ class Bench:
                 **ids,
             )
             model.save_pretrained(self.folder)
+            # Older checkouts refuse names of settings that they do not know; all but the ids are at their defaults.
+            settings = self.folder / "generation_config.json"
+            known = json.loads(settings.read_text()).items()
+            settings.write_text(json.dumps({name: value for name, value in known if name.endswith("_token_id")}))
         self.work: Work = [
             [self._body(random.Random(f"client {client}, request {number}")) for number in range(num)]
             for client in range(options.clients)
@@ -246,10 +277,18 @@ class Bench:
             self.closed(name, [bodies[:1] for bodies in self.work[:2]])  # warms it up
         return self._servers[name]
 
-    @property
+    @cached_property
     def contenders(self) -> list[str]:
-        """Servers that are compared."""
-        return ["this", "batch of 1", *(["against"] if self.options.against else [])]
+        """Servers that are compared; another checkout's only if it serves this model."""
+        own = ["this", "batch of 1"]
+        if not self.options.against:
+            return own
+        try:
+            self.server("against")
+        except Refused as error:
+            self.left_out = [left_out(error)]
+            return own
+        return [*own, "against"]
 
     def closed(self, name: str, work: Work | None = None) -> list[Seen]:
         """A closed loop of a server: of its work, unless other is given."""
@@ -273,8 +312,16 @@ class Bench:
             published_generate(model, ids, max_new_tokens=body["max_tokens"], **given)
             return time.perf_counter() - started
 
-        seconds(self.work[0][0])
-        return [[seconds(body) for body in bodies] for bodies in self.work]
+        def all_of_them() -> list[list[float]]:
+            seconds(self.work[0][0])
+            return [[seconds(body) for body in bodies] for bodies in self.work]
+
+        return apart(all_of_them)
+
+
+def left_out(error: Refused) -> str:
+    """Note of the other checkout's server that cannot be compared."""
+    return f"against is left out: {error}"
 
 
 SHAPES = {
@@ -336,11 +383,13 @@ def case_closed(bench: Bench) -> dict[str, Any]:
     for _ in range(bench.rounds):
         for name in bench.contenders:
             runs[name].append(bench.closed(name))
+    case = comparison(runs)
+    bench.capacity = case["contenders"]["this"]["requests_s"]
     clients = f"{len(bench.work)} clients, {sum(map(len, bench.work))} requests; median of {bench.rounds} rounds"
     asked, came = (sum(body["max_tokens"] for body in sum(bench.work, [])), sum(one.tokens for one in runs["this"][0]))
     clients += f"; {asked} tokens asked for, {came} came before the texts ended"
     goal = "goal: >= 3x requests/s of the published logic, >= 2x of the commit before the open loop"
-    return comparison(runs) | {"notes": [clients, *equal_answers(runs), goal]}
+    return case | {"notes": [clients, *equal_answers(runs), *bench.left_out, goal]}
 
 
 def case_open(bench: Bench) -> dict[str, Any]:
@@ -353,7 +402,7 @@ def case_open(bench: Bench) -> dict[str, Any]:
     for name in bench.contenders:
         runs[name] = [drive(bench.server(name), [[bench.work[client][number]] for client, number in order], starts_s)]
     sent = f"{len(order)} requests, {rate:.3g} a second are sent: who answers fewer is overrun"
-    return comparison(runs) | {"notes": [sent, *equal_answers(runs)]}
+    return comparison(runs) | {"notes": [sent, *equal_answers(runs), *bench.left_out]}
 
 
 REGIMES = {
@@ -414,7 +463,7 @@ def case_offline(bench: Bench) -> dict[str, Any]:
     runs: dict[str, list[list[Seen]]] = {"offline": [], "this, without sockets": [], "this": []}
     bench.server("this")
     for _ in range(bench.rounds):
-        runs["offline"].append(offline(bench, model, codec))
+        runs["offline"].append(apart(offline, bench, model, codec))
         app = load_app(settings_of(bench.folder, bench.variables))  # an engine starts once
         runs["this, without sockets"].append(drive("http://in-process", bench.work, app=app))
         runs["this"].append(bench.closed("this"))
@@ -457,21 +506,28 @@ def case_late(bench: Bench) -> dict[str, Any]:
     common = {"temperature": 0, "block_length": 1, "suffix": "\n"}
     long = common | {"prompt": bench.prompts[0], "max_tokens": length, "steps": length}
     short = common | {"prompt": bench.prompts[-1], "max_tokens": 8, "steps": 8}
-    rows = []
+    rows, notes = [], [f"{length} and 8 tokens, a step for each; medians of {repeats} runs"]
+
+    def measured(url: str) -> tuple[float, ...]:
+        alone, fresh = drive(url, [[long], [short]])
+        step_s = (alone.end_s - alone.sent_s) / alone.forwards
+        _, late = drive(url, [[long], [short]], [0, 0.15 * (alone.end_s - alone.sent_s)])
+        took = [one.end_s - one.sent_s for one in (fresh, late)]
+        return *took, took[1] / took[0], late.first_s - late.sent_s, step_s
+
     for name in ("this", "against") if bench.options.against else ("this",):
-        url, measured = bench.server(name), []
-        for _ in range(repeats):
-            alone, fresh = drive(url, [[long], [short]])
-            step_s = (alone.end_s - alone.sent_s) / alone.forwards
-            _, late = drive(url, [[long], [short]], [0, 0.15 * (alone.end_s - alone.sent_s)])
-            took = [one.end_s - one.sent_s for one in (fresh, late)]
-            measured.append((*took, took[1] / took[0], late.first_s - late.sent_s, step_s))
-        rows.append([name, *(f"{statistics.median(column):.3g}" for column in zip(*measured, strict=True))])
+        try:
+            columns = zip(*(measured(bench.server(name)) for _ in range(repeats)), strict=True)
+            rows.append([name, *(f"{statistics.median(column):.3g}" for column in columns)])
+        except Refused as error:
+            if name == "this":
+                raise
+            notes.append(left_out(error))
     goal = "goal: ratio <= 1.3; the first text within the step that runs and the first one of its own"
     return {
         "header": ["contender", "in a fresh pair s", "late s", "ratio", "first text of the late one s", "a step s"],
         "rows": rows,
-        "notes": [f"{length} and 8 tokens, a step for each; medians of {repeats} runs", goal],
+        "notes": [*notes, goal],
     }
 
 
@@ -522,6 +578,14 @@ def section(name: str, case: dict[str, Any]) -> str:
     return f"### {name}\n\n{case['title']}\n\n{markdown_table(case['header'], case['rows'])}\n{notes}\n"
 
 
+def keep(numbers: dict[str, Any]) -> None:
+    """Write the results."""
+    STORED.write_text(json.dumps(numbers, indent=1) + "\n")
+    draw(numbers, STORED.with_suffix(".png"))
+    intro = "## Serving\n\n`python benchmarks/serving.py`\n\n![requests and latencies](serving.png)\n"
+    write_results("serving", "\n".join([intro, *(section(name, case) for name, case in numbers.items())]))
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the cases and write the results; returns them."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -543,8 +607,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.against:
         head = said_by("git", "-C", str(options.against), "rev-parse", "--short", "HEAD")
         where.append(f"against is {head or 'another checkout'}")
-    stored = HERE / "serving.json"
-    numbers = json.loads(stored.read_text()) if stored.is_file() and not options.tiny else {}
+    numbers = json.loads(STORED.read_text()) if STORED.is_file() and not options.tiny else {}
     benches: dict[str, Bench] = {}
     with contextlib.ExitStack() as stack:
         for name in options.case:
@@ -556,16 +619,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             title = f"{function.__doc__.splitlines()[0]} Model: {model}."
             numbers[name] = {"title": title, **case, "where": "; ".join(filter(None, where))}
             Console().print(Markdown(section(name, numbers[name])), f"{time.monotonic() - started:.0f} s")
-    numbers = {name: numbers[name] for name in CASES if name in numbers}
-    if options.tiny:
-        with tempfile.TemporaryDirectory() as folder:
-            draw(numbers, Path(folder, "serving.png"))
-        return numbers
-    stored.write_text(json.dumps(numbers, indent=1) + "\n")
-    draw(numbers, HERE / "serving.png")
-    intro = "## Serving\n\n`python benchmarks/serving.py`\n\n![requests and latencies](serving.png)\n"
-    write_results("serving", "\n".join([intro, *(section(name, case) for name, case in numbers.items())]))
-    return numbers
+            if not options.tiny:
+                keep({name: numbers[name] for name in CASES if name in numbers})
+    return {name: numbers[name] for name in CASES if name in numbers}
 
 
 if __name__ == "__main__":
