@@ -199,9 +199,12 @@ def run_programs(
         Bench(level, workers, limits) as bench,
         tqdm(total=len(programs), desc="programs", unit="", delay=10, mininterval=10, maxinterval=60) as progress,
     ):
+        # Those that may take longest begin first, so that none of them runs on alone at the end.
+        first = sorted(range(len(programs)), key=lambda place: -programs[place].timeout_s)
+        futures = {place: bench.submit(lambda place=place: programs[place]) for place in first}
         verdicts = []
-        for future in [bench.submit(lambda program=program: program) for program in programs]:
-            verdicts.append(future.result()[1])
+        for place in range(len(programs)):
+            verdicts.append(futures[place].result()[1])
             progress.update()
     for place, verdict in enumerate(verdicts):
         if verdict.status == "near":  # the machine was too busy to tell

@@ -82,8 +82,8 @@ def reference(benchmark: str, row: dict[str, Any]) -> str:
 
 
 def stub(benchmark: str) -> str:
-    """An answer that does nothing; in a gap, where doing nothing can be right, one that is no program."""
-    return ")" if SOURCES[benchmark].gap else "pass" if benchmark.startswith("mbpp") else "    pass\n"
+    """An answer that does nothing; in a gap, where that or a bracket can be right, what no program may hold."""
+    return "\0" if SOURCES[benchmark].gap else "pass" if benchmark.startswith("mbpp") else "    pass\n"
 
 
 def whole_reference(benchmark: str, row: dict[str, Any]) -> tuple[str, str] | None:

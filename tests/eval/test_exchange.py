@@ -85,16 +85,17 @@ def evalplus_verdicts(samples, dataset, problems):
             for name, problem in problems.items()
         }
     not_none = evaluate.MBPP_OUTPUT_NOT_NONE_TASKS if dataset == "mbpp" else []
+    found = []
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "CACHE_DIR", folder)
+        patch.setenv("EVALPLUS_MAX_MEMORY_BYTES", "-1")  # it limits a fork of this process, which torch fills
         expected = evaluate.get_groundtruth(problems, "test", not_none)
-    found = []
-    for one in samples:
-        name = one["task_id"]
-        said = evaluate.check_correctness(
-            dataset, 0, problems[name], one["solution"], expected[name], min_time_limit=10.0, fast_check=True
-        )
-        found.append(said["base"][0] == said["plus"][0] == "pass")
+        for one in samples:
+            name = one["task_id"]
+            said = evaluate.check_correctness(
+                dataset, 0, problems[name], one["solution"], expected[name], min_time_limit=10.0, fast_check=True
+            )
+            found.append(said["base"][0] == said["plus"][0] == "pass")
     return found
 
 

@@ -48,13 +48,17 @@ GOOD = Program(candidate="def f(x): return x * 2", tests=TESTS)
 def mixed(request, tmp_path_factory):
     """Every hostile program and every cheat, each with a good one behind it, in one run."""
     folder, level = tmp_path_factory.mktemp("scratch"), request.param
-    programs = [Program(candidate=code, tests=TESTS, timeout_s=1.5) for code, _ in HOSTILE.values()] + [
+    programs = [
+        Program(candidate=code, tests=TESTS, timeout_s=0.5 if status in ("timeout", None) else 1.5)
+        for code, status in HOSTILE.values()
+    ] + [
         Program(candidate=code, tests=tests, setup="def helper(x): return 4", called=("f",), timeout_s=3)
         for code, tests in CHEATS.values()
     ]
     before = segments()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox.tempfile, "tempdir", str(folder))
+        patch.setattr(sandbox.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
         verdicts = run_programs([p for program in programs for p in (program, GOOD)], level=level, workers=3)
     left = {"files": list(folder.iterdir()), "segments": segments() - before}
     deadline = time.monotonic() + 2

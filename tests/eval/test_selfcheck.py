@@ -107,6 +107,18 @@ def test_by_default_all_benchmarks_on_this_machine_are_tried(here):
     assert selfcheck.benchmarks_here(str(here)) == ["humaneval", "quickstart_problems"]
 
 
+def test_a_stub_is_never_what_a_gap_can_hold(data_dir):
+    gaps = [("(x", ")", ""), ("x", "", "\n"), ("x  # ", "(", ")"), ("x\n    '''", " (", ")'''")]
+    rows = [
+        {"task_id": f"SingleLineInfilling/HumanEval/0/L{n}", "prompt": f"def f(x):\n    return {before}"}
+        | {"canonical_solution": middle, "suffix": after, "entry_point": "f", "test": "def check(f): assert f(1) == 1"}
+        for n, (before, middle, after) in enumerate(gaps)
+    ]
+    (data_dir / "HumanEval-SingleLineInfilling.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = selfcheck.check_problems(["single_line_infilling"], str(data_dir), isolation_level(), None, 0)
+    assert (found["references"]["failed"], found["stubs"]["survivors"]) == ([], [])
+
+
 @pytest.mark.slow
 def test_references_of_the_shared_sets_pass_and_most_mutants_fail(coda_shared):
     folder = str(coda_shared / "data")
