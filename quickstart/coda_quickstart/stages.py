@@ -172,12 +172,8 @@ def _training_stages(
         train = (python, "-m", "coda_pretrain", "--config", config, f"output_dir={folder / name}")
         common = (f"model.tokenizer={run_dir / 'tokenizer'}", f"data.root={run_dir / 'shards'}")
         common += (f"evaluation.data.root={run_dir / 'shards'}",)
-        export = (python, "-m", "coda_pretrain", "export", "--checkpoint_dir", str(folder / name))
-        return (*train, *common, *changed.training, *overrides), (
-            *export,
-            "--output_dir",
-            str(folder / f"{name}_export"),
-        )
+        export = ("--export_dir", str(folder / f"{name}_export"))
+        return ((*train, *common, *changed.training, *overrides, *export),)
 
     return [
         Stage(

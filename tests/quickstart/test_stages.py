@@ -98,7 +98,7 @@ def test_the_pretraining_room_accepts_the_configs(stages, capsys):
         name = stage.name.removesuffix("_blocks").removesuffix("_seed_1")
         if name in ("pretrain", "midtrain"):
             command = stage.commands[0]
-            config = load_config([command[4]], list(command[5:]))
+            config = load_config([command[4]], list(command[5:-2]))
             assert config.output_dir.endswith(name)
             assert config.seed == int(stage.name.endswith("_seed_1"))
             assert config.objective == ("block" if stage.name.endswith("_blocks") else "masked")
