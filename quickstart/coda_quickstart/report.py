@@ -47,6 +47,7 @@ TIME_TITLES = {
     "shards": "token shards",
     "pretrain": "pre-training and export",
     "midtrain": "mid-training and export",
+    "first": "first answer: a gap, step by step",
     "convert": "Hugging Face folder",
     "sft": "fine-tuning",
     "evaluate": "evaluation",
@@ -324,7 +325,8 @@ def _comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
     table = pandas.DataFrame([_compared_cells(row) for row in rows], columns=COMPARED)
     return (
         "<h2>Full attention and attention by blocks</h2>\n<p>Two models of the same shape, data and number of training "
-        "tokens, on the held-out problems. Rows by blocks hold every text twice, so their training takes longer.</p>\n"
+        "tokens, on the problems of both held-out sets. Rows by blocks hold every text twice, so their training takes "
+        "longer.</p>\n"
         f"<div class=panel>{table.to_html(index=False, border=0)}</div>"
     )
 
@@ -340,8 +342,9 @@ def _training_rows(training: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _time_title(name: str) -> str:
-    title = TIME_TITLES.get(name.removesuffix(f"_{BLOCKS}"), name)
-    return f"{title}, by blocks" if name.endswith(f"_{BLOCKS}") else title
+    stage, _, variant = name.partition("_")
+    whose = {"": "", BLOCKS: ", by blocks"}.get(variant, f", {variant.replace('_', ' ')}")
+    return f"{TIME_TITLES.get(stage, stage)}{whose}"
 
 
 def _time_rows(times: Mapping[str, float]) -> str:

@@ -103,11 +103,13 @@ def test_seeds_stand_in_one_table_with_their_mean(run_dir):
         rows += [{"doc": {"task_id": f"{kind}/0"}, "exact_match": 0.0} for kind in ("composition", "stdlib")]
         write_lines(folder / "evaluation" / "model" / "samples_quickstart_problems_2026.jsonl", rows)
         (folder / "scores.json").write_text("[]")
+    (run_dir / "times.json").write_text(json.dumps({"sft": 50.0, "sft_seed_2": 90.0}))
     tables = report.write_report(run_dir)
     lines = [line for line in tables.splitlines() if line.startswith(("| 0 |", "| 2 |", "| 10 |", "| mean |"))]
     assert [line.split("|")[2].split()[0] for line in lines] == ["90.0", "70.0", "50.0", "70.0"]
     assert "models trained from other seeds" in (run_dir / "report.html").read_text()
     assert "no setting was chosen on them" in tables
+    assert "| fine-tuning, seed 2 | 90 |" in tables
 
 
 def test_two_models_are_compared_on_the_same_problems(run_dir):
