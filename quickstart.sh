@@ -6,6 +6,7 @@
 #   bash quickstart.sh --serve         leaves the server running at the end
 #   bash quickstart.sh --demo          shows a chat and an infilling, canvas in view, as soon as fine-tuning has ended
 #   bash quickstart.sh --compare       also trains and scores a model that attends by blocks, on the same tokens
+#   bash quickstart.sh --seeds 0,1,2   also trains and scores models from other seeds, on the same data
 #   bash quickstart.sh --run_dir DIR   another run folder
 set -euo pipefail
 

@@ -20,6 +20,7 @@ import torch
 import transformers
 import yaml
 from llamafactory.data import loader
+from llamafactory.third_party.muon import muon
 from llamafactory.train import tuner
 from llamafactory.train.sft import workflow
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
@@ -111,6 +112,7 @@ def run_training(
             (workflow, "CustomSeq2SeqTrainer", trainer_class),
             (loader, "SupervisedDatasetProcessor", processors(diffusion.overlong, diffusion.other_template)),
             (workflow, "get_template_and_fix_tokenizer", template_for_collation),
+            (muon, "zeropower_via_newtonschulz5", functools.partial(orthogonalize, muon.zeropower_via_newtonschulz5)),
             (workflow, "get_dataset", functools.partial(dataset_with_rows, workflow.get_dataset)),
             (loader, "get_dataset_list", describe),
             (loader, "_load_single_dataset", load_conversations),
@@ -120,6 +122,29 @@ def run_training(
         tuner.run_exp(args=host, callbacks=[MetricsLog()])
     if parts:
         write_run(output_dir, FINISHED, parts, config)
+
+
+def orthogonalize(in_bfloat16: Callable[[Tensor, int], Tensor], gradient: Tensor, steps: int) -> Tensor:
+    """The nearest matrix with orthogonal rows or columns, about: the update of Muon (`use_muon: true`).
+
+    Takes the place of LLaMA-Factory's function, which it leaves to accelerators: a CPU without bfloat16 products takes
+    many times as long for them as for those of float32. Newton-Schulz iteration of degree five with the coefficients
+    of https://kellerjordan.github.io/posts/muon.
+
+    Args:
+        in_bfloat16: LLaMA-Factory's function.
+        gradient: (N, M), with momentum.
+        steps: iterations.
+    """
+    if gradient.device.type != "cpu":
+        return in_bfloat16(gradient, steps)
+    is_tall = gradient.shape[0] > gradient.shape[1]
+    x = gradient.T if is_tall else gradient  # the products below are of the shorter side
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if is_tall else x
 
 
 def dataset_with_rows(get_dataset: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from CoDALanguageModel.errors import UserError
 
@@ -43,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--accept_changed_data",
         action="store_true",
         help="continue a run although its token shards are not those of before; the checkpoints record it",
+    )
+    parser.add_argument(
+        "--export_dir", type=Path, help="also export the finished run there, as the verb export does; must not exist"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the files")
     return parser
@@ -85,15 +89,21 @@ def train(words: Sequence[str]) -> int:
     )
     logging.getLogger(__name__).info("configuration:\n%s", to_yaml(config).rstrip())
     from .checkpoints.checkpoint import CheckpointError
+    from .checkpoints.export import export, find_checkpoint
     from .train.trainer import Trainer, TrainingDiverged
 
+    folder = arguments.export_dir
     try:
+        if folder is not None and folder.exists():
+            raise UserError(f"--export_dir {folder} exists; remove it or choose another")
         trainer = Trainer(config, accept_changed_data=arguments.accept_changed_data)
     except UserError as error:
         return _fail(error, EXIT_BAD_INPUT)
     try:
-        trainer.train()
-    except (CheckpointError, TrainingDiverged) as error:
+        state = trainer.train()
+        if folder is not None and is_main and state.step >= trainer.num_steps:
+            export(find_checkpoint(trainer.checkpoints, state.step), folder)
+    except (CheckpointError, TrainingDiverged, UserError) as error:
         return _fail(error, 1)
     finally:
         trainer.close()

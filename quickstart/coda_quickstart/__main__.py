@@ -32,6 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--demo", action="store_true", help="show a chat and an infilling as soon as fine-tuning has ended"
     )
     run.add_argument("--compare", action="store_true", help="also train and score a model that attends by blocks")
+    run.add_argument(
+        "--seeds",
+        type=_seeds,
+        default=(),
+        metavar="0,1,2",
+        help="also train and score with these seeds, on the same data",
+    )
     data = commands.add_parser("data", help="corpus, tokenizer, instruction set and held-out problems")
     data.add_argument("--config", type=Path, required=True)
     data.add_argument("--output_dir", type=Path, required=True)
@@ -39,11 +46,21 @@ def build_parser() -> argparse.ArgumentParser:
     denoise = commands.add_parser("denoise", help="record one answer step by step")
     denoise.add_argument("--run_dir", type=Path, required=True)
     denoise.add_argument("--config", type=Path, required=True)
+    first = commands.add_parser("first", help="fill one gap by the mid-trained model, step by step")
+    first.add_argument("--run_dir", type=Path, required=True)
+    first.add_argument("--config", type=Path, required=True)
     chat = commands.add_parser("chat", help="start the server, ask twice, stop it")
     chat.add_argument("--run_dir", type=Path, required=True)
     report = commands.add_parser("report", help="write report.html, report.md and summary.json")
     report.add_argument("--run_dir", type=Path, required=True)
     return parser
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    seeds = text.split(",")
+    if not all(seed.isdecimal() for seed in seeds) or len({int(seed) for seed in seeds}) < len(seeds):
+        raise argparse.ArgumentTypeError(f"must be different whole numbers >= 0, such as 0,1,2, got {text!r}")
+    return tuple(map(int, seeds))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,9 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     before = signal.signal(signal.SIGTERM, _end)  # as an exception, so that a stage's processes end with this one
     try:
-        return {"run": _run, "data": _data, "denoise": _denoise, "chat": _chat, "report": _report}[arguments.command](
-            arguments
-        )
+        does = {"run": _run, "data": _data, "first": _first, "denoise": _denoise, "chat": _chat, "report": _report}
+        return does[arguments.command](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,8 +89,6 @@ def _end(signal_number: int, frame: object) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from coda_quickstart.chat import demonstrate
-    from coda_quickstart.report import write_report
     from coda_quickstart.runner import Runner, start_over
     from coda_quickstart.stages import build_stages
 
@@ -86,18 +100,43 @@ def _run(arguments: argparse.Namespace) -> int:
     configs = (arguments.config_dir or REPOSITORY / "quickstart" / "configs").resolve()
     # Room processes are single and share no cores; the tokenizers' own threads would fight with the workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stages = build_stages(REPOSITORY, run_dir, configs, _yaml(configs / "eval.yaml"), compare=arguments.compare)
-    demo = {"sft": partial(demonstrate, REPOSITORY, run_dir, _show)} if arguments.demo else None
-    seconds = Runner(run_dir, REPOSITORY, show=_show).run(stages, after=demo)
+    own = _yaml(configs / "sft.yaml").get("seed")
+    stages = build_stages(
+        REPOSITORY,
+        run_dir,
+        configs,
+        _yaml(configs / "eval.yaml"),
+        compare=arguments.compare,
+        seeds=[seed for seed in arguments.seeds if seed != own],
+    )
+    after = {"first": partial(_show_first, run_dir, started)}
+    if arguments.demo:
+        after["sft"] = partial(_demonstrate, run_dir)
+    seconds = Runner(run_dir, REPOSITORY, show=_show).run(stages, after=after)
     (run_dir / "times.json").write_text(json.dumps(seconds, indent=2) + "\n")
     for answer in json.loads((run_dir / "answers.json").read_text()):
         _show(f"\n{answer['kind']} request:\n{answer['question'].rstrip()}\nanswer:\n{answer['answer'].rstrip()}")
+    from coda_quickstart.report import write_report  # it takes seconds, for which no stage is to wait
+
     _show(f"\n{write_report(run_dir)}")
     _show(f"report: {run_dir / 'report.html'}")
     _show(f"this call: {time.monotonic() - started:.0f} s; all stages together: {sum(seconds.values()):.0f} s")
     if arguments.serve:
         _leave_serving(run_dir)
     return 0
+
+
+def _show_first(run_dir: Path, started: float) -> None:
+    first = json.loads((run_dir / "first_answer.json").read_text())
+    _show(f"\nfirst answer, after {time.monotonic() - started:.0f} s: a gap in a function that was never trained on\n")
+    _show(f"{first['prefix']}[...]{first['suffix']}\n{first['canvas']}\n")
+    _show(f"filled: {first['answer']}   was: {first['middle']}\n")
+
+
+def _demonstrate(run_dir: Path) -> None:
+    from coda_quickstart.chat import demonstrate
+
+    demonstrate(REPOSITORY, run_dir, _show)
 
 
 def _leave_serving(run_dir: Path) -> None:
@@ -114,6 +153,16 @@ def _data(arguments: argparse.Namespace) -> int:
 
     summary = prepare(load_settings(arguments.config), arguments.output_dir, arguments.corpus_dir)
     _show(json.dumps(summary))
+    return 0
+
+
+def _first(arguments: argparse.Namespace) -> int:
+    from coda_quickstart.denoise import record_infilling
+    from coda_quickstart.pictures import denoising_text
+
+    record = record_infilling(arguments.run_dir, _yaml(arguments.config)["generation"])
+    record["canvas"] = denoising_text(record["steps"])
+    (arguments.run_dir / "first_answer.json").write_text(json.dumps(record) + "\n")
     return 0
 
 

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from openai import OpenAI
+from tokenizers import Tokenizer
 
 from coda_quickstart.runner import StageFailed
-from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.run_files import read_rows
 
 START_TIMEOUT_S = 180.0
@@ -122,7 +122,8 @@ def examples(run_dir: Path) -> tuple[dict[str, str], dict[str, str], int]:
     """A held-out problem, a gap in held-out text, and the tokens of what is missing there."""
     problem = read_rows(run_dir / "benchmarks" / "quickstart_problems.jsonl")[0]
     gap = read_rows(run_dir / "benchmarks" / "quickstart_infill.jsonl")[0]
-    return problem, gap, len(Codec.load(str(run_dir / "tokenizer")).encode_text(gap["middle"], joins=True))
+    tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer" / "tokenizer.json"))  # transformers' takes seconds
+    return problem, gap, len(tokenizer.encode(gap["middle"], add_special_tokens=False).ids)
 
 
 def demonstrate(repository: Path, run_dir: Path, show: Callable[[str], None]) -> None:

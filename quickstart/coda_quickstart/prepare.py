@@ -20,6 +20,7 @@ from coda_quickstart.problems import (
     instruction_row,
     problem_row,
     training_programs,
+    validation_programs,
 )
 from coda_quickstart.tokenizer import train_tokenizer
 from CoDALanguageModel.errors import UserError, did_you_mean
@@ -48,11 +49,13 @@ class DataSettings:
     max_pair_characters: int
     """Longest such row."""
     validation_programs: int
-    """Rows of held-out compositions for the validation loss of fine-tuning."""
+    """Rows for the validation loss of fine-tuning, of held-out compositions that no problem has."""
     problems: int
     """Held-out problems with asserts."""
+    reserved_problems: int = 120
+    """Problems of the second held-out set, on which no setting was chosen."""
     composition_gaps: int
-    """Infilling gaps in held-out generated functions."""
+    """Infilling gaps in the generated functions of each held-out set."""
     stdlib_gaps: int
     """Infilling gaps in held-out corpus files."""
 
@@ -118,13 +121,17 @@ def prepare(settings: DataSettings, output_dir: Path, corpus_dir: Path | None = 
     pairs = list(documented_functions(training, settings.max_pair_characters))
     random.Random(f"pairs {settings.seed}").shuffle(pairs)
     pairs = pairs[: settings.corpus_pairs]
-    _write_instructions(data / "instructions", settings, programs, pairs)
-    problems = held_out_programs(settings.problems, settings.seed)
-    write_rows(
-        benchmarks / "quickstart_problems.jsonl",
-        (problem_row(program, index, settings.seed) for index, program in enumerate(problems)),
-    )
-    gaps = _gaps(settings, problems, tokenizer) + one_line_gaps(validation, settings.stdlib_gaps, settings.seed)
+    counts = {"quickstart": settings.problems, "reserved": settings.reserved_problems}
+    held_out = {name: held_out_programs(count, settings.seed, name) for name, count in counts.items()}
+    _write_instructions(data / "instructions", settings, programs, pairs, held_out["quickstart"])
+    problems = [
+        problem_row(program, index, settings.seed, name)
+        for name, chosen in held_out.items()
+        for index, program in enumerate(chosen)
+    ]
+    write_rows(benchmarks / "quickstart_problems.jsonl", problems)
+    gaps = [row for name, chosen in held_out.items() for row in _gaps(settings, chosen, tokenizer, name)]
+    gaps += one_line_gaps(validation, settings.stdlib_gaps, settings.seed)
     write_rows(benchmarks / "quickstart_infill.jsonl", gaps)
     summary = {
         "corpus_files": len(training),
@@ -150,7 +157,11 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _write_instructions(
-    folder: Path, settings: DataSettings, programs: list[Program], pairs: list[tuple[str, str]]
+    folder: Path,
+    settings: DataSettings,
+    programs: list[Program],
+    pairs: list[tuple[str, str]],
+    problems: list[Program],
 ) -> None:
     """The instruction set in Alpaca format, with the dataset_info.json that LLaMA-Factory looks it up in."""
     rows = [instruction_row(program) for program in programs]
@@ -161,19 +172,21 @@ def _write_instructions(
         for program in plain
     ]
     random.Random(f"rows {settings.seed}").shuffle(rows)
-    held_out = held_out_programs(settings.validation_programs, settings.seed + 1)
+    validation = validation_programs(settings.validation_programs, settings.seed, problems)
     write_rows(folder / "train.jsonl", rows)
-    write_rows(folder / "validation.jsonl", map(instruction_row, held_out))
+    write_rows(folder / "validation.jsonl", map(instruction_row, validation))
     names = {"quickstart": "train.jsonl", "quickstart_validation": "validation.jsonl"}
     columns = {"prompt": "instruction", "query": "input", "response": "output"}
     info = {name: {"file_name": file, "columns": columns} for name, file in names.items()}
     (folder / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
-def _gaps(settings: DataSettings, programs: list[Program], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, str]]:
+def _gaps(
+    settings: DataSettings, programs: list[Program], tokenizer: PreTrainedTokenizerFast, name: str
+) -> list[dict[str, str]]:
     def splits_cleanly(*pieces: str) -> bool:
         apart = [token for piece in pieces for token in tokenizer(piece)["input_ids"]]
         return apart == tokenizer("".join(pieces))["input_ids"]
 
-    rows = (infill_row(program, index, settings.seed, splits_cleanly) for index, program in enumerate(programs))
+    rows = (infill_row(program, index, settings.seed, splits_cleanly, name) for index, program in enumerate(programs))
     return [row for row in rows if row][: settings.composition_gaps]

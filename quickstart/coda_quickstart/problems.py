@@ -1,21 +1,26 @@
 """Short functions made from the grammar: training rows, held-out problems with asserts, held-out infilling gaps.
 
 A composition is the unordered set of a program's filter, map and aggregate. A fixed hash decides once and for all
-which compositions are held out, so no sampling order, seed or count can move one into the training data. Sources and
-wordings vary on both sides. Not here: the primitives (grammar.py) and data cut from real code (corpus.py).
+which compositions are held out, and for which of two sets, so no sampling order, seed or count can move one into the
+training data or into the other set. Sources and wordings vary on all sides. Not here: the primitives (grammar.py) and
+data cut from real code (corpus.py).
 """
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from coda_quickstart.grammar import AGGREGATES, FILTERS, MAPS, SOURCES, Aggregate, Filter, Map, Source
 from CoDALanguageModel.errors import UserError
 
-HELD_OUT_SHARE = 0.12
+HELD_OUT = {"quickstart": (0.0, 0.12), "reserved": (0.12, 0.22)}
+"""Sets of held-out problems, and the part of all hashes that each takes. Settings are chosen while looking at the
+first; the second was made later and is only reported."""
+
 FUNCTION_NAME = "solve"
+DRAWS_PER_PROGRAM = 20
 VARIABLES = {"number": "x", "word": "w"}
 WORD_POOL = (
     "level noon radar otto rotor ana stats Anna apple orange tiny lion stone RIVER Salt trail eel ion tone iris nest "
@@ -74,15 +79,23 @@ def composition_of(filter_: Filter, map_: Map, aggregate: Aggregate) -> frozense
     return frozenset((f"filter {filter_.name}", f"map {map_.name}", f"aggregate {aggregate.name}"))
 
 
-def is_held_out(composition: frozenset[str]) -> bool:
-    """Whether this composition is kept away from all training data: a fixed share of all compositions, by hash."""
+def held_out_set(composition: frozenset[str]) -> str | None:
+    """Which of the `HELD_OUT` sets a composition belongs to, by hash; None for what is trained on."""
     digest = hashlib.sha256(", ".join(sorted(composition)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return next((name for name, (start, end) in HELD_OUT.items() if start <= place < end), None)
 
 
-def all_compositions() -> list[tuple[str, Filter, Map, Aggregate]]:
-    """Every combination that fits by type, as (element type, filter, map, aggregate), in a fixed order."""
-    return [
+Entry = tuple[str, Filter, Map, Aggregate]
+
+
+def all_compositions(held_out: str | None) -> list[Entry]:
+    """Every combination that fits by type and belongs to a set, as (element type, filter, map, aggregate), in order.
+
+    Args:
+        held_out: a set of `HELD_OUT`, or None for what is trained on.
+    """
+    fitting = [
         (filter_.element, filter_, map_, aggregate)
         for filter_ in FILTERS
         for map_ in MAPS
@@ -90,6 +103,7 @@ def all_compositions() -> list[tuple[str, Filter, Map, Aggregate]]:
         for aggregate in AGGREGATES
         if aggregate.accepts in ("any", map_.result)
     ]
+    return [entry for entry in fitting if held_out_set(composition_of(*entry[1:])) == held_out]
 
 
 def training_programs(num_programs: int, seed: int) -> list[Program]:
@@ -100,30 +114,59 @@ def training_programs(num_programs: int, seed: int) -> list[Program]:
         seed: names the draw; the same seed gives the same list.
 
     Raises:
-        UserError: `num_programs` is negative.
+        UserError: `num_programs` is negative, or more than there are.
     """
-    if num_programs < 0:
-        raise UserError(f"num_programs must be at least 0, got {num_programs}")
-    rng = random.Random(f"training programs {seed}")
-    compositions = [entry for entry in all_compositions() if not is_held_out(composition_of(*entry[1:]))]
-    programs: dict[str, Program] = {}
-    while len(programs) < num_programs:
-        program = _draw_program(rng, *rng.choice(compositions))
-        programs.setdefault(program.prompt, program)
-    return list(programs.values())
+    return _distinct_programs(num_programs, random.Random(f"training programs {seed}"), all_compositions(None))
 
 
-def held_out_programs(num_programs: int, seed: int) -> list[Program]:
+def validation_programs(num_programs: int, seed: int, problems: Sequence[Program]) -> list[Program]:
+    """Distinct programs of those compositions of the first held-out set that none of its problems has.
+
+    Args:
+        num_programs: how many to draw.
+        seed: names the draw.
+        problems: drawn from that set.
+
+    Raises:
+        UserError: `num_programs` is negative or more than there are, or the problems leave no composition.
+    """
+    asked = {program.composition for program in problems}
+    left = [entry for entry in all_compositions("quickstart") if composition_of(*entry[1:]) not in asked]
+    if num_programs and not left:
+        raise UserError(f"{len(problems)} problems leave no held-out composition for validation; ask for fewer")
+    return _distinct_programs(num_programs, random.Random(f"validation programs {seed}"), left)
+
+
+def held_out_programs(num_programs: int, seed: int, name: str = "quickstart") -> list[Program]:
     """Programs of held-out compositions, each composition at most once.
+
+    Args:
+        num_programs: how many to draw.
+        seed: names the draw.
+        name: one of the `HELD_OUT` sets.
 
     Raises:
         UserError: more programs are asked for than there are held-out compositions.
     """
     rng = random.Random(f"held-out programs {seed}")
-    compositions = [entry for entry in all_compositions() if is_held_out(composition_of(*entry[1:]))]
+    compositions = all_compositions(name)
     if not 0 <= num_programs <= len(compositions):
         raise UserError(f"num_programs must be in [0, {len(compositions)}], got {num_programs}")
     return [_draw_program(rng, *entry) for entry in rng.sample(compositions, num_programs)]
+
+
+def _distinct_programs(num_programs: int, rng: random.Random, compositions: Sequence[Entry]) -> list[Program]:
+    if num_programs < 0:
+        raise UserError(f"num_programs must be at least 0, got {num_programs}")
+    programs: dict[str, Program] = {}
+    for _ in range(DRAWS_PER_PROGRAM * num_programs):
+        program = _draw_program(rng, *rng.choice(compositions))
+        programs.setdefault(program.prompt, program)
+        if len(programs) == num_programs:
+            return list(programs.values())
+    if num_programs:
+        raise UserError(f"{num_programs} distinct programs were asked for, and chance found {len(programs)}")
+    return []
 
 
 def _draw_program(rng: random.Random, element: str, filter_: Filter, map_: Map, aggregate: Aggregate) -> Program:
@@ -138,8 +181,14 @@ def _draw_program(rng: random.Random, element: str, filter_: Filter, map_: Map, 
     return Program(source, filter_, map_, aggregate, docstring)
 
 
-def problem_row(program: Program, index: int, seed: int) -> dict[str, str]:
+def problem_row(program: Program, index: int, seed: int, name: str = "quickstart") -> dict[str, str]:
     """The program as a problem in HumanEval's format, with eight asserts.
+
+    Args:
+        program: what is asked for.
+        index: its number in its set.
+        seed: names the arguments of the asserts together with `index`.
+        name: of its set, which begins the task's id.
 
     Returns:
         task_id, prompt, entry_point, test (defines `check(candidate)`) and canonical_solution.
@@ -151,7 +200,7 @@ def problem_row(program: Program, index: int, seed: int) -> dict[str, str]:
         expected = _literal(function(argument))
         lines.append(f"    assert candidate({argument!r}) == {expected}")
     return {
-        "task_id": f"quickstart/{index}",
+        "task_id": f"{name}/{index}",
         "prompt": program.prompt,
         "entry_point": FUNCTION_NAME,
         "test": "\n".join(lines) + "\n",
@@ -160,7 +209,7 @@ def problem_row(program: Program, index: int, seed: int) -> dict[str, str]:
 
 
 def infill_row(
-    program: Program, index: int, seed: int, splits_cleanly: Callable[[str, str, str], bool]
+    program: Program, index: int, seed: int, splits_cleanly: Callable[[str, str, str], bool], name: str = "quickstart"
 ) -> dict[str, str] | None:
     """A gap in the program's return line: its filter, its mapped element, its iterable or the whole expression.
 
@@ -169,6 +218,7 @@ def infill_row(
         index: names the gap together with `seed`.
         seed: see `index`.
         splits_cleanly: whether prefix, middle and suffix tokenized apart give the tokens of the whole.
+        name: of the held-out set that the program comes from.
 
     Returns:
         task_id, prefix, middle and suffix, whose concatenation is the whole function; None when no gap splits cleanly.
@@ -188,7 +238,8 @@ def infill_row(
     for start, middle in gaps:
         prefix, suffix = text[:start], text[start + len(middle) :]
         if splits_cleanly(prefix, middle, suffix):
-            return {"task_id": f"composition/{index}", "prefix": prefix, "middle": middle, "suffix": suffix}
+            task = "composition" if name == "quickstart" else f"{name}_composition"
+            return {"task_id": f"{task}/{index}", "prefix": prefix, "middle": middle, "suffix": suffix}
     return None
 
 

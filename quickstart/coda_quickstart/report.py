@@ -15,6 +15,7 @@ from typing import Any
 import pandas
 import torch
 import transformers
+import yaml
 
 from coda_quickstart.pictures import denoising_html, denoising_text, loss_curves_svg, masking_html, masking_text
 from coda_quickstart.stages import BLOCKS
@@ -23,6 +24,19 @@ from CoDALanguageModel.intervals import wilson_interval
 from CoDALanguageModel.run_files import read_rows
 
 STAGES = (("pretrain", "Pre-training"), ("midtrain", "Mid-training"), ("model", "Fine-tuning"))
+BENCHMARKS = {
+    "quickstart": "held-out problems, pass@1",
+    "reserved": "reserved problems, pass@1",
+    "composition": "infilling, held-out generated functions, exact match",
+    "reserved_composition": "infilling, reserved generated functions, exact match",
+    "stdlib": "infilling, held-out standard library lines, exact match",
+    "HumanEval": "HumanEval, first 3 problems, pass@1 (0 % expected at this size)",
+}
+"""What a task's id begins with, and what its score is called."""
+RESERVED = (
+    "Held-out compositions occur in no training file. Settings were chosen while looking at the held-out problems; the "
+    "reserved ones are of other compositions, and no setting was chosen on them."
+)
 VALIDATION = (
     "Validation loss: pre- and mid-training are validated on held-out standard library files, fine-tuning on held-out "
     "instructions. Mid-training sees generated functions mostly, which are easier to guess than that library, so its "
@@ -33,6 +47,7 @@ TIME_TITLES = {
     "shards": "token shards",
     "pretrain": "pre-training and export",
     "midtrain": "mid-training and export",
+    "first": "first answer: a gap, step by step",
     "convert": "Hugging Face folder",
     "sft": "fine-tuning",
     "evaluate": "evaluation",
@@ -55,36 +70,43 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[int, float]], 
 
 
 def read_scores(run_dir: Path) -> list[dict[str, Any]]:
-    """One row per benchmark (infilling split by where the gaps come from): name, passed, count, interval.
+    """One row per benchmark (split by where problems and gaps come from): name, passed, count, interval.
 
     Raises:
         UserError: the evaluation left no samples.
     """
     groups: dict[str, list[bool]] = {}
-    names = {
-        "quickstart_problems": "held-out problems, pass@1",
-        "composition": "infilling, held-out generated functions, exact match",
-        "stdlib": "infilling, held-out standard library lines, exact match",
-        "coda_humaneval_instruct": "HumanEval, first 3 problems, pass@1 (0 % expected at this size)",
-    }
     samples = sorted((run_dir / "evaluation").rglob("samples_*.jsonl"))
     if not samples:
         raise UserError(f"no samples_*.jsonl below {run_dir / 'evaluation'}; run the evaluation first")
     for path in samples:
-        task = next((name for name in (*names, "quickstart_infill") if f"samples_{name}_" in path.name), None)
         for row in read_rows(path):
-            group = row["doc"]["task_id"].split("/")[0] if task == "quickstart_infill" else task
-            if group in names:
-                passed = row["exact_match"] if task == "quickstart_infill" else row["pass@1"]
-                groups.setdefault(group, []).append(bool(passed))
+            group = row["doc"]["task_id"].split("/")[0]
+            passed = row["exact_match"] if "exact_match" in row else row["pass@1"]
+            groups.setdefault(group, []).append(bool(passed))
     rows = []
-    for group, name in names.items():
+    for group, name in BENCHMARKS.items():
         if group in groups:
             passed, count = sum(groups[group]), len(groups[group])
             share = passed / count
             low, high = wilson_interval(share, count)
             rows.append({"name": name, "passed": passed, "count": count, "share": share, "low": low, "high": high})
     return rows
+
+
+def read_seeds(run_dir: Path, scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of the run's own model and of those of other seeds: rows of seed and scores; none without other seeds.
+
+    Args:
+        run_dir: the run folder.
+        scores: of its own model.
+    """
+    others = {int(card.parent.name.removeprefix("seed_")): card.parent for card in run_dir.glob("seed_*/scores.json")}
+    if not others:
+        return []
+    own = yaml.safe_load((run_dir / "model" / "run_config.yaml").read_text()).get("seed")
+    rows = [{"seed": seed, "scores": read_scores(folder)} for seed, folder in sorted(others.items())]
+    return [{"seed": own, "scores": [row for row in scores if row["name"] != BENCHMARKS["HumanEval"]]}, *rows]
 
 
 def training_table(run_dir: Path) -> list[dict[str, Any]]:
@@ -167,11 +189,12 @@ def write_report(run_dir: Path) -> str:
         answers = json.loads((run_dir / "answers.json").read_text())
         config = json.loads((run_dir / "model" / "config.json").read_text())
         data = json.loads((run_dir / "data" / "summary.json").read_text())
-        comparison = read_comparison(run_dir, times)
+        comparison, seeds = read_comparison(run_dir, times), read_seeds(run_dir, scores)
     except FileNotFoundError as error:
         raise UserError(f"the report needs all stages; missing: {error.filename}") from error
     config["parameters"] = num_parameters(run_dir / "model" / "model.safetensors")
     summary = {"scores": scores, "training": training, "times_s": times, "data": data, "comparison": comparison}
+    summary["seeds"] = seeds
     summary |= {"parameters": config["parameters"], "machine": machine()}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     tables = markdown_tables(summary)
@@ -181,6 +204,8 @@ def write_report(run_dir: Path) -> str:
     (run_dir / "losses.svg").write_text(svg, encoding="utf-8")
     page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         scores=_score_rows(scores),
+        reserved=html.escape(RESERVED),
+        seeds=_seeds_html(seeds),
         comparison=_comparison_html(comparison),
         headline=f"{100 * scores[0]['share']:.1f} %",
         headline_detail=f"{scores[0]['passed']} of {scores[0]['count']} held-out problems",
@@ -217,6 +242,11 @@ def markdown_tables(summary: Mapping[str, Any]) -> str:
     lines = ["| benchmark | score | 95 % interval | n |", "|---|---:|---|---:|"]
     for row in summary["scores"]:
         lines.append(f"| {row['name']} | {100 * row['share']:.1f} % | {_interval(row)} | {row['count']} |")
+    lines += ["", RESERVED]
+    if summary["seeds"]:
+        names, rows = _seeds_cells(summary["seeds"])
+        lines += ["", f"| {' | '.join(names)} |", f"|---|{'---|' * (len(names) - 1)}"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
     if summary["comparison"]:
         lines += ["", f"| {' | '.join(COMPARED)} |", "|---|---|---:|---|---:|---:|---:|"]
         lines += [f"| {' | '.join(_compared_cells(row))} |" for row in summary["comparison"]]
@@ -265,6 +295,22 @@ def _score_rows(scores: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _seeds_cells(seeds: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table of seeds: each score with its interval, and the mean of all."""
+    names = ["seed", *(row["name"] for row in seeds[0]["scores"])]
+    cells = [[str(s["seed"]), *(f"{100 * r['share']:.1f} % ({_interval(r)})" for r in s["scores"])] for s in seeds]
+    columns = zip(*([row["share"] for row in seed["scores"]] for seed in seeds), strict=True)
+    return names, [*cells, ["mean", *(f"{100 * sum(shares) / len(seeds):.1f} %" for shares in columns)]]
+
+
+def _seeds_html(seeds: Sequence[Mapping[str, Any]]) -> str:
+    if not seeds:
+        return ""
+    names, rows = _seeds_cells(seeds)
+    table = pandas.DataFrame(rows, columns=names).to_html(index=False, border=0)
+    return f"<h2>Seeds</h2>\n<p>The same data, models trained from other seeds.</p>\n<div class=panel>{table}</div>"
+
+
 COMPARED = ("model", "decoding", "pass@1", "95 % interval", "tokens/forward", "seconds/answer", "training, s")
 
 
@@ -279,7 +325,8 @@ def _comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
     table = pandas.DataFrame([_compared_cells(row) for row in rows], columns=COMPARED)
     return (
         "<h2>Full attention and attention by blocks</h2>\n<p>Two models of the same shape, data and number of training "
-        "tokens, on the held-out problems. Rows by blocks hold every text twice, so their training takes longer.</p>\n"
+        "tokens, on the problems of both held-out sets. Rows by blocks hold every text twice, so their training takes "
+        "longer.</p>\n"
         f"<div class=panel>{table.to_html(index=False, border=0)}</div>"
     )
 
@@ -295,8 +342,9 @@ def _training_rows(training: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _time_title(name: str) -> str:
-    title = TIME_TITLES.get(name.removesuffix(f"_{BLOCKS}"), name)
-    return f"{title}, by blocks" if name.endswith(f"_{BLOCKS}") else title
+    stage, _, variant = name.partition("_")
+    whose = {"": "", BLOCKS: ", by blocks"}.get(variant, f", {variant.replace('_', ' ')}")
+    return f"{TIME_TITLES.get(stage, stage)}{whose}"
 
 
 def _time_rows(times: Mapping[str, float]) -> str:

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,41 @@ BLOCKS = "blocks"
 """Folder in a run's, and ending of the names of stages, of the model that attends by blocks."""
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Another model that is trained on a run's data, in a folder of its own there."""
+
+    name: str
+    """Of the folder, and ending of the names of stages."""
+    by: str
+    """Ending of the titles of stages."""
+    shape: tuple[str, ...] = ()
+    """What changes the settings of pre-training."""
+    training: tuple[str, ...] = ()
+    """What changes those of pre- and mid-training."""
+    tuning: tuple[str, ...] = ()
+    """What changes those of fine-tuning."""
+
+
+def of_seed(seed: int) -> Variant:
+    """The model of the loop from another seed: of its first weights, of noise and of the order of rows."""
+    return Variant(f"seed_{seed}", f", seed {seed}", training=(f"seed={seed}",), tuning=(f"seed={seed}",))
+
+
+def of_blocks(size: int) -> Variant:
+    """The model that attends by blocks."""
+    shape = ("model.config.attention=block_causal", f"model.config.block_size={size}")
+    return Variant(BLOCKS, f" by blocks of {size}", shape, ("objective=block",), ("diffusion.objective=block",))
+
+
 def build_stages(
-    repository: Path, run_dir: Path, configs: Path, evaluation: Mapping[str, Any], *, compare: bool = False
+    repository: Path,
+    run_dir: Path,
+    configs: Path,
+    evaluation: Mapping[str, Any],
+    *,
+    compare: bool = False,
+    seeds: Sequence[int] = (),
 ) -> list[Stage]:
     """All stages of the loop, in order.
 
@@ -26,6 +60,7 @@ def build_stages(
         evaluation: settings of decoding and batching, from eval.yaml there.
         compare: whether the same data also make a model that attends by blocks, in a folder of its own in the run's,
             and both are scored with several tokens a step too.
+        seeds: each also makes a model of the loop's own kind from the same data, in a folder of its own.
     """
     python = sys.executable
     tokenizer = run_dir / "tokenizer" / "tokenizer.json"
@@ -34,13 +69,16 @@ def build_stages(
     model = (run_dir / "model" / "model.safetensors", run_dir / "model" / "config.json")
     benchmarks = [run_dir / "benchmarks" / f"quickstart_{name}.jsonl" for name in ("problems", "infill")]
     instructions = [run_dir / "data" / "instructions" / f"{name}.jsonl" for name in ("train", "validation")]
+    data = (tokenizer, *manifests.values())
     makers = sorted(Path(__file__).parent.glob("*.py"))
     data_makers = [path for path in makers if path.stem in ("grammar", "problems", "corpus", "tokenizer", "prepare")]
 
-    def evaluate(name: str, folder: Path, tasks: str, **settings: Any) -> Stage:
+    def evaluate(name: str, variant: Variant | None, tasks: str, **settings: Any) -> Stage:
         generation = {**evaluation["generation"], **settings}
-        return _evaluation_stage(run_dir, name, folder, tasks, configs, evaluation["batch_size"], generation)
+        return _evaluation_stage(run_dir, name, variant, tasks, configs, evaluation["batch_size"], generation)
 
+    denoiser = Path(__file__).with_name("denoise.py")
+    *pretraining, convert, tune = _training_stages(repository, run_dir, None, configs, data, instructions)
     stages = [
         Stage(
             name="data",
@@ -64,8 +102,20 @@ def build_stages(
             outputs=tuple(manifests.values()),
             replaces=(run_dir / "shards",),
         ),
-        *_training_stages(repository, run_dir, run_dir, configs, (tokenizer, *manifests.values()), instructions),
-        evaluate("evaluation", run_dir, "quickstart_problems,quickstart_infill,coda_humaneval_instruct"),
+        *pretraining,
+        Stage(
+            name="first",
+            title="First answer: a gap filled by the mid-trained model",
+            commands=(
+                (python, "-m", "coda_quickstart", "first", "--run_dir", str(run_dir))
+                + ("--config", str(configs / "eval.yaml")),
+            ),
+            inputs=(*pretraining[-1].outputs[:2], benchmarks[1], configs / "eval.yaml", denoiser),
+            outputs=(run_dir / "first_answer.json",),
+        ),
+        convert,
+        tune,
+        evaluate("evaluation", None, "quickstart_problems,quickstart_infill,coda_humaneval_instruct"),
         Stage(
             name="denoise",
             title="One answer, step by step",
@@ -73,7 +123,7 @@ def build_stages(
                 (python, "-m", "coda_quickstart", "denoise", "--run_dir", str(run_dir))
                 + ("--config", str(configs / "eval.yaml")),
             ),
-            inputs=(*model, benchmarks[0], configs / "eval.yaml", Path(__file__).with_name("denoise.py")),
+            inputs=(*model, benchmarks[0], configs / "eval.yaml", denoiser),
             outputs=(run_dir / "denoise.json",),
         ),
         Stage(
@@ -84,13 +134,17 @@ def build_stages(
             outputs=(run_dir / "answers.json",),
         ),
     ]
-    if compare:
-        by_blocks, parallel = run_dir / BLOCKS, {"threshold": evaluation["threshold"]}
-        data = (tokenizer, *manifests.values())
+    for variant in map(of_seed, seeds):
         stages += [
-            *_training_stages(repository, run_dir, by_blocks, configs, data, instructions, evaluation["block_size"]),
+            *_training_stages(repository, run_dir, variant, configs, data, instructions),
+            evaluate("evaluation", variant, "quickstart_problems,quickstart_infill"),
+        ]
+    if compare:
+        by_blocks, parallel = of_blocks(evaluation["block_size"]), {"threshold": evaluation["threshold"]}
+        stages += [
+            *_training_stages(repository, run_dir, by_blocks, configs, data, instructions),
             evaluate("evaluation", by_blocks, "quickstart_problems"),
-            evaluate("parallel", run_dir, "quickstart_problems", **parallel),
+            evaluate("parallel", None, "quickstart_problems", **parallel),
             evaluate("parallel", by_blocks, "quickstart_problems", **parallel),
         ]
     return stages
@@ -99,44 +153,40 @@ def build_stages(
 def _training_stages(
     repository: Path,
     run_dir: Path,
-    folder: Path,
+    variant: Variant | None,
     configs: Path,
     data: tuple[Path, ...],
     instructions: list[Path],
-    block_size: int | None = None,
 ) -> list[Stage]:
-    """From token shards to a fine-tuned model in `folder`, of full attention or by blocks."""
+    """From token shards to a fine-tuned model: the loop's own, or a variant."""
     python = sys.executable
+    folder, suffix = (run_dir / variant.name, f"_{variant.name}") if variant else (run_dir, "")
+    changed = variant or Variant("", "")
     pretrained, midtrained, base, model = (
         (folder / name / "model.safetensors", folder / name / "config.json")
         for name in ("pretrain_export", "midtrain_export", "base", "model")
     )
-    suffix, by, attention, objective, tuned = "", "", (), (), ()
-    if block_size is not None:
-        suffix, by = f"_{BLOCKS}", f" by blocks of {block_size}"
-        attention = ("model.config.attention=block_causal", f"model.config.block_size={block_size}")
-        objective, tuned = ("objective=block",), ("diffusion.objective=block",)
 
     def trainer(name: str, *overrides: str) -> tuple[tuple[str, ...], ...]:
         config = str(configs / f"{name}.yaml")
         train = (python, "-m", "coda_pretrain", "--config", config, f"output_dir={folder / name}")
         common = (f"model.tokenizer={run_dir / 'tokenizer'}", f"data.root={run_dir / 'shards'}")
         common += (f"evaluation.data.root={run_dir / 'shards'}",)
-        export = (python, "-m", "coda_pretrain", "export", "--checkpoint_dir", str(folder / name))
-        return (*train, *common, *objective, *overrides), (*export, "--output_dir", str(folder / f"{name}_export"))
+        export = ("--export_dir", str(folder / f"{name}_export"))
+        return ((*train, *common, *changed.training, *overrides, *export),)
 
     return [
         Stage(
             name=f"pretrain{suffix}",
-            title=f"Pre-training{by}",
-            commands=trainer("pretrain", *attention),
+            title=f"Pre-training{changed.by}",
+            commands=trainer("pretrain", *changed.shape),
             inputs=(configs / "pretrain.yaml", *data),
             outputs=(*pretrained, folder / "pretrain" / "metrics.jsonl"),
             replaces=(folder / "pretrain", folder / "pretrain_export"),
         ),
         Stage(
             name=f"midtrain{suffix}",
-            title=f"Mid-training{by}",
+            title=f"Mid-training{changed.by}",
             commands=trainer("midtrain", f"model.init_from={folder / 'pretrain_export'}"),
             inputs=(configs / "midtrain.yaml", *data, *pretrained),
             outputs=(*midtrained, folder / "midtrain" / "metrics.jsonl"),
@@ -144,7 +194,7 @@ def _training_stages(
         ),
         Stage(
             name=f"convert{suffix}",
-            title=f"Hugging Face folder{by}",
+            title=f"Hugging Face folder{changed.by}",
             commands=(
                 (python, str(repository / "save_hf_model.py"), "--checkpoint_dir", str(folder / "midtrain_export"))
                 + ("--output_dir", str(folder / "base")),
@@ -155,11 +205,11 @@ def _training_stages(
         ),
         Stage(
             name=f"sft{suffix}",
-            title=f"Fine-tuning{by}",
+            title=f"Fine-tuning{changed.by}",
             commands=(
                 ("bash", str(repository / "run_sft.sh"), str(configs / "sft.yaml"))
                 + (f"model_name_or_path={folder / 'base'}", f"dataset_dir={run_dir / 'data' / 'instructions'}")
-                + (f"output_dir={folder / 'model'}", *tuned),
+                + (f"output_dir={folder / 'model'}", *changed.tuning),
             ),
             inputs=(configs / "sft.yaml", *base, *instructions),
             outputs=(*model, folder / "model" / "metrics.jsonl"),
@@ -170,9 +220,16 @@ def _training_stages(
 
 
 def _evaluation_stage(
-    run_dir: Path, name: str, folder: Path, tasks: str, configs: Path, batch_size: int, generation: Mapping[str, Any]
+    run_dir: Path,
+    name: str,
+    variant: Variant | None,
+    tasks: str,
+    configs: Path,
+    batch_size: int,
+    generation: Mapping[str, Any],
 ) -> Stage:
-    """The model in `folder` scored into `folder / name`, and the cards of it beside that."""
+    """A model scored into the folder `name` beside it, and the cards of it beside that."""
+    folder = run_dir / variant.name if variant else run_dir
     # As JSON: a path with a comma would end there in lm-eval's own key=value form.
     arguments = json.dumps({"pretrained": str(folder / "model"), **generation})
     results, card = folder / name, folder / ("scores.json" if name == "evaluation" else f"{name}.json")
@@ -184,10 +241,9 @@ def _evaluation_stage(
     cards = (sys.executable, "-m", "coda_eval.report", str(results), "--output", str(card))
     model = (folder / "model" / "model.safetensors", folder / "model" / "config.json")
     benchmarks = [run_dir / "benchmarks" / f"quickstart_{name}.jsonl" for name in ("problems", "infill")]
-    where = "" if folder == run_dir else f"_{folder.name}"
     return Stage(
-        name=("evaluate" if name == "evaluation" else name) + where,
-        title=f"Evaluation{' by blocks' * bool(where)}{', several tokens a step' * (name != 'evaluation')}",
+        name=("evaluate" if name == "evaluation" else name) + (f"_{variant.name}" if variant else ""),
+        title=f"Evaluation{variant.by if variant else ''}{', several tokens a step' * (name != 'evaluation')}",
         commands=(score, cards),
         inputs=(configs / "eval.yaml", *model, *benchmarks),
         outputs=(card,),

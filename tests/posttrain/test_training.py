@@ -389,3 +389,15 @@ def test_several_processes_are_started_with_the_same_command(model_dir, data_dir
     assert main(["train", *argv]) == 3
     assert commands[0][1:4] == ["-m", "torch.distributed.run", "--nproc-per-node=2"]
     assert commands[0][-len(argv) - 3 :] == ["-m", "coda_posttrain", "train", *argv]
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_orthogonalizes_on_a_cpu_as_llama_factory_does_and_in_float32(shape):
+    from coda_posttrain.trainer import muon, orthogonalize
+
+    theirs, gradient = muon.zeropower_via_newtonschulz5, torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ours = orthogonalize(theirs, gradient, 5)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs(gradient, 5).float(), atol=0.03, rtol=0.0)
+    values = torch.linalg.svdvals(ours)
+    assert 0.6 < values.min() <= values.max() < 1.3

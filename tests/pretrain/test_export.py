@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from coda_pretrain.__main__ import main as pretrain
 from coda_pretrain.checkpoints.export import main, read_weights
 from coda_pretrain.config import RunConfig
 from coda_pretrain.plain_data import from_dict, merge
@@ -41,6 +43,19 @@ def test_the_export_holds_the_trained_weights_and_loads(finished, tmp_path, toke
     assert model.config.mask_token_id == AutoTokenizer.from_pretrained(target).mask_token_id
     assert json.loads((target / "config.json").read_text())["auto_map"]["AutoConfig"]
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".export")] == []
+
+
+def test_a_finished_run_exports_itself(run_config, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(run_config))
+    command = ["--config", str(config), "--export_dir", str(tmp_path / "with_the_run")]
+    assert pretrain(command) == 0
+    assert main(arguments(run_config["output_dir"], tmp_path / "afterwards")) == 0
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("with_the_run", "afterwards")]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (tmp_path / "with_the_run" / name).read_bytes() == (tmp_path / "afterwards" / name).read_bytes()
+    assert pretrain(command) == 2  # before anything is trained
 
 
 def test_a_step_can_be_chosen_and_written_in_bf16(finished, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from coda_quickstart.prepare import DataSettings, load_settings, prepare
-from coda_quickstart.problems import held_out_programs
+from coda_quickstart.problems import held_out_programs, validation_programs
 
 SMALL = {
     "vocab_size": 700,
@@ -16,6 +16,7 @@ SMALL = {
     "max_pair_characters": 400,
     "validation_programs": 12,
     "problems": 20,
+    "reserved_problems": 10,
     "composition_gaps": 15,
     "stdlib_gaps": 4,
 }
@@ -46,15 +47,17 @@ def test_counts_are_those_asked_for(run_dir):
     assert summary["validation_files"] > 0
     assert len(rows(run_dir / "data" / "instructions" / "train.jsonl")) == 335
     assert len(rows(run_dir / "data" / "instructions" / "validation.jsonl")) == 12
-    assert len(rows(run_dir / "benchmarks" / "quickstart_problems.jsonl")) == 20
-    assert len(rows(run_dir / "benchmarks" / "quickstart_infill.jsonl")) == 19
+    problems = [row["task_id"].split("/")[0] for row in rows(run_dir / "benchmarks" / "quickstart_problems.jsonl")]
+    assert problems == 20 * ["quickstart"] + 10 * ["reserved"]
+    assert len(rows(run_dir / "benchmarks" / "quickstart_infill.jsonl")) == 15 + 10 + 4
 
 
 def test_no_held_out_function_is_in_any_training_file(run_dir):
     texts = [row["text"] for name in ("corpus", "functions") for row in rows(run_dir / "data" / f"{name}.jsonl")]
     texts += [row["output"] for row in rows(run_dir / "data" / "instructions" / "train.jsonl")]
     trained = "\n".join(texts) + "\n"
-    held_out = held_out_programs(SMALL["problems"], 0) + held_out_programs(SMALL["validation_programs"], 1)
+    held_out = held_out_programs(SMALL["problems"], 0) + held_out_programs(SMALL["reserved_problems"], 0, "reserved")
+    held_out += validation_programs(SMALL["validation_programs"], 0, held_out[: SMALL["problems"]])
     assert not [program.body for program in held_out if program.body in trained]
     assert [row for row in rows(run_dir / "data" / "instructions" / "train.jsonl") if row["output"] in trained]
 
@@ -81,7 +84,7 @@ def test_gaps_of_compositions_split_into_the_tokens_of_the_whole(run_dir):
 
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer")
     gaps = [row for row in rows(run_dir / "benchmarks" / "quickstart_infill.jsonl") if "composition" in row["task_id"]]
-    assert len(gaps) == 15
+    assert len(gaps) == 15 + 10
     for row in gaps:
         pieces = (row["prefix"], row["middle"], row["suffix"])
         apart = [token for piece in pieces for token in tokenizer(piece)["input_ids"]]

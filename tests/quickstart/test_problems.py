@@ -9,6 +9,7 @@ from coda_quickstart.grammar import AGGREGATES, FILTERS, MAPS
 
 TRAINING = problems.training_programs(4000, seed=0)
 HELD_OUT = problems.held_out_programs(120, seed=0)
+RESERVED = problems.held_out_programs(120, seed=0, name="reserved")
 
 
 def run_check(function_text, row):
@@ -67,13 +68,23 @@ def test_held_out_compositions_never_occur_in_training():
     trained = {program.composition for program in TRAINING}
     assert len(held_out) == len(HELD_OUT)
     assert not held_out & trained
-    assert all(problems.is_held_out(composition) for composition in held_out)
-    assert not any(problems.is_held_out(composition) for composition in trained)
+    assert {problems.held_out_set(composition) for composition in held_out} == {"quickstart"}
+    assert {problems.held_out_set(composition) for composition in trained} == {None}
+
+
+def test_the_reserved_set_shares_no_composition_with_the_first_one_training_or_validation():
+    reserved = {program.composition for program in RESERVED}
+    assert len(reserved) == 120
+    validation = problems.validation_programs(96, 0, HELD_OUT)
+    for others in (HELD_OUT, TRAINING, validation):
+        assert not reserved & {program.composition for program in others}
+        assert not {program.expression for program in RESERVED} & {program.expression for program in others}
+    assert not {program.composition for program in HELD_OUT} & {program.composition for program in validation}
 
 
 def test_every_primitive_of_a_held_out_problem_occurs_in_training():
     trained = {name for program in TRAINING for name in program.composition}
-    assert {name for program in HELD_OUT for name in program.composition} <= trained
+    assert {name for program in HELD_OUT + RESERVED for name in program.composition} <= trained
 
 
 def test_names_of_primitives_are_unique():
@@ -117,3 +128,8 @@ def test_too_many_held_out_problems_is_an_error_that_names_the_limit():
         problems.held_out_programs(100000, seed=0)
     with pytest.raises(ValueError, match="num_programs must be at least 0, got -1"):
         problems.training_programs(-1, seed=0)
+    with pytest.raises(ValueError, match="2000 distinct programs were asked for, and chance found"):
+        problems.validation_programs(2000, 0, HELD_OUT)
+    everything = problems.held_out_programs(157, seed=0)
+    with pytest.raises(ValueError, match="157 problems leave no held-out composition for validation"):
+        problems.validation_programs(1, 0, everything)

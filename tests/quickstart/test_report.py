@@ -24,6 +24,7 @@ def run_dir(tmp_path, tokenizer):
         write_lines(tmp_path / folder / "metrics.jsonl", [*rows, {"step": 5, key: 1.25}])
     samples = tmp_path / "evaluation" / "model"
     problems = [{"doc": {"task_id": f"quickstart/{i}"}, "pass@1": float(i < 9)} for i in range(10)]
+    problems += [{"doc": {"task_id": f"reserved/{i}"}, "pass@1": float(i < 4)} for i in range(5)]
     write_lines(samples / "samples_quickstart_problems_2026.jsonl", problems)
     gaps = [{"doc": {"task_id": f"composition/{i}"}, "exact_match": 1.0} for i in range(3)]
     gaps += [{"doc": {"task_id": f"stdlib/a.py:{i}"}, "exact_match": 0.0} for i in range(4)]
@@ -47,6 +48,7 @@ def test_scores_are_counted_per_kind_of_gap(run_dir):
     rows = {row["name"].split(",")[1].strip(): row for row in report.read_scores(run_dir)[1:]}
     problems = report.read_scores(run_dir)[0]
     assert (problems["passed"], problems["count"], problems["share"]) == (9, 10, 0.9)
+    assert (rows["pass@1"]["name"], rows["pass@1"]["passed"]) == ("reserved problems, pass@1", 4)
     assert (rows["held-out generated functions"]["passed"], rows["held-out generated functions"]["count"]) == (3, 3)
     assert rows["held-out standard library lines"]["share"] == 0.0
 
@@ -90,6 +92,24 @@ def test_a_stage_that_logged_no_loss_is_named(run_dir):
 def test_without_samples_there_is_no_report(tmp_path):
     with pytest.raises(ValueError, match="no samples_.*run the evaluation first"):
         report.read_scores(tmp_path)
+
+
+def test_seeds_stand_in_one_table_with_their_mean(run_dir):
+    (run_dir / "model" / "run_config.yaml").write_text("seed: 0\n")
+    for seed, passed in ((2, 7), (10, 5)):
+        folder = run_dir / f"seed_{seed}"
+        rows = [{"doc": {"task_id": f"quickstart/{i}"}, "pass@1": float(i < passed)} for i in range(10)]
+        rows += [{"doc": {"task_id": f"reserved/{i}"}, "pass@1": 1.0} for i in range(5)]
+        rows += [{"doc": {"task_id": f"{kind}/0"}, "exact_match": 0.0} for kind in ("composition", "stdlib")]
+        write_lines(folder / "evaluation" / "model" / "samples_quickstart_problems_2026.jsonl", rows)
+        (folder / "scores.json").write_text("[]")
+    (run_dir / "times.json").write_text(json.dumps({"sft": 50.0, "sft_seed_2": 90.0}))
+    tables = report.write_report(run_dir)
+    lines = [line for line in tables.splitlines() if line.startswith(("| 0 |", "| 2 |", "| 10 |", "| mean |"))]
+    assert [line.split("|")[2].split()[0] for line in lines] == ["90.0", "70.0", "50.0", "70.0"]
+    assert "models trained from other seeds" in (run_dir / "report.html").read_text()
+    assert "no setting was chosen on them" in tables
+    assert "| fine-tuning, seed 2 | 90 |" in tables
 
 
 def test_two_models_are_compared_on_the_same_problems(run_dir):

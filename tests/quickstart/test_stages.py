@@ -12,18 +12,40 @@ from coda_quickstart.stages import build_stages
 CONFIGS = REPOSITORY / "quickstart" / "configs"
 
 
-@pytest.fixture(params=[False, True], ids=["loop", "compare"])
+@pytest.fixture(params=[{}, {"compare": True, "seeds": (1,)}], ids=["loop", "compare"])
 def stages(tmp_path, request):
     settings = yaml.safe_load((CONFIGS / "eval.yaml").read_text())
-    return build_stages(REPOSITORY, tmp_path, CONFIGS, settings, compare=request.param)
+    return build_stages(REPOSITORY, tmp_path, CONFIGS, settings, **request.param)
 
 
-def test_a_comparison_adds_stages_and_changes_none(tmp_path):
+@pytest.mark.parametrize(
+    ("more", "added"),
+    [
+        ({"compare": True}, {"pretrain_blocks", "sft_blocks", "evaluate_blocks"}),
+        ({"seeds": (1, 2)}, {"pretrain_seed_1", "sft_seed_2", "evaluate_seed_2"}),
+    ],
+)
+def test_comparisons_and_seeds_add_stages_and_change_none(tmp_path, more, added):
     settings = yaml.safe_load((CONFIGS / "eval.yaml").read_text())
-    loop, both = (build_stages(REPOSITORY, tmp_path, CONFIGS, settings, compare=compare) for compare in (False, True))
-    assert both[: len(loop)] == loop
-    assert len({stage.name for stage in both}) == len(both)
-    assert {stage.name for stage in both[len(loop) :]} >= {"pretrain_blocks", "sft_blocks", "evaluate_blocks"}
+    loop, all_stages = (build_stages(REPOSITORY, tmp_path, CONFIGS, settings, **chosen) for chosen in ({}, more))
+    assert all_stages[: len(loop)] == loop
+    assert len({stage.name for stage in all_stages}) == len(all_stages)
+    assert {stage.name for stage in all_stages[len(loop) :]} >= added
+
+
+def test_the_first_answer_appears_before_fine_tuning(stages):
+    names = [stage.name for stage in stages]
+    assert names.index("midtrain") < names.index("first") < names.index("sft")
+
+
+def test_a_seed_changes_all_training_and_no_data(tmp_path):
+    settings = yaml.safe_load((CONFIGS / "eval.yaml").read_text())
+    stages = {stage.name: stage for stage in build_stages(REPOSITORY, tmp_path, CONFIGS, settings, seeds=(7,))}
+    for name in ("pretrain", "midtrain", "sft"):
+        own, other = stages[name], stages[f"{name}_seed_7"]
+        assert "seed=7" in other.commands[0]
+        assert "seed=7" not in own.commands[0]
+        assert {path for path in own.inputs if "data" in path.parts} <= set(other.inputs)
 
 
 def test_every_input_is_a_file_of_the_repository_or_written_by_an_earlier_stage(stages, tmp_path):
@@ -38,7 +60,7 @@ def test_rooms_are_only_called_by_command_line(stages):
     modules = [command[2] for stage in stages for command in stage.commands if command[1] == "-m"]
     assert {"coda_pretrain", "coda_eval"} <= set(modules)
     scripts = [Path(command[1]).name for stage in stages for command in stage.commands if command[1] != "-m"]
-    assert scripts in (["save_hf_model.py", "run_sft.sh"], 2 * ["save_hf_model.py", "run_sft.sh"])
+    assert scripts in (["save_hf_model.py", "run_sft.sh"], 3 * ["save_hf_model.py", "run_sft.sh"])
 
 
 def test_a_stage_removes_no_file_of_another_stage(stages):
@@ -73,11 +95,12 @@ def test_the_pretraining_room_accepts_the_configs(stages, capsys):
     from coda_pretrain.config import load_config
 
     for stage in stages:
-        name = stage.name.removesuffix("_blocks")
+        name = stage.name.removesuffix("_blocks").removesuffix("_seed_1")
         if name in ("pretrain", "midtrain"):
             command = stage.commands[0]
-            config = load_config([command[4]], list(command[5:]))
+            config = load_config([command[4]], list(command[5:-2]))
             assert config.output_dir.endswith(name)
+            assert config.seed == int(stage.name.endswith("_seed_1"))
             assert config.objective == ("block" if stage.name.endswith("_blocks") else "masked")
 
 
@@ -96,6 +119,13 @@ def test_unknown_arguments_are_refused(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["run", "--frsh"])
     assert "--frsh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", ["1,1", "", "-1", "1,a"])
+def test_wrong_seeds_are_named(capsys, seeds):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["run", f"--seeds={seeds}"])
+    assert f"--seeds: must be different whole numbers >= 0, such as 0,1,2, got '{seeds}'" in capsys.readouterr().err
 
 
 def test_bad_input_is_a_message_and_a_status(capsys, tmp_path):
