@@ -7,10 +7,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MOST_HEAD_BYTES = 64 << 10
-"""Bytes of a request line and its headers, about."""
+"""Bytes of a request line and its headers, about; also of what stands between and behind the parts of a body."""
 
 
 class TimeLimit:
@@ -57,8 +57,10 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *, limit_s: float, **options: Any) -> None:
         super().__init__(**options)
-        self._is_in_head = False
+        self._is_in_request = False
         self._num_head_bytes = 0
+        """Of the request, since its head or a part of its body was there."""
+        self._unanswered: list[RequestResponseCycle] = []
         self._asking = TimeLimit(limit_s, lambda: self.transport.abort())
         self._reading = TimeLimit(limit_s, lambda: self.transport.abort())
 
@@ -71,16 +73,17 @@ class Connection(HttpToolsProtocol):
         """Wait for nothing more."""
         self._asking.stop()
         self._reading.stop()
+        for cycle in self._unanswered:  # uvicorn tells the last one alone
+            cycle.disconnected = not cycle.response_complete
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read on, unless the head of a request has no end."""
-        if self._is_in_head:
-            self._num_head_bytes += len(data)
-            if self._num_head_bytes > MOST_HEAD_BYTES:
-                self.send_400_response(f"the head of a request must have at most {MOST_HEAD_BYTES} bytes")
-        if not self.transport.is_closing():
-            super().data_received(data)
+        """Read on, unless the head of a request has no end, or what follows its body as a part of it."""
+        self._num_head_bytes += len(data)
+        super().data_received(data)
+        if self._is_in_request and self._num_head_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"the head of a request must have at most {MOST_HEAD_BYTES} bytes")
         if self.transport.is_closing():
             self._reading.start()
         elif self.cycle is None or self.cycle.response_complete:
@@ -88,14 +91,26 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        self._is_in_head, self._num_head_bytes = True, 0
+        self._is_in_request, self._num_head_bytes = True, 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """Its head is there; the rest is the application's."""
-        self._is_in_head = False
+        self._num_head_bytes = 0
         self._asking.stop()
         super().on_headers_complete()
+        if self.cycle is not None:
+            self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete] + [self.cycle]
+
+    def on_body(self, body: bytes) -> None:
+        """A part of its body."""
+        self._num_head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """All of it is there."""
+        self._is_in_request = False
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Where that was the last answer, what is left of it must be read."""

@@ -20,7 +20,12 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
 
 async def plain(scope, receive, send):
     """Answers with what the path asks for."""
-    if scope["path"] == "/late":
+    if scope["path"] == "/waiting":
+        async with asyncio.timeout(6):
+            while (await receive())["type"] != "http.disconnect":
+                continue
+        plain.left.set()
+    if scope["path"].startswith("/late"):
         await asyncio.sleep(3 * LIMIT_S)
     headers = [(b"connection", b"close")] if scope["path"] == "/large" else []
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -92,6 +97,24 @@ def test_a_head_that_comes_slowly_is_not_waited_for_and_one_without_end_is_not_k
         assert rest(client) == b""
     with connected(address, b"GET / HTTP/1.1\r\nX: ", *[b"x" * (MOST_HEAD_BYTES // 4)] * 8, pause_s=0.005) as client:
         assert rest(client).startswith(b"HTTP/1.1 400 ")
+
+
+def test_what_follows_a_body_as_a_part_of_its_request_has_an_end(address):
+    head = HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"
+    for trailer in (b"X: y\r\n" * 4000, b"X: " + b"x" * 24000):
+        with connected(
+            address, head.replace(b"POST /", b"POST /late/") + b"0\r\n", *[trailer] * 4, pause_s=0.02
+        ) as client:
+            assert rest(client).startswith(b"HTTP/1.1 400 ")
+    with connected(address, head, *[b"%x\r\n%s\r\n" % (60000, b"x" * 60000)] * 4, b"0\r\nX: y\r\n\r\n") as client:
+        assert rest(client).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_a_client_that_leaves_with_requests_behind_the_first_is_heard_to_leave(address):
+    plain.left.clear()
+    with connected(address, b"GET /waiting HTTP/1.1\r\nHost: x\r\n\r\n" * 2, pause_s=0.1):
+        pass
+    assert plain.left.wait(5)
 
 
 def test_an_answer_that_takes_long_and_a_connection_that_is_used_again_are_not_cut_off(address):
