@@ -206,10 +206,12 @@ def test_requests_leave_no_memory_behind(model_app, num):
                 assert {answer.status_code for answer in answers} == {200}
 
     def held():
+        state, engine = server.server_state, app.state.engine
+        wait_for(lambda: not (state.connections or state.tasks or engine.num_waiting or engine.num_running))
         gc.collect()
         return len(gc.get_objects()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    with web_server(app) as (url, _):
+    with web_server(app) as (url, server):
         asyncio.run(ask(url))
         before = held()
         asyncio.run(ask(url))
