@@ -77,7 +77,16 @@ def build_stages(
         generation = {**evaluation["generation"], **settings}
         return _evaluation_stage(run_dir, name, variant, tasks, configs, evaluation["batch_size"], generation)
 
-    denoiser = Path(__file__).with_name("denoise.py")
+    def record(name: str, title: str, output: str, inputs: Sequence[Path]) -> Stage:
+        command = (python, "-m", "coda_quickstart", name, "--run_dir", str(run_dir))
+        return Stage(
+            name=name,
+            title=title,
+            commands=((*command, "--config", str(configs / "eval.yaml")),),
+            inputs=(*inputs, configs / "eval.yaml", Path(__file__).with_name("denoise.py")),
+            outputs=(run_dir / output,),
+        )
+
     *pretraining, convert, tune = _training_stages(repository, run_dir, None, configs, data, instructions)
     stages = [
         Stage(
@@ -103,29 +112,16 @@ def build_stages(
             replaces=(run_dir / "shards",),
         ),
         *pretraining,
-        Stage(
-            name="first",
-            title="First answer: a gap filled by the mid-trained model",
-            commands=(
-                (python, "-m", "coda_quickstart", "first", "--run_dir", str(run_dir))
-                + ("--config", str(configs / "eval.yaml")),
-            ),
-            inputs=(*pretraining[-1].outputs[:2], benchmarks[1], configs / "eval.yaml", denoiser),
-            outputs=(run_dir / "first_answer.json",),
+        record(
+            "first",
+            "First answer: a gap filled by the mid-trained model",
+            "first_answer.json",
+            (*pretraining[-1].outputs[:2], benchmarks[1]),
         ),
         convert,
         tune,
         evaluate("evaluation", None, "quickstart_problems,quickstart_infill,coda_humaneval_instruct"),
-        Stage(
-            name="denoise",
-            title="One answer, step by step",
-            commands=(
-                (python, "-m", "coda_quickstart", "denoise", "--run_dir", str(run_dir))
-                + ("--config", str(configs / "eval.yaml")),
-            ),
-            inputs=(*model, benchmarks[0], configs / "eval.yaml", denoiser),
-            outputs=(run_dir / "denoise.json",),
-        ),
+        record("denoise", "One answer, step by step", "denoise.json", (*model, benchmarks[0])),
         Stage(
             name="serve",
             title="Server: one chat request, one infill request",
