@@ -11,12 +11,13 @@ from .errors import UserError
 if TYPE_CHECKING:
     from .canvas_view import CanvasStep, CanvasStreamer
     from .configuration_coda import CoDAConfig
+    from .cost import DecodingCost
     from .decoder import Decoding, Progress
     from .generation_coda import DiffusionGenerationOutput
     from .generation_config_coda import DiffusionGenerationConfig
     from .infilling import InfillOutput
     from .modeling_coda import CoDALanguageModel, CoDAOutput
-    from .row import DecodingCost, DecodingStalled, Evidence, Request, Row
+    from .row import DecodingStalled, Evidence, Request, Row
 
 __all__ = [
     "CanvasStep",
@@ -43,7 +44,7 @@ _MODULES = {
     "CoDALanguageModel": "modeling_coda",
     "CoDAOutput": "modeling_coda",
     "Decoding": "decoder",
-    "DecodingCost": "row",
+    "DecodingCost": "cost",
     "DecodingStalled": "row",
     "DiffusionGenerationConfig": "generation_config_coda",
     "DiffusionGenerationOutput": "generation_coda",

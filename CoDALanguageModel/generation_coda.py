@@ -17,12 +17,13 @@ from transformers.utils import ModelOutput
 
 from .configuration_coda import token_ids
 from .constraints import Lexicon, constraint_of
+from .cost import DecodingCost
 from .decoder import Decoding, Progress
 from .decoding_settings import SETTINGS
 from .errors import UserError
 from .generation_config_coda import DiffusionGenerationConfig
 from .infilling import InfillOutput, infill
-from .row import DecodingCost, Request, Row, complete
+from .row import Request, Row, complete
 from .streamers import Feed, Streamer, wants_guesses
 
 StepCallback = Callable[[Tensor, int], bool | None]
@@ -42,7 +43,7 @@ class DiffusionGenerationOutput(ModelOutput):
             `output_scores`; 0 elsewhere.
         commit_steps: (B, T + max_new_tokens) int64, step at which each token was committed, -1 elsewhere.
         num_forwards: (B,) int64, forward passes that each row took part in.
-        tokens_per_forward: (B,) float32, tokens committed per forward pass of each row; of all rows see `cost`.
+        tokens_per_forward: (B,) float32, of each row, see `cost`; `cost.tokens_per_forward` is that of all together.
         cost: a `DecodingCost`.
         cancelled: whether the callback stopped the decoding; masks may be left then.
     """

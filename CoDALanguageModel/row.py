@@ -7,7 +7,7 @@ import copy
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from operator import attrgetter
@@ -19,6 +19,7 @@ from torch import Tensor
 from .attention_coda import block_numbers
 from .configuration_coda import CoDAConfig, token_ids
 from .constraints import Cells, Constraint
+from .cost import DecodingCost
 from .diffusion import scored_by
 from .errors import UserError
 from .generation_config_coda import DiffusionGenerationConfig
@@ -36,50 +37,6 @@ TOKENS_OF_A_CHARACTER = 4
 
 class DecodingStalled(RuntimeError):
     """A step committed nothing in a row, which would then be decoded for ever."""
-
-
-@dataclass
-class DecodingCost:
-    """What an answer cost, counted over the rows of a batch or for one."""
-
-    forwards: int = 0
-    """Forward passes of the model, one after the other; of a row those that it took part in."""
-
-    rows_evaluated: int = 0
-    """Rows in these passes."""
-
-    tokens_evaluated: int = 0
-    """Tokens in these rows, without padding to equal lengths."""
-
-    tokens_shared: int = 0
-    """Tokens at the start of the text whose keys and values were those of another row, and not computed."""
-
-    tokens_committed: int = 0
-    """Tokens that were filled in, end tokens included and tails behind them not."""
-
-    cache_refreshes: int = 0
-    """Rows whose keys and values were computed anew, the first time of each block included."""
-
-    drift_checks: int = 0
-    """Rows whose cached distributions were compared with fresh ones."""
-
-    guard_hits: int = 0
-    """Near ties that were computed again alone."""
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Tokens committed per row evaluated: 1.0 is one token per step."""
-        return self.tokens_committed / max(1, self.rows_evaluated)
-
-    def as_dict(self) -> dict[str, float]:
-        """All counts and the tokens per forward pass of a row, for logs and responses."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"tokens_per_forward": self.tokens_per_forward}
-
-    def add(self, row: "DecodingCost") -> None:
-        """Add what a row cost; the passes that it shared with others are not its own."""
-        for f in fields(self):
-            if f.name != "forwards":
-                setattr(self, f.name, getattr(self, f.name) + getattr(row, f.name))
 
 
 class Evidence(NamedTuple):
@@ -517,7 +474,13 @@ class Row:
     def spent(self) -> DecodingCost:
         """What it cost so far: `cost` with the tokens that stand in the gaps now."""
         mask = self.config.mask_token_id
-        return replace(self.cost, tokens_committed=sum(self.ids[gap] != mask for gap in self.gaps if gap < self.end))
+        committed = sum(self.ids[gap] != mask for gap in self.gaps if gap < self.end)
+        return replace(
+            self.cost,
+            tokens_committed=committed,
+            answer_tokens=committed - (self.reason == "end"),
+            row_forwards=self.cost.forwards,
+        )
 
     def text_ids(self) -> list[int]:
         """The canvas with the pad token behind the end of its answer."""

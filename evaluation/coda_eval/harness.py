@@ -29,12 +29,13 @@ from coda_eval.programs import Answer
 from coda_eval.session import Asked
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.answers import TEXT, AnswerReader, end_ids
+from CoDALanguageModel.cost import DecodingCost
 from CoDALanguageModel.decoder import Decoding, Progress
 from CoDALanguageModel.decoding_settings import SETTINGS, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.infilling import lay_out
 from CoDALanguageModel.prompts import Codec
-from CoDALanguageModel.row import DecodingCost, Request, Row, Sampling, complete
+from CoDALanguageModel.row import Request, Row, Sampling, complete
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ class _Running:
             return None
         answer = Answer(reading.text)
         answer.new_tokens, answer.generation_s = reading.num_tokens, round(self.seconds, 4)
-        answer.forwards, answer.cost = self.row.cost.forwards, self.row.spent().as_dict()
+        spent = dataclasses.replace(self.row.spent(), answer_tokens=reading.num_tokens)
+        answer.forwards, answer.cost = spent.forwards, spent.as_dict()
         answer.seed = self.job.seed
         if self.job.rivals:  # the rule of `CoDALanguageModel.infilling`: the mean over all that was filled in
             answer.nats = float(self.row.log_probability[self.job.gap].mean())
@@ -134,7 +136,8 @@ class _Rivals:
         total = DecodingCost()
         for other in found.values():
             total.add(DecodingCost(**{f.name: other.cost[f.name] for f in dataclasses.fields(DecodingCost)}))
-        total.forwards = best.forwards = sum(other.forwards for other in found.values())
+        total.forwards = best.forwards = total.row_forwards
+        total.answer_tokens = best.new_tokens
         best.cost, best.generation_s = total.as_dict(), round(sum(a.generation_s for a in found.values()), 4)
         return best
 

@@ -329,7 +329,7 @@ class MessagesUsage(BaseModel):
     cache_read_input_tokens: int = 0
     """Tokens whose keys and values another request had computed."""
     forwards: int = 0
-    """Forward passes, each row counted. Extension."""
+    """As in OpenAI's usage. Extension."""
     tokens_per_forward: float = 0.0
     """`output_tokens / forwards`. Extension."""
     regime: str = "exact"
