@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from operator import attrgetter
+from operator import attrgetter, index
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,10 +61,15 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One canvas to fill."""
+    """One canvas to fill.
+
+    Raises:
+        UserError: `ids`, `attention_mask` or `forced` are no integers of one row.
+    """
 
     ids: Sequence[int]
-    """The prompt; mask tokens in it are gaps. `max_new_tokens` masks are appended."""
+    """The prompt: a list, or a tensor or array of one dimension. Mask tokens in it are gaps; `max_new_tokens` masks are
+    appended."""
 
     settings: DiffusionGenerationConfig
     """All decoding settings; token ids that are None are the model's. `num_return_sequences`, `output_history` and
@@ -91,6 +96,20 @@ class Request:
 
     constraint: Constraint | None = None
     """What `constraints.constraint_of` made of `regex` or `json_schema`, where the settings have one of them."""
+
+    def __post_init__(self):
+        for name in ("ids", "attention_mask", "forced"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _integers(name, getattr(self, name)))
+
+
+def _integers(name: str, values: Any) -> list[int]:
+    """The integers in a list, tensor or array of one dimension."""
+    try:
+        return [int(index(value)) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+    except TypeError as error:
+        got = f"{values.dtype} {tuple(values.shape)}" if hasattr(values, "shape") else f"{values!r:.80}"
+        raise UserError(f"{name} must be a list or tensor of one dimension, of integers, got {got}") from error
 
 
 class Sampling(NamedTuple):
@@ -155,8 +174,8 @@ class Row:
         self.ids: list[int] = [*request.ids, *[config.mask_token_id] * config.max_new_tokens]
         self.attention_mask = [*(request.attention_mask or [1] * self.prompt_length), *[1] * config.max_new_tokens]
         self.width = len(self.ids)
-        if len(self.attention_mask) != self.width:
-            raise UserError(f"attention_mask must hold one number per id ({self.prompt_length})")
+        if len(self.attention_mask) != self.width or not {0, 1}.issuperset(self.attention_mask):
+            raise UserError(f"attention_mask must hold 0 or 1 for each id ({self.prompt_length})")
         self.num_real = sum(self.attention_mask)
         self._lay_out()
         self._check()
