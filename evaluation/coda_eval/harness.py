@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,6 +35,7 @@ from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.infilling import lay_out
 from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.row import Request, Row, Sampling, complete
+from CoDALanguageModel.run_files import refuse_no_model
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +175,8 @@ class CoDAEvalModel(HostedLM):
             raise UserError(f"seed must be an integer >= 0, got {seed!r}")
         if str(kwargs.get("batch_size", 1)).startswith("auto"):
             raise UserError("batch_size must be a number for this model, got 'auto'; set --batch_size N")
-        if isinstance(pretrained, str) and "/" not in pretrained and not os.path.isdir(pretrained):
-            raise UserError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
+        if isinstance(pretrained, str):
+            refuse_no_model(pretrained)
         given = {name: kwargs.pop(name) for name in sorted(settings & kwargs.keys())}
         self.fixed_settings = {name: SETTINGS[name].read(value) for name, value in given.items()}
         self.mc_num, self.seed = mc_num, seed

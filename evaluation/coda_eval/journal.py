@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import subprocess
 import tempfile
@@ -23,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.run_files import read_json, write_whole
-
-logger = logging.getLogger(__name__)
+from CoDALanguageModel.run_files import read_json, whole_lines, write_whole
 
 FILES = "journal_rank*.jsonl"
 """Pattern of the names of the journals in a run's folder."""
@@ -92,24 +89,13 @@ class Journal:
 
     def _read(self, path: Path) -> int:
         """Read a file, and return where its last whole line ends."""
-        data = path.read_bytes()
         end = 0
-        for number, line in enumerate(data.splitlines(keepends=True), 1):
-            is_whole = line.endswith(b"\n")
-            try:
-                row = json.loads(line) if is_whole else None
-            except ValueError as error:  # of the JSON, or of its encoding
-                if end + len(line) < len(data):
-                    raise UserError(f"{path}: line {number} is not JSON; mend it, or remove it") from error
-                is_whole = False
-            if not is_whole:
-                logger.warning("%s ends in a line that was not written completely; it is left out", path)
-                break
+        for number, row, behind in whole_lines(path):
             try:
                 self._take(row)
             except (KeyError, TypeError) as error:
                 raise UserError(f"{path}: line {number} is no line of a journal; mend it, or remove it") from error
-            end += len(line)
+            end = behind
         return end
 
     def _take(self, row: dict[str, Any]) -> None:

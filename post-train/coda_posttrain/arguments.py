@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.objectives import EVERY_OBJECTIVE, OBJECTIVES, check_objective
+from CoDALanguageModel.run_files import is_hub_id
 
 from .checkpoints import file_identity, folder_identity, weights_problem
 from .records import MALFORMED, READ_HERE, Layout, data_files, parse_record, read_records, refuse_malformed
@@ -328,7 +329,7 @@ def check_model_folder(host: Mapping[str, Any], diffusion: DiffusionArguments | 
     if not name:
         raise UserError("model_name_or_path is required: a CoDA folder in Hugging Face format, or a Hub name")
     folder = Path(name)
-    looks_local = folder.is_absolute() or name.startswith(".") or name.count("/") != 1 or folder.exists()
+    looks_local = folder.exists() or not is_hub_id(name)
     if looks_local and not folder.is_dir():
         raise UserError(f"model_name_or_path: folder not found: {folder.absolute()}")
     if looks_local and not (folder / "config.json").is_file():

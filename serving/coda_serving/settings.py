@@ -6,7 +6,6 @@ Not here: what a request may ask for (`protocol`).
 import ipaddress
 import json
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +15,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, DecodingSettings, Setting, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
+from CoDALanguageModel.run_files import is_hub_id
 
 from .keys import Keys, read_keys
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 MAX_SEED = 2**63 - 1
 """Largest seed a request or `SEED` may name."""
@@ -160,7 +158,7 @@ class ServerSettings(DecodingDefaults):
             if not (path / "config.json").is_file():
                 raise UserError("the folder holds no config.json; save_hf_model.py makes one that loads")
             return str(path)
-        if not HUB_ID.fullmatch(value):
+        if not is_hub_id(value):
             raise UserError("there is no such folder")
         return value
 
