@@ -23,7 +23,7 @@ from .decoding_settings import SETTINGS
 from .errors import UserError
 from .generation_config_coda import DiffusionGenerationConfig
 from .infilling import InfillOutput, infill
-from .row import Request, Row, complete
+from .row import NOTHING_TO_FILL, Request, Row, complete
 from .streamers import Feed, Streamer, wants_guesses
 
 StepCallback = Callable[[Tensor, int], bool | None]
@@ -341,5 +341,5 @@ def _check_inputs(
         raise UserError("attention_mask must hold only 0 and 1")
     has_gap = bool(((inputs == config.mask_token_id) & (attention_mask == 1)).any())
     if config.max_new_tokens == 0 and not has_gap:
-        raise UserError("nothing to fill: max_new_tokens is 0 and inputs hold no mask token")
+        raise UserError(NOTHING_TO_FILL)
     return inputs, attention_mask

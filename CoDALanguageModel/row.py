@@ -34,6 +34,8 @@ FinishReason = Literal["end", "stop", "length"]
 TOKENS_OF_A_CHARACTER = 4
 """At most: no character has more bytes in UTF-8."""
 
+NOTHING_TO_FILL = "nothing to fill: max_new_tokens is 0 and inputs hold no mask token"
+
 
 class DecodingStalled(RuntimeError):
     """A step committed nothing in a row, which would then be decoded for ever."""
@@ -265,7 +267,7 @@ class Row:
         if prompt and not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
             raise UserError(f"token ids must be in [0, {model.vocab_size}), got {min(prompt)} to {max(prompt)}")
         if not self.gaps:
-            raise UserError("nothing to fill: max_new_tokens is 0 and inputs hold no mask token")
+            raise UserError(NOTHING_TO_FILL)
         longest = self.num_real - config.max_new_tokens
         if self.request.forced is not None and len(self.request.forced) != self.width:
             raise UserError(f"forced must hold one token per column ({self.width}), got {len(self.request.forced)}")

@@ -428,7 +428,7 @@ def check_datasets(host: Mapping[str, Any]) -> None:
     if not host.get("dataset"):
         raise UserError("dataset is required: names from dataset_info.json, separated by commas")
     folder = str(host["dataset_dir"])
-    if folder == "ONLINE" or folder.startswith("REMOTE:"):
+    if is_elsewhere(folder):
         return
     info = dataset_info(Path(folder))
     for key in ("dataset", "eval_dataset"):
@@ -455,7 +455,7 @@ def run_parts(host: Mapping[str, Any], diffusion: DiffusionArguments) -> dict[st
     model = Path(host["model_name_or_path"])
     parts["model"] = folder_identity(model) if model.is_dir() else str(model)
     folder = str(host["dataset_dir"])
-    if folder == "ONLINE" or folder.startswith("REMOTE:"):
+    if is_elsewhere(folder):
         return parts
     info = dataset_info(Path(folder))
     for name in dict.fromkeys(_names(host, "dataset") + _names(host, "eval_dataset")):
@@ -465,6 +465,11 @@ def run_parts(host: Mapping[str, Any], diffusion: DiffusionArguments) -> dict[st
             files = [[path.name, file_identity(path, whole=True)] for path in paths]
         parts[f"data {name}"] = [{k: v for k, v in info[name].items() if k != "file_name"}, files]
     return parts
+
+
+def is_elsewhere(folder: str) -> bool:
+    """Whether a `dataset_dir` is one of LLaMA-Factory's names for data sets that no folder here describes."""
+    return folder == "ONLINE" or folder.startswith("REMOTE:")
 
 
 def dataset_info(folder: Path) -> dict[str, Any]:

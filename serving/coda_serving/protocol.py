@@ -22,6 +22,8 @@ MAX_CHOICES = 128
 MAX_NESTING = 100
 """Objects and lists in each other in the parameters of a tool."""
 
+NO_ECHO_OF_GAPS = "echo repeats a prompt that goes on, not text around a gap"
+
 
 def check_unicode(text: str) -> str:
     """The text itself.
@@ -505,7 +507,7 @@ class CompletionRequest(ShapedRequest):
         if self.max_tokens == 0 and not self.echo:
             raise invalid("max_tokens must be at least 1, or 0 with echo=true, got 0", param="max_tokens")
         if self.echo and (self.suffix or self.infill is not None):
-            raise invalid("echo repeats a prompt that goes on, not text around a gap", param="echo")
+            raise invalid(NO_ECHO_OF_GAPS, param="echo")
         if self.logprobs is not None and self.infill is not None and len(self.infill.pieces or "..") > 2:
             raise invalid("logprobs are told of one gap, not of several", param="logprobs")
         return self

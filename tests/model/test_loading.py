@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import CoDALanguageModel as package
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
 from CoDALanguageModel.weight_files import check_weights, refuse_not_finite
 
