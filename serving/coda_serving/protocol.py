@@ -13,6 +13,7 @@ from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, NUM_BEST, Setti
 from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 
 from .errors import FIELDS_OF_BODIES, invalid
+from .results import Part, in_order_of_calls
 from .settings import DECODING, MAX_SEED, typed
 
 logger = logging.getLogger(__name__)
@@ -368,7 +369,7 @@ class Message(StrictModel):
     tool_calls: Annotated[list[EarlierCall], Field(fail_fast=True)] | None = None
     """Of the assistant."""
     tool_call_id: str | None = None
-    """Of a tool; the model sees the order of the results alone."""
+    """Of a tool: a call of the turn before. The model sees the results in the order of the calls."""
 
     @model_validator(mode="after")
     def _check_role(self) -> "Message":
@@ -395,12 +396,13 @@ class Message(StrictModel):
                 )
         return {name: value for name, value in data.items() if name in cls.model_fields}
 
-    def as_text(self) -> dict[str, str]:
+    def as_part(self) -> Part:
         """Role and text, parts joined by line ends, as the chat template wants it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "\n".join(part.text for part in content)
         text = "\n".join([*([text] if text else []), *(call.as_text() for call in self.tool_calls or ())])
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        return Part(role, text, tuple(call.id for call in self.tool_calls or ()), self.tool_call_id or None)
 
 
 class ChatRequest(ShapedRequest):
@@ -436,6 +438,12 @@ class ChatRequest(ShapedRequest):
     def num_best(self) -> int | None:
         """Most probable tokens to tell of; None tells no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """Roles and texts, as the chat template wants them."""
+        parts = in_order_of_calls([message.as_part() for message in self.messages], "tool_call_id")
+        return [{"role": part.role, "content": part.text} for part in parts]
 
     @property
     def tooling(self) -> Tooling:
