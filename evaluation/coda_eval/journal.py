@@ -216,9 +216,20 @@ def _hash_files(paths: Iterable[Path], folder: Path | None) -> list[str]:
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """Hash of a tokenizer with its chat template, as it was loaded."""
+    """Hash of a tokenizer with its chat template, as it was loaded.
+
+    Raises:
+        UserError: there is no room to write it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # that of a library in Rust has no class of its own
+            if not isinstance(error, OSError) and "(os error " not in str(error):
+                raise
+            raise UserError(
+                f"the tokenizer cannot be written to {folder}, to be hashed: {error}; TMPDIR names another place"
+            ) from error
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
     config = json.loads(files.pop("tokenizer_config.json"))
     for name in ("is_local", "local_files_only", "name_or_path"):  # where it came from
