@@ -87,7 +87,7 @@ class ServerSettings(DecodingDefaults):
     """TCP port to bind."""
 
     api_key: SecretStr | None = None
-    """Bearer token that `/v1` and `/metrics` require; none is required when this and `API_KEYS_FILE` are unset."""
+    """Bearer token that `/v1`, `/infill` and `/metrics` require; none where this and `API_KEYS_FILE` are unset."""
 
     api_keys_file: Path | None = None
     """File of more such keys, one a line, as `KEY` or `NAME:KEY`; read again when it changes."""
