@@ -16,8 +16,8 @@ from huggingface_hub import ModelCardData
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.decoding_settings import SETTINGS, TOKEN_IDS
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import is_hub_id
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LICENCE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 """Identifiers of licences on the Hub."""
 
@@ -76,11 +76,11 @@ def model_card(repo: str, model: CoDALanguageModel, provenance: Provenance, weig
     Raises:
         UserError: a file of the provenance is none, or a score card is of other weights.
     """
-    named = [name for name, _ in provenance.data if HUB_NAME.fullmatch(name)]
+    named = [name for name, _ in provenance.data if is_hub_id(name)]
     backbone = provenance.backbone
     facts = ModelCardData(
         license=provenance.license,
-        base_model=backbone[0] if backbone and HUB_NAME.fullmatch(backbone[0]) else None,
+        base_model=backbone[0] if backbone and is_hub_id(backbone[0]) else None,
         datasets=named or None,
         library_name="transformers",
         pipeline_tag="text-generation",

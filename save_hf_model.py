@@ -59,7 +59,7 @@ from model_card import LICENCE, Provenance, model_card, named_licence
 
 logger = logging.getLogger("save_hf_model")
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 CHECK_TEXT = "def add(a, b):\n    return a + b\n"
 # Largest difference of two float32 computations of the same logits, relative to the largest one. Weights of any dtype
 # are compared in float32 arithmetic, so that no tolerance has to make room for the rounding of activations.
@@ -164,9 +164,9 @@ def load_tokenizer(folder: Path, gguf: dict[str, str], family: Family | None = N
     Raises:
         UserError: the folder has none that can be loaded.
     """
-    if not gguf and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not gguf and not any((folder / name).is_file() for name in VOCABULARY_FILES):
         raise UserError(
-            f"{str(folder)!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)}): name its folder with --tokenizer"
+            f"{str(folder)!r} holds no tokenizer ({', '.join(VOCABULARY_FILES)}): name its folder with --tokenizer"
         )
     check_tokenizer(folder)
     try:

@@ -4,58 +4,30 @@ The names below load torch and transformers when they are first asked for: setti
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .errors import UserError
+from .errors import UserError as UserError
 
-if TYPE_CHECKING:
-    from .canvas_view import CanvasStep, CanvasStreamer
-    from .configuration_coda import CoDAConfig
-    from .decoder import Decoding, Progress
-    from .generation_coda import DiffusionGenerationOutput
-    from .generation_config_coda import DiffusionGenerationConfig
-    from .infilling import InfillOutput
-    from .modeling_coda import CoDALanguageModel, CoDAOutput
-    from .row import DecodingCost, DecodingStalled, Evidence, Request, Row
-
-__all__ = [
-    "CanvasStep",
-    "CanvasStreamer",
-    "CoDAConfig",
-    "CoDALanguageModel",
-    "CoDAOutput",
-    "Decoding",
-    "DecodingCost",
-    "DecodingStalled",
-    "DiffusionGenerationConfig",
-    "DiffusionGenerationOutput",
-    "Evidence",
-    "InfillOutput",
-    "Progress",
-    "Request",
-    "Row",
-    "UserError",
-]
-_MODULES = {
-    "CanvasStep": "canvas_view",
-    "CanvasStreamer": "canvas_view",
-    "CoDAConfig": "configuration_coda",
-    "CoDALanguageModel": "modeling_coda",
-    "CoDAOutput": "modeling_coda",
-    "Decoding": "decoder",
-    "DecodingCost": "row",
-    "DecodingStalled": "row",
-    "DiffusionGenerationConfig": "generation_config_coda",
-    "DiffusionGenerationOutput": "generation_coda",
-    "Evidence": "row",
-    "InfillOutput": "infilling",
-    "Progress": "decoder",
-    "Request": "row",
-    "Row": "row",
+_NAMES = {
+    "canvas_view": ("CanvasStep", "CanvasStreamer"),
+    "configuration_coda": ("CoDAConfig",),
+    "cost": ("DecodingCost",),
+    "decoder": ("Decoding", "Progress"),
+    "generation_coda": ("DiffusionGenerationOutput",),
+    "generation_config_coda": ("DiffusionGenerationConfig",),
+    "infilling": ("InfillOutput",),
+    "modeling_coda": ("CoDALanguageModel", "CoDAOutput"),
+    "row": ("DecodingStalled", "Evidence", "Request", "Row"),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = [*_MODULES, "UserError"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import named_rng
+from .errors import UserError
 
 FIRST_SELECTION = 32
 """Tokens that the search for a top-p nucleus looks at first: enough for nearly all positions of a trained model."""
@@ -19,9 +20,17 @@ FIRST_SELECTION = 32
 ELEMENTS_AT_ONCE = 2**20
 """Scores that a CPU goes through at a time: intermediate results stay in its caches."""
 
+NOT_FINITE = (
+    "the model gave scores that are not finite: its weights hold such numbers, its precision overflows (float16 does "
+    "at 65504; bfloat16 and float32 do not), or a logits processor leaves no token"
+)
 
-class ScoresNotFinite(ValueError):
-    """No token can be chosen by what the model gave."""
+
+class ScoresNotFinite(UserError):
+    """No token can be chosen by what the model gave: its weights, its precision or a logits processor are at fault."""
+
+    def __init__(self, message: str = NOT_FINITE):
+        super().__init__(message)
 
 
 class Distribution:
@@ -46,9 +55,7 @@ class Distribution:
     def __init__(self, logits: Tensor, temperature: float, top_p: float | None, top_k: int | None):
         scores = logits.float()
         if not bool(scores.amax(dim=-1).isfinite().all()):
-            raise ScoresNotFinite(
-                "the model gave scores that are not finite: its weights or its precision are at fault"
-            )
+            raise ScoresNotFinite
         self.temperature = temperature
         if temperature > 0:
             scores = scores / temperature

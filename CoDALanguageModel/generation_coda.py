@@ -17,12 +17,13 @@ from transformers.utils import ModelOutput
 
 from .configuration_coda import token_ids
 from .constraints import Lexicon, constraint_of
+from .cost import DecodingCost
 from .decoder import Decoding, Progress
 from .decoding_settings import SETTINGS
 from .errors import UserError
 from .generation_config_coda import DiffusionGenerationConfig
 from .infilling import InfillOutput, infill
-from .row import DecodingCost, Request, Row, complete
+from .row import NOTHING_TO_FILL, Request, Row, complete
 from .streamers import Feed, Streamer, wants_guesses
 
 StepCallback = Callable[[Tensor, int], bool | None]
@@ -42,7 +43,7 @@ class DiffusionGenerationOutput(ModelOutput):
             `output_scores`; 0 elsewhere.
         commit_steps: (B, T + max_new_tokens) int64, step at which each token was committed, -1 elsewhere.
         num_forwards: (B,) int64, forward passes that each row took part in.
-        tokens_per_forward: (B,) float32, tokens committed per forward pass of each row; of all rows see `cost`.
+        tokens_per_forward: (B,) float32, of each row, see `cost`; `cost.tokens_per_forward` is that of all together.
         cost: a `DecodingCost`.
         cancelled: whether the callback stopped the decoding; masks may be left then.
     """
@@ -340,5 +341,5 @@ def _check_inputs(
         raise UserError("attention_mask must hold only 0 and 1")
     has_gap = bool(((inputs == config.mask_token_id) & (attention_mask == 1)).any())
     if config.max_new_tokens == 0 and not has_gap:
-        raise UserError("nothing to fill: max_new_tokens is 0 and inputs hold no mask token")
+        raise UserError(NOTHING_TO_FILL)
     return inputs, attention_mask

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +65,7 @@ class InfillOutput:
         score: mean log-probability of the filled tokens when they were committed, in nats.
         gap_lengths: the masks that each gap had.
         candidates: score of every combination of lengths that was tried.
-        cost: the `DecodingCost` of all candidates together.
+        cost: the `DecodingCost` of all candidates together; its `answer_tokens` are those of `gaps`.
     """
 
     gaps: list[list[int]]
@@ -177,5 +177,5 @@ def infill(
         score=float(mean[best]),
         gap_lengths=combinations[best],
         candidates=dict(zip(combinations, mean.tolist(), strict=True)),
-        cost=output.cost,
+        cost=replace(output.cost, answer_tokens=sum(map(len, gaps))),
     )

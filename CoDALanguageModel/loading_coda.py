@@ -4,7 +4,6 @@ Not here: whether the files are whole (`weight_files`), other families (`convers
 """
 
 import json
-import re
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from .errors import UserError
+from .run_files import refuse_no_model
 from .weight_files import check_weights
 
 logger = logging.get_logger(__name__)
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 EMBEDDING_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -43,8 +42,8 @@ class StrictLoading:
         path = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
         if path is None and (kwargs.get("config") is None or kwargs.get("state_dict") is None):
             raise UserError("from_pretrained(None) reads no folder: give config and state_dict")
-        if path is not None and not HUB_ID.fullmatch(path) and not Path(path).is_dir():
-            raise UserError(f"no model folder at {path!r}")
+        if path is not None:
+            refuse_no_model(path, bare=True)
         if kwargs.get("state_dict") is None and Path(path).is_dir():
             check_weights(Path(path, kwargs.get("subfolder") or ""), kwargs.get("gguf_file"))
         # Not CoDAConfig: transformers may import a folder's configuration apart from its model, as another class.

@@ -37,6 +37,7 @@ from .cache import CanvasCache as CanvasCache  # isort: skip
 from .candidates import Candidates as Candidates  # isort: skip
 from .canvas import Canvas as Canvas  # isort: skip
 from .constraints import Constraint as Constraint  # isort: skip
+from .cost import DecodingCost as DecodingCost  # isort: skip
 from .decoder import Decoding as Decoding  # isort: skip
 from .decoding_settings import Setting as Setting  # isort: skip
 from .errors import UserError as UserError  # isort: skip

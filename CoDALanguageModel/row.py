@@ -7,10 +7,10 @@ import copy
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from operator import attrgetter
+from operator import attrgetter, index
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from .attention_coda import block_numbers
 from .configuration_coda import CoDAConfig, token_ids
 from .constraints import Cells, Constraint
+from .cost import DecodingCost
 from .diffusion import scored_by
 from .errors import UserError
 from .generation_config_coda import DiffusionGenerationConfig
@@ -33,53 +34,11 @@ FinishReason = Literal["end", "stop", "length"]
 TOKENS_OF_A_CHARACTER = 4
 """At most: no character has more bytes in UTF-8."""
 
+NOTHING_TO_FILL = "nothing to fill: max_new_tokens is 0 and inputs hold no mask token"
+
 
 class DecodingStalled(RuntimeError):
     """A step committed nothing in a row, which would then be decoded for ever."""
-
-
-@dataclass
-class DecodingCost:
-    """What an answer cost, counted over the rows of a batch or for one."""
-
-    forwards: int = 0
-    """Forward passes of the model, one after the other; of a row those that it took part in."""
-
-    rows_evaluated: int = 0
-    """Rows in these passes."""
-
-    tokens_evaluated: int = 0
-    """Tokens in these rows, without padding to equal lengths."""
-
-    tokens_shared: int = 0
-    """Tokens at the start of the text whose keys and values were those of another row, and not computed."""
-
-    tokens_committed: int = 0
-    """Tokens that were filled in, end tokens included and tails behind them not."""
-
-    cache_refreshes: int = 0
-    """Rows whose keys and values were computed anew, the first time of each block included."""
-
-    drift_checks: int = 0
-    """Rows whose cached distributions were compared with fresh ones."""
-
-    guard_hits: int = 0
-    """Near ties that were computed again alone."""
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Tokens committed per row evaluated: 1.0 is one token per step."""
-        return self.tokens_committed / max(1, self.rows_evaluated)
-
-    def as_dict(self) -> dict[str, float]:
-        """All counts and the tokens per forward pass of a row, for logs and responses."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"tokens_per_forward": self.tokens_per_forward}
-
-    def add(self, row: "DecodingCost") -> None:
-        """Add what a row cost; the passes that it shared with others are not its own."""
-        for f in fields(self):
-            if f.name != "forwards":
-                setattr(self, f.name, getattr(self, f.name) + getattr(row, f.name))
 
 
 class Evidence(NamedTuple):
@@ -104,10 +63,15 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One canvas to fill."""
+    """One canvas to fill.
+
+    Raises:
+        UserError: `ids`, `attention_mask` or `forced` are no integers of one row.
+    """
 
     ids: Sequence[int]
-    """The prompt; mask tokens in it are gaps. `max_new_tokens` masks are appended."""
+    """The prompt: a list, or a tensor or array of one dimension. Mask tokens in it are gaps; `max_new_tokens` masks are
+    appended."""
 
     settings: DiffusionGenerationConfig
     """All decoding settings; token ids that are None are the model's. `num_return_sequences`, `output_history` and
@@ -134,6 +98,20 @@ class Request:
 
     constraint: Constraint | None = None
     """What `constraints.constraint_of` made of `regex` or `json_schema`, where the settings have one of them."""
+
+    def __post_init__(self):
+        for name in ("ids", "attention_mask", "forced"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _integers(name, getattr(self, name)))
+
+
+def _integers(name: str, values: Any) -> list[int]:
+    """The integers in a list, tensor or array of one dimension."""
+    try:
+        return [int(index(value)) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+    except TypeError as error:
+        got = f"{values.dtype} {tuple(values.shape)}" if hasattr(values, "shape") else f"{values!r:.80}"
+        raise UserError(f"{name} must be a list or tensor of one dimension, of integers, got {got}") from error
 
 
 class Sampling(NamedTuple):
@@ -198,8 +176,8 @@ class Row:
         self.ids: list[int] = [*request.ids, *[config.mask_token_id] * config.max_new_tokens]
         self.attention_mask = [*(request.attention_mask or [1] * self.prompt_length), *[1] * config.max_new_tokens]
         self.width = len(self.ids)
-        if len(self.attention_mask) != self.width:
-            raise UserError(f"attention_mask must hold one number per id ({self.prompt_length})")
+        if len(self.attention_mask) != self.width or not {0, 1}.issuperset(self.attention_mask):
+            raise UserError(f"attention_mask must hold 0 or 1 for each id ({self.prompt_length})")
         self.num_real = sum(self.attention_mask)
         self._lay_out()
         self._check()
@@ -289,7 +267,7 @@ class Row:
         if prompt and not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
             raise UserError(f"token ids must be in [0, {model.vocab_size}), got {min(prompt)} to {max(prompt)}")
         if not self.gaps:
-            raise UserError("nothing to fill: max_new_tokens is 0 and inputs hold no mask token")
+            raise UserError(NOTHING_TO_FILL)
         longest = self.num_real - config.max_new_tokens
         if self.request.forced is not None and len(self.request.forced) != self.width:
             raise UserError(f"forced must hold one token per column ({self.width}), got {len(self.request.forced)}")
@@ -517,7 +495,13 @@ class Row:
     def spent(self) -> DecodingCost:
         """What it cost so far: `cost` with the tokens that stand in the gaps now."""
         mask = self.config.mask_token_id
-        return replace(self.cost, tokens_committed=sum(self.ids[gap] != mask for gap in self.gaps if gap < self.end))
+        committed = sum(self.ids[gap] != mask for gap in self.gaps if gap < self.end)
+        return replace(
+            self.cost,
+            tokens_committed=committed,
+            answer_tokens=committed - (self.reason == "end"),
+            row_forwards=self.cost.forwards,
+        )
 
     def text_ids(self) -> list[int]:
         """The canvas with the pad token behind the end of its answer."""

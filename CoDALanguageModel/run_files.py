@@ -1,4 +1,4 @@
-"""Files that rooms leave for each other, or for a restart: whole or not there, and rows of JSON, one a line.
+"""Files that rooms leave for each other, or for a restart: whole or not there, rows of JSON, and folders of models.
 
 Both trainers write `metrics.jsonl` in this way, and whoever draws or continues a run reads it.
 """
@@ -6,6 +6,7 @@ Both trainers write `metrics.jsonl` in this way, and whoever draws or continues 
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,24 @@ logger = logging.getLogger(__name__)
 
 LFS_POINTER = b"version https://git-lfs"
 """What a file starts with that stands for the real one, in a repository that was cloned without Git LFS."""
+
+HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+"""A name on the Hub."""
+
+
+def is_hub_id(name: str, *, bare: bool = False) -> bool:
+    """Whether `name` can be one of the Hub (`owner/name`; a `bare` one has no owner) and not only a path."""
+    return bool(HUB_ID.fullmatch(name)) and (bare or "/" in name)
+
+
+def refuse_no_model(name: str, *, bare: bool = False) -> None:
+    """Refuse what is no folder and no name of the Hub either, before anything is looked up there.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not Path(name).is_dir() and not is_hub_id(name, bare=bare):
+        raise UserError(f"no model folder at {name!r} (a Hub name has the form owner/name)")
 
 
 @contextmanager
@@ -54,19 +73,34 @@ def read_json(file: Path, remedy: str = "") -> dict[str, Any]:
     return content
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; a last line that was not written completely is left out, with a warning.
+def whole_lines(path: Path) -> Iterator[tuple[int, Any, int]]:
+    """The number of each line of a file, what it holds, and the byte behind it.
+
+    A last line that was not written completely (it has no line break, or is not JSON) is left out, with a warning.
 
     Raises:
         UserError: another line is not JSON.
     """
-    rows = []
-    with path.open(encoding="utf-8") as lines:
+    end = 0
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            end += len(line)
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                content, is_whole = json.loads(line), line.endswith(b"\n")
+            except ValueError as error:  # of the JSON, or of its encoding
                 if next(lines, None) is not None:
                     raise UserError(f"{path}: line {number} is not JSON; mend it, or remove it") from error
+                is_whole = False
+            if not is_whole:
                 logger.warning("%s ends in a line that was not written completely; it is left out", path)
-    return rows
+                return
+            yield number, content, end
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, as `whole_lines` reads it.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
+    return [row for _, row, _ in whole_lines(path)]

@@ -1,6 +1,6 @@
 """What is wrong with the files of a checkpoint, said in one line before or where a loader falls over them.
 
-Not here: whether the weights fit a configuration (`modeling_coda` and `conversion` compare names and shapes).
+Not here: whether the weights fit a configuration (`loading_coda` and `conversion` compare names and shapes).
 """
 
 import zipfile

@@ -47,6 +47,7 @@ from coda_quickstart.tokenizer import train_tokenizer
 from coda_serving.__main__ import Server, bind, load_app
 from coda_serving.settings import ServerSettings
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.decoder import Decoding
 from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.row import Request
@@ -425,7 +426,8 @@ def case_regimes(bench: Bench) -> dict[str, Any]:
     case = comparison(runs)
     case["header"].append("tokens per forward pass")
     for row, (seen,) in zip(case["rows"], runs.values(), strict=True):
-        row.append(f"{sum(one.tokens for one in seen) / sum(one.forwards for one in seen):.2f}")
+        per_forward = tokens_per_forward(sum(one.tokens for one in seen), sum(one.forwards for one in seen))
+        row.append(f"{per_forward:.2f}")
     return case | {"notes": []}
 
 

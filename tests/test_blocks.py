@@ -85,6 +85,8 @@ def test_evaluation_gets_the_answer_and_its_cost(folder, expected, batch_size):
         assert (given, given.new_tokens) == (answer.text, answer.num_tokens)
         assert given.forwards == given.cost["forwards"]
         assert given.cost["tokens_committed"] == answer.cost["tokens_committed"]
+        assert given.cost["tokens_per_forward"] == given.new_tokens / given.forwards
+        assert given.cost["tokens_per_forward"] == answer.cost["tokens_per_forward"]
         if batch_size == 1:
             assert given.cost == answer.cost
 
@@ -101,6 +103,7 @@ def test_the_server_gives_the_answer_in_company_streamed_and_several_times(ask, 
         assert choice["text"] == answer.text
         assert usage["completion_tokens"] == answer.num_tokens
         assert usage["forwards"] == answer.cost["forwards"]
+        assert usage["tokens_per_forward"] == round(answer.cost["tokens_per_forward"], 3)
     each = ask([{"prompt": PROMPTS[2], **ASKED, **shared, "n": 1, "seed": 5 + i} for i in range(3)])
     texts = [choice["text"] for choice in several.json()["choices"]]
     assert texts == [response.json()["choices"][0]["text"] for response in each]

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from coda_eval.records import Record, read_records
-from coda_eval.report import tokens_per_forward
+from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import bootstrap_interval
 
@@ -231,14 +231,12 @@ def _cost(records: Sequence[Record]) -> Cost:
     def total(values: list[Any]) -> Any:
         return None if None in values else sum(values)
 
-    cost: Counter[str] = Counter()
-    for record in records:
-        cost.update(record.cost or {})
+    tokens, forwards = (total([getattr(record, name) for record in records]) for name in ("new_tokens", "forwards"))
     seconds = total([(record.cost or {}).get("generation_s") for record in records])
     return Cost(
-        new_tokens=total([record.new_tokens for record in records]),
-        forwards=total([record.forwards for record in records]),
-        tokens_per_forward=tokens_per_forward(cost),
+        new_tokens=tokens,
+        forwards=forwards,
+        tokens_per_forward=tokens_per_forward(tokens, forwards),
         seconds=None if seconds is None else round(seconds, 3),
     )
 

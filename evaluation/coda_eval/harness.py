@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,12 +28,14 @@ from coda_eval.programs import Answer
 from coda_eval.session import Asked
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.answers import TEXT, AnswerReader, end_ids
+from CoDALanguageModel.cost import DecodingCost
 from CoDALanguageModel.decoder import Decoding, Progress
 from CoDALanguageModel.decoding_settings import SETTINGS, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.infilling import lay_out
 from CoDALanguageModel.prompts import Codec
-from CoDALanguageModel.row import DecodingCost, Request, Row, Sampling, complete
+from CoDALanguageModel.row import Request, Row, Sampling, complete
+from CoDALanguageModel.run_files import refuse_no_model
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ class _Running:
             return None
         answer = Answer(reading.text)
         answer.new_tokens, answer.generation_s = reading.num_tokens, round(self.seconds, 4)
-        answer.forwards, answer.cost = self.row.cost.forwards, self.row.spent().as_dict()
+        spent = dataclasses.replace(self.row.spent(), answer_tokens=reading.num_tokens)
+        answer.forwards, answer.cost = spent.forwards, spent.as_dict()
         answer.seed = self.job.seed
         if self.job.rivals:  # the rule of `CoDALanguageModel.infilling`: the mean over all that was filled in
             answer.nats = float(self.row.log_probability[self.job.gap].mean())
@@ -134,7 +136,8 @@ class _Rivals:
         total = DecodingCost()
         for other in found.values():
             total.add(DecodingCost(**{f.name: other.cost[f.name] for f in dataclasses.fields(DecodingCost)}))
-        total.forwards = best.forwards = sum(other.forwards for other in found.values())
+        total.forwards = best.forwards = total.row_forwards
+        total.answer_tokens = best.new_tokens
         best.cost, best.generation_s = total.as_dict(), round(sum(a.generation_s for a in found.values()), 4)
         return best
 
@@ -172,8 +175,8 @@ class CoDAEvalModel(HostedLM):
             raise UserError(f"seed must be an integer >= 0, got {seed!r}")
         if str(kwargs.get("batch_size", 1)).startswith("auto"):
             raise UserError("batch_size must be a number for this model, got 'auto'; set --batch_size N")
-        if isinstance(pretrained, str) and "/" not in pretrained and not os.path.isdir(pretrained):
-            raise UserError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
+        if isinstance(pretrained, str):
+            refuse_no_model(pretrained)
         given = {name: kwargs.pop(name) for name in sorted(settings & kwargs.keys())}
         self.fixed_settings = {name: SETTINGS[name].read(value) for name, value in given.items()}
         self.mc_num, self.seed = mc_num, seed

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -19,8 +18,7 @@ from coda_eval.session import CACHE_LIES, Asked, label
 from CoDALanguageModel.answers import end_ids
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import Codec
-
-_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+from CoDALanguageModel.run_files import refuse_no_model
 
 
 class ChatPrompt(str):
@@ -84,8 +82,8 @@ class HostedLM(HFLM):
                 f"pretrained must be a folder or a Hub name, got {pretrained!r}: key=value arguments are read as "
                 'Python values; give such a name as JSON: --model_args \'{"pretrained": "NAME"}\''
             )
-        if isinstance(pretrained, str) and not os.path.isdir(pretrained) and not _HUB_NAME.fullmatch(pretrained):
-            raise UserError(f"no model folder at {pretrained!r} (a Hub name has the form owner/name)")
+        if isinstance(pretrained, str):
+            refuse_no_model(pretrained, bare=True)
         super().__init__(pretrained=pretrained, **kwargs)
         if kwargs.get("tp_plan") is not None:
             return  # the ranks hold one model together and do the same work

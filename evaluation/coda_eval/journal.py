@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import subprocess
 import tempfile
@@ -23,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.run_files import read_json, write_whole
-
-logger = logging.getLogger(__name__)
+from CoDALanguageModel.run_files import read_json, whole_lines, write_whole
 
 FILES = "journal_rank*.jsonl"
 """Pattern of the names of the journals in a run's folder."""
@@ -92,24 +89,13 @@ class Journal:
 
     def _read(self, path: Path) -> int:
         """Read a file, and return where its last whole line ends."""
-        data = path.read_bytes()
         end = 0
-        for number, line in enumerate(data.splitlines(keepends=True), 1):
-            is_whole = line.endswith(b"\n")
-            try:
-                row = json.loads(line) if is_whole else None
-            except ValueError as error:  # of the JSON, or of its encoding
-                if end + len(line) < len(data):
-                    raise UserError(f"{path}: line {number} is not JSON; mend it, or remove it") from error
-                is_whole = False
-            if not is_whole:
-                logger.warning("%s ends in a line that was not written completely; it is left out", path)
-                break
+        for number, row, behind in whole_lines(path):
             try:
                 self._take(row)
             except (KeyError, TypeError) as error:
                 raise UserError(f"{path}: line {number} is no line of a journal; mend it, or remove it") from error
-            end += len(line)
+            end = behind
         return end
 
     def _take(self, row: dict[str, Any]) -> None:
@@ -230,9 +216,20 @@ def _hash_files(paths: Iterable[Path], folder: Path | None) -> list[str]:
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """Hash of a tokenizer with its chat template, as it was loaded."""
+    """Hash of a tokenizer with its chat template, as it was loaded.
+
+    Raises:
+        UserError: there is no room to write it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # that of a library in Rust has no class of its own
+            if not isinstance(error, OSError) and "(os error " not in str(error):
+                raise
+            raise UserError(
+                f"the tokenizer cannot be written to {folder}, to be hashed: {error}; TMPDIR names another place"
+            ) from error
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
     config = json.loads(files.pop("tokenizer_config.json"))
     for name in ("is_local", "local_files_only", "name_or_path"):  # where it came from

@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from coda_eval.comparison import markdown_table, read_cards, shown, shown_interval
-from coda_eval.report import tokens_per_forward
+from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.errors import UserError
 
 Column = tuple[str, str]
@@ -104,7 +104,7 @@ def _row(folder: Path) -> Row:
         settings=", ".join(f"{key}={value}" for key, value in given.items()),
         isolation=", ".join(dict.fromkeys(str(card["isolation"]) for card in cards if card.get("isolation"))),
         cells={(card["task"], card["metric"]): _cell(card) for card in cards},
-        tokens_per_forward=tokens_per_forward(spent),
+        tokens_per_forward=tokens_per_forward(spent["new_tokens"], spent["forwards"]),
     )
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from CoDALanguageModel.attention_coda import Visibility, block_starts, doubled
+from CoDALanguageModel.candidates import ScoresNotFinite
 from CoDALanguageModel.configuration_coda import CoDAConfig
 from CoDALanguageModel.diffusion import named_rng, scored_by
 from CoDALanguageModel.errors import UserError
@@ -143,7 +144,7 @@ def bound_log_likelihoods(
     the same sets as far as their lengths allow. Inputs of several pairs are batched together.
 
     Raises:
-        UserError: an empty context or continuation, or a pair longer than `max_length`.
+        UserError: an empty context or continuation, a pair longer than `max_length`, or scores that are not finite.
     """
     for context, continuation in pairs:
         if not context or not continuation:
@@ -218,6 +219,6 @@ def _score(
     log_probs = logits.float().log_softmax(dim=-1).cpu()
     picked = log_probs[torch.arange(len(rows)), clean[rows, columns]].double()
     if not bool(picked.isfinite().all()):  # a comparison of choices would take NaN for a score
-        raise UserError("the model gave scores that are not finite: its weights or its precision are at fault")
+        raise ScoresNotFinite
     total = torch.zeros(len(layouts) * most, dtype=torch.float64)
     return total.index_add(0, rows * most + groups[rows, columns], picked).view(-1, most).tolist()

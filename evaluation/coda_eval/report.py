@@ -7,11 +7,12 @@ Wilson interval, the settings that made it and what its answers cost, the versio
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from coda_eval.records import FILE, Record, read_records
+from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import wilson_interval
 from CoDALanguageModel.run_files import write_whole
@@ -66,6 +67,7 @@ def _cards_of(path: Path, folder: Path) -> list[dict[str, Any]]:
     for task, metrics in results.items():
         counts = run.get("n-samples", {}).get(task)
         cost = _cost_of(records[task]) if records[task] else {}
+        per_forward = tokens_per_forward(cost.get("new_tokens"), cost.get("forwards"))
         of_task = run.get("coda_eval", {}).get("tasks", {}).get(task, {})
         for key, value in metrics.items():
             name, _, stage = key.partition(",")
@@ -89,7 +91,7 @@ def _cards_of(path: Path, folder: Path) -> list[dict[str, Any]]:
                     **{detail: metrics.get(f"{detail},{stage}") for detail in DETAILS},
                     "cost": cost or None,
                     "forwards": cost.get("forwards"),
-                    "tokens_per_forward": tokens_per_forward(cost),
+                    "tokens_per_forward": per_forward and round(per_forward, 4),
                     "judging_s": cost and round(sum(record.seconds or 0.0 for record in records[task]), 3) or None,
                     **_provenance(run, config, task, path),
                 }
@@ -103,15 +105,10 @@ def _cost_of(records: Sequence[Record]) -> dict[str, float]:
     for record in records:
         cost.update({name: getattr(record, name) or 0 for name in ("new_tokens", "forwards")})
         counted = dict(record.cost or {})
-        for name in ("forwards", "tokens_per_forward"):  # said already, and a ratio
+        for name in ("forwards", "row_forwards", "answer_tokens", "tokens_per_forward"):  # said already, and a ratio
             counted.pop(name, None)
         cost.update(counted)
     return {name: round(value, 3) for name, value in cost.items()}
-
-
-def tokens_per_forward(cost: Mapping[str, float]) -> float | None:
-    """Tokens committed by each row of a forward pass, of models that count them."""
-    return round(cost["tokens_committed"] / cost["rows_evaluated"], 4) if cost.get("rows_evaluated") else None
 
 
 def _provenance(run: dict[str, Any], config: dict[str, Any], task: str, path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from coda_eval.comparison import markdown_table, read_cards, shown, shown_interval
 from coda_eval.journal import Journal
 from coda_eval.records import Record, read_records
-from coda_eval.report import tokens_per_forward
+from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.decoding_settings import SETTINGS, parse_settings
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import bootstrap_interval
@@ -224,9 +224,6 @@ def _measured(card: dict[str, Any], records: Sequence[Record]) -> Measured:
         if record.cost and record.cost.get("generation_s") is not None:
             seconds[record.doc_id].append(record.cost["generation_s"])
     means = [fsum(of_document) / len(of_document) for of_document in seconds.values()]
-    spent: Counter[str] = Counter()
-    for record in records:
-        spent.update(record.cost or {})
     forwards = sum(record.forwards or 0 for record in records)
     interval = card.get("wilson95") or card.get("bootstrap95")
     return Measured(
@@ -236,7 +233,7 @@ def _measured(card: dict[str, Any], records: Sequence[Record]) -> Measured:
         documents=len({record.doc_id for record in records}),
         seconds_per_answer=fsum(means) / len(means) if means else None,
         seconds_interval95=bootstrap_interval(means) if means else None,
-        tokens_per_forward=tokens_per_forward(spent),
+        tokens_per_forward=tokens_per_forward(sum(record.new_tokens or 0 for record in records), forwards),
         forwards_per_answer=forwards / len(records) if forwards else None,
     )
 

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.objectives import EVERY_OBJECTIVE, OBJECTIVES, check_objective
+from CoDALanguageModel.run_files import is_hub_id
 
 from .checkpoints import file_identity, folder_identity, weights_problem
 from .records import MALFORMED, READ_HERE, Layout, data_files, parse_record, read_records, refuse_malformed
@@ -328,7 +329,7 @@ def check_model_folder(host: Mapping[str, Any], diffusion: DiffusionArguments | 
     if not name:
         raise UserError("model_name_or_path is required: a CoDA folder in Hugging Face format, or a Hub name")
     folder = Path(name)
-    looks_local = folder.is_absolute() or name.startswith(".") or name.count("/") != 1 or folder.exists()
+    looks_local = folder.exists() or not is_hub_id(name)
     if looks_local and not folder.is_dir():
         raise UserError(f"model_name_or_path: folder not found: {folder.absolute()}")
     if looks_local and not (folder / "config.json").is_file():
@@ -427,7 +428,7 @@ def check_datasets(host: Mapping[str, Any]) -> None:
     if not host.get("dataset"):
         raise UserError("dataset is required: names from dataset_info.json, separated by commas")
     folder = str(host["dataset_dir"])
-    if folder == "ONLINE" or folder.startswith("REMOTE:"):
+    if is_elsewhere(folder):
         return
     info = dataset_info(Path(folder))
     for key in ("dataset", "eval_dataset"):
@@ -454,7 +455,7 @@ def run_parts(host: Mapping[str, Any], diffusion: DiffusionArguments) -> dict[st
     model = Path(host["model_name_or_path"])
     parts["model"] = folder_identity(model) if model.is_dir() else str(model)
     folder = str(host["dataset_dir"])
-    if folder == "ONLINE" or folder.startswith("REMOTE:"):
+    if is_elsewhere(folder):
         return parts
     info = dataset_info(Path(folder))
     for name in dict.fromkeys(_names(host, "dataset") + _names(host, "eval_dataset")):
@@ -464,6 +465,11 @@ def run_parts(host: Mapping[str, Any], diffusion: DiffusionArguments) -> dict[st
             files = [[path.name, file_identity(path, whole=True)] for path in paths]
         parts[f"data {name}"] = [{k: v for k, v in info[name].items() if k != "file_name"}, files]
     return parts
+
+
+def is_elsewhere(folder: str) -> bool:
+    """Whether a `dataset_dir` is one of LLaMA-Factory's names for data sets that no folder here describes."""
+    return folder == "ONLINE" or folder.startswith("REMOTE:")
 
 
 def dataset_info(folder: Path) -> dict[str, Any]:

@@ -129,10 +129,8 @@ def _looks_broken(folder: Path, weights_only: bool) -> str:
         for name in ("scheduler.pt", "rng_state*.pth"):
             if not list(folder.glob(name)):
                 return f"{name} is missing"
-    for index in folder.glob("*.index.json"):
-        for name in set(json.loads(index.read_text())["weight_map"].values()):
-            if not (folder / name).is_file():
-                return f"{name} is missing"
+    if missing := _missing_shard(folder):
+        return missing
     if (folder / "latest").is_file() and not (folder / (folder / "latest").read_text().strip()).is_dir():
         return f"{(folder / 'latest').read_text().strip()} is missing"
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -151,15 +149,21 @@ def weights_problem(folder: Path) -> str:
     try:
         if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
             return "there are no weights"
-        for index in folder.glob("*.index.json"):
-            for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-                if not (folder / name).is_file():
-                    return f"{name} is missing"
+        if missing := _missing_shard(folder):
+            return missing
         for file in sorted(folder.glob("*.safetensors")):
             if file.stat().st_size != _safetensors_size(file):
                 return f"{file.name} has {file.stat().st_size} of {_safetensors_size(file)} bytes"
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         return f"the weights cannot be read: {error}"
+    return ""
+
+
+def _missing_shard(folder: Path) -> str:
+    for index in folder.glob("*.index.json"):
+        for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            if not (folder / name).is_file():
+                return f"{name} is missing"
     return ""
 
 

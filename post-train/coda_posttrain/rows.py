@@ -20,7 +20,7 @@ from llamafactory.data.processor import SupervisedDatasetProcessor
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
 
-from .arguments import dataset_info
+from .arguments import dataset_info, is_elsewhere
 from .records import (
     EMPTY_ANSWER,
     MALFORMED,
@@ -61,8 +61,7 @@ def describe(names: Sequence[str], folder: str) -> list[Any]:
 
     Takes the place of LLaMA-Factory's `get_dataset_list`.
     """
-    elsewhere = folder == "ONLINE" or folder.startswith("REMOTE:")
-    return _get_dataset_list(names, folder if elsewhere else dataset_info(Path(folder)))
+    return _get_dataset_list(names, folder if is_elsewhere(folder) else dataset_info(Path(folder)))
 
 
 def load_conversations(attr: Any, model_args: Any, data_args: Any, training_args: Any) -> Dataset:

@@ -165,7 +165,7 @@ def read_comparison(run_dir: Path, times: Mapping[str, float]) -> list[dict[str,
                     "n": card["n"],
                     "low": low,
                     "high": high,
-                    "tokens_per_forward": cost["tokens_committed"] / cost["rows_evaluated"],
+                    "tokens_per_forward": card["tokens_per_forward"],
                     "seconds_per_answer": cost["generation_s"] / cost["answers"],
                     "training_s": sum(times.get(f"{name}{suffix}", 0.0) for name in ("pretrain", "midtrain", "sft")),
                 }

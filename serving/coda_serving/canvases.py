@@ -47,7 +47,7 @@ def chat_canvases(service: Service, body: ChatRequest) -> Asked:
     max_tokens = body.max_completion_tokens or body.max_tokens
     _check_number(service, body, 1)
     shape = shape_of(body)
-    prompt_ids = conversation_ids(service, body, [message.as_text() for message in body.messages], max_tokens, shape)
+    prompt_ids = conversation_ids(service, body, body.conversation, max_tokens, shape)
     return lay_out(service, body, [[prompt_ids]], max_tokens, "messages", shape=shape)
 
 

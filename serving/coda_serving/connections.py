@@ -4,6 +4,7 @@ Not here: a body that comes slowly, whose client gets an answer (`gate`).
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 MOST_HEAD_BYTES = 64 << 10
 """Bytes of a request line and its headers, about; also of what stands between and behind the parts of a body."""
+
+H2C = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n)", re.IGNORECASE)
+"""The header by which clients ask for HTTP/2, among them Java's and those of JetBrains' editors. A server may pass it
+over; uvicorn's parser would take what follows the head for HTTP/2, and the body would be lost."""
 
 
 class TimeLimit:
@@ -81,6 +86,9 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Read on, unless the head of a request has no end, or what follows its body as a part of it."""
         self._num_head_bytes += len(data)
+        end = -1 if self._is_in_request else data.find(b"\r\n\r\n")
+        if end >= 0:
+            data = H2C.sub(b"", data[: end + 2]) + data[end + 2 :]
         super().data_received(data)
         if self._is_in_request and self._num_head_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"the head of a request must have at most {MOST_HEAD_BYTES} bytes")

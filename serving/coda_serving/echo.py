@@ -17,7 +17,7 @@ from .engine import Answer, Delta, Judged
 from .errors import invalid
 from .generation import Generation
 from .logprobs import TextLogprobs
-from .protocol import CompletionRequest
+from .protocol import NO_ECHO_OF_GAPS, CompletionRequest
 from .responses import Completion, CompletionChoice, Form, Head, Usage
 from .scheduler import CanvasRequest
 from .service import Service
@@ -50,7 +50,7 @@ class Echo:
         """Those of the answers, and behind them one for each prompt that is scored."""
         texts = completion_texts(service, body)
         if any(len(pieces) > 1 for pieces in texts):
-            raise invalid("echo repeats a prompt that goes on, not text around a gap", param="echo")
+            raise invalid(NO_ECHO_OF_GAPS, param="echo")
         self._prompts = [ids for (ids,) in texts]
         for ids in self._prompts:
             if len(ids) > service.limits.context_length:

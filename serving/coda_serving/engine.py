@@ -124,6 +124,10 @@ class RowStep(NamedTuple):
 class Rows(Protocol):
     """Rows that are denoised together; each gets the tokens that it would get alone."""
 
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the model so far; a step takes one for each kind of rows that is present."""
+
     def admit(self, request: CanvasRequest) -> Hashable:
         """Take a canvas in from the next step on; returns its handle."""
 
@@ -297,6 +301,7 @@ class Engine:
         """One step of all rows, and what it means to their listeners."""
         started_s = run.progress_s = time.monotonic()
         self._metrics.batch_size.observe(len(run.jobs))
+        forwards = run.rows.forwards
         try:
             steps = run.rows.step()
         except Exception:  # one step's fault must not end the service; every listener and the log hear of it
@@ -309,7 +314,7 @@ class Engine:
         run.progress_s = time.monotonic()
         run.busy_s += run.progress_s - started_s
         self._metrics.step_s.observe(run.progress_s - started_s)
-        self._metrics.forwards.inc()
+        self._metrics.forwards.inc(run.rows.forwards - forwards)
         num_before = len(run.jobs)
         for step in steps:
             self._advance(run, step)

@@ -1,6 +1,5 @@
 """Anthropic's `/v1/messages`: the same conversations, asked and answered in the words of its clients."""
 
-import itertools
 import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -31,6 +30,7 @@ from .protocol import (
 )
 from .replies import check_model, respond
 from .responses import Head, ToolCall, Usage
+from .results import Part, in_order_of_calls
 from .service import Service
 from .streaming import MakeUsage
 from .tools import CallReader, Calls, calls_of, shape_of
@@ -72,9 +72,9 @@ class TextBlock(Block):
     citations: Any = None
     """Accepted, and without effect."""
 
-    def as_text(self) -> str:
-        """As the chat template wants it."""
-        return self.text
+    def as_part(self, role: str) -> Part:
+        """As the chat template wants it, in a turn of a role."""
+        return Part(role, self.text)
 
 
 def _texts_in(place: str) -> Any:
@@ -106,9 +106,9 @@ class ToolUseBlock(Block):
         self._call = EarlierCall(function=EarlierFunction(name=self.name, arguments=check_unicode(arguments)))
         return self
 
-    def as_text(self) -> str:
-        """As the chat template wants it."""
-        return self._call.as_text()
+    def as_part(self, role: str) -> Part:
+        """As the chat template wants it, in a turn of a role."""
+        return Part(role, self._call.as_text(), calls=(self.id,))
 
 
 class ToolResultBlock(Block):
@@ -116,16 +116,17 @@ class ToolResultBlock(Block):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    """The model sees the order of the results alone."""
+    """Of a call of the turn before. The model sees the results in the order of the calls."""
     content: _texts_in("tool_result") | None = None  # type: ignore[valid-type]
     is_error: bool | None = None
     """True puts `Error: ` before the content."""
     toolset_name: Any = None
     """Accepted, and without effect."""
 
-    def as_text(self) -> str:
-        """As the chat template wants it."""
-        return ("Error: " if self.is_error else "") + _text(self.content or "")
+    def as_part(self, role: str) -> Part:
+        """As the chat template wants it: results have a role of their own."""
+        text = ("Error: " if self.is_error else "") + _text(self.content or "")
+        return Part("tool", text, result_of=self.tool_use_id)
 
 
 class Turn(StrictModel):
@@ -147,11 +148,11 @@ class Turn(StrictModel):
             _check_kinds(data.get("content"), data["role"])
         return data
 
-    def parts(self) -> list[tuple[str, str]]:
-        """Roles and texts, as the chat template wants them: the result of a call has a role of its own."""
+    def parts(self) -> list[Part]:
+        """Its blocks: the result of a call has a role of its own."""
         if isinstance(self.content, str) or not self.content:
-            return [(self.role, self.content or "")]
-        return [("tool" if block.type == "tool_result" else self.role, block.as_text()) for block in self.content]
+            return [Part(self.role, self.content or "")]
+        return [block.as_part(self.role) for block in self.content]
 
 
 class AnthropicTool(StrictModel):
@@ -283,7 +284,8 @@ class MessagesRequest(SamplingRequest):
     def conversation(self) -> list[dict[str, str]]:
         """Roles and texts, as the chat template wants them."""
         turns = [("system", _text(self.system))] if self.system else []
-        for role, text in itertools.chain.from_iterable(turn.parts() for turn in self.messages):
+        parts = [part for turn in self.messages for part in turn.parts()]
+        for role, text, *_ in in_order_of_calls(parts, "tool_use_id"):
             if turns and turns[-1][0] == role != "tool":
                 turns[-1] = role, f"{turns[-1][1]}\n{text}"
             else:
@@ -329,7 +331,7 @@ class MessagesUsage(BaseModel):
     cache_read_input_tokens: int = 0
     """Tokens whose keys and values another request had computed."""
     forwards: int = 0
-    """Forward passes, each row counted. Extension."""
+    """As in OpenAI's usage. Extension."""
     tokens_per_forward: float = 0.0
     """`output_tokens / forwards`. Extension."""
     regime: str = "exact"

@@ -51,7 +51,7 @@ class Metrics:
             "coda_step_seconds", "Time of one step of all rows", buckets=STEP_BUCKETS_S, registry=self.registry
         )
         self.tokens = Counter("coda_answer_tokens", "Tokens of finished answers", registry=self.registry)
-        self.forwards = Counter("coda_forwards", "Forward passes of batches", registry=self.registry)
+        self.forwards = Counter("coda_forwards", "Forward passes of the model", registry=self.registry)
         self.batch_size = Histogram(
             "coda_batch_size", "Answers denoised together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
         )

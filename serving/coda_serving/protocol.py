@@ -13,6 +13,7 @@ from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, NUM_BEST, Setti
 from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 
 from .errors import FIELDS_OF_BODIES, invalid
+from .results import Part, in_order_of_calls
 from .settings import DECODING, MAX_SEED, typed
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,8 @@ MAX_CHOICES = 128
 
 MAX_NESTING = 100
 """Objects and lists in each other in the parameters of a tool."""
+
+NO_ECHO_OF_GAPS = "echo repeats a prompt that goes on, not text around a gap"
 
 
 def check_unicode(text: str) -> str:
@@ -366,7 +369,7 @@ class Message(StrictModel):
     tool_calls: Annotated[list[EarlierCall], Field(fail_fast=True)] | None = None
     """Of the assistant."""
     tool_call_id: str | None = None
-    """Of a tool; the model sees the order of the results alone."""
+    """Of a tool: a call of the turn before. The model sees the results in the order of the calls."""
 
     @model_validator(mode="after")
     def _check_role(self) -> "Message":
@@ -393,12 +396,13 @@ class Message(StrictModel):
                 )
         return {name: value for name, value in data.items() if name in cls.model_fields}
 
-    def as_text(self) -> dict[str, str]:
+    def as_part(self) -> Part:
         """Role and text, parts joined by line ends, as the chat template wants it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "\n".join(part.text for part in content)
         text = "\n".join([*([text] if text else []), *(call.as_text() for call in self.tool_calls or ())])
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        return Part(role, text, tuple(call.id for call in self.tool_calls or ()), self.tool_call_id or None)
 
 
 class ChatRequest(ShapedRequest):
@@ -434,6 +438,12 @@ class ChatRequest(ShapedRequest):
     def num_best(self) -> int | None:
         """Most probable tokens to tell of; None tells no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """Roles and texts, as the chat template wants them."""
+        parts = in_order_of_calls([message.as_part() for message in self.messages], "tool_call_id")
+        return [{"role": part.role, "content": part.text} for part in parts]
 
     @property
     def tooling(self) -> Tooling:
@@ -505,7 +515,7 @@ class CompletionRequest(ShapedRequest):
         if self.max_tokens == 0 and not self.echo:
             raise invalid("max_tokens must be at least 1, or 0 with echo=true, got 0", param="max_tokens")
         if self.echo and (self.suffix or self.infill is not None):
-            raise invalid("echo repeats a prompt that goes on, not text around a gap", param="echo")
+            raise invalid(NO_ECHO_OF_GAPS, param="echo")
         if self.logprobs is not None and self.infill is not None and len(self.infill.pieces or "..") > 2:
             raise invalid("logprobs are told of one gap, not of several", param="logprobs")
         return self

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from CoDALanguageModel.answers import FinishReason
+from CoDALanguageModel.cost import tokens_per_forward
 
 from .engine import Answer, Delta
 from .logprobs import ChatLogprobs, Offsets, Spelling, TextLogprobs
@@ -36,7 +37,7 @@ class Usage(BaseModel):
     rows: int
     """Rows in these passes: more where drafts are verified. Extension."""
     tokens_per_forward: float
-    """`completion_tokens / forwards`. Extension."""
+    """`completion_tokens / forwards`, see `CoDALanguageModel.cost`. Extension."""
     regime: str
     """`exact` (the tokens are those of the stepwise sampler), `cached`, `parallel` or `cached+parallel`. Extension."""
     prompt_tokens_details: PromptTokens
@@ -52,7 +53,7 @@ class Usage(BaseModel):
             total_tokens=prompt_tokens + tokens,
             forwards=forwards,
             rows=sum(answer.rows for answer in answers),
-            tokens_per_forward=round(tokens / forwards, 3) if forwards else 0.0,
+            tokens_per_forward=round(tokens_per_forward(tokens, forwards) or 0.0, 3),
             regime=regime,
             prompt_tokens_details=PromptTokens(
                 cached_tokens=min(prompt_tokens, sum(answer.cached_tokens for answer in answers))

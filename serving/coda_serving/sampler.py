@@ -186,6 +186,11 @@ class Rows:
         self._read[row] = start, request.num_positions - len(request.pieces[-1]), request.logprobs is not None
         return row
 
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the model so far."""
+        return self._decoding.forwards
+
     @torch.inference_mode()
     def step(self) -> list[RowStep]:
         """Take one step of every row."""

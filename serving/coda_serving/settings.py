@@ -6,7 +6,6 @@ Not here: what a request may ask for (`protocol`).
 import ipaddress
 import json
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +15,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from CoDALanguageModel.decoding_settings import LARGEST_INTEGER, DecodingSettings, Setting, offered
 from CoDALanguageModel.errors import UserError, did_you_mean
+from CoDALanguageModel.run_files import is_hub_id
 
 from .keys import Keys, read_keys
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 MAX_SEED = 2**63 - 1
 """Largest seed a request or `SEED` may name."""
@@ -89,7 +87,7 @@ class ServerSettings(DecodingDefaults):
     """TCP port to bind."""
 
     api_key: SecretStr | None = None
-    """Bearer token that `/v1` and `/metrics` require; none is required when this and `API_KEYS_FILE` are unset."""
+    """Bearer token that `/v1`, `/infill` and `/metrics` require; none where this and `API_KEYS_FILE` are unset."""
 
     api_keys_file: Path | None = None
     """File of more such keys, one a line, as `KEY` or `NAME:KEY`; read again when it changes."""
@@ -160,7 +158,7 @@ class ServerSettings(DecodingDefaults):
             if not (path / "config.json").is_file():
                 raise UserError("the folder holds no config.json; save_hf_model.py makes one that loads")
             return str(path)
-        if not HUB_ID.fullmatch(value):
+        if not is_hub_id(value):
             raise UserError("there is no such folder")
         return value
 

@@ -35,6 +35,7 @@ from coda_serving.chat.conversation import Conversation
 from coda_serving.chat.files import replace
 from coda_serving.chat.parts import Part, Usage
 from coda_serving.chat.terminal import harmless, note
+from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.decoding_settings import Setting, offered
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.tools.gap_marks import read_gaps
@@ -52,8 +53,8 @@ def describe(usage: Usage | None, seconds: float, first_text_s: float | None) ->
     if usage is not None:
         tokens = usage.completion_tokens
         parts += [f"{usage.prompt_tokens} prompt tokens", f"{tokens} tokens", f"{tokens / seconds:.1f} tokens/s"]
-        if usage.forwards:
-            parts.append(f"{usage.forwards} forwards ({tokens / usage.forwards:.2f} tokens each)")
+        if (per_forward := tokens_per_forward(tokens, usage.forwards)) is not None:
+            parts.append(f"{usage.forwards} forwards ({per_forward:.2f} tokens each)")
     return "[" + ", ".join(parts) + "]"
 
 

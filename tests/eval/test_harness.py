@@ -247,7 +247,8 @@ def test_an_answer_that_a_stop_string_ends_tells_the_tokens_that_it_committed(mo
     cut = model.generate_until([request({"task_id": "p/0"}, "x = 1\n", until=[whole[1]])], True)[0]
     assert len(cut) <= 1
     assert 0 < cut.cost["tokens_committed"] <= whole.cost["tokens_committed"]
-    assert cut.cost["tokens_per_forward"] == cut.cost["tokens_committed"] / cut.cost["rows_evaluated"] > 0
+    assert cut.cost["answer_tokens"] == cut.new_tokens
+    assert cut.cost["tokens_per_forward"] == cut.new_tokens / cut.forwards > 0
 
 
 def test_answers_match_the_expression_that_is_set(model_dir):

@@ -497,3 +497,16 @@ def test_hashes_see_content_and_not_places(model_dir, tmp_path):
     (tmp_path / "hub" / "b.py").unlink()
     assert hash_weights(told) != both
     assert code_version()
+
+
+@pytest.mark.parametrize("fault", [Exception("No space left on device (os error 28)"), OSError(28, "No space left")])
+def test_a_tokenizer_that_cannot_be_written_down_is_told_with_the_place(fault):
+    class Full:
+        def save_pretrained(self, folder):
+            raise fault
+
+    with pytest.raises(UserError, match=r"the tokenizer cannot be written to /.*No space left.*TMPDIR names another"):
+        hash_tokenizer(Full())
+    fault = KeyError("a bug")
+    with pytest.raises(KeyError, match="a bug"):
+        hash_tokenizer(Full())

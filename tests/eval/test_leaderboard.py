@@ -17,7 +17,7 @@ CARD = {
     "wilson95": [0.42, 0.58],
     "isolation": "bubblewrap",
     "settings": {"model": "coda", "model_args": {"pretrained": "/models/small", "steps": 32}},
-    "cost": {"tokens_committed": 100, "rows_evaluated": 40},
+    "cost": {"new_tokens": 100, "forwards": 40},
 }
 
 

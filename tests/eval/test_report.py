@@ -53,6 +53,7 @@ def test_card_holds_what_the_answers_cost(tmp_path):
     (card,) = score_cards(tmp_path)
     plain = {"answers": 3, "new_tokens": 15, "forwards": 12, "generation_s": 1.0}
     assert card["cost"] == plain | {"tokens_evaluated": 100}
+    assert card["tokens_per_forward"] == 15 / 12  # as the two counts beside it say
 
 
 def test_command_writes_json_and_markdown_and_names_what_is_wrong(tmp_path):

@@ -2,10 +2,11 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from CoDALanguageModel import Decoding, DiffusionGenerationConfig, Request
+from CoDALanguageModel import Decoding, DiffusionGenerationConfig, Request, UserError
 from CoDALanguageModel.scoring import TOKENS_OF_A_PASS, even_parts
 
 EOS, PAD, MASK = 65, 66, 67
@@ -278,3 +279,27 @@ def test_what_cannot_be_decoded_is_refused_and_changes_nothing(model, ids, setti
     with pytest.raises(ValueError, match=message):
         decoding.admit(Request(ids=ids, settings=DiffusionGenerationConfig(**{"max_new_tokens": 8, **settings})))
     assert decoding.rows == []
+
+
+def test_a_request_takes_a_row_of_integers_however_it_is_held(model):
+    config = DiffusionGenerationConfig(max_new_tokens=4, steps=4)
+    want = alone(model, Request(ids=[1, 2, 3], attention_mask=[0, 1, 1], settings=config)).ids
+    for ids, real in (
+        (torch.tensor([1, 2, 3]), torch.tensor([False, True, True])),
+        (np.array([1, 2, 3], dtype=np.int32), np.array([0, 1, 1])),
+        ((np.int64(1), torch.tensor(2), 3), (0, True, 1)),
+    ):
+        assert alone(model, Request(ids=ids, attention_mask=real, settings=config)).ids == want
+    for ids, got in (
+        (torch.tensor([[1, 2]]), r"torch\.int64 \(1, 2\)"),
+        (torch.tensor([1.0]), r"torch\.float32 \(1,\)"),
+        (torch.tensor(1), r"torch\.int64 \(\)"),
+        ([1, 2.5], r"\[1, 2\.5\]"),
+        ([[1], [2]], r"\[\[1\], \[2\]\]"),
+        ("a text", "'a text'"),
+    ):
+        with pytest.raises(UserError, match=f"^ids must be a list or tensor of one dimension, of integers, got {got}$"):
+            Request(ids=ids, settings=config)
+    for real in ([1, 1], [1, 2, 1]):
+        with pytest.raises(UserError, match=r"attention_mask must hold 0 or 1 for each id \(3\)"):
+            Decoding(model).admit(Request(ids=[1, 2, 3], attention_mask=real, settings=config))

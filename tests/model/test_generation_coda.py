@@ -328,6 +328,27 @@ def test_tokens_per_forward_are_told_of_each_row(model, tokens):
     assert one.num_forwards.tolist() == [8, 8]  # the published schedule pauses first and takes seven
 
 
+@pytest.mark.parametrize("settings", [{}, {"speculate": 3}, {"kv_cache": "dual", "block_length": 4}])
+def test_tokens_per_forward_are_those_of_a_row_in_any_company(model, tokens, settings):
+    """The end token is no token of the answer, and a pass counts once however many drafts it verifies."""
+    prompts = tokens(4, 5)
+    more = {"max_new_tokens": 16, "steps": 16, "temperature": 1.0, "logit_bias": {EOS: 2.0}, **settings}
+    more["return_dict_in_generate"] = True
+    alone = [model.diffusion_generate(prompt[None], seed=i, **more) for i, prompt in enumerate(prompts)]
+    together = model.diffusion_generate(prompts, seed=[0, 1, 2, 3], **more)
+    counts = []
+    for ids, forwards in zip(together.sequences[:, 5:].tolist(), together.num_forwards.tolist(), strict=True):
+        counts.append((ids.index(EOS) if EOS in ids else len(ids), forwards))
+    assert 0 < sum(EOS in ids for ids in together.sequences[:, 5:].tolist())
+    assert together.tokens_per_forward.tolist() == pytest.approx([count / forwards for count, forwards in counts])
+    assert together.tokens_per_forward.tolist() == [float(one.tokens_per_forward) for one in alone]
+    assert [one.cost.tokens_per_forward for one in alone] == [count / forwards for count, forwards in counts]
+    total, passes = map(sum, zip(*counts, strict=True))
+    assert together.cost.tokens_per_forward == total / passes
+    if "speculate" in settings:
+        assert together.cost.rows_evaluated > passes
+
+
 def test_any_of_several_end_tokens_ends_a_row(make_model, tokens):
     model = make_model(eos_token_id=[EOS, 3])
     bias = torch.zeros(72)

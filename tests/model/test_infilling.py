@@ -23,10 +23,14 @@ def test_a_gap_of_known_length_is_what_the_sampler_puts_into_the_masks(model, to
 def test_the_best_scored_of_the_candidate_lengths_wins_and_each_is_scored_as_alone(model, tokens):
     pieces = [tokens(5).tolist(), tokens(4, seed=3).tolist()]
     output = model.infill(pieces, infill_lengths=[1, 2, 4], steps=4)
-    alone = {(n,): model.infill(pieces, gap_lengths=[n], steps=4).score for n in (1, 2, 4)}
+    each = [model.infill(pieces, gap_lengths=[n], steps=4) for n in (1, 2, 4)]
+    alone = {one.gap_lengths: one.score for one in each}
     assert output.candidates == pytest.approx(alone, abs=1e-5)
     assert output.gap_lengths == max(alone, key=alone.get)
     assert output.gaps == model.infill(pieces, gap_lengths=output.gap_lengths, steps=4).gaps
+    # The passes of those that lost are counted, and not their tokens.
+    assert output.cost.row_forwards == sum(one.cost.forwards for one in each)
+    assert output.cost.tokens_per_forward == len(output.gaps[0]) / output.cost.row_forwards
 
 
 def test_several_gaps_try_every_combination(model, tokens):
@@ -39,6 +43,7 @@ def test_an_end_token_ends_a_gap_when_asked(model, tokens):
     pieces = [tokens(3).tolist(), tokens(2, seed=1).tolist()]
     output = model.infill(pieces, gap_lengths=[4], steps=4, end_of_gap=True, logit_bias={65: 1e4})
     assert output.gaps == [[]]
+    assert output.cost.tokens_per_forward == 0.0 < output.cost.tokens_committed
     assert output.ids == [*pieces[0], *pieces[1]]
 
 

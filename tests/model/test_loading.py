@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import CoDALanguageModel as package
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
 from CoDALanguageModel.weight_files import check_weights, refuse_not_finite
 
@@ -314,3 +315,10 @@ def test_a_saved_folder_loads_and_generates_in_a_process_without_this_repository
     assert report["fresh"] == [2, 5, 72]
     assert report["masked"] == ["CoDAForMaskedLM", True]
     assert report["files"] == sorted(file.name for file in folder.iterdir())
+
+
+def test_every_name_of_the_package_is_listed_and_comes_from_its_module():
+    for name in package.__all__:
+        thing = getattr(package, name)
+        assert (thing.__name__, thing.__module__.partition(".")[0]) == (name, "CoDALanguageModel")
+    assert set(dir(package)) >= set(package.__all__)

@@ -13,6 +13,10 @@ def test_a_torn_last_line_is_left_out_and_told_and_any_other_is_refused(tmp_path
     with caplog.at_level(logging.WARNING):
         assert read_rows(path) == rows
     assert "metrics.jsonl ends in a line that was not written completely" in caplog.text
+    no_line_break, in_a_character, no_text = b'{"step": 3}', b'{"step": "\xe2\x80', b"\0\0\n"
+    for torn in (no_line_break, in_a_character, no_text):
+        path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
+        assert read_rows(path) == [{"step": 1}, {"step": 2}]
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is not JSON"):
         read_rows(path)

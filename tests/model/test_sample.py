@@ -13,7 +13,7 @@ from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.tools.folder import load
 from CoDALanguageModel.tools.recording import Recording, token_texts
-from CoDALanguageModel.tools.sample import parse, read_gaps, run
+from CoDALanguageModel.tools.sample import main, parse, read_gaps, run
 
 MASK = 9
 
@@ -113,3 +113,12 @@ def test_weights_that_are_not_finite_and_devices_that_are_not_there_are_refused_
         UserError, match=rf"--model {tmp_path}: in float32: weights are not finite: model\.norm\.weight$"
     ):
         load(str(tmp_path), dtype="float32")
+
+
+def test_a_model_that_overflows_in_its_precision_is_told_of_and_no_fault_of_the_program(
+    write_model, chatml_tokenizer, tmp_path
+):
+    write_model(tmp_path, chatml_tokenizer, vocab_size=304, initializer_range=300.0)
+    asked = ["--model", str(tmp_path), "--prompt", "x", "--max_new_tokens", "2", "--steps", "2", "--quiet"]
+    with pytest.raises(SystemExit, match="^error: the model gave scores that are not finite: .*float16"):
+        main([*asked, "--dtype", "float16"])

@@ -118,8 +118,9 @@ def test_two_models_are_compared_on_the_same_problems(run_dir):
     (run_dir / "blocks" / "model" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="the report needs all stages; missing: .*scores.json"):
         report.write_report(run_dir)
-    cost = {"answers": 10, "generation_s": 5.0, "tokens_committed": 300, "rows_evaluated": 200}
+    cost = {"answers": 10, "generation_s": 5.0}
     card = {"task": "quickstart_problems", "metric": "pass@1", "score": 0.9, "n": 10, "wilson95": [0.6, 0.98]}
+    card["tokens_per_forward"] = 1.5
     for folder in (run_dir, run_dir / "blocks"):
         for file in ("scores.json", "parallel.json"):
             (folder / file).write_text(json.dumps([{**card, "cost": cost}]))

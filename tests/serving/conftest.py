@@ -104,6 +104,10 @@ class FakeRows:
         self.sampler = sampler
         self.rows: list[FakeRow] = []
 
+    @property
+    def forwards(self) -> int:
+        return self.sampler.forwards
+
     def admit(self, request: CanvasRequest) -> FakeRow:
         target = list(self.sampler.script(request)[: request.max_tokens])
         target += [EOS] * (request.max_tokens - len(target))

@@ -28,6 +28,12 @@ async def plain(scope, receive, send):
     if scope["path"].startswith("/late"):
         await asyncio.sleep(3 * LIMIT_S)
     headers = [(b"connection", b"close")] if scope["path"] == "/large" else []
+    body = b"xx"
+    if scope["path"] == "/said":
+        body = b""
+        while (message := await receive()).get("more_body"):
+            body += message["body"]
+        body += message["body"]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     if scope["path"] == "/endless":
         while True:
@@ -36,7 +42,7 @@ async def plain(scope, receive, send):
             if not plain.connections():
                 plain.left.set()
                 return
-    await send({"type": "http.response.body", "body": b"x" * (30 << 20 if scope["path"] == "/large" else 2)})
+    await send({"type": "http.response.body", "body": b"x" * (30 << 20) if scope["path"] == "/large" else body})
 
 
 @contextlib.contextmanager
@@ -97,6 +103,19 @@ def test_a_head_that_comes_slowly_is_not_waited_for_and_one_without_end_is_not_k
         assert rest(client) == b""
     with connected(address, b"GET / HTTP/1.1\r\nX: ", *[b"x" * (MOST_HEAD_BYTES // 4)] * 8, pause_s=0.005) as client:
         assert rest(client).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.05], ids=["in one packet", "in several"])
+def test_a_client_that_would_rather_have_http2_is_answered_and_its_body_read(address, pause_s):
+    head = HEAD.replace(b"/v1/completions", b"/said") + b"Connection: Upgrade, HTTP2-Settings\r\n"
+    head += b"uPgrade:  h2c \r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+    sized, chunked = b"Content-Length: 5\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"
+    pieces = [head + sized, b"said1", head + chunked, b"3\r\nsai\r\n", b"2\r\nd2\r\n0\r\n\r\n"]
+    for sent in (pieces[:2], pieces[2:], *([pieces[2:] + pieces[:2]] if pause_s else ())):
+        with connected(address, *(sent if pause_s else [b"".join(sent)]), pause_s=pause_s) as client:
+            received = rest(client)
+        assert b"400 Bad Request" not in received
+        assert received.count(b"HTTP/1.1 200 OK") == received.count(b"said") == len(sent) // 2
 
 
 def test_what_follows_a_body_as_a_part_of_its_request_has_an_end(address):

@@ -1,6 +1,7 @@
 """Anthropic's endpoint, asked in process and by its official client."""
 
 import json
+import re
 
 import anthropic
 import pytest
@@ -197,6 +198,62 @@ def test_a_result_that_is_an_error_says_so_and_blocks_keep_their_order(serve, se
     ((request,),) = sampler.batches
     call = '<tool_call>\n{"name": "now", "arguments": {"a": 1}}\n</tool_call>'
     assert bytes(request.prompt_ids).decode() == f"[assistant]{call}[tool][tool]Error: no[user]on"
+
+
+def in_chat(calls, results):
+    """A conversation of OpenAI's: calls by their ids, and results by the ids that they name, with texts among them."""
+    function = {"name": "now", "arguments": "{}"}
+    called = [{"type": "function", "id": i, "function": {**function, "arguments": f'"{i}"'}} for i in calls]
+    turns = [{"role": "assistant", "tool_calls": called}] if calls else []
+    for name in results:
+        is_text = name is not None and name.startswith(" ")
+        turns.append({"role": "user" if is_text else "tool", "content": f"of {name}"})
+        turns[-1] |= {} if is_text else {"tool_call_id": name}
+    return [{"role": "user", "content": "hi"}, *turns]
+
+
+def in_messages(calls, results):
+    """The same in Anthropic's words."""
+    called = [{"type": "tool_use", "id": i, "name": "now", "input": {"id": i}} for i in calls]
+    blocks = [
+        {"type": "text", "text": f"of {name}"}
+        if name.startswith(" ")
+        else {"type": "tool_result", "tool_use_id": name, "content": f"of {name}"}
+        for name in results
+    ]
+    turns = [{"role": "assistant", "content": called}] if calls else []
+    return [{"role": "user", "content": "hi"}, *turns, {"role": "user", "content": blocks}]
+
+
+@pytest.mark.parametrize(("url", "turns"), [("/v1/chat/completions", in_chat), (URL, in_messages)])
+def test_a_result_reaches_the_call_that_it_names_and_none_is_taken_for_another_ones(serve, serving_fakes, url, turns):
+    def said(calls, results):
+        sampler = serving_fakes.FakeSampler()
+        response = ask(serve, sampler, url, messages=turns(calls, results))
+        assert response.status_code == 200, response.text
+        return re.findall(r"\[(?:tool|user)\]of ([^\[]*)", bytes(sampler.batches[0][0].prompt_ids).decode())
+
+    assert said("abc", ["c", "a", "b"]) == said("abc", ["a", "b", "c"]) == ["a", "b", "c"]
+    assert said("abc", ["b", " and", "a"]) == ["a", " and", "b"]  # the last call may have no result
+    assert said("ab", ["b", "a", "b"]) == ["a", "b", "b"]
+    name = "tool_call_id" if turns is in_chat else "tool_use_id"
+    for calls, results, words in (
+        ("ab", ["a", "x"], f"{name} 'x' names no call of the turn before (its calls: 'a', 'b')"),
+        ("", ["x"], f"{name} 'x' names no call of the turn before (it has none)"),
+        ("ab", ["b"], "the call 'a' has no result, and a later one of its turn has"),
+    ):
+        response = ask(serve, url=url, messages=turns(calls, results))
+        assert response.status_code == 400
+        assert words in response.json()["error"]["message"]
+
+
+def test_results_without_ids_stay_as_they_stand_and_all_or_none_has_one(serve, serving_fakes):
+    sampler, chat = serving_fakes.FakeSampler(), "/v1/chat/completions"
+    assert ask(serve, sampler, chat, messages=in_chat("ab", [None, None])).status_code == 200
+    assert bytes(sampler.batches[0][0].prompt_ids).decode().endswith("[tool]of None[tool]of None")
+    response = ask(serve, url=chat, messages=in_chat("ab", ["a", None]))
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "messages.tool_call_id")
+    assert "need a tool_call_id, or none of them" in response.json()["error"]["message"]
 
 
 def test_what_the_gate_refuses_has_anthropics_shape_too(serve):

@@ -210,3 +210,16 @@ def test_broken_weights_are_named(tmp_path, model_folder):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match=f"MODEL_NAME={tmp_path}: .*model.safetensors' is a Git LFS pointer"):
         ModelSampler.load(str(tmp_path), device="cpu", dtype="auto")
+
+
+def test_forward_passes_are_counted_and_not_steps(sampler, ask, monkeypatch):
+    """Rows with a cache and rows without take a pass each."""
+    passes, forward = [], CoDALanguageModel.forward
+    monkeypatch.setattr(CoDALanguageModel, "forward", lambda *a, **kw: passes.append(1) or forward(*a, **kw))
+    rows = sampler.start()
+    rows.admit(ask(range(10, 14)))
+    rows.step()
+    assert rows.forwards == len(passes) == 1
+    rows.admit(ask(range(10, 14), kv_cache="dual"))
+    rows.step()
+    assert rows.forwards == len(passes) == 3

@@ -254,7 +254,7 @@ def test_anthropics_client_gets_the_call_that_a_chat_gets(ask, name):
         behind = [
             *USER,
             message.model_dump(exclude_none=True),
-            {"role": "tool", "tool_call_id": "1", "content": "7"},
+            {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "7"},
             {"role": "user", "content": "and?"},
         ]
         goes_on = await client.chat.completions.create(

@@ -29,9 +29,7 @@ def cached_file(file: UPath, cache: Path, sha256: str) -> Path:
         if not target.is_file():
             try:
                 with arriving(target) as partial:
-                    got = copy_to_local(file, partial)
-                    if got != sha256:
-                        raise UserError(f"{file} has the hash {got}, but its manifest recorded {sha256}")
+                    _check_hash(file, copy_to_local(file, partial), sha256)
             except OSError as error:
                 raise OSError(f"{file} could not be copied into data.cache {cache}: {error}") from error
     return target
@@ -44,10 +42,13 @@ def verified_array(file: UPath, dtype: np.dtype, sha256: str) -> np.ndarray:
         UserError: the file does not have this hash.
     """
     data = file.read_bytes()
-    got = hashlib.sha256(data).hexdigest()
-    if got != sha256:
-        raise UserError(f"{file} has the hash {got}, but its manifest recorded {sha256}")
+    _check_hash(file, hashlib.sha256(data).hexdigest(), sha256)
     return np.frombuffer(data, dtype=dtype)
+
+
+def _check_hash(file: UPath, got: str, recorded: str) -> None:
+    if got != recorded:
+        raise UserError(f"{file} has the hash {got}, but its manifest recorded {recorded}")
 
 
 class RangedArray:

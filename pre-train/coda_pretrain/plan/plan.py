@@ -37,7 +37,7 @@ PLACEHOLDERS = {"output_dir": UNNAMED, "model": {"tokenizer": UNNAMED}}
 TPU_UNITS = {"v4": 2, "v5p": 2, "v5e": 1, "v5litepod": 1, "v6e": 1}
 """What a chip adds to the number in the name of a slice: v4 and v5p count cores, of which a chip has two."""
 
-TOKEN_IDS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
+SPECIAL_IDS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
 DEFAULT_MFU = 0.4
 DATA_ROWS = 32  # read to learn how long documents are
 
@@ -166,7 +166,7 @@ def model_shape(config: RunConfig) -> tuple[Any, str]:
 
     from ..train.start import change_facts, coda_config, load_tokenizer_folder
 
-    model, no_ids = config.model, dict.fromkeys(TOKEN_IDS, 0)
+    model, no_ids = config.model, dict.fromkeys(SPECIAL_IDS, 0)
     if model.config is not None:
         if Path(model.tokenizer).is_dir():
             return coda_config(model.config, load_tokenizer_folder(model.tokenizer)), "model.config"
