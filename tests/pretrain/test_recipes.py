@@ -20,7 +20,7 @@ from coda_pretrain.train.trainer import Trainer
 from coda_pretrain.watch.metrics import read_rows
 from CoDALanguageModel import CoDALanguageModel
 
-from .conftest import autoregressive_folder
+from .conftest import FAST_XLA, autoregressive_folder
 
 SETTINGS = {
     "CODA_DATA_DIR": "/data dir",
@@ -181,10 +181,10 @@ def test_every_recipe_trains_on_its_mesh_scaled_down(repo, tmp_path, run_config,
     environment = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
     result = subprocess.run(
         [sys.executable, *launcher, str(program), *map(str, paths)],
-        env={**os.environ, **environment},
+        env={**os.environ, **FAST_XLA, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     for path in paths:
