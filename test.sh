@@ -20,7 +20,10 @@ case "${1:-}" in
         environment=newest
         venv=$repo/.venv-newest
         setup=(bash "$repo/setup_env.sh" --newest)
-        tests=(tests/model tests/eval tests/serving tests/doors)
+        # All but the rest: of folders that are named each conftest.py is loaded before the workers start. The judge of
+        # programs knows the standard library alone: tests/test_repository.py holds it to that.
+        tests=(tests --ignore=tests/{benchmarks,posttrain,pretrain,quickstart} --ignore-glob="tests/test_*.py"
+            --ignore=tests/eval/test_sandbox.py)
         ;;
     *)
         environment=tested

@@ -1,5 +1,6 @@
 """Fixtures that tests of several rooms use."""
 
+import gc
 import logging
 import os
 import signal
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+
+gc.disable()  # until all is imported: a fifth of that time
 
 LONGEST = (
     "test_resume",
@@ -23,6 +26,13 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the longest files, so that no worker is left alone with one of them at the end."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """Let collections look at what tests make alone, and not each time at the million of what was imported."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

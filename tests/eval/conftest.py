@@ -1,7 +1,8 @@
 """A tiny tokenizer, a tiny random CoDA folder, and a model that knows every answer."""
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils import collect_env
 from transformers import PreTrainedTokenizerFast
 
 import coda_eval.harness  # noqa: F401  registers the model
@@ -40,6 +42,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment_is_read_once() -> Iterator[None]:
+    """At the end of each evaluation lm-eval asks pip and others what is installed, in processes that take a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect_env, "get_pretty_env_info", functools.cache(collect_env.get_pretty_env_info))
+        yield
 
 
 @pytest.fixture(scope="session")

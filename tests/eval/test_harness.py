@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -411,22 +412,15 @@ def test_two_ranks_give_the_scores_and_answers_of_one_which_finds_them_again(mod
     (tmp_path / "quickstart_problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    environment = {
-        **os.environ,
-        "CODA_EVAL_DATA": str(tmp_path),
-        "ACCELERATE_USE_CPU": "true",
-        "USE_TORCH_XLA": "false",
-        "OMP_NUM_THREADS": "1",
-    }
-    outputs = []
-    for ranks in (1, 2):
-        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        output = tmp_path / f"{ranks}.json"
-        command = [sys.executable, *launcher, str(script), model_dir, str(output)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-        outputs.append(json.loads(output.read_text()))
-    one, two = outputs
+    monkeypatch.setenv("CODA_EVAL_DATA", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [str(script), model_dir, str(tmp_path / "1.json")])
+    runpy.run_path(str(script))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "USE_TORCH_XLA": "false", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(script), model_dir, str(tmp_path / "2.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2))
     assert (one["world"], two["world"]) == (1, 2)
     assert one["samples"] == two["samples"]
     assert all(count == 1 for rows in two["samples"].values() for _, _, count in rows)
@@ -439,7 +433,6 @@ def test_two_ranks_give_the_scores_and_answers_of_one_which_finds_them_again(mod
     problems = [row["task_id"] for lines in kept for row in map(json.loads, lines) if row.get("prompt", "")[:1] == "f"]
     assert sorted(problems) == ["p/0", "p/1", "p/2"]
     # One process goes on where two were: every answer is found, and none is made.
-    monkeypatch.setenv("CODA_EVAL_DATA", str(tmp_path))
     model = load(model_dir, batch_size=2, temperature=0.9, seed=5)
     monkeypatch.setattr(model, "_answered", lambda jobs: pytest.fail("an answer was made") if jobs else iter(()))
     journal = Journal(tmp_path / "2.json.whole", resume=True)

@@ -236,7 +236,8 @@ def drive(tmp_path: Path) -> Callable[..., None]:
         driver.write_text(DRIVER)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
         command = [sys.executable, *(launcher if num_processes > 1 else []), str(driver), json.dumps(runs)]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"} | (environment or {})
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", **FAST_XLA}
+        variables |= environment or {}
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-6000:]
 

@@ -36,18 +36,6 @@ ADAPTED = {"adapt_qwen25_coder_05b": "qwen2", "adapt_smollm2_135m": "llama"}
 DEVICES = {"v4_1024": 512, "v4_512": 256, "v5p_64": 32, "v5e_8": 8, "h100_8": 8}
 TPUS = ("v4_1024", "v4_512", "v5p_64", "v5e_8")
 
-TRAIN_ALL = """
-import os, sys
-from coda_pretrain.config import load_config
-from coda_pretrain.train.trainer import Trainer
-for path in sys.argv[1:]:
-    trainer = Trainer(load_config([path], []))
-    trainer.train()
-    trainer.close()
-sys.stderr.flush()
-os._exit(0)  # torch_xla may fail in its last moments
-"""
-
 
 def stage_config(repo, stage, hardware="cpu", *overrides):
     folder = repo / "pre-train" / "configs"
@@ -167,29 +155,20 @@ def scaled_down(repo, tmp_path, small, stage, machine):
     }
     plain["checkpoint"]["folder"] = None
     plain["hardware"]["compilation_cache"] = None
-    path = tmp_path / f"{stage}_{machine}.yaml"
-    path.write_text(yaml.safe_dump(plain))
-    return path
+    return plain
 
 
-@pytest.mark.parametrize(("stages", "machines"), [(STAGES, TPUS), (STAGES[:1], ("h100_8",)), (STAGES[1:], ("h100_8",))])
-def test_every_recipe_trains_on_its_mesh_scaled_down(repo, tmp_path, run_config, stages, machines):
-    paths = [scaled_down(repo, tmp_path, run_config, stage, machine) for stage in stages for machine in machines]
-    program = tmp_path / "train_all.py"
-    program.write_text(TRAIN_ALL)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if machines != TPUS else []
-    environment = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    result = subprocess.run(
-        [sys.executable, *launcher, str(program), *map(str, paths)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    for path in paths:
-        rows = read_rows(path.with_suffix("") / "metrics.jsonl")
-        assert [row["step"] for row in rows] == [1], path.stem
+@pytest.mark.parametrize("machines", [TPUS, ("h100_8",)], ids=["TPUs", "GPUs"])
+def test_every_recipe_trains_on_its_mesh_scaled_down(repo, tmp_path, run_config, drive, machines):
+    configs = [scaled_down(repo, tmp_path, run_config, stage, machine) for stage in STAGES for machine in machines]
+    runs = [{"config": config} for config in configs]
+    if machines == TPUS:
+        drive(runs, environment={"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"})
+    else:
+        drive(runs, num_processes=2)
+    for config in configs:
+        rows = read_rows(Path(config["output_dir"]) / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [1], config["output_dir"]
         assert all(math.isfinite(row["loss"]) and row["mfu"] > 0 for row in rows)
 
 

@@ -24,17 +24,20 @@ def trained_here(config):
     return losses_of(read_rows(trainer.output_dir / "metrics.jsonl"))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_two_processes_train_like_one_and_their_checkpoint_continues_in_one(
-    tmp_path, run_config, train_in_process, optimizer
-):
-    config = merge(run_config, {"optimizer": {"name": optimizer}, "checkpoint": {"every": 3}, "micro_batch_size": 4})
-    alone = trained_here({**config, "output_dir": str(tmp_path / "alone")})
-    rows = train_in_process({**config, "output_dir": str(tmp_path / "pair")}, num_processes=2)
-    assert losses_of(rows) == pytest.approx(alone, abs=1e-5)
+def test_two_processes_train_like_one_and_their_checkpoint_continues_in_one(tmp_path, run_config, drive):
+    config = merge(run_config, {"checkpoint": {"every": 3}, "micro_batch_size": 4})
+    pairs = [
+        merge(config, {"optimizer": {"name": name}, "output_dir": str(tmp_path / f"{name} in two")})
+        for name in ("adamw", "adafactor")
+    ]
+    drive([{"config": pair} for pair in pairs], num_processes=2)
     saved = Path("checkpoints") / "step-00000003"
-    shutil.copytree(tmp_path / "pair" / saved, tmp_path / "continued" / saved)
-    assert trained_here({**config, "output_dir": str(tmp_path / "continued")}) == pytest.approx(alone[3:], abs=1e-5)
+    for pair in pairs:
+        folder = Path(pair["output_dir"])
+        alone = trained_here({**pair, "output_dir": f"{folder} alone"})
+        assert losses_of(read_rows(folder / "metrics.jsonl")) == pytest.approx(alone, abs=1e-5)
+        shutil.copytree(folder / saved, Path(f"{folder} continued") / saved)
+        assert trained_here({**pair, "output_dir": f"{folder} continued"}) == pytest.approx(alone[3:], abs=1e-5)
 
 
 def test_weights_sharded_over_two_and_copied_over_two_train_like_one_process(tmp_path, run_config, train_in_process):

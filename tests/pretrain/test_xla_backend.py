@@ -1,10 +1,10 @@
 """torch_xla SPMD on virtual CPU devices: same losses as plain torch, same checkpoints, no surprise compilation.
 
-Each run is a process of its own: torch_xla must be set up before anything else starts torch's autograd engine.
+Runs are in processes of their own, one for each number of devices: torch_xla must be set up before anything else
+starts torch's autograd engine.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,20 +46,22 @@ def table(name):
 
 SPLASH = {"model": {"attn_implementation": "splash"}}
 MACHINES = {
-    "1x8x1": (8, {"hardware": xla(fsdp=8)}),
-    "2x2x2 scan remat": (
-        8,
-        {
+    8: {
+        "1x8x1": {"hardware": xla(fsdp=8)},
+        "2x2x2 scan remat": {
             "hardware": xla(2, 2, 2, layers="scan", remat=True, loss_chunk=48, **table("fsdp_tensor.yaml")),
             "model": {"attention_annealing_steps": 3},
         },
-    ),
-    "splash on one device": (1, {"hardware": xla(interpret_kernels=True), **SPLASH}),
-    "splash 1x2x2 scan remat": (
-        4,
-        {"hardware": xla(1, 2, 2, layers="scan", remat=True, interpret_kernels=True), **SPLASH},
-    ),
+    },
+    4: {
+        "splash 1x2x2 scan remat": {
+            "hardware": xla(1, 2, 2, layers="scan", remat=True, interpret_kernels=True),
+            **SPLASH,
+        },
+    },
+    1: {"splash": {"hardware": xla(interpret_kernels=True), **SPLASH}},
 }
+"""Runs by the number of devices that they share."""
 
 
 @pytest.fixture
@@ -68,41 +70,46 @@ def long_config(run_config):
     return merge(run_config, {"seq_len": 128, "model": {"config": {"head_dim": 128, "max_position_embeddings": 128}}})
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("devices", MACHINES)
 def test_every_mesh_and_kernel_trains_like_plain_torch_with_one_compilation(
-    tmp_path, long_config, train_in_process, machine
+    tmp_path, long_config, train_in_process, drive, devices
 ):
-    devices, settings = MACHINES[machine]
-    annealing = {} if machine.startswith("splash") else {"model": settings.get("model", {})}
-    plain = trained_here(merge(long_config, {"output_dir": str(tmp_path / "cpu"), **annealing}))
-    hardware = {"hardware": settings["hardware"]}  # replaces the CPU's
-    rows = train_in_process(
-        {**merge(long_config, {k: v for k, v in settings.items() if k != "hardware"}), **hardware},
-        environment=virtual_devices(devices),
-    )
-    assert losses_of(rows) == pytest.approx(plain, abs=1e-5)
-    # Under a rate, masks and spans that change with every step.
-    graphs = [1] * 3 + [2] * 3 if annealing.get("model") else [1] * 6  # attention that widens is another graph
-    assert [row["compile_count"] for row in rows] == graphs
+    plain, runs = {}, {}
+    for name, settings in MACHINES[devices].items():
+        annealing = {} if name.startswith("splash") else {"model": settings.get("model", {})}
+        plain[name] = trained_here(merge(long_config, {"output_dir": str(tmp_path / f"cpu {name}"), **annealing}))
+        changes = {k: v for k, v in settings.items() if k != "hardware"} | {"output_dir": str(tmp_path / name)}
+        runs[name] = {**merge(long_config, changes), "hardware": settings["hardware"]}  # replaces the CPU's
+    if devices == 1:
+        train_in_process(runs["splash"], environment=virtual_devices(devices))  # by the command line
+    else:
+        drive([{"config": config} for config in runs.values()], environment=virtual_devices(devices))
+    for name, config in runs.items():
+        rows = read_rows(Path(config["output_dir"]) / "metrics.jsonl")
+        assert losses_of(rows) == pytest.approx(plain[name], abs=1e-5), name
+        # Under a rate, masks and spans that change with every step.
+        is_annealed = "attention_annealing_steps" in config["model"]
+        graphs = [1] * 3 + [2] * 3 if is_annealed else [1] * 6  # attention that widens is another graph
+        assert [row["compile_count"] for row in rows] == graphs, name
 
 
-def test_accumulation_is_two_graphs_and_other_machines_continue_its_checkpoint(tmp_path, run_config, train_in_process):
+def test_accumulation_is_two_graphs_and_other_machines_continue_its_checkpoint(tmp_path, run_config, drive):
     config = merge(run_config, {"optimizer": {"name": "adafactor", "ema_decay": 0.9}, "checkpoint": {"every": 3}})
     plain = trained_here({**config, "output_dir": str(tmp_path / "cpu")})
     slices = {"hardware": {**xla(fsdp=2), "dcn_mesh": {"data": 2}}, "micro_batch_size": 4}
     square = {**config, "output_dir": str(tmp_path / "square"), **slices}
-    rows = train_in_process(square, environment=virtual_devices(4))
-    assert losses_of(rows) == pytest.approx(plain, abs=1e-5)
-    assert [row["compile_count"] for row in rows] == [2] * 6
+    saved = tmp_path / "square" / "checkpoints" / "step-00000003"
 
     def continued(name, **changes):
-        saved = Path("checkpoints") / "step-00000003"
-        shutil.copytree(tmp_path / "square" / saved, tmp_path / name / saved)
-        return {**config, "output_dir": str(tmp_path / name), **changes}
+        return {**config, "output_dir": str(tmp_path / name), "checkpoint": {"resume": str(saved)}, **changes}
 
-    assert trained_here(continued("plain")) == pytest.approx(plain[3:], abs=1e-5)
     line = continued("line", hardware=xla(fsdp=2, tensor=2))
-    assert losses_of(train_in_process(line, environment=virtual_devices(4))) == pytest.approx(plain[3:], abs=1e-5)
+    drive([{"config": square}, {"config": line}], environment=virtual_devices(4))
+    rows = read_rows(tmp_path / "square" / "metrics.jsonl")
+    assert losses_of(rows) == pytest.approx(plain, abs=1e-5)
+    assert [row["compile_count"] for row in rows] == [2] * 6
+    assert losses_of(read_rows(tmp_path / "line" / "metrics.jsonl")) == pytest.approx(plain[3:], abs=1e-5)
+    assert trained_here(continued("plain")) == pytest.approx(plain[3:], abs=1e-5)
 
 
 def test_offloading_is_refused_on_virtual_devices(tmp_path, run_config):

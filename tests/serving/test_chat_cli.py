@@ -513,9 +513,11 @@ class Terminal:
 
 def test_at_a_terminal_a_paste_is_one_message_and_ctrl_c_ends_an_answer_and_not_the_client(serving_fakes, tmp_path):
     def script(request):
-        return b"x" * 32 if b"slow" in bytes(request.prompt_ids) else b"<" + bytes(request.prompt_ids[-4:]) + b">"
+        is_slow = b"slow" in bytes(request.prompt_ids)
+        sampler.step_s = 0.2 if is_slow else 0.0  # so that Ctrl-C comes before the end
+        return b"x" * 32 if is_slow else b"<" + bytes(request.prompt_ids[-4:]) + b">"
 
-    sampler = serving_fakes.FakeSampler(script=script, step_s=0.2)  # so that Ctrl-C comes before the end
+    sampler = serving_fakes.FakeSampler(script=script)
     with serving_fakes.served(serving_fakes.make_app(sampler)) as url:
         terminal = Terminal(tmp_path, "--base-url", url, "--stream", NO_COLOR="1")
         terminal.until(b"/help lists the commands")
