@@ -1,6 +1,7 @@
 """Facts of the open loop: rows that come and go at any step get what they get alone, and cost nothing once they end."""
 
 import random
+import tracemalloc
 
 import pytest
 import torch
@@ -278,3 +279,14 @@ def test_what_cannot_be_decoded_is_refused_and_changes_nothing(model, ids, setti
     with pytest.raises(ValueError, match=message):
         decoding.admit(Request(ids=ids, settings=DiffusionGenerationConfig(**{"max_new_tokens": 8, **settings})))
     assert decoding.rows == []
+
+
+def test_an_answer_that_no_context_holds_is_refused_before_there_is_room_for_it(model):
+    settings = DiffusionGenerationConfig(max_new_tokens=10**6)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="max_new_tokens=1000000 do not fit in the context of 128 tokens"):
+            Decoding(model).admit(Request(ids=[1], settings=settings))
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
