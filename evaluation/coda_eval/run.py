@@ -120,6 +120,8 @@ def read_config(args: argparse.Namespace) -> EvaluatorConfig:
     config.model = AUTOREGRESSIVE.get(config.model, config.model)
     config.gen_kwargs = with_one_length(config.gen_kwargs)
     refuse_caches(config)
+    if config.limit is not None and not config.limit > 0:
+        raise UserError(f"--limit must be above 0 (documents, or below 1 a share of them), got {config.limit:g}")
     if not repeats:
         repeats, config.samples = read_repeats(config.samples)  # of a --config file
     config.samples = repeats or config.samples
@@ -350,10 +352,10 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str], dict[s
         lm-eval's index of tasks, the tasks and groups to run by name or file, and the versions of the tasks.
 
     Raises:
-        UserError: a task is unknown, or cannot be run; every such task is named with its reason.
+        UserError: there is none, or one is unknown or cannot be run; every such task is named with its reason.
     """
     tasks = [config.tasks] if isinstance(config.tasks, str) else config.tasks
-    given = [name for task in tasks for name in task.split(",")]
+    given = [name for task in tasks for name in task.split(",") if name]
     # lm-eval's own thousands of files take seconds to index: they are looked at only where a task is not ours.
     manager = TaskManager(include_path=config.include_path, include_defaults=False, metadata=config.metadata)
     if not all(name in manager.all_tasks for name in given):
@@ -361,6 +363,8 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str], dict[s
     if isinstance(config.samples, int):
         set_repeats(manager, config.samples)
     names = dict.fromkeys(name for task in given for name in (manager.match_tasks([task]) or _files(task)))
+    if not names:
+        raise UserError("--tasks names no task, so that nothing would be run (`ls tasks` lists them)")
     fills_gaps = config.model in OURS or getattr(get_model(config.model), "fills_gaps", False)
     reasons, versions = {}, {}
     for name in names:

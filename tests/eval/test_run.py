@@ -122,6 +122,20 @@ def test_bad_problem_rows_are_refused_before_the_model_is_loaded(evaluation, stu
     assert stub.built == 0
 
 
+@pytest.mark.parametrize("tasks", ["", ","])
+def test_a_command_without_a_task_is_refused(evaluation, stub, data_dir, tasks):
+    assert "--tasks names no task" in evaluation(tasks=tasks)
+    assert stub.built == 0
+
+
+@pytest.mark.parametrize("limit", ["0", "-3", "nan"])
+def test_a_limit_that_leaves_nothing_is_refused_before_the_model_is_loaded(evaluation, stub, data_dir, limit):
+    assert f"--limit must be above 0 (documents, or below 1 a share of them), got {limit}" in evaluation(
+        "--limit", limit
+    )
+    assert stub.built == 0
+
+
 def test_every_task_that_cannot_be_run_is_named_before_the_model_is_loaded(evaluation, stub, data_dir):
     write_rows(data_dir, {**ROW, "timeout_s": -1})
     said = evaluation("--model_args", "x=1", tasks="quickstart_problems quickstart_infill coda_humaneval")
