@@ -317,6 +317,7 @@ def replacing(output: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         UserError: `output` is a file, or a non-empty folder without `overwrite`; or the disk is full.
     """
+    output = Path(os.path.abspath(output))  # "." has no name
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir must be a folder, got the file {str(output)!r}")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -423,6 +424,11 @@ def convert(
     Raises:
         UserError: what the caller can mend, with the name of the setting.
     """
+    for name, path in (("checkpoint_dir", checkpoint_dir), ("tokenizer", tokenizer_dir)):
+        if path is not None and Path(output_dir).resolve() in Path(path).resolve().parents:
+            raise UserError(
+                f"--output_dir {output_dir!r} holds --{name} {path!r}, and would take its place: give another"
+            )
     with replacing(Path(output_dir), overwrite=overwrite) as folder:
         source_dir, gguf = find_checkpoint(checkpoint_dir)
         if tokenizer_dir is not None and not Path(tokenizer_dir).is_dir():

@@ -152,6 +152,8 @@ class CoDAConfig(PreTrainedConfig):
         """Refuse shapes, blocks and ids that cannot hold."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "head_dim")
         for name in (*sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            if not isinstance(getattr(self, name), int):
+                raise UserError(f"{name} must be an integer, got {getattr(self, name)!r}")
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -159,14 +161,15 @@ class CoDAConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads, "
                 f"got {self.num_key_value_heads}"
             )
-        if not 0 < self.num_token_ids <= self.vocab_size:
+        if not isinstance(self.num_token_ids, int) or not 0 < self.num_token_ids <= self.vocab_size:
             raise UserError(f"num_token_ids must be in [1, vocab_size={self.vocab_size}], got {self.num_token_ids}")
         self._check_blocks()
         named = [("mask_token_id", self.mask_token_id), ("pad_token_id", self.pad_token_id)]
         named += [("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in token_ids(self.eos_token_id))]
         for name, token_id in named:
             is_missing = token_id is None and name == "mask_token_id"
-            if is_missing or (token_id is not None and not 0 <= token_id < self.vocab_size):
+            is_id = isinstance(token_id, int) and 0 <= token_id < self.vocab_size
+            if is_missing or (token_id is not None and not is_id):
                 raise UserError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id}")
 
     def _check_blocks(self) -> None:

@@ -500,7 +500,7 @@ class DecodingSettings:
 
 
 def parse_settings(pairs: list[str], door: str = "shell") -> dict[str, Any]:
-    """Decoding settings from `key=value` words; values are JSON, or text where they are not.
+    """Decoding settings from `key=value` words; values are JSON, or text where they are not or the setting is one.
 
     Raises:
         UserError: a word has no value, or names no setting of the door.
@@ -511,8 +511,10 @@ def parse_settings(pairs: list[str], door: str = "shell") -> dict[str, Any]:
         if not sign:
             raise UserError(f"settings are given as key=value, got {pair!r}")
         refuse_unknown([key], door)
+        text = SETTINGS[key].read(value)
         try:
-            settings[key] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[key] = SETTINGS[key].read(value)
+            parsed = json.loads(value)
+        except ValueError:  # also of an integer of thousands of digits
+            parsed = text
+        settings[key] = text if SETTINGS[key].kind is str and not isinstance(parsed, str) else parsed
     return settings

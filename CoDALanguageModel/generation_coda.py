@@ -8,12 +8,13 @@ tokenise).
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.utils import ModelOutput
+from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput
 
 from .configuration_coda import token_ids
 from .constraints import Lexicon, constraint_of
@@ -24,6 +25,7 @@ from .errors import UserError
 from .generation_config_coda import DiffusionGenerationConfig
 from .infilling import InfillOutput, infill
 from .row import NOTHING_TO_FILL, Request, Row, complete
+from .run_files import read_json
 from .streamers import Feed, Streamer, wants_guesses
 
 StepCallback = Callable[[Tensor, int], bool | None]
@@ -65,13 +67,20 @@ class DiffusionGenerationMixin(GenerationMixin):
     """
 
     def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, path, *args, **kwargs) -> None:
-        """Load `generation_config.json` as our settings; called by transformers at the end of `from_pretrained`."""
+        """Load `generation_config.json` as our settings; called by transformers at the end of `from_pretrained`.
+
+        Raises:
+            UserError: it is broken, or holds what is no setting of ours.
+        """
         if generation_config is not None:
             self.generation_config = DiffusionGenerationConfig.of(generation_config)
             return
         if path is None:  # the weights were given: there is no folder
             self.generation_config = DiffusionGenerationConfig()
             return
+        file = Path(path, kwargs.get("subfolder") or "", GENERATION_CONFIG_NAME)
+        if file.is_file():
+            read_json(file)  # a broken one would be taken below for one that is not there
         names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
         hub_arguments = {name: kwargs[name] for name in names if name in kwargs}
         try:
@@ -204,10 +213,10 @@ class DiffusionGenerationMixin(GenerationMixin):
         streamer: Streamer | None,
     ) -> Tensor | DiffusionGenerationOutput:
         """Decode rows of one width to the end and put them together again."""
-        new = inputs.new_full((len(inputs), config.max_new_tokens), config.mask_token_id)
-        canvas = torch.cat([inputs, new], dim=1)
         # A row without masks is what it will be.
         rows = [decoding.admit(request) if config.max_new_tokens or _has_gap(request) else None for request in requests]
+        new = inputs.new_full((len(inputs), config.max_new_tokens), config.mask_token_id)
+        canvas = torch.cat([inputs, new], dim=1)
         place = {row: i for i, row in enumerate(rows) if row is not None}
         feed = None if streamer is None else Feed(streamer, requests[0], rows[0])
         history: list[Tensor] = []

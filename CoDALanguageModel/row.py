@@ -173,6 +173,8 @@ class Row:
         if not isinstance(self.seed, int):
             raise UserError(f"seed must be one integer for one row, got {self.seed!r}")
         self.prompt_length = len(request.ids)
+        if config.max_new_tokens > model.max_position_embeddings:  # before there is a list of so many
+            raise self._too_long(self.prompt_length)
         self.ids: list[int] = [*request.ids, *[config.mask_token_id] * config.max_new_tokens]
         self.attention_mask = [*(request.attention_mask or [1] * self.prompt_length), *[1] * config.max_new_tokens]
         self.width = len(self.ids)
@@ -272,10 +274,7 @@ class Row:
         if self.request.forced is not None and len(self.request.forced) != self.width:
             raise UserError(f"forced must hold one token per column ({self.width}), got {len(self.request.forced)}")
         if self.num_real > model.max_position_embeddings:
-            raise UserError(
-                f"the prompt of {longest} tokens and max_new_tokens={config.max_new_tokens} do not fit in the context "
-                f"of {model.max_position_embeddings} tokens"
-            )
+            raise self._too_long(longest)
         if self.facts["source"][self.gaps[0]] < 0:
             raise UserError(
                 f"row {self.number} starts with a mask, which nothing scores: each token is scored by the one before "
@@ -291,6 +290,12 @@ class Row:
                     f"the gap: all text must stand before token {behind}, where the gap's block of block_size="
                     f"{model.block_size} ends, or the model must have attention 'full'"
                 )
+
+    def _too_long(self, prompt: int) -> UserError:
+        return UserError(
+            f"the prompt of {prompt} tokens and max_new_tokens={self.config.max_new_tokens} do not fit in the context "
+            f"of {self.model_config.max_position_embeddings} tokens"
+        )
 
     def _constrain(self) -> None:
         """Lay out what the constraint covers: all from the first gap to the last."""

@@ -3,6 +3,7 @@
 Both trainers write `metrics.jsonl` in this way, and whoever draws or continues a run reads it.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -47,6 +48,32 @@ def arriving(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[int]:
+    """Keep a run's folder from other runs while the block lasts.
+
+    Yields:
+        A descriptor. A program that inherits it keeps the folder as well, also where this process is killed.
+
+    Raises:
+        UserError: another run has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run writes to {folder}, or a process of one that was killed: wait for it, end it, or choose "
+                "another folder"
+            ) from error
+        except OSError as error:  # a file system without locks
+            logger.warning("that no other run writes to %s is not known: %s", folder, error)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(target: Path, text: str) -> None:

@@ -23,14 +23,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer folder that was cloned without its large files.
+    """Refuse a tokenizer folder that was cloned without its large files, or whose small ones are broken.
 
     Raises:
-        UserError: a file is a Git LFS pointer.
+        UserError: a file is a Git LFS pointer, or a configuration is no JSON object.
     """
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             refuse_pointer(folder / name)
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
 
 
 def read_tokenizer(folder: str | Path) -> Any:
@@ -91,7 +94,7 @@ def weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             refuse_pointer(index)
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise UserError(f"{str(index)!r} has no weight_map: download it again")
             return [folder / file for file in sorted(set(weight_map.values()))]
     return []

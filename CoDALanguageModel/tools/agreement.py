@@ -39,26 +39,31 @@ def token_agreement(a: list[int], b: list[int]) -> float:
     return sum(x == y for x, y in zip(a, b, strict=False)) / longest if longest else 1.0
 
 
-def compare(model: Any, prompts: list[list[int]], settings: dict[str, Any]) -> list[dict[str, float]]:
+def compare(
+    model: Any, prompts: list[list[int]], settings: dict[str, Any], tokenizer: Any = None
+) -> list[dict[str, float]]:
     """Decode each prompt in the exact regime and with `settings`.
 
     Args:
         model: a `CoDALanguageModel`.
         prompts: token ids.
-        settings: decoding settings; those of another regime than the exact one are left out of the exact run.
+        settings: decoding settings; those of another regime than the exact one are left out of the exact run, also
+            where the model's own generation config has them.
+        tokenizer: of the model; needed where the settings or its generation config have stop strings or a shape.
 
     Returns:
         For each prompt `agreement` in [0, 1], `edit_distance` in tokens, `forwards`, `exact_forwards`,
         `tokens_evaluated`, `exact_tokens_evaluated`, `time_s` and `exact_time_s`.
     """
-    exact = {key: value for key, value in settings.items() if SETTINGS[key].regime == "exact"}
+    exact = {key: setting.default for key, setting in SETTINGS.items() if setting.regime != "exact"}
+    exact |= {key: value for key, value in settings.items() if SETTINGS[key].regime == "exact"}
     results = []
     for prompt in track(prompts, description="comparing", console=Console(stderr=True), transient=True):
         answers, outputs, times = [], [], []
         for chosen in (exact, settings):
             start = time.perf_counter()
             inputs = torch.tensor([prompt])
-            output = model.diffusion_generate(inputs, return_dict_in_generate=True, **chosen)
+            output = model.diffusion_generate(inputs, tokenizer=tokenizer, return_dict_in_generate=True, **chosen)
             times.append(time.perf_counter() - start)
             new = output.sequences[0, len(prompt) :].tolist()
             while new and new[-1] == model.config.pad_token_id:
@@ -101,11 +106,15 @@ def read_prompts(path: Path, tokenizer: Any, *, chat: bool) -> list[list[int]]:
     """Prompts from a file: JSON lines with `prompt`, or one text per line.
 
     Raises:
-        UserError: the file holds no prompt, or a JSON line has none.
+        UserError: the file holds no prompt, or a JSON line has none, or it is not UTF-8.
     """
     prompts, codec = [], Codec(tokenizer)
-    for line in filter(str.strip, path.read_text().splitlines()):
-        text = line
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    for line in filter(str.strip, content.split("\n")):  # JSON and texts may hold other line ends of Unicode
+        text = line.removesuffix("\r")
         if path.suffix == ".jsonl":
             try:
                 row = json.loads(line)
@@ -115,6 +124,8 @@ def read_prompts(path: Path, tokenizer: Any, *, chat: bool) -> list[list[int]]:
                 got = ", ".join(row) if isinstance(row, dict) else type(row).__name__
                 raise UserError(f"each line of {path} must have the key 'prompt', got {got}")
             text = row["prompt"]
+            if not isinstance(text, str):
+                raise UserError(f"each line of {path} must have a text as 'prompt', got {text!r:.80}")
         prompts.append(codec.encode_chat([{"role": "user", "content": text}]) if chat else codec.encode_text(text))
     if not prompts:
         raise UserError(f"{path} holds no prompt")
@@ -134,7 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         settings = parse_settings(options.regime)
         tokenizer, model = load(options.model, dtype=options.dtype)
-        summary = summarise(compare(model, read_prompts(options.prompts, tokenizer, chat=options.chat), settings))
+        prompts = read_prompts(options.prompts, tokenizer, chat=options.chat)
+        summary = summarise(compare(model, prompts, settings, tokenizer))
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     console = Console()

@@ -32,7 +32,17 @@ def build_canvas(options: argparse.Namespace, codec: Codec, model: Any) -> tuple
     """The ids to decode from, and the pieces of a text with gaps; a prompt is a text without."""
     start = model.config.document_start_id
     if options.infill is not None:
-        pieces, lengths = read_gaps(options.infill.read_bytes().decode(), options.gap_length)
+        try:
+            text = options.infill.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"--infill {options.infill} is not UTF-8: {error.reason} at byte {error.start}") from error
+        if options.gap_length < 1:
+            raise UserError(f"--gap_length must be an integer >= 1, got {options.gap_length}")
+        pieces, lengths = read_gaps(text, options.gap_length)
+        if sum(lengths) > model.config.max_position_embeddings:
+            raise UserError(
+                f"gaps of {sum(lengths)} tokens do not fit in the context of {model.config.max_position_embeddings}"
+            )
         return lay_out(codec.encode_pieces(pieces), lengths, model.config.mask_token_id, start), pieces
     if options.raw or not codec.has_chat_template:
         return lay_out([codec.encode_text(options.prompt)], [], model.config.mask_token_id, start), []
@@ -90,7 +100,7 @@ def run(options: argparse.Namespace, settings: dict[str, Any], tokenizer: Any, m
     if pieces:
         settings["max_new_tokens"] = 0
     ends = end_ids(model.config, config)
-    new = settings.get("max_new_tokens", config.max_new_tokens)
+    new = min(config.max_new_tokens if not pieces else 0, model.config.max_position_embeddings)  # more is refused
     first = list(ids) + [model.config.mask_token_id] * new
     recording = Recording(codec, first, model.config.mask_token_id, set(ends))
     console = Console(stderr=True)
@@ -119,6 +129,7 @@ def run(options: argparse.Namespace, settings: dict[str, Any], tokenizer: Any, m
                 mask_token_id=model.config.mask_token_id,
                 eos_token_ids=ends,
                 prompt_ids=final[: where.start],
+                stop=config.stop_strings or (),
             )
             .read(final[where])
             .text

@@ -118,18 +118,21 @@ class AutoregressiveModel(HostedLM):
         if is_gap and self.backend != "causal":
             raise UserError(f"{place(request)}: only decoder models fill gaps, not {self.backend}")
         heals = text[-1:].isspace() and self.think_end_token is None and not self._ends_header(text)
-        if self.backend != "causal" or not (is_gap or heals):
+        if self.backend != "causal":
             return _Prompt(index, asked, None, "", given, frozenset())
         if is_gap:
             ids, tail, given_up = self._gap_ids(request.doc), "", 0
         else:
-            ids, tail = self._healed(text)
-            given_up = self.tok_batch_encode([text])[0].shape[1] - len(ids)
+            whole = self.tok_batch_encode([text])[0][0].tolist()
+            ids, tail = self._healed(text) if heals else (whole, "")
+            given_up = len(whole) - len(ids)
         if len(ids) + len(tail) + settings["max_gen_toks"] > self.max_length:
             raise UserError(
                 f"{place(request)}: {len(ids)} tokens of prompt and max_gen_toks={settings['max_gen_toks']} "
                 f"exceed the context of {self.max_length} tokens; set --gen_kwargs max_gen_toks=N to a smaller number"
             )
+        if not (is_gap or heals):
+            return _Prompt(index, asked, None, "", given, frozenset())
         ends = self._fill_ends if is_gap else frozenset(self._end_ids())
         return _Prompt(index, asked, ids, tail, settings, ends, given_up)
 
@@ -262,8 +265,10 @@ class AutoregressiveModel(HostedLM):
             row = row[: new_tokens + prompt.given_up]  # whatever room its company needs
             length = next((at for at, token in enumerate(row) if token in ends), len(row))
             text = self.decode(row[:length])
-            answer = Answer(postprocess_generated_text(text[len(prompt.tail) :], until, None))
+            text = text[len(prompt.tail) :]
+            answer = Answer(postprocess_generated_text(text, until, None))
             answer.new_tokens = length
+            answer.finish_reason = "stop" if length < len(row) or len(answer) < len(text) else "length"
             answers.append(answer)
         return answers
 

@@ -27,7 +27,7 @@ Key = tuple[str, str, int]
 """What an answer is known by: task, document (its id as JSON, since 1 and "1" may be two) and repeat."""
 
 RESULTS = frozenset(
-    "task metric filter score n stderr wilson95 bootstrap95 likelihood_stderr timeouts outcomes cost forwards "
+    "task metric filter score n stderr wilson95 bootstrap95 likelihood_stderr timeouts outcomes cut cost forwards "
     "tokens_per_forward judging_s seconds file".split()
 )
 """Facts of a score card that are what came out."""

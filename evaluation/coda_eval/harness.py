@@ -25,6 +25,7 @@ from coda_eval import session
 from coda_eval.hosted import Begins, ChatPrompt, HostedLM, Nats, known, place, without_space
 from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
+from coda_eval.run import LENGTHS
 from coda_eval.session import Asked
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.answers import TEXT, AnswerReader, end_ids
@@ -44,8 +45,6 @@ LOADER_SETTINGS = frozenset({"attn_implementation", "device_map", "load_in_4bit"
 
 _NOT_OF_ANSWERS = ("seed", "num_return_sequences", "output_history", "output_scores", "return_dict_in_generate")
 """Settings that no answer depends on here; each has its own seed."""
-
-_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 def generation_settings() -> set[str]:
@@ -109,6 +108,7 @@ class _Running:
         spent = dataclasses.replace(self.row.spent(), answer_tokens=reading.num_tokens)
         answer.forwards, answer.cost = spent.forwards, spent.as_dict()
         answer.seed = self.job.seed
+        answer.finish_reason = reading.finish_reason if self.job.gap is None else None
         if self.job.rivals:  # the rule of `CoDALanguageModel.infilling`: the mean over all that was filled in
             answer.nats = float(self.row.log_probability[self.job.gap].mean())
         return answer
@@ -362,13 +362,13 @@ class CoDAEvalModel(HostedLM):
     def _settings(self, given: dict[str, Any], place: str) -> tuple[dict[str, Any], list[str]]:
         """Resolve one request's settings: model_args over the request's own; stop strings apart."""
         until = given.pop("until", None) or []
-        lengths = [given.pop(name) for name in _LENGTH_NAMES if name in given]
+        lengths = [given.pop(name) for name in LENGTHS if name in given]
         if "seed" in given:
             raise UserError(f"seed cannot be set in {place}: --seed or the seed of model_args is for all tasks")
-        refuse_unknown(given, generation_settings() | {"until", *_LENGTH_NAMES}, place)
+        refuse_unknown(given, generation_settings() | {"until", *LENGTHS}, place)
         given = {name: SETTINGS[name].read(value) for name, value in given.items()}
         if lengths:
-            given["max_new_tokens"] = int(lengths[0])
+            given["max_new_tokens"] = SETTINGS["max_new_tokens"].checked(lengths[0])
         if given.get("do_sample") is False and given.get("temperature"):
             if "temperature" not in self.fixed_settings:
                 logger.warning("do_sample is false: temperature %s is not used", given["temperature"])

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from CoDALanguageModel.answers import end_ids
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.run_files import refuse_no_model
+from CoDALanguageModel.weight_files import check_tokenizer, refuse_not_finite
 
 
 class ChatPrompt(str):
@@ -65,7 +67,8 @@ class HostedLM(HFLM):
     """lm-eval's Hugging Face model, which knows its rank also without GPUs and has no cache but the journal.
 
     Raises:
-        UserError: `pretrained` is not a path or a model, or the processes do not see each other.
+        UserError: `pretrained` is not a path or a model, its weights are not finite, or the processes do not see each
+            other.
     """
 
     codec: Codec
@@ -84,9 +87,12 @@ class HostedLM(HFLM):
             )
         if isinstance(pretrained, str):
             refuse_no_model(pretrained, bare=True)
+            check_tokenizer(Path(pretrained))
         super().__init__(pretrained=pretrained, **kwargs)
         if kwargs.get("tp_plan") is not None:
             return  # the ranks hold one model together and do the same work
+        if isinstance(pretrained, str):
+            refuse_not_finite(self.model.named_parameters(), f"pretrained={pretrained!r}")
         accelerator = getattr(self, "accelerator", None)
         if (
             accelerator is not None and accelerator.num_processes > 1
@@ -251,7 +257,7 @@ def place(request: Instance) -> str:
 
 def known(answer: str) -> dict[str, Any]:
     """What the journal keeps of an answer."""
-    return {"answer": str(answer), **Answer.cost_of(answer)}
+    return {"answer": str(answer), "finish_reason": getattr(answer, "finish_reason", None), **Answer.cost_of(answer)}
 
 
 def known_likelihood(value: Any) -> dict[str, Any]:

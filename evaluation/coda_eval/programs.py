@@ -56,6 +56,10 @@ class Answer(str):
     nats: float | None = None
     """Mean log-probability of the tokens of a gap when they were filled in, where several lengths are tried."""
 
+    finish_reason: str | None = None
+    """`length` where nothing ended the answer before the longest that was allowed, so that it may have been cut; else
+    `stop`. None where that is not known, and of a gap that is filled in place, which has a length and no end."""
+
     surplus: bool = False
     """True for the repeats that lm-eval adds to give every rank the same number of requests; never scored."""
 
@@ -70,6 +74,7 @@ class Answer(str):
         answer = cls(line["answer"])
         for name in ("new_tokens", "forwards", "generation_s", "cost", "seed"):
             setattr(answer, name, line[name])
+        answer.finish_reason = line.get("finish_reason")  # journals of before do not say it
         return answer
 
 

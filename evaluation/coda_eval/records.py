@@ -57,6 +57,9 @@ class Record:
     cost: dict[str, float] | None
     """`DecodingCost` of the answer's row, and `generation_s`: its part of the time of each step."""
 
+    finish_reason: str | None = None
+    """`stop`; or `length`: nothing ended the answer before its longest, and it may have been cut."""
+
     likelihoods: list[list[float | None]] | None = None
     """[nats, standard error] of each choice; the error is None where it is not known."""
 

@@ -89,6 +89,7 @@ def _cards_of(path: Path, folder: Path) -> list[dict[str, Any]]:
                     "bootstrap95": of_task.get("bootstrap95", {}).get(key),
                     "likelihood_stderr": of_task.get("likelihood_stderr"),
                     **{detail: metrics.get(f"{detail},{stage}") for detail in DETAILS},
+                    "cut": num_cut(records[task]),
                     "cost": cost or None,
                     "forwards": cost.get("forwards"),
                     "tokens_per_forward": per_forward and round(per_forward, 4),
@@ -97,6 +98,12 @@ def _cards_of(path: Path, folder: Path) -> list[dict[str, Any]]:
                 }
             )
     return cards
+
+
+def num_cut(records: Sequence[Record]) -> int | None:
+    """Answers that may have been cut, as nothing ended them before their longest; None where none says it."""
+    reasons = [record.finish_reason for record in records]
+    return reasons.count("length") if any(reasons) else None
 
 
 def _cost_of(records: Sequence[Record]) -> dict[str, float]:

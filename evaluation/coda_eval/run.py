@@ -20,6 +20,7 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from coda_eval.data import DATA_VARIABLE, problem
 from coda_eval.journal import COMMAND, FILES, Journal, code_version, digest, hash_tokenizer, hash_weights
 from coda_eval.programs import PROGRAMS, SCORES_ALL, Answer, Judged, Overlap, ks_of, score_programs
 from coda_eval.records import Record, write_records
-from coda_eval.report import write_scores
+from coda_eval.report import num_cut, write_scores
 from CoDALanguageModel.decoding_settings import offered
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import bootstrap_interval
@@ -79,6 +80,9 @@ _ASKED = ("tasks", "data", "versions", "identity", "generation_config", "chat_te
 
 NO_SEEDS = (None, None, None, None)
 
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names of the length of an answer in the order in which one goes before another; tasks have the first one."""
+
 
 def run(args: argparse.Namespace) -> None:
     """Check the command, load the model, then run the tasks one by one.
@@ -105,7 +109,7 @@ def read_config(args: argparse.Namespace) -> EvaluatorConfig:
     """What lm-eval's arguments of `run` ask for.
 
     Raises:
-        UserError: it is refused, by lm-eval or by `refuse_caches`.
+        UserError: it is refused, by lm-eval, by `refuse_caches` or by `with_one_length`.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as lm-eval's own command
     repeats, args.samples = read_repeats(args.samples)  # lm-eval would not have it beside --limit
@@ -114,11 +118,30 @@ def read_config(args: argparse.Namespace) -> EvaluatorConfig:
     except ValueError as error:  # lm-eval's own checks
         raise UserError(str(error)) from error
     config.model = AUTOREGRESSIVE.get(config.model, config.model)
+    config.gen_kwargs = with_one_length(config.gen_kwargs)
     refuse_caches(config)
+    if config.limit is not None and not config.limit > 0:
+        raise UserError(f"--limit must be above 0 (documents, or below 1 a share of them), got {config.limit:g}")
     if not repeats:
         repeats, config.samples = read_repeats(config.samples)  # of a --config file
     config.samples = repeats or config.samples
     return config
+
+
+def with_one_length(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`--gen_kwargs` with the length of answers by the name that goes before the one of any task.
+
+    Raises:
+        UserError: two names of it have different values.
+    """
+    settings = settings or {}
+    given = {name: settings[name] for name in LENGTHS if name in settings}
+    if len(set(map(str, given.values()))) > 1:
+        raise UserError(
+            f"--gen_kwargs: {' and '.join(given)} are the same setting, got {', '.join(map(str, given.values()))}"
+        )
+    others = {name: value for name, value in settings.items() if name not in given}
+    return others | ({LENGTHS[0]: next(iter(given.values()))} if given else {})
 
 
 def load_model(config: EvaluatorConfig) -> LM:
@@ -329,10 +352,10 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str], dict[s
         lm-eval's index of tasks, the tasks and groups to run by name or file, and the versions of the tasks.
 
     Raises:
-        UserError: a task is unknown, or cannot be run; every such task is named with its reason.
+        UserError: there is none, or one is unknown or cannot be run; every such task is named with its reason.
     """
     tasks = [config.tasks] if isinstance(config.tasks, str) else config.tasks
-    given = [name for task in tasks for name in task.split(",")]
+    given = [name for task in tasks for name in task.split(",") if name]
     # lm-eval's own thousands of files take seconds to index: they are looked at only where a task is not ours.
     manager = TaskManager(include_path=config.include_path, include_defaults=False, metadata=config.metadata)
     if not all(name in manager.all_tasks for name in given):
@@ -340,6 +363,8 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str], dict[s
     if isinstance(config.samples, int):
         set_repeats(manager, config.samples)
     names = dict.fromkeys(name for task in given for name in (manager.match_tasks([task]) or _files(task)))
+    if not names:
+        raise UserError("--tasks names no task, so that nothing would be run (`ls tasks` lists them)")
     fills_gaps = config.model in OURS or getattr(get_model(config.model), "fills_gaps", False)
     reasons, versions = {}, {}
     for name in names:
@@ -480,7 +505,14 @@ def run_task(config: EvaluatorConfig, manager: TaskManager, name: str, model: LM
         print(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
     folder = _folder_of(Path(config.output_path)) if config.output_path else None
     if folder:
-        write_records(folder, [r for task, of_task in samples.items() for r in records_of(task, of_task)])
+        records = {task: list(records_of(task, of_task)) for task, of_task in samples.items()}
+        write_records(folder, list(chain.from_iterable(records.values())))
+        for task, of_task in records.items():
+            if cut := num_cut(of_task):
+                said = (
+                    "%s: %d of %d answers are as long as they could be, and may have been cut; more tokens let them end"
+                )
+                logger.warning(said, task, cut, len(of_task))
         results["coda_eval"] = card_facts(results, samples, facts)
     _write(config, tracker, results, samples)  # lm-eval changes the samples
     if folder:
@@ -658,4 +690,5 @@ def _records_of_document(task: str, sample: dict[str, Any]) -> Iterable[Record]:
         cost = None if spent["cost"] is None else {**spent["cost"], "generation_s": spent["generation_s"]}
         facts |= {"new_tokens": spent["new_tokens"], "forwards": spent["forwards"], "cost": cost}
         facts |= {"seed": getattr(answer, "seed", None), "answer": str(answer), "prompt": prompt, "repeat": repeat}
+        facts["finish_reason"] = getattr(answer, "finish_reason", None)
         yield Record(**facts | where)

@@ -50,10 +50,19 @@ run_tasks() {
   local dtype="${DTYPE:-$([[ $gpus -gt 0 ]] && echo bfloat16 || echo float32)}"
   local processes="${NUM_PROCESSES:-$((gpus > 1 ? gpus : 1))}"
 
-  local -a settings=(pretrained "$model_dir" dtype "$dtype")
+  local -a settings=(pretrained "$model_dir" dtype "$dtype") generation=()
   if [[ $model == coda || $model == diffllm ]]; then
     settings+=(steps= "${STEPS:-768}" alg "${ALG:-entropy}" temperature= "${TEMPERATURE:-0.1}" top_p= "${TOP_P:-0.9}")
     settings+=(max_new_tokens= "${MAX_NEW_TOKENS:-768}")
+  elif [[ -n ${STEPS:-}${ALG:-} ]]; then
+    echo "error: STEPS and ALG say nothing with MODEL=$model, which denoises nothing: unset them" >&2
+    return 2
+  else
+    if [[ -n ${MAX_NEW_TOKENS:-} ]]; then generation+=(max_gen_toks= "$MAX_NEW_TOKENS"); fi
+    if [[ -n ${TEMPERATURE:-} ]]; then
+      generation+=(temperature= "$TEMPERATURE" do_sample= "$([[ $TEMPERATURE =~ ^[0.]*$ ]] && echo false || echo true)")
+    fi
+    if [[ -n ${TOP_P:-} ]]; then generation+=(top_p= "$TOP_P"); fi
   fi
   local model_args
   model_args="$(json_object "$python" "${settings[@]}")"
@@ -71,6 +80,7 @@ run_tasks() {
   else
     options+=(--metadata "$(json_object "$python" gap_length= "$GAP_LENGTH")")
   fi
+  if [[ ${#generation[@]} -gt 0 ]]; then options+=(--gen_kwargs "$(json_object "$python" "${generation[@]}")"); fi
   if [[ -n ${LIMIT:-} ]]; then options+=(--limit "$LIMIT"); fi
 
   mkdir -p "$output"

@@ -35,6 +35,7 @@ from CoDALanguageModel.attention_coda import RULE_KERNELS, Visibility
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.noise import Blocks, DoubledRows, NoisedRows, blocks_to_train, deal_levels
+from CoDALanguageModel.run_files import claimed
 from CoDALanguageModel.weight_files import refuse_not_finite
 
 from . import curriculum
@@ -85,7 +86,7 @@ def run_training(
         parts: what the run is made of, saved there too; empty on all but the main process and without training.
 
     Raises:
-        UserError: from LLaMA-Factory's or our checks of settings, model and data.
+        UserError: from LLaMA-Factory's or our checks of settings, model and data; or another run writes to the folder.
     """
     if not torch.accelerator.is_available():
         host = {"use_cpu": True, **host}  # or bf16 and the choice of the backend would fail
@@ -105,9 +106,11 @@ def run_training(
         run_parts=parts,
     )
     output_dir = Path(host["output_dir"])
-    if parts:
-        write_run(output_dir, RUNNING, parts, config)
     with contextlib.ExitStack() as replaced:  # the names that are replaced in LLaMA-Factory
+        if parts:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            replaced.enter_context(claimed(output_dir))
+            write_run(output_dir, RUNNING, parts, config)
         for module, name, ours in (
             (workflow, "CustomSeq2SeqTrainer", trainer_class),
             (loader, "SupervisedDatasetProcessor", processors(diffusion.overlong, diffusion.other_template)),
@@ -120,8 +123,8 @@ def run_training(
         ):
             replaced.enter_context(mock.patch.object(module, name, ours))
         tuner.run_exp(args=host, callbacks=[MetricsLog()])
-    if parts:
-        write_run(output_dir, FINISHED, parts, config)
+        if parts:
+            write_run(output_dir, FINISHED, parts, config)
 
 
 def orthogonalize(in_bfloat16: Callable[[Tensor, int], Tensor], gradient: Tensor, steps: int) -> Tensor:

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import yaml
-
 from coda_quickstart.runner import StageFailed
 from CoDALanguageModel.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+LARGEST_SEED = 2**32 - 1
+"""That every room takes."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,7 +25,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m coda_quickstart", description="The small CoDA loop on two cores.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="all stages; those that are done and valid are skipped")
-    run.add_argument("--run_dir", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
+    run.add_argument(
+        "--run_dir",
+        type=Path,
+        default=REPOSITORY / "runs" / "quickstart",
+        help="default: runs/quickstart in this repository",
+    )
     run.add_argument("--config_dir", type=Path, help="settings of the stages (default: quickstart/configs)")
     run.add_argument("--fresh", action="store_true", help="remove the run folder and start over")
     run.add_argument("--serve", action="store_true", help="leave the server running at the end")
@@ -57,17 +63,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    seeds = text.split(",")
-    if not all(seed.isdecimal() for seed in seeds) or len({int(seed) for seed in seeds}) < len(seeds):
-        raise argparse.ArgumentTypeError(f"must be different whole numbers >= 0, such as 0,1,2, got {text!r}")
-    return tuple(map(int, seeds))
+    words = text.split(",")
+    seeds = [int(word) for word in words if word.isdecimal() and int(word) <= LARGEST_SEED]
+    if len(set(seeds)) < len(words):
+        allowed = f"different whole numbers in [0, {LARGEST_SEED}]"
+        raise argparse.ArgumentTypeError(f"must be {allowed}, such as 0,1,2, got {text!r}")
+    return tuple(seeds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 1 when a stage failed, 2 when the input is at fault."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    before = signal.signal(signal.SIGTERM, _end)  # as an exception, so that a stage's processes end with this one
+    # As an exception, so that a stage's processes end with this one.
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _end)
     try:
         does = {"run": _run, "data": _data, "first": _first, "denoise": _denoise, "chat": _chat, "report": _report}
         return does[arguments.command](arguments)
@@ -81,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped; run again to go on with the stage that was running", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(signal_number: int, frame: object) -> None:
@@ -90,22 +103,25 @@ def _end(signal_number: int, frame: object) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from coda_quickstart.runner import Runner, start_over
-    from coda_quickstart.stages import build_stages
+    from coda_quickstart.stages import build_stages, read_settings
 
     started = time.monotonic()
     run_dir = arguments.run_dir.resolve()
-    if arguments.fresh:
-        start_over(run_dir)
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        if arguments.fresh:
+            start_over(run_dir)
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run_dir {run_dir} cannot be used: {error}") from error
     configs = (arguments.config_dir or REPOSITORY / "quickstart" / "configs").resolve()
     # Room processes are single and share no cores; the tokenizers' own threads would fight with the workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    own = _yaml(configs / "sft.yaml").get("seed")
+    own = read_settings(configs / "sft.yaml").get("seed")
     stages = build_stages(
         REPOSITORY,
         run_dir,
         configs,
-        _yaml(configs / "eval.yaml"),
+        read_settings(configs / "eval.yaml", "generation", "batch_size", "block_size", "threshold"),
         compare=arguments.compare,
         seeds=[seed for seed in arguments.seeds if seed != own],
     )
@@ -159,8 +175,9 @@ def _data(arguments: argparse.Namespace) -> int:
 def _first(arguments: argparse.Namespace) -> int:
     from coda_quickstart.denoise import record_infilling
     from coda_quickstart.pictures import denoising_text
+    from coda_quickstart.stages import read_settings
 
-    record = record_infilling(arguments.run_dir, _yaml(arguments.config)["generation"])
+    record = record_infilling(arguments.run_dir, read_settings(arguments.config, "generation")["generation"])
     record["canvas"] = denoising_text(record["steps"])
     (arguments.run_dir / "first_answer.json").write_text(json.dumps(record) + "\n")
     return 0
@@ -168,8 +185,9 @@ def _first(arguments: argparse.Namespace) -> int:
 
 def _denoise(arguments: argparse.Namespace) -> int:
     from coda_quickstart.denoise import record_denoising
+    from coda_quickstart.stages import read_settings
 
-    record = record_denoising(arguments.run_dir, _yaml(arguments.config)["generation"])
+    record = record_denoising(arguments.run_dir, read_settings(arguments.config, "generation")["generation"])
     (arguments.run_dir / "denoise.json").write_text(json.dumps(record) + "\n")
     return 0
 
@@ -189,12 +207,6 @@ def _report(arguments: argparse.Namespace) -> int:
 
     _show(write_report(arguments.run_dir.resolve()))
     return 0
-
-
-def _yaml(path: Path) -> dict:
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def _show(text: str) -> None:

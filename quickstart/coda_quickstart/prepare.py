@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import PreTrainedTokenizerFast
 
 from coda_quickstart.corpus import documented_functions, one_line_gaps, standard_library
@@ -22,6 +21,7 @@ from coda_quickstart.problems import (
     training_programs,
     validation_programs,
 )
+from coda_quickstart.stages import read_settings
 from coda_quickstart.tokenizer import train_tokenizer
 from CoDALanguageModel.errors import UserError, did_you_mean
 
@@ -72,12 +72,8 @@ def load_settings(path: Path) -> DataSettings:
     Raises:
         UserError: the file is missing or no mapping, a key is unknown or missing, or a value is not allowed.
     """
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(data, Mapping):
-        raise UserError(f"--config {path} must hold key: value lines, got {data!r}")
     fields = {field.name: field for field in dataclasses.fields(DataSettings)}
+    data = read_settings(path)
     for key in data:
         if key not in fields:
             raise UserError(f"unknown key {key} in {path}{did_you_mean(key, fields)} (known: {', '.join(fields)})")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import claimed, write_whole
 
 PROGRESS_WIDTH = 100
 POLL_S = 0.5
@@ -85,7 +86,13 @@ class Runner:
 
         Raises:
             StageFailed: a command failed, or an output is missing after the stage.
+            UserError: another run has the folder.
         """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with claimed(self.run_dir) as self._claim:
+            return self._run(stages, after)
+
+    def _run(self, stages: Sequence[Stage], after: Mapping[str, Callable[[], None]] | None) -> dict[str, float]:
         seconds = {}
         for number, stage in enumerate(stages, 1):
             label = f"[{number}/{len(stages)}] {stage.title}"
@@ -123,7 +130,7 @@ class Runner:
         seconds = time.monotonic() - started
         stamp = {"key": key, "seconds": seconds, "outputs": {str(path): file_hash(path) for path in stage.outputs}}
         stamp_path.parent.mkdir(parents=True, exist_ok=True)
-        stamp_path.write_text(json.dumps(stamp, indent=2) + "\n")
+        write_whole(stamp_path, json.dumps(stamp, indent=2) + "\n")
         return seconds
 
     def _run_command(self, command: Sequence[str], stage: Stage, log, log_path: Path, started: float) -> None:
@@ -135,6 +142,7 @@ class Runner:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=(self._claim,),
         )
         shown = time.monotonic()
         try:
@@ -187,4 +195,5 @@ def start_over(run_dir: Path) -> None:
         return
     if any(run_dir.iterdir()) and not (run_dir / "logs").is_dir():
         raise UserError(f"--fresh would delete {run_dir}, which is no quickstart run (it has no logs folder)")
-    shutil.rmtree(run_dir)
+    with claimed(run_dir):
+        shutil.rmtree(run_dir)

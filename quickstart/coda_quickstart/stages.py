@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from coda_quickstart.runner import Stage
+from CoDALanguageModel.errors import UserError
 
 SOURCES = ("corpus", "functions", "validation")
 HUMANEVAL_PROBLEMS = (0, 1, 2)
@@ -29,6 +32,29 @@ class Variant:
     """What changes those of pre- and mid-training."""
     tuning: tuple[str, ...] = ()
     """What changes those of fine-tuning."""
+
+
+def read_settings(path: Path, *needed: str) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Args:
+        path: the file.
+        *needed: keys that it must have.
+
+    Raises:
+        UserError: it is missing, is no YAML, or holds no such keys.
+    """
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read as YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path} must hold key: value lines, got {settings!r}")
+    if missing := [key for key in needed if key not in settings]:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    return settings
 
 
 def of_seed(seed: int) -> Variant:

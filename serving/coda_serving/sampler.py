@@ -11,7 +11,7 @@ from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.answers import end_ids
 from CoDALanguageModel.constraints import Constraint, Lexicon, constraint_of
 from CoDALanguageModel.decoder import Decoding
-from CoDALanguageModel.decoding_settings import DecodingSettings
+from CoDALanguageModel.decoding_settings import SETTINGS, DecodingSettings
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.infilling import lay_out
 from CoDALanguageModel.row import Request, Row, complete
@@ -93,9 +93,13 @@ class ModelSampler:
         model with blocks takes its own ones, and by default a step for each token, however long an answer is.
         """
         config = self._model.generation_config
-        decided = ((setting, getattr(config, setting.name)) for setting in DECODING)
+        said = {setting.name: getattr(config, setting.name) for setting in DECODING}
+        if config.do_sample is False:
+            said["temperature"] = 0.0
+        if isinstance(config.seed, int):  # or one for each row of some batch
+            said["seed"] = config.seed
         blocks = {"block_length": None, "steps": self.context_length} if self.block_size is not None else {}
-        return blocks | {setting.api: value for setting, value in decided if value != setting.default}
+        return blocks | {SETTINGS[name].api: value for name, value in said.items() if value != SETTINGS[name].default}
 
     def check(self, request: CanvasRequest) -> None:
         """Refuse a canvas that could not be denoised.

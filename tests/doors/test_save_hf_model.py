@@ -32,6 +32,7 @@ from transformers import (
 import save_hf_model
 from coda_eval.journal import hash_weights
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
+from CoDALanguageModel.errors import UserError
 from save_hf_model import Agreement, check_input, convert, main
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -417,6 +418,20 @@ def test_a_folder_in_use_is_replaced_only_when_asked(tmp_path):
     convert(str(tmp_path / "source"), str(made), overwrite=True, check=False)
     assert not (made / "notes.txt").exists()
     assert (made / "config.json").exists()
+
+
+def test_a_folder_never_takes_the_place_of_one_that_holds_its_source(tmp_path, monkeypatch):
+    make_autoregressive(tmp_path / "run" / "source")
+    (tmp_path / "run" / "model.gguf").write_bytes(b"GGUF")
+    for given in ("source", "model.gguf"):
+        checkpoint = str(tmp_path / "run" / given)
+        with pytest.raises(UserError, match=f"--output_dir .*run' holds --checkpoint_dir .*{given}', and would take"):
+            convert(checkpoint, str(tmp_path / "run"), overwrite=True, check=False)
+    assert sorted(os.listdir(tmp_path / "run")) == ["model.gguf", "source"]
+    (tmp_path / "made").mkdir()
+    monkeypatch.chdir(tmp_path / "made")
+    convert(str(tmp_path / "run" / "source"), ".", check=False)
+    assert (tmp_path / "made" / "config.json").exists()
 
 
 def test_a_full_disk_leaves_the_old_folder_and_no_half_of_a_new_one(tmp_path, monkeypatch):

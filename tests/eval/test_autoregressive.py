@@ -210,7 +210,7 @@ def test_gaps_are_control_tokens_prefix_and_suffix_and_end_at_a_control_token(to
         [request("the prefix alone", doc=doc) for doc in (GAP, of_any_length)], True
     )
     assert answer == other == "12"
-    assert answer.new_tokens == 2
+    assert (answer.new_tokens, answer.finish_reason) == (2, "stop")
 
 
 def llama_tokenizer():
@@ -286,10 +286,11 @@ def test_tokens_that_the_model_has_no_rows_for_are_no_fill_tokens():
         AutoregressiveModel(model, tokenizer=tokenizer)._gap_ids(GAP)
 
 
-def test_a_prompt_that_does_not_fit_is_an_error_that_names_the_document(newline_model):
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_prompt_that_does_not_fit_is_an_error_that_names_the_document(newline_model, end):
     tokenizer, model = newline_model
     with pytest.raises(ValueError, match="task t, document p/0: .* exceed the context of 512 tokens"):
-        AutoregressiveModel(model, tokenizer=tokenizer).generate_until([request("z" * 600 + "\n")], True)
+        AutoregressiveModel(model, tokenizer=tokenizer).generate_until([request("z" * 600 + end)], True)
 
 
 def test_requests_that_only_even_out_ranks_are_marked_and_order_is_kept(newline_model):

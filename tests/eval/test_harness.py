@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import coda_eval.autoregressive  # noqa: F401  registers the model coda_hf
 from coda_eval import session
 from coda_eval.harness import CoDAEvalModel, _Job, generation_settings
 from coda_eval.journal import Journal
+from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.decoder import Decoding
 from CoDALanguageModel.decoding_settings import SETTINGS, Setting
 from CoDALanguageModel.row import complete
@@ -124,6 +126,7 @@ def test_a_row_that_ends_makes_room_at_once_and_answers_stay_in_order(model_dir,
     for n, (answer, full) in enumerate(zip(answers, whole, strict=True)):
         assert answer == (full[: full.index(letters[n])] if n in letters else full)
         assert (answer.forwards < full.forwards) == (n in letters)
+        assert answer.finish_reason == ("stop" if n in letters else full.finish_reason)
     last_join = max(place for place, rows in enumerate(present) if rows == 3)
     assert set(present[: last_join + 1]) == {3}
     assert sum(present) == sum(answer.forwards for answer in answers)
@@ -311,6 +314,15 @@ def test_processes_that_do_not_see_each_other_are_an_error(model_dir, monkeypatc
 def test_missing_model_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match="no model folder at .*nowhere"):
         CoDAEvalModel(str(tmp_path / "nowhere"), device="cpu")
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "m")
+    model = CoDALanguageModel.from_pretrained(model_dir)
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"m': weights are not finite: model\.norm\.weight$"):
+        load(str(tmp_path / "m"))
 
 
 def test_autoregressive_models_run_the_same_tasks(model_dir, tmp_path, data_dir, tasks):

@@ -155,7 +155,20 @@ def test_all_tasks_run_in_one_process_and_the_environment_is_heard(script, tmp_p
     assert (tmp_path / "out" / "run.log").exists()
     baseline, arguments = script("eval_mbpp_humaneval.sh", "m", MODEL="hf", TASKS=" a  b ", OUTPUT_DIR="hf")
     assert json.loads(_value(arguments, "--model_args")) == {"pretrained": "m", "dtype": "float32"}
+    assert "--gen_kwargs" not in arguments
     assert arguments[arguments.index("--tasks") + 1 :][:3] == ["a", "b", "--batch_size"]
+
+
+def test_another_model_hears_the_environment_too_and_what_it_cannot_do_is_refused(script):
+    variables = {"MODEL": "hf", "MAX_NEW_TOKENS": "64", "TEMPERATURE": "0.5", "TOP_P": "0.9", "OUTPUT_DIR": "hf"}
+    _, arguments = script("eval_mbpp_humaneval.sh", "m", **variables)
+    heard = {"max_gen_toks": 64, "temperature": 0.5, "do_sample": True, "top_p": 0.9}
+    assert json.loads(_value(arguments, "--gen_kwargs")) == heard
+    _, arguments = script("eval_mbpp_humaneval.sh", "m", MODEL="hf", TEMPERATURE="0.0", OUTPUT_DIR="greedy")
+    assert json.loads(_value(arguments, "--gen_kwargs")) == {"temperature": 0.0, "do_sample": False}
+    refused, arguments = script("eval_mbpp_humaneval.sh", "m", MODEL="hf", STEPS="4")
+    assert (refused.returncode, arguments) == (2, [])
+    assert "STEPS and ALG say nothing with MODEL=hf" in refused.stderr
 
 
 def test_gap_lengths_reach_the_problems(script):

@@ -122,6 +122,20 @@ def test_bad_problem_rows_are_refused_before_the_model_is_loaded(evaluation, stu
     assert stub.built == 0
 
 
+@pytest.mark.parametrize("tasks", ["", ","])
+def test_a_command_without_a_task_is_refused(evaluation, stub, data_dir, tasks):
+    assert "--tasks names no task" in evaluation(tasks=tasks)
+    assert stub.built == 0
+
+
+@pytest.mark.parametrize("limit", ["0", "-3", "nan"])
+def test_a_limit_that_leaves_nothing_is_refused_before_the_model_is_loaded(evaluation, stub, data_dir, limit):
+    assert f"--limit must be above 0 (documents, or below 1 a share of them), got {limit}" in evaluation(
+        "--limit", limit
+    )
+    assert stub.built == 0
+
+
 def test_every_task_that_cannot_be_run_is_named_before_the_model_is_loaded(evaluation, stub, data_dir):
     write_rows(data_dir, {**ROW, "timeout_s": -1})
     said = evaluation("--model_args", "x=1", tasks="quickstart_problems quickstart_infill coda_humaneval")
@@ -276,7 +290,7 @@ def test_results_that_lm_eval_could_not_write_fail_the_task(evaluation, stub, da
     assert message in evaluation("--log_samples")
 
 
-def test_the_diffusion_model_writes_its_answers_as_it_makes_them(evaluation, model_dir, data_dir, monkeypatch):
+def test_the_diffusion_model_writes_its_answers_as_it_makes_them(evaluation, model_dir, data_dir, caplog):
     write_rows(data_dir, ROW, {**ROW, "task_id": "q/1"})
     write_rows(data_dir, GAP, name="quickstart_infill.jsonl")
     settings = json.dumps({"pretrained": model_dir, "steps": 4, "max_new_tokens": 4})
@@ -298,6 +312,7 @@ def test_the_diffusion_model_writes_its_answers_as_it_makes_them(evaluation, mod
     ]
     assert [r.answer for r in records] == [answer["answer"] for answer in answers]
     assert all(r.score == 0.0 and r.status == "failed" and r.seed >= 0 and r.cost["generation_s"] > 0 for r in records)
+    assert [r.finish_reason for r in records] == ["length", "length", None]
     assert records[0].program == records[0].answer
     assert records[0].cpu_seconds is not None
     assert records[2].program is None
@@ -307,6 +322,8 @@ def test_the_diffusion_model_writes_its_answers_as_it_makes_them(evaluation, mod
         ("quickstart_infill", "exact_match", 1),
         ("quickstart_infill", "exact_match_raw", 1),
     ]
+    assert [card["cut"] for card in cards] == [2, None, None]
+    assert "quickstart_problems: 2 of 2 answers are as long as they could be" in caplog.text
     assert cards == score_cards(evaluation.output)
 
 
@@ -391,6 +408,22 @@ def test_a_config_file_may_ask_for_the_number_of_answers(evaluation, stub, data_
     (tmp_path / "run.yaml").write_text("samples: 3\ngen_kwargs: {do_sample: true, temperature: 0.7}\n")
     assert evaluation("--config", tmp_path / "run.yaml") == ""
     assert [record.repeat for record in read_records(evaluation.output)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_a_length_of_the_command_holds_whatever_the_task_calls_its_own(evaluation, stub, data_dir, monkeypatch, name):
+    write_rows(data_dir, ROW)
+    asked = []
+
+    def generate(self, requests, disable_tqdm=False):
+        asked.extend(request.args[1] for request in requests)
+        return [""] * len(requests)
+
+    monkeypatch.setattr(stub, "generate_until", generate)
+    assert evaluation("--gen_kwargs", f"{name}=5") == ""
+    assert [{key: value for key, value in given.items() if "max" in key} for given in asked] == [{"max_gen_toks": 5}]
+    told = "--gen_kwargs: max_gen_toks and max_tokens are the same setting, got 4, 5"
+    assert told in evaluation("--gen_kwargs", "max_gen_toks=4,max_tokens=5")
 
 
 def test_samples_of_problems_is_still_lm_evals(evaluation, stub, data_dir):

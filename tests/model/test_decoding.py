@@ -1,6 +1,7 @@
 """Facts of the open loop: rows that come and go at any step get what they get alone, and cost nothing once they end."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -303,3 +304,14 @@ def test_a_request_takes_a_row_of_integers_however_it_is_held(model):
     for real in ([1, 1], [1, 2, 1]):
         with pytest.raises(UserError, match=r"attention_mask must hold 0 or 1 for each id \(3\)"):
             Decoding(model).admit(Request(ids=[1, 2, 3], attention_mask=real, settings=config))
+
+
+def test_an_answer_that_no_context_holds_is_refused_before_there_is_room_for_it(model):
+    settings = DiffusionGenerationConfig(max_new_tokens=10**6)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="max_new_tokens=1000000 do not fit in the context of 128 tokens"):
+            Decoding(model).admit(Request(ids=[1], settings=settings))
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import CoDALanguageModel as package
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
-from CoDALanguageModel.weight_files import check_weights, refuse_not_finite
+from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.weight_files import check_weights, read_tokenizer, refuse_not_finite, weight_files
 
 REPOSITORY = Path(__file__).parents[2]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -322,3 +323,38 @@ def test_every_name_of_the_package_is_listed_and_comes_from_its_module():
         thing = getattr(package, name)
         assert (thing.__name__, thing.__module__.partition(".")[0]) == (name, "CoDALanguageModel")
     assert set(dir(package)) >= set(package.__all__)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": "\xff"}'])
+def test_settings_that_cannot_be_read_are_not_taken_for_none(make_model, tmp_path, content):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(UserError, match="generation_config.json' (is not valid JSON|must hold a JSON object)"):
+        CoDALanguageModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("hidden_size", "32", "hidden_size must be an integer, got '32'"),
+        ("num_token_ids", "68", r"num_token_ids must be in \[1, vocab_size=72\], got 68"),
+        ("eos_token_id", "x", r"eos_token_id must be in \[0, vocab_size=72\), got x"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(make_model, tmp_path, name, value, message):
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(UserError, match=message):
+        CoDALanguageModel.from_pretrained(tmp_path)
+
+
+def test_a_folder_whose_small_files_are_no_objects_is_refused_before_a_loader_falls_over_it(tmp_path):
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("[]")
+        with pytest.raises(UserError, match=f"{name}' must hold a JSON object, got list"):
+            read_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+    with pytest.raises(UserError, match="has no weight_map"):
+        weight_files(tmp_path)

@@ -4,7 +4,7 @@ import logging
 import pytest
 
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.run_files import arriving, read_rows, write_whole
+from CoDALanguageModel.run_files import arriving, claimed, read_rows, write_whole
 
 
 def test_a_torn_last_line_is_left_out_and_told_and_any_other_is_refused(tmp_path, caplog):
@@ -38,3 +38,14 @@ def test_a_file_is_its_old_self_until_the_new_one_is_whole(tmp_path):
     assert target.read_text() == "old"
     write_whole(target, "new")
     assert target.read_text() == "new"
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    for _ in range(2):
+        with (
+            claimed(tmp_path),
+            pytest.raises(UserError, match=f"another run writes to {tmp_path}, or"),
+            claimed(tmp_path),
+        ):
+            pass
+    assert not list(tmp_path.iterdir())

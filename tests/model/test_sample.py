@@ -13,7 +13,7 @@ from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.tools.folder import load
 from CoDALanguageModel.tools.recording import Recording, token_texts
-from CoDALanguageModel.tools.sample import main, parse, read_gaps, run
+from CoDALanguageModel.tools.sample import build_canvas, main, parse, read_gaps, run
 
 MASK = 9
 
@@ -60,6 +60,47 @@ def test_gaps_are_read_with_their_lengths():
     assert read_gaps("a<gap>b<gap:3>", 16) == (["a", "b", ""], [16, 3])
     with pytest.raises(ValueError, match="holds no <gap>"):
         read_gaps("nothing", 16)
+    for length in ("0", "1000001", "9" * 5000):
+        with pytest.raises(UserError, match=r"the length of a gap must be in \[1, 1000000\], got <gap:"):
+            read_gaps(f"a<gap:{length}>", 16)
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "message"),
+    [
+        (b"a\xff<gap>", [], "is not UTF-8: invalid start byte at byte 1"),
+        (b"a<gap>", ["--gap_length", "0"], "--gap_length must be an integer >= 1, got 0"),
+        (b"a<gap:20><gap:30>", [], "gaps of 50 tokens do not fit in the context of 40"),
+    ],
+)
+def test_a_file_whose_gaps_cannot_be_laid_out_is_refused(chatml_tokenizer, tmp_path, content, more, message):
+    (tmp_path / "text").write_bytes(content)
+    options, _ = parse(["--model", "m", "--infill", str(tmp_path / "text"), *more])
+    with pytest.raises(UserError, match=message):
+        build_canvas(options, Codec(chatml_tokenizer), SimpleNamespace(config=CoDAConfig(max_position_embeddings=40)))
+
+
+@pytest.fixture
+def answering(chatml_tokenizer):
+    """A model whose answer to anything is a text."""
+    names = ("mask_token_id", "pad_token_id", "eos_token_id")
+    config = CoDAConfig(bos_token_id=None, **{name: getattr(chatml_tokenizer, name) for name in names})
+    ids = Codec(chatml_tokenizer).encode_text("one\n\ntwo")
+
+    def answer(inputs, **settings):
+        return SimpleNamespace(
+            sequences=torch.tensor([[*inputs[0].tolist(), *ids]]), cost=SimpleNamespace(as_dict=dict)
+        )
+
+    generation = DiffusionGenerationConfig(max_new_tokens=len(ids))
+    return SimpleNamespace(config=config, generation_config=generation, diffusion_generate=answer)
+
+
+def test_an_answer_ends_before_its_stop_string(answering, chatml_tokenizer, capsys):
+    for more, text in (([], "one\n\ntwo"), (["--stop_strings", '["x", "\\n\\n"]'], "one")):
+        options, settings = parse(["--model", "m", "--prompt", "p", "--quiet", *more])
+        run(options, settings, chatml_tokenizer, answering)
+        assert capsys.readouterr().out == f"{text}\n"
 
 
 @pytest.mark.parametrize("start", ["", "x ="])

@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from coda_posttrain.__main__ import main
+from coda_posttrain.arguments import DiffusionArguments
+from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import claimed
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "post-train/LLaMA-Factory/examples/train_full/quickstart.yaml"
@@ -401,3 +404,12 @@ def test_muon_orthogonalizes_on_a_cpu_as_llama_factory_does_and_in_float32(shape
     torch.testing.assert_close(ours, theirs(gradient, 5).float(), atol=0.03, rtol=0.0)
     values = torch.linalg.svdvals(ours)
     assert 0.6 < values.min() <= values.max() < 1.3
+
+
+def test_a_folder_that_another_run_writes_to_is_refused_and_left_alone(tmp_path):
+    from coda_posttrain.trainer import run_training
+
+    host = {"output_dir": str(tmp_path), "model_name_or_path": "m", "disable_tqdm": False}
+    with claimed(tmp_path), pytest.raises(UserError, match="another run writes to"):
+        run_training(host, DiffusionArguments(), {}, {"model": "m"})
+    assert not list(tmp_path.iterdir())

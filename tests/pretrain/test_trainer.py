@@ -19,6 +19,8 @@ from coda_pretrain.config import RunConfig
 from coda_pretrain.plain_data import from_dict, merge
 from coda_pretrain.train.trainer import Trainer, TrainingDiverged
 from coda_pretrain.watch.metrics import read_rows
+from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import claimed
 
 
 def trained(config):
@@ -84,6 +86,16 @@ def test_a_resumed_run_has_bit_equal_losses_and_weights(tmp_path, run_config, op
     second = trained(interrupted)
     assert losses_of(interrupted) == losses_of(at(tmp_path / "whole", config))
     assert_same_weights(whole, second, rtol=0, atol=0)
+
+
+def test_a_second_run_in_a_folder_is_refused_and_the_first_loses_nothing(tmp_path, run_config):
+    config = at(tmp_path / "a", run_config, max_steps=2)
+    second = Trainer(from_dict(RunConfig, config))
+    trained(config)
+    with claimed(tmp_path / "a"), pytest.raises(UserError, match="another run writes to"):
+        second.train()
+    second.close()
+    assert list(losses_of(config)) == [1, 2]
 
 
 def test_sigterm_saves_the_step_and_ends_cleanly(tmp_path, run_config):

@@ -1,5 +1,6 @@
 """Stages run once, run again when something they depend on changed, and fail with the end of their log."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from coda_quickstart.runner import Runner, Stage, StageFailed, last_line, start_over
+from CoDALanguageModel.errors import UserError
 
 
 @pytest.fixture
@@ -98,8 +100,9 @@ def test_fresh_removes_a_run_and_refuses_anything_else(tmp_path):
     assert (tmp_path / "home" / "letter.txt").exists()
 
 
-def test_a_stage_ends_with_the_run_that_started_it(tmp_path):
-    """The stage's process writes its id and sleeps; ending the run with SIGTERM must end it as well."""
+@pytest.fixture
+def begun(tmp_path):
+    """A run in `run` whose one stage sleeps, and the id of the stage's process."""
     script = f"""
 from pathlib import Path
 from coda_quickstart import __main__ as program
@@ -110,6 +113,7 @@ program._report = lambda arguments: Runner(Path("run").resolve(), Path.cwd()).ru
 program.main(["report", "--run_dir", "run"])
 """
     run = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    stage_process = 0
     try:
         deadline = time.monotonic() + 30
         while not ((tmp_path / "id").exists() and (tmp_path / "id").read_text()):
@@ -117,12 +121,40 @@ program.main(["report", "--run_dir", "run"])
             assert run.poll() is None
             time.sleep(0.05)
         stage_process = int((tmp_path / "id").read_text())
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(30) == 128 + signal.SIGTERM
-        with pytest.raises(ProcessLookupError):
-            os.kill(stage_process, 0)
+        yield run, stage_process
     finally:
         run.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stage_process or run.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stage_ends_with_the_run_that_started_it(begun, number):
+    run, stage_process = begun
+    run.send_signal(number)
+    assert run.wait(30) == 128 + number
+    with pytest.raises(ProcessLookupError):
+        os.kill(stage_process, 0)
+
+
+def test_a_folder_belongs_to_one_run_and_to_what_a_killed_one_leaves_behind(begun, make, tmp_path):
+    run, stage_process = begun
+    with pytest.raises(UserError, match=f"another run writes to {tmp_path / 'run'}, "):
+        make()
+    run.kill()
+    run.wait()
+    with pytest.raises(UserError, match="or a process of one that was killed"):
+        start_over(tmp_path / "run")
+    assert (tmp_path / "run" / "logs").is_dir()
+    os.kill(stage_process, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while True:  # the system ends it when it comes to it
+        try:
+            make()
+            break
+        except UserError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_what_is_asked_for_after_a_stage_follows_it_also_when_it_is_done_already(tmp_path):

@@ -121,13 +121,22 @@ def test_unknown_arguments_are_refused(capsys):
     assert "--frsh" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seeds", ["1,1", "", "-1", "1,a"])
+@pytest.mark.parametrize("seeds", ["1,1", "", "-1", "1,a", "4294967296"])
 def test_wrong_seeds_are_named(capsys, seeds):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["run", f"--seeds={seeds}"])
-    assert f"--seeds: must be different whole numbers >= 0, such as 0,1,2, got '{seeds}'" in capsys.readouterr().err
+    told = f"--seeds: must be different whole numbers in [0, 4294967295], such as 0,1,2, got '{seeds}'"
+    assert told in capsys.readouterr().err
 
 
 def test_bad_input_is_a_message_and_a_status(capsys, tmp_path):
     assert main(["data", "--config", str(tmp_path / "no.yaml"), "--output_dir", str(tmp_path)]) == 2
     assert "no such file" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["run", "--run_dir", str(tmp_path / "file" / "run")]) == 2
+    assert f"--run_dir {tmp_path}/file/run cannot be used: " in capsys.readouterr().err
+    for text, message in (("a: [", "cannot be read as YAML"), ("seed: 0", "lacks generation, batch_size")):
+        for name in ("sft.yaml", "eval.yaml"):
+            (tmp_path / name).write_text(text)
+        assert main(["run", "--run_dir", str(tmp_path / "run"), "--config_dir", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err

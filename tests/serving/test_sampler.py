@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from coda_serving.sampler import ModelSampler, choose_device, choose_dtype
 from coda_serving.scheduler import CanvasRequest
 from coda_serving.settings import load_settings
-from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel import CoDALanguageModel, DiffusionGenerationConfig
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +192,15 @@ def test_the_folder_decides_what_the_operator_leaves_open(model_folder, tmp_path
     monkeypatch.setenv("MODEL_NAME", str(folder))
     settings = load_settings().with_defaults(defaults)
     assert (settings.steps, settings.max_tokens, settings.top_p, settings.block_length) == (64, 96, 0.9, 32)
+    for said, defaults in (
+        ({"do_sample": False, "temperature": 0.3, "seed": 7}, {"seed": 7}),
+        ({"do_sample": True, "temperature": 0.3, "seed": [1, 2]}, {"temperature": 0.3}),
+    ):
+        loaded._model.generation_config = DiffusionGenerationConfig(**said)
+        assert loaded.defaults == defaults
+    assert load_settings().with_defaults({"seed": 7}).seed == 7
+    monkeypatch.setenv("SEED", "5")
+    assert load_settings().with_defaults({"seed": 7}).seed == 5
 
 
 def test_a_folder_without_weights_is_named(tmp_path, model_folder):

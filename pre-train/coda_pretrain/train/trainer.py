@@ -13,6 +13,7 @@ from torch import Tensor
 
 from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.run_files import claimed
 
 from ..checkpoints.checkpoint import (
     TrainState,
@@ -127,13 +128,20 @@ class Trainer:
         Raises:
             CheckpointError: a checkpoint could not be saved.
             TrainingDiverged: `max_skipped_steps` steps in a row were not finite.
+            UserError: another run writes to the folder.
         """
+        if not self.backend.is_main:
+            return self._train()
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with claimed(self.output_dir):
+            return self._train()
+
+    def _train(self) -> TrainState:
         config, state = self.config, self.state
         if state.step >= self.num_steps:
             logger.info("all %d steps are done already", self.num_steps)
             return state
         if self.backend.is_main:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             (self.output_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             set_aside_later_checkpoints(self.checkpoints, state.step)
         with self._sigterm_noted(), self._reporter() as reporter, closing(self._profiler):
