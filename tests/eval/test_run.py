@@ -122,9 +122,8 @@ def test_bad_problem_rows_are_refused_before_the_model_is_loaded(evaluation, stu
     assert stub.built == 0
 
 
-@pytest.mark.parametrize("tasks", ["", ","])
-def test_a_command_without_a_task_is_refused(evaluation, stub, data_dir, tasks):
-    assert "--tasks names no task" in evaluation(tasks=tasks)
+def test_a_command_without_a_task_is_refused(evaluation, stub, data_dir):
+    assert "--tasks names no task" in evaluation(tasks=",")
     assert stub.built == 0
 
 
