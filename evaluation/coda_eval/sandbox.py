@@ -420,7 +420,7 @@ class _Zygote:
         preload: modules that it imports first.
 
     Raises:
-        OSError: the walls could not be built.
+        OSError: it could not be started.
     """
 
     def __init__(self, level: str, lasting: bool, preload: tuple[str, ...]) -> None:
@@ -430,7 +430,7 @@ class _Zygote:
         self.free = True
         """Whether it can take another program."""
         with contextlib.ExitStack() as stack:
-            stdin, stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            stdin, self._stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
             self._control, theirs = socket.socketpair()
             stack.enter_context(theirs)
             self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # names the forks, see `start`
@@ -453,7 +453,7 @@ class _Zygote:
                     _command(level, self.lasting),
                     stdin=stdin,
                     stdout=subprocess.DEVNULL,
-                    stderr=stderr,
+                    stderr=self._stderr,
                     pass_fds=(theirs.fileno(),),
                     env=environment,
                     start_new_session=True,
@@ -462,16 +462,25 @@ class _Zygote:
                 self._control.close()
                 raise
             theirs.close()
+            self._building = stack.pop_all()
+
+    def wait_for_walls(self) -> None:
+        """Return once they stand.
+
+        Raises:
+            OSError: they could not be built.
+        """
+        with self._building:
             try:
                 said = self._control.recv(1000)
             except TimeoutError:
                 said = b"not in time"
             if said != b"ready":
                 self.close()
-                stderr.seek(0)
-                reasons = [text.decode("utf-8", "replace").strip() for text in (said, stderr.read(500))]
+                self._stderr.seek(0)
+                reasons = [text.decode("utf-8", "replace").strip() for text in (said, self._stderr.read(500))]
                 reason = "; ".join(filter(None, reasons)) or f"exit status {self._process.returncode}"
-                raise OSError(f"the {level} sandbox could not be built: {reason}")
+                raise OSError(f"the {self.level} sandbox could not be built: {reason}")
 
     def _walls(self, control_fd: int, root: str | None) -> dict[str, Any]:
         """What all programs share."""
@@ -556,6 +565,7 @@ class _Zygotes:
         except IndexError:
             lasting = self.lasting.get(self.level, True)
             zygote = self._maker.submit(_Zygote, self.level, lasting, preload).result()
+            zygote.wait_for_walls()  # while the maker makes the next one
         try:
             yield zygote
         finally:
