@@ -10,11 +10,12 @@ Whoever reads a pickle runs what it says, so none comes back: the candidate's pr
 """
 
 import builtins
-import io
 import itertools
 import struct
 import sys
 from array import array
+from io import BytesIO
+from operator import itemgetter
 from pickle import Pickler
 
 MAX_DEPTH = 400
@@ -28,6 +29,7 @@ _NATURAL = struct.Struct("<Q")
 _DTYPE = r"[<>|=](?:[biufc](?:1|2|4|8|16|32)|[SU]\d{1,6}|[mM]8(?:\[\d*[A-Za-z]{1,2}\])?)"
 _ATOMS = {int, bool, str, type(None)}
 _SHORT = 4  # lists below this length are not worth a look for a packed form
+_LONG = 16  # rows from this width on are quicker one by one than joined
 
 CLASSES = ("int", "float", "complex", "bool", "str", "bytes", "bytearray", "list", "tuple", "dict", "set", "frozenset")
 CLASSES += ("object", "range", "slice")
@@ -61,7 +63,7 @@ def pickle_builtin(value):
     Raises:
         NOT_BUILTIN: it is none, or none that can be pickled.
     """
-    file = io.BytesIO()
+    file = BytesIO()
     pickler = _BuiltinPickler(file, 5)
     pickler.fast = True  # remembers nothing: what is shared goes twice, as in all copies
     pickler.dump(value)
@@ -149,6 +151,9 @@ class Codec:
         kinds = set(map(type, items)) if len(items) >= _SHORT else set()
         if kinds and kinds <= _ATOMS and kinds != {int}:
             one = len(kinds) == 1
+            if one and type(items) is _Joined and items.width >= _LONG and (found := _places_of(items.rows)):
+                self._put_bytes(b"v", found[1], put)
+                return self._put_sequence(b"[", found[0], put, depth)
             keys = (lambda: items) if one else (lambda: zip(map(type, items), items, strict=True))  # True is not 1
             distinct = list(dict.fromkeys(keys()))
             if len(distinct) <= len(items) // 4:  # few values, many times: also shared on the other side
@@ -354,6 +359,25 @@ class _Joined:
 
     def __iter__(self):
         return itertools.chain.from_iterable(self.rows)
+
+
+class _Places(dict):
+    """Numbers the values that it is asked for, in the order in which they come."""
+
+    def __missing__(self, value):
+        place = self[value] = len(self)
+        return place
+
+
+def _places_of(rows):
+    """(the distinct values of rows, for each item the byte that says which it is), or None if they are too many."""
+    places, found = _Places(), bytearray()
+    try:
+        for row in rows:
+            found += bytes(itemgetter(*row)(places))
+    except ValueError:  # a byte says no more than 256
+        return None
+    return (list(places), found) if len(places) <= len(found) // 4 else None
 
 
 def _of(kind, value):

@@ -78,7 +78,7 @@ class Watch:
         # together is more than the limit.
         over = most > self.limits.memory_bytes and _memory_of(pids) > self.limits.memory_bytes
         took = time.monotonic() - before
-        self.pause_s = max(took, min(0.05, 10 * took + 0.02))
+        self.pause_s = max(took, 0.05)
         if over:
             return "memory", f"more than {self.limits.memory_bytes >> 20} MB in all processes"
         if threads > self.limits.processes + 8:

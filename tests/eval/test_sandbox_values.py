@@ -29,7 +29,8 @@ VALUES = [
     datetime.datetime(2020, 1, 1, tzinfo=zoneinfo.ZoneInfo("Europe/Paris")), uuid.UUID(int=5), array("i", [1, 2]),
     np.arange(6).reshape(2, 3), np.float64(2.5), np.bool_(True), np.array(["ab", "c"]),
     np.array([1, None], dtype=object), [True, 1, 1, 0] * 9, [None, "a", 1, True, "1"] * 20, [(True, 1)] * 70,
-    [[0, False] * 600] * 5, [str(n) for n in range(300)] * 4, [((1, True), (0, None))] * 9, [("a",) * 1030] * 3,
+    [[0, False] * 600] * 5, [str(n) for n in range(300)] * 4, [["a"] * 20, ["b"] * 20] * 4,
+    [[str(n) for n in range(300)]] * 9, [((1, True), (0, None))] * 9, [("a",) * 1030] * 3,
 ]  # fmt: skip
 
 
