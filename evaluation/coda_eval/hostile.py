@@ -120,6 +120,12 @@ CHEATS: dict[str, tuple[str, str]] = {
     ),
     "says passed": (EVERY.format("os.write(fd, b'passed \\n')") + "os._exit(0)", TESTS),
     "answers before it is asked": (EVERY.format("os.write(fd, b'A' * 9)") + "def f(x): return 5", TESTS),
+    "answers with a pickle": (
+        "import os, pickle, struct\nP = pickle.dumps(4)\ndef f(x):\n    for fd in range(3, 128):\n"
+        "        try: os.write(fd, struct.pack('<QcQ', len(P) + 8, b'A', len(P)) + P)\n"
+        "        except OSError: pass\n    os._exit(0)",
+        TESTS,
+    ),
     "leaves when asked": ("import sys\ndef f(x): sys.exit(0)", TESTS),
     "dies when asked": ("import os\ndef f(x): os._exit(0)", "try:\n    f(2)\nexcept: pass"),
     "replaces a helper of the tests": ("def helper(x): return 5\ndef f(x): return 5", "assert f(2) == helper(2)"),

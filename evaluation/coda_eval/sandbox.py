@@ -91,6 +91,10 @@ _CHILD = [f"sandbox_{name}" for name in ("values", "line", "walls", "candidate",
 START_S = 180.0
 """What a zygote may take to answer, in seconds."""
 
+AHEAD = 1
+"""Programs at once beyond one per core: their turn is while the processes of another are begun, ended, or wait for each
+other."""
+
 _REPORT_BYTES = 1 << 16
 _numbers = itertools.count()
 
@@ -143,7 +147,7 @@ class Verdict:
 
 
 def default_workers() -> int:
-    """Programs to run at once: the cores this process may use, shared with the other ranks on the machine."""
+    """Cores that programs take: those this process may use, shared with the other ranks on the machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -187,7 +191,7 @@ def run_programs(
     Args:
         programs: what to run; order is kept.
         level: `auto` or one of `LEVELS`.
-        workers: programs at once; by default one per core.
+        workers: programs at once; by default one per core and `AHEAD` more.
         limits: resource limits of each program.
 
     Raises:
@@ -219,12 +223,12 @@ class Bench:
 
     Args:
         level: one of `LEVELS` that works here.
-        workers: programs at once; by default one per core.
+        workers: programs at once; by default one per core and `AHEAD` more.
         limits: resource limits of each program.
     """
 
     def __init__(self, level: str, workers: int | None = None, limits: Limits | None = None) -> None:
-        workers = workers or default_workers()
+        workers = workers or default_workers() + AHEAD
         self._zygotes, self._limits = _Zygotes(level), limits or Limits()
         self._pool, self._gate = ThreadPoolExecutor(workers), _Gate(workers)
 
@@ -264,7 +268,7 @@ class _Gate:
     def _enter(self) -> bool:
         with self.lock:
             busy = os.getloadavg()[0] - self.running
-            room = min(self.workers, max(1, round(len(os.sched_getaffinity(0)) - busy)))
+            room = min(self.workers, max(1, round(len(os.sched_getaffinity(0)) + AHEAD - busy)))
             if self.running >= room:
                 return False
             self.running += 1
@@ -420,7 +424,7 @@ class _Zygote:
         preload: modules that it imports first.
 
     Raises:
-        OSError: the walls could not be built.
+        OSError: it could not be started.
     """
 
     def __init__(self, level: str, lasting: bool, preload: tuple[str, ...]) -> None:
@@ -430,7 +434,7 @@ class _Zygote:
         self.free = True
         """Whether it can take another program."""
         with contextlib.ExitStack() as stack:
-            stdin, stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            stdin, self._stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
             self._control, theirs = socket.socketpair()
             stack.enter_context(theirs)
             self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # names the forks, see `start`
@@ -453,7 +457,7 @@ class _Zygote:
                     _command(level, self.lasting),
                     stdin=stdin,
                     stdout=subprocess.DEVNULL,
-                    stderr=stderr,
+                    stderr=self._stderr,
                     pass_fds=(theirs.fileno(),),
                     env=environment,
                     start_new_session=True,
@@ -462,16 +466,25 @@ class _Zygote:
                 self._control.close()
                 raise
             theirs.close()
+            self._building = stack.pop_all()
+
+    def wait_for_walls(self) -> None:
+        """Return once they stand.
+
+        Raises:
+            OSError: they could not be built.
+        """
+        with self._building:
             try:
                 said = self._control.recv(1000)
             except TimeoutError:
                 said = b"not in time"
             if said != b"ready":
                 self.close()
-                stderr.seek(0)
-                reasons = [text.decode("utf-8", "replace").strip() for text in (said, stderr.read(500))]
+                self._stderr.seek(0)
+                reasons = [text.decode("utf-8", "replace").strip() for text in (said, self._stderr.read(500))]
                 reason = "; ".join(filter(None, reasons)) or f"exit status {self._process.returncode}"
-                raise OSError(f"the {level} sandbox could not be built: {reason}")
+                raise OSError(f"the {self.level} sandbox could not be built: {reason}")
 
     def _walls(self, control_fd: int, root: str | None) -> dict[str, Any]:
         """What all programs share."""
@@ -556,6 +569,7 @@ class _Zygotes:
         except IndexError:
             lasting = self.lasting.get(self.level, True)
             zygote = self._maker.submit(_Zygote, self.level, lasting, preload).result()
+            zygote.wait_for_walls()  # while the maker makes the next one
         try:
             yield zygote
         finally:

@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 import types
+from pickle import loads
 
 from sandbox_line import Gone, rebuild
-from sandbox_values import Codec
+from sandbox_values import NOT_BUILTIN, Codec, pickle_builtin
 from sandbox_walls import call, complain, die_with_parent, drop_privileges, keep_only, refuse_system_calls, set_limits
 
 OPERATIONS = {
@@ -88,6 +89,27 @@ class Server:
         code = error.code if isinstance(error, SystemExit) else None
         return self.codec.encode((names, text, code if isinstance(code, (int, str)) else None))
 
+    def changed(self, values, before):
+        """The place and the new value, encoded, of each argument that is no longer what its bytes `before` say."""
+        found = []
+        for place, (value, old) in enumerate(zip(values, before, strict=True)):
+            if type(value) not in FIXED and (new := self.codec.encode(value)) != old:
+                found += [self.codec.encode(place), new]
+        return found
+
+    def changed_since(self, request, number, positional, named):
+        """The same for arguments that came as a pickle, of which the whole is compared first."""
+        values = [*positional, *named.values()]
+        if FIXED.issuperset(map(type, values)):
+            return []
+        try:
+            if pickle_builtin((number, positional, named)) == bytes(request):
+                return []
+        except NOT_BUILTIN:
+            pass  # it has objects of the program now
+        _, positional, named = loads(request)
+        return self.changed(values, map(self.codec.encode, (*positional, *named.values())))
+
     def serve(self, module):
         """Answer requests until the checker has gone."""
         while True:
@@ -99,16 +121,17 @@ class Server:
                 if kind == b"N":
                     self.line.send(b"A", self.codec.encode(getattr(module, self.codec.decode(parts[0]))))
                     continue
+                if kind == b"C":
+                    number, positional, named = loads(parts[0])
+                    result = self.codec.encode(self.objects[number](*positional, **named))
+                    self.line.send(b"A", result, *self.changed_since(parts[0], number, positional, named))
+                    continue
                 operation, *operands = [self.codec.decode(part) for part in parts]
                 if operation == "call":
                     function, count, names, *values = operands
                     named = dict(zip(names, values[count:], strict=True))
                     result = self.codec.encode(function(*values[:count], **named))
-                    changed = []
-                    for place, (value, before) in enumerate(zip(values, parts[4:], strict=True)):
-                        if type(value) not in FIXED and (after := self.codec.encode(value)) != before:
-                            changed += [self.codec.encode(place), after]
-                    self.line.send(b"A", result, *changed)
+                    self.line.send(b"A", result, *self.changed(values, parts[4:]))
                 else:
                     self.line.send(b"A", self.codec.encode(OPERATIONS[operation](*operands)))
             except Gone:

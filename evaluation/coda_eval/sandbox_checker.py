@@ -10,7 +10,7 @@ import marshal
 import os
 
 from sandbox_line import Gone, describe, rebuild
-from sandbox_values import Codec, Uncarried
+from sandbox_values import NOT_BUILTIN, Codec, Uncarried, pickle_builtin
 
 
 class Client:
@@ -95,8 +95,12 @@ class Client:
     def call(self, function, positional, named):
         """Call the candidate's function; arguments that it changed are changed here too."""
         values = [*positional, *named.values()]
-        encoded = [self.codec.encode(value) for value in ("call", function, len(positional), list(named), *values)]
-        result, *changed = self.ask(b"O", *encoded)
+        try:
+            request = b"C", pickle_builtin((number_of(function), positional, named))
+        except NOT_BUILTIN:
+            parts = ("call", function, len(positional), list(named), *values)
+            request = b"O", *(self.codec.encode(part) for part in parts)
+        result, *changed = self.ask(*request)
         for place, after in zip(changed[::2], changed[1::2], strict=True):
             if type(place) is int and 0 <= place < len(values):
                 renew(values[place], after)

@@ -8,6 +8,9 @@ import struct
 
 from sandbox_values import MAX_BYTES, exception_class
 
+_HEAD = struct.Struct("<Qc")
+_LENGTH = struct.Struct("<Q")
+
 
 def describe(error):
     """One bounded line that says what went wrong."""
@@ -24,12 +27,13 @@ class Line:
     def __init__(self, reader, writer):
         self.reader = reader
         self.writer = writer
+        self.unread = bytearray()
 
     def send(self, kind, *parts):
         """Send one message."""
-        pieces = [struct.pack("<Qc", sum(len(part) + 8 for part in parts), kind)]
+        pieces = [_HEAD.pack(sum(map(len, parts)) + _LENGTH.size * len(parts), kind)]
         for part in parts:
-            pieces += [struct.pack("<Q", len(part)), part]
+            pieces += (_LENGTH.pack(len(part)), part)
         if sum(map(len, pieces)) < 1 << 16:
             pieces = [b"".join(pieces)]
         for piece in map(memoryview, pieces):
@@ -38,25 +42,28 @@ class Line:
 
     def receive(self):
         """(kind, parts) of the next message. Raises `Gone` at the end of the stream and for what is no message."""
-        size, kind = struct.unpack("<Qc", self._exactly(9))
+        size, kind = _HEAD.unpack(self._exactly(_HEAD.size))
         if size > MAX_BYTES:
             raise Gone("sent what is no answer")
         body, parts, at = memoryview(self._exactly(size)), [], 0
         while at < size:
-            length = struct.unpack_from("<Q", body, at)[0] if at + 8 <= size else size
-            at += 8 + length
+            length = _LENGTH.unpack_from(body, at)[0] if at + _LENGTH.size <= size else size
+            at += _LENGTH.size + length
             if at > size:
                 raise Gone("sent what is no answer")
             parts.append(body[at - length : at])
         return kind, parts
 
     def _exactly(self, size):
-        data = bytearray()
-        while len(data) < size:
-            chunk = os.read(self.reader, min(size - len(data), 1 << 20))
+        while len(self.unread) < size:
+            chunk = os.read(self.reader, min(max(size - len(self.unread), 1 << 16), 1 << 20))
             if not chunk:
                 raise Gone("ended without an answer")
-            data += chunk
+            self.unread += chunk
+        if len(self.unread) == size:  # nothing follows: no copy of what may be large
+            data, self.unread = self.unread, bytearray()
+        else:
+            data, self.unread = self.unread[:size], self.unread[size:]
         return data
 
 

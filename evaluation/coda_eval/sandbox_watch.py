@@ -78,7 +78,7 @@ class Watch:
         # together is more than the limit.
         over = most > self.limits.memory_bytes and _memory_of(pids) > self.limits.memory_bytes
         took = time.monotonic() - before
-        self.pause_s = max(took, min(0.05, 10 * took + 0.02))
+        self.pause_s = max(took, 0.05)
         if over:
             return "memory", f"more than {self.limits.memory_bytes >> 20} MB in all processes"
         if threads > self.limits.processes + 8:
@@ -90,11 +90,10 @@ class Watch:
             )
         if before - self.started > WALL_FACTOR * limit + WALL_S:
             return "near", f"no verdict after {before - self.started:.0f} s, of which {self.cpu_s:.1f} s on a processor"
-        return self.look_at_files()
+        return self.look_at_files(pids)
 
-    def look_at_files(self) -> tuple[str, str] | None:
+    def look_at_files(self, pids: Iterable[int] = ()) -> tuple[str, str] | None:
         """(status, error) once the scratch folder is too large: its files take memory that belongs to no process."""
-        pids = _tree(self.pid)
         if not (_small(self.folder, pids) if self.folder else all(map(_few_files, pids))):
             return "memory", f"more than {SCRATCH_BYTES >> 20} MB or {SCRATCH_FILES} entries in the scratch folder"
         return None

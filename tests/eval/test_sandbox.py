@@ -105,6 +105,14 @@ RIGHT = {
         "def f(d, s):\n    d['k'].append(1)\n    s.add(2)",
         "d, s = {'k': []}, set()\ninner = d['k']\nf(d, s)\nassert d == {'k': [1]} and inner == [1] and s == {2}",
     ),
+    "changes what it was given by name, and in a tuple": (
+        "def f(a, *, b):\n    a[0].append(1)\n    b['k'] = a[1]",
+        "a, b = ([], 2), {}\nf(a, b=b)\nassert a == ([1], 2) and b == {'k': 2}",
+    ),
+    "leaves an object of its own in a list": (
+        "class N: v = 4\ndef f(x): x.append(N())",
+        "x = [1]\nf(x)\nassert len(x) == 2 and x[0] == 1 and x[1].v == 4",
+    ),
     "generator": (
         "def f(n):\n    i = 0\n    while True:\n        yield i\n        i += 1",
         "g = f(3)\nassert next(g) == 0\nimport itertools\nassert list(itertools.islice(g, 3)) == [1, 2, 3]",

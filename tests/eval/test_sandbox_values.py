@@ -4,6 +4,7 @@ import collections
 import datetime
 import decimal
 import fractions
+import pickle
 import random
 import uuid
 import zoneinfo
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from coda_eval import sandbox_values
-from coda_eval.sandbox_values import Codec, Uncarried
+from coda_eval.sandbox_values import NOT_BUILTIN, Codec, Uncarried, pickle_builtin
 
 CODEC = Codec(lambda value: (b"h", 7), lambda tag, number: ("object", number))
 VALUES = [
@@ -28,7 +29,8 @@ VALUES = [
     datetime.datetime(2020, 1, 1, tzinfo=zoneinfo.ZoneInfo("Europe/Paris")), uuid.UUID(int=5), array("i", [1, 2]),
     np.arange(6).reshape(2, 3), np.float64(2.5), np.bool_(True), np.array(["ab", "c"]),
     np.array([1, None], dtype=object), [True, 1, 1, 0] * 9, [None, "a", 1, True, "1"] * 20, [(True, 1)] * 70,
-    [[0, False] * 600] * 5, [str(n) for n in range(300)] * 4, [((1, True), (0, None))] * 9, [("a",) * 1030] * 3,
+    [[0, False] * 600] * 5, [str(n) for n in range(300)] * 4, [["a"] * 20, ["b"] * 20] * 4,
+    [[str(n) for n in range(300)]] * 9, [((1, True), (0, None))] * 9, [("a",) * 1030] * 3,
 ]  # fmt: skip
 
 
@@ -97,3 +99,19 @@ def test_long_lists_of_few_values_are_short_and_shared_on_arrival():
     assert len({id(text) for row in rows for text in row}) == 2
     assert len(CODEC.encode(rows)) < 3000
     assert len(CODEC.encode([(True, 1, None)] * 1000)) < 4000
+
+
+def test_pickles_hold_exact_builtin_values_alone_and_each_as_often_as_it_stands_there():
+    values = [None, True, 1, 1 << 200, -0.0, "\ud800", b"x", bytearray(b"y"), [1, (2, {3})], {"a": frozenset({1.5})}]
+    assert same(pickle.loads(pickle_builtin(values)), values)
+    row = ["a"]
+    one, other = pickle.loads(pickle_builtin((row, row)))
+    assert one is not other
+    loop, deep = [], []
+    loop.append(loop)
+    for _ in range(100_000):
+        deep = [deep]
+    others = [int, len, range(3), 1j, collections.Counter("a"), type("I", (int,), {})(1), np.float64(1.0), np.arange(2)]
+    for value in (loop, deep, array("i", [1]), collections.namedtuple("pair", "a")(1), *others):
+        with pytest.raises(NOT_BUILTIN):
+            pickle_builtin([value])
