@@ -121,17 +121,20 @@ def test_a_flood_that_is_prepared_shuts_nobody_else_out_and_who_leaves_it_costs_
             await asyncio.sleep(0.1)
             assert not other.done()
             waiting = [task for task in flood if not task.done()]
+            refused = [task.result() for task in flood if task.done()]
             waiting[-1].cancel()
             await asyncio.gather(waiting[-1], return_exceptions=True)
             held.set()
             assert (await other).status_code == 200
-            await asyncio.gather(*flood, return_exceptions=True)
-            return [task.result() for task in flood if task is not waiting[-1]]
+            return refused, await asyncio.gather(*waiting[:-1])
 
-    answers = asyncio.run(test())
-    statuses = [answer.status_code for answer in answers if answer.status_code != 200]
-    assert statuses == [429, 429]
+    refused, answers = asyncio.run(test())
+    assert len(refused) == 2
+    for answer in refused:
+        assert answer.status_code == 429
+        assert "4 requests wait already to be prepared" in answer.text
+        assert int(answer.headers["Retry-After"]) >= 1
     assert len(prepared) <= 6
-    refused = next(answer for answer in answers if answer.status_code == 429)
-    assert "4 requests wait already to be prepared" in refused.text
-    assert int(refused.headers["Retry-After"]) >= 1
+    # What is prepared waits for the model, whose queue is as long: it is full where the engine's thread is late.
+    assert answers[0].status_code == 200
+    assert {answer.status_code for answer in answers} <= {200, 429}
