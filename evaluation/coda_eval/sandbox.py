@@ -91,10 +91,6 @@ _CHILD = [f"sandbox_{name}" for name in ("values", "line", "walls", "candidate",
 START_S = 180.0
 """What a zygote may take to answer, in seconds."""
 
-AHEAD = 1
-"""Programs at once beyond one per core: their turn is while the processes of another are begun, ended, or wait for each
-other."""
-
 _REPORT_BYTES = 1 << 16
 _numbers = itertools.count()
 
@@ -147,7 +143,7 @@ class Verdict:
 
 
 def default_workers() -> int:
-    """Cores that programs take: those this process may use, shared with the other ranks on the machine."""
+    """Programs to run at once: the cores this process may use, shared with the other ranks on the machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -191,7 +187,7 @@ def run_programs(
     Args:
         programs: what to run; order is kept.
         level: `auto` or one of `LEVELS`.
-        workers: programs at once; by default one per core and `AHEAD` more.
+        workers: programs at once; by default one per core.
         limits: resource limits of each program.
 
     Raises:
@@ -223,12 +219,12 @@ class Bench:
 
     Args:
         level: one of `LEVELS` that works here.
-        workers: programs at once; by default one per core and `AHEAD` more.
+        workers: programs at once; by default one per core.
         limits: resource limits of each program.
     """
 
     def __init__(self, level: str, workers: int | None = None, limits: Limits | None = None) -> None:
-        workers = workers or default_workers() + AHEAD
+        workers = workers or default_workers()
         self._zygotes, self._limits = _Zygotes(level), limits or Limits()
         self._pool, self._gate = ThreadPoolExecutor(workers), _Gate(workers)
 
@@ -268,7 +264,7 @@ class _Gate:
     def _enter(self) -> bool:
         with self.lock:
             busy = os.getloadavg()[0] - self.running
-            room = min(self.workers, max(1, round(len(os.sched_getaffinity(0)) + AHEAD - busy)))
+            room = min(self.workers, max(1, round(len(os.sched_getaffinity(0)) - busy)))
             if self.running >= room:
                 return False
             self.running += 1
