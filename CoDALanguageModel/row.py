@@ -107,9 +107,10 @@ class Request:
 
 def _integers(name: str, values: Any) -> list[int]:
     """The integers in a list, tensor or array of one dimension."""
+    is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes, bytearray))
     try:
-        return [int(index(value)) for value in (values.tolist() if hasattr(values, "tolist") else values)]
-    except TypeError as error:
+        return [int(index(value)) for value in (values if is_list else values.tolist())]
+    except (AttributeError, TypeError) as error:
         got = f"{values.dtype} {tuple(values.shape)}" if hasattr(values, "shape") else f"{values!r:.80}"
         raise UserError(f"{name} must be a list or tensor of one dimension, of integers, got {got}") from error
 

@@ -5,6 +5,7 @@ calls in answers (`tools`).
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ def in_order_of_calls(parts: Sequence[Part], name: str) -> list[Part]:
         name: of the field that holds the id of a result's call.
 
     Raises:
-        ApiError: a result is of no call of that turn, or its place would make it look like that of another call.
+        ApiError: a result is of no call of that turn, or of one that has its own, or its place would make it look like
+            that of another call.
     """
     ordered: list[Part] = []
     calls: list[str | None] = []
@@ -56,15 +58,19 @@ def _sorted(results: Sequence[Part], calls: Sequence[str | None], name: str) -> 
         if part.result_of is None:
             raise invalid(f"messages: all results of a turn need a {name}, or none of them", f"messages.{name}")
         if part.result_of not in place:
-            known = f"its calls: {', '.join(map(repr, calls))}" if calls else "it has none"
+            known = f"its calls: {', '.join(map(repr, calls)):.200}" if calls else "it has none"
             raise invalid(
-                f"messages: {name} {part.result_of!r} names no call of the turn before ({known})", f"messages.{name}"
+                f"messages: {name} {part.result_of!r:.80} names no call of the turn before ({known})",
+                f"messages.{name}",
             )
+    for call, count in Counter(part.result_of for part in results).items():
+        if count > calls.count(call):  # some clients give all calls the same id
+            raise invalid(f"messages: a call has one result, but {call!r:.80} has {count}", f"messages.{name}")
     ordered = sorted(results, key=lambda part: place[part.result_of])
     for call in calls[: place[ordered[-1].result_of]]:
         if call not in of:
             raise invalid(
-                f"messages: the call {call!r} has no result, and a later one of its turn has: results are known by "
+                f"messages: the call {call!r:.80} has no result, and a later one of its turn has: results are known by "
                 "their order",
                 "messages",
             )

@@ -298,6 +298,8 @@ def test_a_request_takes_a_row_of_integers_however_it_is_held(model):
         ([1, 2.5], r"\[1, 2\.5\]"),
         ([[1], [2]], r"\[\[1\], \[2\]\]"),
         ("a text", "'a text'"),
+        (b"bytes", "b'bytes'"),
+        ({1, 2}, r"\{1, 2\}"),
     ):
         with pytest.raises(UserError, match=f"^ids must be a list or tensor of one dimension, of integers, got {got}$"):
             Request(ids=ids, settings=config)

@@ -194,10 +194,10 @@ def test_a_result_that_is_an_error_says_so_and_blocks_keep_their_order(serve, se
     result = {"type": "tool_result", "tool_use_id": "1"}
     failed = result | {"is_error": True, "content": [{"type": "text", "text": "no"}]}
     turns = [{"role": "user", "content": [result, failed, {"type": "text", "text": "on"}]}]
-    ask(serve, sampler, messages=[USED, *turns])
+    ask(serve, sampler, messages=[{**USED, "content": USED["content"] * 2}, *turns])
     ((request,),) = sampler.batches
     call = '<tool_call>\n{"name": "now", "arguments": {"a": 1}}\n</tool_call>'
-    assert bytes(request.prompt_ids).decode() == f"[assistant]{call}[tool][tool]Error: no[user]on"
+    assert bytes(request.prompt_ids).decode() == f"[assistant]{call}\n{call}[tool][tool]Error: no[user]on"
 
 
 def in_chat(calls, results):
@@ -235,11 +235,13 @@ def test_a_result_reaches_the_call_that_it_names_and_none_is_taken_for_another_o
 
     assert said("abc", ["c", "a", "b"]) == said("abc", ["a", "b", "c"]) == ["a", "b", "c"]
     assert said("abc", ["b", " and", "a"]) == ["a", " and", "b"]  # the last call may have no result
-    assert said("ab", ["b", "a", "b"]) == ["a", "b", "b"]
+    assert said("aab", ["b", "a", "a"]) == ["a", "a", "b"]  # of one id in the order in which they stand
     name = "tool_call_id" if turns is in_chat else "tool_use_id"
     for calls, results, words in (
         ("ab", ["a", "x"], f"{name} 'x' names no call of the turn before (its calls: 'a', 'b')"),
         ("", ["x"], f"{name} 'x' names no call of the turn before (it has none)"),
+        ("ab", ["x" * 500], f"{name} '{'x' * 79} names no call"),
+        ("ab", ["a", "a"], "a call has one result, but 'a' has 2"),
         ("ab", ["b"], "the call 'a' has no result, and a later one of its turn has"),
     ):
         response = ask(serve, url=url, messages=turns(calls, results))
