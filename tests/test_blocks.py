@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -113,6 +114,34 @@ def test_the_server_gives_the_answer_in_company_streamed_and_several_times(ask, 
     assert "".join(pieces) == expected[0].text
     assert len([piece for piece in pieces if piece]) > 1
     assert events[-1]["usage"]["prompt_tokens"] == len(codec.encode_text(PROMPTS[0]))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"do_sample": False, "temperature": 0.7},
+        {"temperature": 0.9, "seed": 7},
+        {"temperature": 0.9, "top_k": 2, "seed": 3},
+    ],
+    ids=["do_sample", "seed", "top_k"],
+)
+def test_what_a_folder_says_holds_in_every_room(folder, chatml_tokenizer, expected, ask_server, capsys, tmp_path, said):
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    settings = {**GREEDY, **said}
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    model = CoDALanguageModel.from_pretrained(tmp_path / "model").eval()
+    run(*parse(["--model", "m", "--raw", "--quiet", "--prompt", PROMPTS[1]]), chatml_tokenizer, model)
+    text = capsys.readouterr().out.removesuffix("\n")
+    # What a folder only repeats of the model room's defaults leaves the server its own; of alg_temp they differ.
+    (response,) = ask_server(tmp_path / "model", [{"prompt": PROMPTS[1], "alg_temp": "none"}])
+    assert response.json()["choices"][0]["text"] == text
+    if "do_sample" in said:  # evaluation has a seed for each document
+        evaluated = CoDAEvalModel(str(tmp_path / "model"), device="cpu")
+        request = SimpleNamespace(args=(PROMPTS[1], {"until": []}), doc={"task_id": "1"}, task_name="t", doc_id=0)
+        request.repeats = 1
+        assert evaluated.generate_until([request], True) == [text]
+    assert (text == expected[1].text) == ("do_sample" in said)
 
 
 def test_the_server_stops_at_a_string_and_needs_no_steps_for_an_answer_of_any_length(ask, expected):
