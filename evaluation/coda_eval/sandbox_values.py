@@ -6,7 +6,8 @@ tuple); what is no data at all (functions, classes, instances, iterators) goes b
 shared references. Runs inside the sandbox: standard library only.
 
 What tests pass to a candidate goes as a pickle where it is of builtin types alone, which takes a fraction of the time.
-Whoever reads a pickle runs what it says, so none comes back: the candidate's process reads them, the checker's never.
+Whoever reads a pickle runs what it says, so none comes back: the candidate's process reads them, the checker's none but
+those that it wrote itself (`_rows_of`).
 """
 
 import builtins
@@ -15,8 +16,7 @@ import struct
 import sys
 from array import array
 from io import BytesIO
-from operator import itemgetter
-from pickle import Pickler
+from pickle import Pickler, loads
 
 MAX_DEPTH = 400
 """Nesting of containers that is carried."""
@@ -30,6 +30,8 @@ _DTYPE = r"[<>|=](?:[biufc](?:1|2|4|8|16|32)|[SU]\d{1,6}|[mM]8(?:\[\d*[A-Za-z]{1
 _ATOMS = {int, bool, str, type(None)}
 _SHORT = 4  # lists below this length are not worth a look for a packed form
 _LONG = 16  # rows from this width on are quicker one by one than joined
+_AT_ONCE = 1 << 16  # items of a pickle that reads or makes rows
+_KNOWN = 1 << 12  # texts, equal ones counted apart, that a pickle is to know
 
 CLASSES = ("int", "float", "complex", "bool", "str", "bytes", "bytearray", "list", "tuple", "dict", "set", "frozenset")
 CLASSES += ("object", "range", "slice")
@@ -148,12 +150,12 @@ class Codec:
 
     def _put_sequence(self, tag, items, put, depth):
         put(_HEAD.pack(tag, len(items)))
+        if type(items) is _Joined and items.width >= _LONG and (found := _places_of(items.rows)):
+            self._put_bytes(b"v", found[1], put)
+            return self._put_sequence(b"[", found[0], put, depth)
         kinds = set(map(type, items)) if len(items) >= _SHORT else set()
         if kinds and kinds <= _ATOMS and kinds != {int}:
             one = len(kinds) == 1
-            if one and type(items) is _Joined and items.width >= _LONG and (found := _places_of(items.rows)):
-                self._put_bytes(b"v", found[1], put)
-                return self._put_sequence(b"[", found[0], put, depth)
             keys = (lambda: items) if one else (lambda: zip(map(type, items), items, strict=True))  # True is not 1
             distinct = list(dict.fromkeys(keys()))
             if len(distinct) <= len(items) // 4:  # few values, many times: also shared on the other side
@@ -323,7 +325,7 @@ class Codec:
             places = array({1: "B", 2: "H", 4: "I", 8: "Q"}[size // count])
             places.frombytes(data[at:end])
             distinct, end = self._get(data, end, depth + 1)
-            return map(_of(list, distinct).__getitem__, places), len(places), end
+            return _Packed(_of(list, distinct), places), len(places), end
         elif form in b"Lt":
             tag, number = _HEAD.unpack_from(data, at)
             if tag != b"[" or depth + 1 > MAX_DEPTH + 8:
@@ -331,6 +333,8 @@ class Codec:
             flat, found, end = self._get_items(number, data, at + _HEAD.size, depth + 1)
             if found != number or not 0 < size <= number or number % size:
                 raise ValueError("rows do not fit")
+            if type(flat) is _Packed and flat.is_text:
+                return _rows_of(flat, form == b"L", size), number // size, end
             if size < 1024:
                 items = zip(*[iter(flat)] * size, strict=True)
             else:
@@ -361,23 +365,69 @@ class _Joined:
         return itertools.chain.from_iterable(self.rows)
 
 
-class _Places(dict):
-    """Numbers the values that it is asked for, in the order in which they come."""
-
-    def __missing__(self, value):
-        place = self[value] = len(self)
-        return place
-
-
 def _places_of(rows):
-    """(the distinct values of rows, for each item the byte that says which it is), or None if they are too many."""
-    places, found = _Places(), bytearray()
-    try:
-        for row in rows:
-            found += bytes(itemgetter(*row)(places))
-    except ValueError:  # a byte says no more than 256
-        return None
+    """(the distinct texts of rows, for each item the byte that says which it is), or None unless a few texts are all.
+
+    A pickle finds them by their identity, in half the time that looking up their values takes: of the texts that it
+    knows it says the numbers (GET), two bytes for each item, and of all else something else.
+    """
+    known, places, found = {}, {}, bytearray()
+    for start in range(0, len(rows), at_once := max(1, _AT_ONCE // len(rows[0]))):
+        items = tuple(itertools.chain.from_iterable(rows[start : start + at_once]))
+        block = _numbers(items, known)
+        if block is None:
+            if not all(type(item) is str for item in items):
+                return None
+            known |= {id(item): (places.setdefault(item, len(places)), item) for item in items}
+            if len(places) > 256 or len(known) > _KNOWN:
+                return None
+            block = _numbers(items, known)
+        found += block
     return (list(places), found) if len(places) <= len(found) // 4 else None
+
+
+def _numbers(items, known):
+    """The bytes that a pickler's memo `known` has for the items of a tuple, or None if it lacks one."""
+    file = BytesIO()
+    pickler = _BuiltinPickler(file, 2)
+    pickler.fast, pickler.memo = True, known
+    try:
+        pickler.dump(items)
+    except NOT_BUILTIN:
+        return None
+    body = file.getbuffer()[3:-2]  # between PROTO, MARK and TUPLE, STOP
+    return body[1::2].tobytes() if len(body) == 2 * len(items) and body[::2] == b"h" * len(items) else None
+
+
+class _Packed:
+    """Items as places in a list of the distinct ones."""
+
+    def __init__(self, distinct, places):
+        self.distinct = distinct
+        self.places = places
+        self.is_text = places.itemsize == 1 and len(distinct) <= 256 and set(map(type, distinct)) == {str}
+
+    def __iter__(self):
+        return map(self.distinct.__getitem__, self.places)
+
+
+def _rows_of(packed, are_lists, width):
+    """The rows of packed text, as lists or tuples of `width` items.
+
+    A pickle makes them in half the time. Of the candidate's are, in between what stands here, the numbers of the texts
+    (GET), and one that there is no text for is an error; the texts come beside it and are shared.
+    """
+    head = b"".join(b"\x97q%c0" % number for number in range(len(packed.distinct)))  # NEXT_BUFFER, BINPUT, POP
+    before, behind = (b"](", b"e") if are_lists else (b"(", b"t")  # EMPTY_LIST, MARK, APPENDS; MARK, TUPLE
+    at_once = max(1, _AT_ONCE // width)
+    rows, stride = [], len(before) + 2 * width + len(behind)
+    for start in range(0, len(packed.places), at_once * width):
+        places = packed.places[start : start + at_once * width].tobytes()
+        body = bytearray((before + b"h\0" * width + behind) * (len(places) // width))
+        for column in range(width):
+            body[len(before) + 1 + 2 * column :: stride] = places[column::width]
+        rows += loads(b"%b(%bl." % (head, body), buffers=packed.distinct)
+    return rows
 
 
 def _of(kind, value):

@@ -98,7 +98,41 @@ def test_long_lists_of_few_values_are_short_and_shared_on_arrival():
     assert rows == [("red", "green")] * 1000
     assert len({id(text) for row in rows for text in row}) == 2
     assert len(CODEC.encode(rows)) < 3000
+    rows = CODEC.decode(CODEC.encode([["red", "green"] * 30] * 5000))
+    assert len({id(text) for row in rows for text in row}) == 2
     assert len(CODEC.encode([(True, 1, None)] * 1000)) < 4000
+
+
+def test_rows_of_few_texts_arrive_as_they_were():
+    class Upper(str):
+        def __eq__(self, other):
+            return str(self).upper() == str(other).upper()
+
+        def __hash__(self):
+            return hash(str(self).upper())
+
+    draw = random.Random(0)
+    sets = [["a", "b"], ["", "\0", "\ud800", "ä", "日"], [f"text {n}" for n in range(256)], ["a", None], ["a", 1, b"a"]]
+    for texts in [*sets, [f"text {n}" for n in range(257)], ["A", Upper("a")], [True, 1, "a"]]:
+        for width, count in ((16, 9), (77, 2000), (1200, 70)):
+            rows = [draw.choices(texts, k=width) for _ in range(count)]
+            rows += [[text[:1] + text[1:] if type(text) is str else text for text in row] for row in rows[:9]]
+            for kind in (list, tuple):
+                value = list(map(kind, rows))
+                assert CODEC.decode(CODEC.encode(value)) == [kind(map(plain, row)) for row in rows]
+                assert set(map(type, CODEC.decode(CODEC.encode(value))[0])) <= {str, bytes, int, bool, type(None)}
+
+
+def plain(value):
+    return str(value) if isinstance(value, str) else value
+
+
+def test_a_row_that_names_a_text_that_is_not_there_is_refused():
+    blob = CODEC.encode([("red", "green") * 10] * 100)
+    assert blob.count(b"\0\1" * 1000) == 1
+    for number in (2, 40, 255):
+        with pytest.raises(Uncarried):
+            CODEC.decode(blob.replace(b"\0\1" * 1000, b"\0\1" * 999 + bytes([0, number])))
 
 
 def test_pickles_hold_exact_builtin_values_alone_and_each_as_often_as_it_stands_there():
