@@ -75,7 +75,7 @@ class Echo:
             prompt_ids=tuple(ids[:1]),
             max_tokens=max(1, len(ids) - 1),
             suffix_ids=() if has_more else None,
-            options=DecodingSettings(block_length=1, steps=service.limits.context_length),
+            options=DecodingSettings(block_length=1, steps=max(1, len(ids) - 1)),  # one for each token
             seed=0,
             logprobs=body.num_best,
             forced=tuple(ids[1:]) if has_more else None,

@@ -109,6 +109,7 @@ def test_an_echoed_prompt_is_scored_from_left_to_right(client, model, chatml_tok
     for token, offset in zip(logprobs.tokens[: len(ids)], logprobs.text_offset, strict=False):
         assert PROMPT[offset:].startswith(token)
     assert logprobs.text_offset[len(ids)] == len(PROMPT)
+    assert logprobs.steps[: len(ids)] == [None, *range(len(ids) - 1)]
 
 
 def test_an_echo_alone_needs_no_answer_and_streams_without_logprobs(client):
