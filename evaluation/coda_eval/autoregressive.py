@@ -8,10 +8,13 @@ Two things go wrong when a task's text is simply handed to such a model, and are
   choose any tokens whose text begins with the same characters (token healing). Prompts themselves stay as they are:
   where a token does end at the break, as with the tokenizers of Qwen and so of CoDA, the same token is chosen again.
 * A gap needs the model's own fill-in-the-middle tokens; the text before the gap alone is another question.
+
+A gap that is one line ends with the answer's first one: a diffusion model is told how many tokens it has.
 """
 
 import copy
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 _MARK = "\u263a"  # Code Llama's own choice for this
+_FIRST_LINE = re.compile(r"\s*\S[^\n]*\n?")  # and the blank ones before it
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class _Prompt:
     settings: dict[str, Any]
     ends: frozenset[int]
     given_up: int = 0  # tokens of the prompt that are made again
+    is_line: bool = False  # the answer is one line
 
 
 @register_model("coda_hf")
@@ -114,6 +119,9 @@ class AutoregressiveModel(HostedLM):
         is_gap = isinstance(request.doc, dict) and "infill_prefix" in request.doc
         settings = dict(normalize_gen_kwargs(copy.deepcopy(given), self.max_gen_toks))
         held = {**self.model.generation_config.to_diff_dict(), **settings}
+        is_line = is_gap and _is_line(request.doc)
+        if is_line:
+            held["infill_lines"] = 1
         asked = Asked(request=request, repeat=repeat, settings=held, seed=self.base_seed)
         if is_gap and self.backend != "causal":
             raise UserError(f"{place(request)}: only decoder models fill gaps, not {self.backend}")
@@ -134,7 +142,7 @@ class AutoregressiveModel(HostedLM):
         if not (is_gap or heals):
             return _Prompt(index, asked, None, "", given, frozenset())
         ends = self._fill_ends if is_gap else frozenset(self._end_ids())
-        return _Prompt(index, asked, ids, tail, settings, ends, given_up)
+        return _Prompt(index, asked, ids, tail, settings, ends, given_up, is_line)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation with what `encode_prompt` needs; where the codec or the template refuses it, lm-eval's own."""
@@ -215,7 +223,7 @@ class AutoregressiveModel(HostedLM):
         groups: dict[str, list[_Prompt]] = {}
         for prompt in prompts:
             kind = prompt.ids is None
-            groups.setdefault(repr((kind, prompt.settings, sorted(prompt.ends))), []).append(prompt)
+            groups.setdefault(repr((kind, prompt.settings, sorted(prompt.ends), prompt.is_line)), []).append(prompt)
         batches = []
         for group in groups.values():
             group.sort(key=self._order)
@@ -254,7 +262,7 @@ class AutoregressiveModel(HostedLM):
                 attention_mask=real,
                 max_new_tokens=new_tokens + max(len(prompt.tail) for prompt in batch),
                 logits_processor=LogitsProcessorList([Begins(self, start, tails)]),
-                stopping_criteria=StoppingCriteriaList([_Stops(self, start, tails, until)]),
+                stopping_criteria=StoppingCriteriaList([_Stops(self, start, tails, until, batch[0].is_line)]),
                 eos_token_id=sorted(ends),
                 pad_token_id=pad,
                 use_cache=True,
@@ -267,8 +275,11 @@ class AutoregressiveModel(HostedLM):
             text = self.decode(row[:length])
             text = text[len(prompt.tail) :]
             answer = Answer(postprocess_generated_text(text, until, None))
+            if prompt.is_line and (line := _FIRST_LINE.match(answer)):
+                answer = Answer(line[0])
             answer.new_tokens = length
-            answer.finish_reason = "stop" if length < len(row) or len(answer) < len(text) else "length"
+            has_ended = length < len(row) or len(answer) < len(text) or (prompt.is_line and answer.endswith("\n"))
+            answer.finish_reason = "stop" if has_ended else "length"
             answers.append(answer)
         return answers
 
@@ -315,20 +326,31 @@ class AutoregressiveModel(HostedLM):
         ]
 
 
-class _Stops(StoppingCriteria):
-    """A row is done when its answer, which begins after the tail, holds a stop string."""
+def _is_line(document: dict[str, Any]) -> bool:
+    """Whether a gap is one line, its line break included, and as long as the true text."""
+    true_length = not document.get("infill_tokens") and "infill_lengths" not in document
+    middle = document["infill_middle"]
+    return true_length and middle.endswith("\n") and middle.count("\n") == 1
 
-    def __init__(self, model: AutoregressiveModel, start: int, tails: Sequence[str], until: Sequence[str]) -> None:
-        self.model, self.start, self.tails = model, start, tails
+
+class _Stops(StoppingCriteria):
+    """A row is done when its answer, which begins after the tail, holds a stop string or, for a line, is one."""
+
+    def __init__(
+        self, model: AutoregressiveModel, start: int, tails: Sequence[str], until: Sequence[str], is_line: bool
+    ) -> None:
+        self.model, self.start, self.tails, self.is_line = model, start, tails, is_line
         self.until = [stop for stop in until if stop]
         self.window = 8 + max(map(len, self.until), default=0)  # tokens; each but parts of letters has a character
         self.done = torch.zeros(len(tails), dtype=torch.bool)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """(B, T) ids -> (B,) bool."""
-        for row in range(len(self.tails)) if self.until else ():
+        for row in range(len(self.tails)) if self.until or self.is_line else ():
             new, tail = input_ids[row, self.start :].tolist(), len(self.tails[row])
-            if len(new) <= self.window + tail:  # the tail, of at most as many tokens as characters, may be in reach
+            if self.is_line:
+                self.done[row] |= "\n" in self.model.decode(new).lstrip()
+            elif len(new) <= self.window + tail:  # the tail, of at most as many tokens as characters, may be in reach
                 text = self.model.decode(new)[tail:]
             else:
                 text = self.model.decode(new[-self.window :])

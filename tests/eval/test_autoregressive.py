@@ -213,6 +213,20 @@ def test_gaps_are_control_tokens_prefix_and_suffix_and_end_at_a_control_token(to
     assert (answer.new_tokens, answer.finish_reason) == (2, "stop")
 
 
+def test_a_gap_that_is_one_line_ends_with_the_first_line():
+    tokenizer = build_tokenizer("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+    newline, one, two = (encode(tokenizer, text)[-1] for text in ("\n", "1", "2"))
+    middle = tokenizer.convert_tokens_to_ids("<|fim_middle|>")
+    model = bigram_model(tokenizer, {middle: newline, newline: one, one: two, two: newline})  # and so on
+    baseline = AutoregressiveModel(model, tokenizer=tokenizer, batch_size=4)
+    lines = [{**GAP, "infill_middle": text} for text in ("x\n", "x\ny\n", "x")]
+    lines += [{**GAP, "infill_middle": "x\n", "infill_lengths": [4, 8]}]
+    answers = baseline.generate_until([request("p", doc=doc, max_gen_toks=8, until=[]) for doc in lines], True)
+    assert list(answers) == ["\n12\n", *["\n12\n12\n1"] * 3]
+    assert [answer.finish_reason for answer in answers] == ["stop", *["length"] * 3]
+    assert baseline.generate_until([request("p", doc=lines[0], max_gen_toks=3, until=[])], True) == ["\n12"]
+
+
 def llama_tokenizer():
     """A tokenizer of Code Llama's kind: a space before every text, none at the start of what is decoded."""
     core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
