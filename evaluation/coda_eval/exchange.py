@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from coda_eval.data import DATA_VARIABLE, SOURCES, benchmark_of, read_lines, rows
+from coda_eval.output import write_output
 from coda_eval.programs import PROGRAMS
 from coda_eval.records import Record, read_records
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.run_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,8 @@ def export_samples(argv: Sequence[str]) -> None:
     parser.add_argument("--task", help="whose answers; needed where the run has several tasks")
     parser.add_argument("--data_dir", default="", help="folder with the problems; default: CODA_EVAL_DATA")
     args = parser.parse_args(argv)
+    if args.output.suffix != ".jsonl":
+        parser.error(f"--output must end in .jsonl, got {str(args.output)!r}")
     records = read_records(args.run)
     names = list(dict.fromkeys(record.task for record in records))
     if args.task is None and len(names) != 1:
@@ -99,8 +101,7 @@ def export_samples(argv: Sequence[str]) -> None:
     if benchmark not in PROGRAMS:
         raise UserError(f"{task} runs no programs: there is nothing that another judge could run")
     samples = samples_of(chosen, benchmark, args.format, _folder(args.data_dir))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.output, "".join(json.dumps(sample) + "\n" for sample in samples))
+    write_output(args.output, "".join(json.dumps(sample) + "\n" for sample in samples))
     print(f"{len(samples)} answers of {task} are in {args.output}")
 
 

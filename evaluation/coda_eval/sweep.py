@@ -18,8 +18,9 @@ from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coda_eval.comparison import markdown_table, read_cards, shown, shown_interval
+from coda_eval.comparison import read_cards
 from coda_eval.journal import Journal
+from coda_eval.output import markdown_table, shown, shown_interval
 from coda_eval.records import Record, read_records
 from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.decoding_settings import SETTINGS, parse_settings
