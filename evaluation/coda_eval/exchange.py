@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coda_eval.data import DATA_VARIABLE, SOURCES, benchmark_of, read_lines, rows
+from coda_eval.data import DATA_VARIABLE, SOURCES, benchmark_of, language_of, read_lines, rows
 from coda_eval.output import write_output
 from coda_eval.programs import PROGRAMS
 from coda_eval.records import Record, read_records
@@ -105,8 +105,14 @@ def export_samples(argv: Sequence[str]) -> None:
     print(f"{len(samples)} answers of {task} are in {args.output}")
 
 
-def read_samples(path: Path, benchmark: str, folder: str) -> dict[Any, list[str]]:
+def read_samples(path: Path, benchmark: str, folder: str, language: str = "") -> dict[Any, list[str]]:
     """The answers of a file by problem, as our programs take them.
+
+    Args:
+        path: of the file.
+        benchmark: key of `coda_eval.data.SOURCES`.
+        folder: with its problems.
+        language: only problems in it are answered.
 
     Raises:
         UserError: a line is no sample, or a problem has no answer or another number of answers than the others.
@@ -117,6 +123,8 @@ def read_samples(path: Path, benchmark: str, folder: str) -> dict[Any, list[str]
     problems = {sample_id(benchmark, task_id): task_id for task_id in of_problem}
     if splits := dict(SOURCES[benchmark].splits):
         problems = {name: task_id for name, task_id in problems.items() if task_id in splits["test"]}
+    if field := language and SOURCES[benchmark].language:
+        problems = {name: task_id for name, task_id in problems.items() if of_problem[task_id][field] == language}
     answers: dict[Any, list[str]] = defaultdict(list)
     for place, sample in read_lines(path):
         where = f"{path}: {place}"
@@ -154,12 +162,12 @@ def import_samples(argv: Sequence[str]) -> None:
     benchmark = benchmark_of(args.task)
     if benchmark not in PROGRAMS:
         raise UserError(f"{args.task} runs no programs")
-    answers = read_samples(args.file, benchmark, _folder(args.data_dir))
-    from coda_eval import samples  # noqa: F401  registers the model; lm-eval's start takes seconds
-    from coda_eval.__main__ import evaluate
+    settings = {"benchmark": benchmark, "folder": _folder(args.data_dir), "language": language_of(args.task)}
+    answers = read_samples(args.file, **settings)
+    from coda_eval.__main__ import evaluate  # lm-eval's start takes seconds
 
     count = len(next(iter(answers.values())))
-    settings = {"file": str(args.file), "benchmark": benchmark, "folder": _folder(args.data_dir)}
+    settings |= {"file": str(args.file)}
     command = ["run", "--model", "coda_samples", "--model_args", json.dumps(settings), "--tasks", args.task]
     command += ["--output_path", args.output_path, "--samples", str(count)]
     command += ["--metadata", json.dumps({"data_dir": args.data_dir})] if args.data_dir else []
