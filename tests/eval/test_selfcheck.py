@@ -103,6 +103,28 @@ def test_what_has_no_references_is_refused(here):
         self_check(["quickstart_problems"], level="docker")
 
 
+def test_a_result_that_cannot_be_remembered_is_still_told(here, monkeypatch, capsys, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    selfcheck.main(["--tasks", "quickstart_problems", "quickstart_problems"])
+    assert "references: 2 of 2 passed" in capsys.readouterr().out
+    assert "the result is not remembered, and score cards will not hold it: " in caplog.text
+
+
+def test_without_a_reference_nothing_is_believed(here, monkeypatch):
+    monkeypatch.setattr(selfcheck, "benchmarks_here", lambda folder: [])
+    with pytest.raises(UserError, match="no benchmark is on this machine whose references could be run"):
+        self_check()
+
+
+def test_a_reference_that_is_no_program_fails_as_one(here):
+    rows = [{**PROBLEM, "task_id": "q/0", "canonical_solution": "def add(:"}]
+    (here / "quickstart_problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = self_check(["quickstart_problems"])
+    assert (result["ok"], result["references"]["failed"]) == (False, ["quickstart_problems q/0"])
+    assert result["mutants"]["total"] == 0
+
+
 def test_by_default_all_benchmarks_on_this_machine_are_tried(here):
     assert selfcheck.benchmarks_here(str(here)) == ["humaneval", "quickstart_problems"]
 
