@@ -1,4 +1,4 @@
-"""Score cards: `python -m coda_eval.report RESULTS_DIR --output scores.json` (or `scores.md`).
+"""Score cards: `python -m coda_eval report RESULTS_DIR --output scores.json` (or `scores.md`).
 
 One entry per task and metric of every `results_*.json` in the folder: score, number of documents, standard error,
 Wilson interval, the settings that made it and what its answers cost, the versions, and the isolation level.

@@ -191,14 +191,16 @@ def self_check(
     level = held if level is None else isolation_level(level)
     folder = folder or os.environ.get(data.DATA_VARIABLE) or ""
     if unknown := [name for name in benchmarks if name not in PROGRAMS or name == "livecodebench"]:
-        raise UserError(f"no reference solutions for {', '.join(unknown)} (known: {', '.join(PROGRAMS)})")
+        known = ", ".join(name for name in PROGRAMS if name != "livecodebench")
+        raise UserError(f"no reference solutions for {', '.join(unknown)} (known: {known})")
     benchmarks = list(dict.fromkeys(benchmarks)) or benchmarks_here(folder)
     if not benchmarks:
         raise UserError(f"no benchmark is on this machine whose references could be run: set {data.DATA_VARIABLE}")
     problems, hostile = check_problems(benchmarks, folder, level, workers, count), check_hostile(level, workers)
     mutants = problems["mutants"]
     ok = (
-        not (problems["references"]["failed"] or problems["stubs"]["survivors"])
+        problems["references"]["total"] > 0
+        and not (problems["references"]["failed"] or problems["stubs"]["survivors"])
         and mutants["passed"] <= max(2, SURVIVORS * mutants["total"])
         and not (hostile["uncontained"] or hostile["neighbours_failed"] or hostile["files_touched"])
     )
@@ -215,7 +217,7 @@ def self_check(
     try:
         _memory().parent.mkdir(parents=True, exist_ok=True)
         write_whole(_memory(), json.dumps(results, indent=2) + "\n")
-    except OSError as error:  # what was found is still to be told
+    except (OSError, RuntimeError) as error:  # of a user without a home; what was found is still to be told
         logger.warning("the result is not remembered, and score cards will not hold it: %s", error)
     return result
 
@@ -231,7 +233,11 @@ def last_result(level: str) -> dict[str, Any] | None:
 
 
 def _memory() -> Path:
-    """The file that results are remembered in."""
+    """The file that results are remembered in.
+
+    Raises:
+        RuntimeError: this user has no home.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coda_eval" / "selfcheck.json"
 
 
@@ -239,7 +245,7 @@ def _remembered() -> dict[str, Any]:
     """All results by level; a file that was written otherwise counts as none."""
     try:
         found = json.loads(_memory().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RuntimeError):
         return {}
     return found if isinstance(found, dict) and all(isinstance(one, dict) for one in found.values()) else {}
 

@@ -95,7 +95,7 @@ def test_a_mutant_has_one_small_change_below_its_function():
 
 
 def test_what_has_no_references_is_refused(here):
-    with pytest.raises(UserError, match="no reference solutions for quickstart_infill"):
+    with pytest.raises(UserError, match="no reference solutions for quickstart_infill .known: (?!.*livecodebench)"):
         selfcheck.main(["--tasks", "quickstart_infill"])
     with pytest.raises(UserError, match="--problems must be 0 .all. or positive, got -1"):
         selfcheck.main(["--problems", "-1"])
@@ -111,7 +111,23 @@ def test_a_result_that_cannot_be_remembered_is_still_told(here, monkeypatch, cap
     assert "the result is not remembered, and score cards will not hold it: " in caplog.text
 
 
+def test_a_user_without_a_home_has_no_results(here, monkeypatch, caplog):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(selfcheck.Path, "home", no_home)
+    assert last_result(isolation_level()) is None
+    assert self_check(["quickstart_problems"])["ok"]
+    assert "the result is not remembered" in caplog.text
+
+
 def test_without_a_reference_nothing_is_believed(here, monkeypatch):
+    java = {"task_id": "j", "lang": "java", "prompt": "/* TO" + "DO: Your code here */", "ground_truth": ""}
+    java |= {"eval_prompt": "{{completion}}", "unit_tests": [{"input": "", "output": [""]}]}
+    (here / "block_completion.jsonl").write_text(json.dumps(java))
+    result = self_check(["safim_block"])
+    assert (result["ok"], result["references"]["total"]) == (False, 0)
     monkeypatch.setattr(selfcheck, "benchmarks_here", lambda folder: [])
     with pytest.raises(UserError, match="no benchmark is on this machine whose references could be run"):
         self_check()
