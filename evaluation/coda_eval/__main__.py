@@ -58,7 +58,10 @@ def add_our_tasks(args: argparse.Namespace) -> argparse.Namespace:
     given = args.include_path
     config = getattr(args, "config", None)
     if given is None and config is not None and Path(config).is_file():
-        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        try:
+            settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(f"--config {config!r} cannot be read: {error}") from error
         given = settings.get("include_path") if isinstance(settings, dict) else None
     extra = [] if given is None else [given] if isinstance(given, (str, Path)) else list(given)
     args.include_path = [str(TASKS), *map(str, extra)]

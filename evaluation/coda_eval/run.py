@@ -133,7 +133,7 @@ def read_config(args: argparse.Namespace) -> EvaluatorConfig:
     repeats, args.samples = read_repeats(args.samples)  # lm-eval would not have it beside --limit
     try:
         config = EvaluatorConfig.from_cli(args)
-    except ValueError as error:  # lm-eval's own checks
+    except (ValueError, TypeError, OSError) as error:  # lm-eval's own checks, also of a --config file
         raise UserError(str(error)) from error
     config.model = AUTOREGRESSIVE.get(config.model, config.model)
     config.gen_kwargs = with_one_length(config.gen_kwargs)

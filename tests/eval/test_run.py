@@ -455,6 +455,22 @@ def test_a_number_of_answers_that_means_nothing_is_refused(evaluation, stub, dat
     assert stub.asked == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "Config file not found: "),
+        ("[1]", "YAML root must be a mapping in "),
+        ("{", "config.yaml' cannot be read: "),
+        ("mode: x", "unexpected keyword argument 'mode'"),
+    ],
+)
+def test_a_config_file_that_is_none_is_named(evaluation, stub, data_dir, tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    assert said in evaluation("--config", str(tmp_path / "config.yaml"))
+    assert stub.built == 0
+
+
 def test_a_config_file_may_ask_for_the_number_of_answers(evaluation, stub, data_dir, tmp_path):
     write_rows(data_dir, ROW)
     (tmp_path / "run.yaml").write_text("samples: 3\n")
