@@ -87,10 +87,16 @@ def _row(folder: Path) -> Row:
     cards = read_cards(folder)
     if not cards:
         raise UserError(f"{folder / 'scores.json'} holds no score")
-    settings = cards[0]["settings"]
+    columns = [(card["task"], card["metric"], card["filter"]) for card in cards]
+    if len(set(columns)) < len(columns) or len({_model_of(card) for card in cards}) > 1:
+        raise UserError(
+            f"{folder / 'scores.json'} holds the cards of several runs, as report writes them: give that file another "
+            "name, and the folders of the runs"
+        )
+    settings, name = cards[0]["settings"], _model_of(cards[0])
     given = settings.get("model_args")
     given = dict(given) if isinstance(given, dict) else {"model_args": given} if given else {}
-    name = str(given.pop("pretrained", settings.get("model")))
+    given.pop("pretrained", None)
     given = {**(settings.get("gen_kwargs") or {}), **given}  # in the order of their precedence
     spent: Counter[str] = Counter()
     for cost in {
@@ -102,9 +108,16 @@ def _row(folder: Path) -> Row:
         folder=str(folder),
         settings=", ".join(f"{key}={value}" for key, value in given.items()),
         isolation=", ".join(dict.fromkeys(str(card["isolation"]) for card in cards if card.get("isolation"))),
-        cells={(card["task"], card["metric"], card["filter"]): _cell(card) for card in cards},
+        cells=dict(zip(columns, map(_cell, cards), strict=True)),
         tokens_per_forward=tokens_per_forward(spent["new_tokens"], spent["forwards"]),
     )
+
+
+def _model_of(card: dict[str, Any]) -> str:
+    """What names the model of a score: its folder or its name on the Hub, else its kind."""
+    settings = card["settings"]
+    given = settings.get("model_args")
+    return str((given if isinstance(given, dict) else {}).get("pretrained", settings.get("model")))
 
 
 def _cell(card: dict[str, Any]) -> Cell:

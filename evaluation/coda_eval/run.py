@@ -722,7 +722,9 @@ def records_of(task: str, samples: Iterable[dict[str, Any]]) -> list[Record]:
 def _records_of_document(task: str, sample: dict[str, Any]) -> Iterable[Record]:
     document = sample["doc"] if isinstance(sample["doc"], dict) else {}
     prompt = str(sample["arguments"][0][0])
-    where = {"task": task, "task_id": document.get("task_id", sample["doc_id"]), "doc_id": sample["doc_id"]}
+    own = document.get("task_id")
+    task_id = own if isinstance(own, str | int) else sample["doc_id"]
+    where = {"task": task, "task_id": task_id, "doc_id": sample["doc_id"]}
     nothing = {field.name: None for field in dataclasses.fields(Record)}
     score = next((sample[name] for name in sample["metrics"] if isinstance(sample[name], numbers.Real)), None)
     score = None if score is None else float(score)

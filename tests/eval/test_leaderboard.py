@@ -99,6 +99,12 @@ def test_every_filter_of_a_metric_is_a_column(tmp_path):
     assert as_html(found).count('data-label="coda_humaneval pass@1 (flexible)"') == 1
 
 
+@pytest.mark.parametrize("other", [{"score": 0.75}, {"task": "t", "settings": {"model": "hf"}}])
+def test_cards_of_several_runs_are_no_row(tmp_path, other):
+    with pytest.raises(UserError, match="scores.json holds the cards of several runs, as report writes them"):
+        read_rows([write_run(tmp_path / "run", {}, other)])
+
+
 def test_a_loss_is_shown_as_it_is(tmp_path):
     card = {"metric": "bits_per_byte", "score": 0.8, "wilson95": None, "higher_is_better": False}
     assert [cell.text for cell in read_rows([write_run(tmp_path / "run", card)])[0].cells.values()] == ["0.8000"]

@@ -409,6 +409,13 @@ def test_records_with_an_unknown_or_a_missing_field_are_refused(tmp_path):
             read_records(tmp_path)
 
 
+def test_an_id_that_is_no_text_and_no_number_is_not_the_documents_name():
+    answer = {"filter": "none", "arguments": [("p",)], "metrics": ["acc"], "acc": 1.0, "resps": [["x"]]}
+    answer |= {"filtered_resps": ["x"]}
+    samples = [answer | {"doc_id": n, "doc": {"task_id": own}} for n, own in enumerate(("q", 7, ["a"], None))]
+    assert [record.task_id for record in run.records_of("t", samples)] == ["q", 7, 2, 3]
+
+
 def test_samples_is_the_number_of_answers_to_each_problem(evaluation, stub, data_dir, monkeypatch):
     """pass@1 and pass@10 are those of all choices of 1 and of 10 among the answers; with --limit, too."""
     write_rows(data_dir, *({**ROW, "task_id": f"q/{n}"} for n in range(3)))
