@@ -95,7 +95,7 @@ _FACTS = {"name": str, "arguments": dict, "tasks": list, "identity": dict, "info
 """What `command.json` holds that is needed here."""
 
 _HELD = {"tasks": list, "include_path": list | None, "samples": dict | int | None, "metadata": dict | None}
-_HELD |= {"batch_size": int | str, "limit": float | int | None}
+_HELD |= {"batch_size": int | str, "limit": float | int | None, "seed": list | None}
 """What arguments are in a run, where lm-eval declares them otherwise."""
 
 

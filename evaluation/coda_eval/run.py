@@ -46,7 +46,7 @@ from coda_eval.programs import PROGRAMS, SCORES_ALL, Answer, Judged, Overlap, ks
 from coda_eval.records import Record, write_records
 from coda_eval.report import num_cut, write_scores
 from CoDALanguageModel.decoding_settings import offered
-from CoDALanguageModel.errors import UserError, did_you_mean
+from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 from CoDALanguageModel.intervals import bootstrap_interval
 from CoDALanguageModel.run_files import read_json, write_whole
 
@@ -135,6 +135,9 @@ def read_config(args: argparse.Namespace) -> EvaluatorConfig:
         config = EvaluatorConfig.from_cli(args)
     except (ValueError, TypeError, OSError) as error:  # lm-eval's own checks, also of a --config file
         raise UserError(str(error)) from error
+    told = json.dumps(dataclasses.asdict(config) | {"output_path": None}, ensure_ascii=False, default=str)
+    if (at := half_surrogate(told)) is not None:  # lm-eval could not write its results
+        raise UserError(f"arguments must be UTF-8, got {told[max(0, at - 40) : at + 20]!r}")
     config.model = AUTOREGRESSIVE.get(config.model, config.model)
     config.gen_kwargs = with_one_length(config.gen_kwargs)
     refuse_caches(config)
@@ -152,7 +155,7 @@ def check_limit(limit: float | None) -> None:
         UserError: it is not in (0, 1e15].
     """
     if limit is not None and not 0 < limit <= 1e15:
-        raise UserError(f"--limit must be above 0 (documents, or below 1 a share of them), got {limit:g}")
+        raise UserError(f"--limit must be above 0 (documents, or below 1 a share of them), got {str(limit)[:20]}")
 
 
 def with_one_length(settings: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -149,6 +149,12 @@ def test_a_folder_for_results_without_a_name_is_refused(evaluation, stub, data_d
     assert stub.built == 0
 
 
+def test_arguments_that_no_file_could_hold_are_refused(evaluation, stub, data_dir):
+    write_rows(data_dir, ROW)
+    assert r"arguments must be UTF-8, got '" in evaluation("--system_instruction", "caf\udce9")
+    assert stub.built == 0
+
+
 def no_index(build, paths, **options):
     """Reads the tasks of folders, and not the thousands of lm-eval's own."""
     assert all(path == TASKS for path in paths)
