@@ -114,7 +114,7 @@ def whole_lines(path: Path) -> Iterator[tuple[int, Any, int]]:
             end += len(line)
             try:
                 content, is_whole = json.loads(line), line.endswith(b"\n")
-            except ValueError as error:  # of the JSON, or of its encoding
+            except (ValueError, RecursionError) as error:  # of the JSON, or of its encoding
                 if next(lines, None) is not None:
                     raise UserError(f"{path}: line {number} is not JSON; mend it, or remove it") from error
                 is_whole = False

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from coda_eval.records import Record, read_records
+from coda_eval.output import markdown_table, shown, write_output
+from coda_eval.records import Record, is_finite, is_number, read_records
 from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import bootstrap_interval
@@ -281,7 +282,7 @@ def read_cards(folder: Path) -> list[dict[str, Any]]:
         cards = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"no scores.json in {str(folder)!r}: give the --output_path of a run") from error
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} does not hold score cards: {error!r}") from error
     wrong = f"{path} does not hold score cards"
     if not isinstance(cards, list):
@@ -295,12 +296,8 @@ def read_cards(folder: Path) -> list[dict[str, Any]]:
     return cards
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
 def _is_interval(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)))
+    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(is_finite, value)))
 
 
 def _is_settings(value: Any) -> bool:
@@ -308,11 +305,11 @@ def _is_settings(value: Any) -> bool:
 
 
 def _is_cost(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
+    return value is None or (isinstance(value, dict) and all(map(is_finite, value.values())))
 
 
 _CARD = dict.fromkeys(("task", "metric", "filter"), (lambda value: isinstance(value, str), "a text"))
-_CARD |= {"score": (_is_number, "a number"), "n": (lambda value: type(value) in (int, type(None)), "a whole number")}
+_CARD |= {"score": (is_number, "a number"), "n": (lambda value: type(value) in (int, type(None)), "a whole number")}
 _CARD |= dict.fromkeys(("wilson95", "bootstrap95"), (_is_interval, "two numbers or null"))
 _CARD |= {"settings": (_is_settings, "an object"), "cost": (_is_cost, "an object of numbers or null")}
 """What the fields of a score card that are computed with hold."""
@@ -325,27 +322,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{name}.{key}" if name else key)
     else:
         yield name, value
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown, numbers on the right; what a cell holds cannot end it."""
-
-    def line(cells: Sequence[Any]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    rule = [":---" if n == 0 else "---:" for n in range(len(header))]
-    return "\n".join([line(header), line(rule), *map(line, rows)]) + "\n"
-
-
-def shown(score: float, bounded: bool) -> str:
-    """A score as a share in percent, or as it is where it is none."""
-    return f"{100 * score:.1f} %" if bounded else f"{score:.4f}"
-
-
-def shown_interval(interval: Sequence[float], bounded: bool) -> str:
-    """Two scores as an interval."""
-    low, high = (shown(bound, bounded) for bound in interval)
-    return f"{low.removesuffix(' %')} to {high}"
 
 
 def _gain(difference: float, bounded: bool) -> str:
@@ -415,15 +391,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output is not None and args.output.suffix not in (".json", ".md"):
         parser.error(f"--output must end in .json or .md, got {str(args.output)!r}")
-    if args.seed < 0:
-        parser.error(f"--seed must be an integer >= 0, got {args.seed}")
+    for name, least in (("seed", 0), ("resamples", 1)):
+        if (value := getattr(args, name)) < least:
+            parser.error(f"--{name} must be an integer >= {least}, got {value}")
     comparison = compare(args.first, args.second, common=args.common, seed=args.seed, resamples=args.resamples)
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         text = (
             as_markdown(comparison) if args.output.suffix == ".md" else json.dumps(asdict(comparison), indent=2) + "\n"
         )
-        args.output.write_text(text, encoding="utf-8")
+        write_output(args.output, text)
     console = Console()
     console.print(escape(f"A: {comparison.runs[0]}\nB: {comparison.runs[1]}"))
     for title, header, rows in tables(comparison):

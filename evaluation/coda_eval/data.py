@@ -565,6 +565,20 @@ def benchmark_of(task: str) -> str:
     Raises:
         UserError: there is no such task, or it is a group.
     """
+    return _data_of(task)["data"]
+
+
+def language_of(task: str) -> str:
+    """The language whose rows one of our tasks asks for; empty for all.
+
+    Raises:
+        UserError: as `benchmark_of`.
+    """
+    return _data_of(task).get("language", "")
+
+
+def _data_of(task: str) -> dict[str, Any]:
+    """What the file of a task asks of `documents`."""
     folder = Path(__file__).with_name("tasks")
     names = [path.stem for path in folder.glob("[!_]*.yaml")]
     if task not in names:
@@ -575,7 +589,7 @@ def benchmark_of(task: str) -> str:
         settings = {**yaml.load(text, _PlainLoader), **settings}
     if "dataset_kwargs" not in settings:
         raise UserError(f"{task} is a group of tasks: name one of {', '.join(settings['task'])}")
-    return settings["dataset_kwargs"]["data"]
+    return settings["dataset_kwargs"]
 
 
 def _flaw(data: str, row: Any) -> str | None:

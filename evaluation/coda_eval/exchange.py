@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coda_eval.data import DATA_VARIABLE, SOURCES, benchmark_of, read_lines, rows
+from coda_eval.data import DATA_VARIABLE, SOURCES, benchmark_of, language_of, read_lines, rows
+from coda_eval.output import write_output
 from coda_eval.programs import PROGRAMS
 from coda_eval.records import Record, read_records
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.run_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,8 @@ def export_samples(argv: Sequence[str]) -> None:
     parser.add_argument("--task", help="whose answers; needed where the run has several tasks")
     parser.add_argument("--data_dir", default="", help="folder with the problems; default: CODA_EVAL_DATA")
     args = parser.parse_args(argv)
+    if args.output.suffix != ".jsonl":
+        parser.error(f"--output must end in .jsonl, got {str(args.output)!r}")
     records = read_records(args.run)
     names = list(dict.fromkeys(record.task for record in records))
     if args.task is None and len(names) != 1:
@@ -99,13 +101,18 @@ def export_samples(argv: Sequence[str]) -> None:
     if benchmark not in PROGRAMS:
         raise UserError(f"{task} runs no programs: there is nothing that another judge could run")
     samples = samples_of(chosen, benchmark, args.format, _folder(args.data_dir))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.output, "".join(json.dumps(sample) + "\n" for sample in samples))
+    write_output(args.output, "".join(json.dumps(sample) + "\n" for sample in samples))
     print(f"{len(samples)} answers of {task} are in {args.output}")
 
 
-def read_samples(path: Path, benchmark: str, folder: str) -> dict[Any, list[str]]:
+def read_samples(path: Path, benchmark: str, folder: str, language: str = "") -> dict[Any, list[str]]:
     """The answers of a file by problem, as our programs take them.
+
+    Args:
+        path: of the file.
+        benchmark: key of `coda_eval.data.SOURCES`.
+        folder: with its problems.
+        language: only problems in it are answered.
 
     Raises:
         UserError: a line is no sample, or a problem has no answer or another number of answers than the others.
@@ -116,6 +123,8 @@ def read_samples(path: Path, benchmark: str, folder: str) -> dict[Any, list[str]
     problems = {sample_id(benchmark, task_id): task_id for task_id in of_problem}
     if splits := dict(SOURCES[benchmark].splits):
         problems = {name: task_id for name, task_id in problems.items() if task_id in splits["test"]}
+    if field := language and SOURCES[benchmark].language:
+        problems = {name: task_id for name, task_id in problems.items() if of_problem[task_id][field] == language}
     answers: dict[Any, list[str]] = defaultdict(list)
     for place, sample in read_lines(path):
         where = f"{path}: {place}"
@@ -153,12 +162,12 @@ def import_samples(argv: Sequence[str]) -> None:
     benchmark = benchmark_of(args.task)
     if benchmark not in PROGRAMS:
         raise UserError(f"{args.task} runs no programs")
-    answers = read_samples(args.file, benchmark, _folder(args.data_dir))
-    from coda_eval import samples  # noqa: F401  registers the model; lm-eval's start takes seconds
-    from coda_eval.__main__ import evaluate
+    settings = {"benchmark": benchmark, "folder": _folder(args.data_dir), "language": language_of(args.task)}
+    answers = read_samples(args.file, **settings)
+    from coda_eval.__main__ import evaluate  # lm-eval's start takes seconds
 
     count = len(next(iter(answers.values())))
-    settings = {"file": str(args.file), "benchmark": benchmark, "folder": _folder(args.data_dir)}
+    settings |= {"file": str(args.file)}
     command = ["run", "--model", "coda_samples", "--model_args", json.dumps(settings), "--tasks", args.task]
     command += ["--output_path", args.output_path, "--samples", str(count)]
     command += ["--metadata", json.dumps({"data_dir": args.data_dir})] if args.data_dir else []

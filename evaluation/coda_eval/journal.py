@@ -35,10 +35,29 @@ HASHES = "hashes.json"
 
 _SYNC_S = 5.0  # between two waits for the disk
 
+_NUMBER = int | float | None
+_SETTINGS = {"settings": str, "resolved": dict}
+_TAKEN = {"run": str, "key": str}
+_LINE = {"task": str, "task_id": object, "slot": str, "settings": str, "code": str, "prompt": str}
+_ANSWER = {"answer": str, "seed": int | None, "cost": dict | None}
+_ANSWER |= dict.fromkeys(("new_tokens", "forwards", "generation_s"), _NUMBER)
+_LIKELIHOOD = {"nats": int | float, "stderr": _NUMBER, "is_greedy": bool | None}
+"""What lines hold that is read: settings, a reference or an answer, of it all, and a text or a likelihood."""
+
 
 def digest(value: Any) -> str:
     """Hash of anything that JSON can say, 24 hexadecimal digits; what it cannot say counts as its text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _check(row: Any) -> None:
+    """Raise KeyError or TypeError where a line that was read does not hold what it must."""
+    kinds = _SETTINGS if "resolved" in row else _TAKEN
+    if "resolved" not in row and "settings" in row:
+        kinds = _TAKEN | _LINE | (_ANSWER if "answer" in row else _LIKELIHOOD)
+    for name, kind in kinds.items():
+        if not isinstance(row[name], kind):
+            raise TypeError(f"{name}: {row[name]!r:.80}")
 
 
 class Journal:
@@ -86,15 +105,21 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (FileExistsError, BlockingIOError) as error:
             raise UserError(f"another command writes to {self.path}: give it a folder of its own") from error
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error}") from error
 
     def _read(self, path: Path) -> int:
         """Read a file, and return where its last whole line ends."""
         end = 0
         for number, row, behind in whole_lines(path):
             try:
+                _check(row)
                 self._take(row)
             except (KeyError, TypeError) as error:
-                raise UserError(f"{path}: line {number} is no line of a journal; mend it, or remove it") from error
+                raise UserError(
+                    f"{path}: line {number} is no line of a journal ({type(error).__name__}: {error}); mend it, or "
+                    "remove it"
+                ) from error
             end = behind
         return end
 

@@ -7,13 +7,12 @@ lm-eval's results are written as by `run`.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -26,7 +25,7 @@ from coda_eval.data import DATA_VARIABLE
 from coda_eval.hosted import read_likelihood
 from coda_eval.journal import COMMAND, Journal
 from coda_eval.programs import Answer
-from coda_eval.run import check_tasks, run_tasks
+from coda_eval.run import check_limit, check_tasks, read_repeats, run_tasks
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.run_files import read_json
 
@@ -63,6 +62,11 @@ class JournalLM(LM):
                 f"{missing[0].task_name}, document {session.label(missing[0])}: the run did not come to its end, which "
                 "--resume finishes, or the problems have changed"
             )
+        if unset := [line for line in lines if line["settings"] not in self.journal.settings]:
+            raise UserError(
+                f"{len(unset)} of {len(requests)} answers in the journal name settings that no line of it holds, the "
+                f"first to task {unset[0]['task']}, document {unset[0]['task_id']}: a line was removed"
+            )
         state = session.current()
         for request, line in zip(requests, lines, strict=True):
             request.arguments = (line["prompt"], *request.args[1:])  # as the chat template wrote it
@@ -90,6 +94,10 @@ class JournalLM(LM):
 _FACTS = {"name": str, "arguments": dict, "tasks": list, "identity": dict, "info": dict, "chat_template": str}
 """What `command.json` holds that is needed here."""
 
+_HELD = {"tasks": list, "include_path": list | None, "samples": dict | int | None, "metadata": dict | None}
+_HELD |= {"batch_size": int | str, "limit": float | int | None, "seed": list | None}
+"""What arguments are in a run, where lm-eval declares them otherwise."""
+
 
 def read_command(folder: Path) -> dict[str, Any]:
     """What the last command in a run's folder was asked, and its model.
@@ -104,11 +112,21 @@ def read_command(folder: Path) -> dict[str, Any]:
     for name, kind in _FACTS.items():
         if not isinstance(command.get(name), kind):
             raise UserError(f"{path}: {name} must be a {kind.__name__}, got {command.get(name)!r:.80}; {mend}")
-    known = {field.name for field in dataclasses.fields(EvaluatorConfig)}
-    if unknown := sorted(command["arguments"].keys() - known):
+    kinds, arguments = get_type_hints(EvaluatorConfig) | _HELD, command["arguments"]
+    if unknown := sorted(arguments.keys() - kinds):
         raise UserError(f"{path}: arguments has unknown names: {', '.join(unknown)}; {mend}")
+    for name, value in arguments.items():
+        if not isinstance(value, kinds[name]):
+            kind = getattr(kinds[name], "__name__", kinds[name])
+            raise UserError(f"{path}: arguments.{name} must be {kind}, got {value!r:.80}; {mend}")
+    try:
+        check_limit(arguments.get("limit"))
+        read_repeats(arguments.get("samples"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {mend}") from error
     texts = {f"tasks[{n}]": name for n, name in enumerate(command["tasks"])} | {"data": command.get("data") or ""}
-    texts |= {"arguments.output_path": command["arguments"].get("output_path")}
+    texts |= {f"arguments.include_path[{n}]": path for n, path in enumerate(arguments.get("include_path") or ())}
+    texts |= {"arguments.output_path": arguments.get("output_path")}
     for name, value in texts.items():
         if not isinstance(value, str):
             raise UserError(f"{path}: {name} must be a text, got {value!r:.80}; {mend}")

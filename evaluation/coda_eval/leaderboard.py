@@ -6,6 +6,7 @@ tests and settings are not ours.
 
 import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from typing import Any
 
 import jinja2
 
-from coda_eval.comparison import markdown_table, read_cards, shown, shown_interval
+from coda_eval.comparison import read_cards
+from coda_eval.output import markdown_table, shown, shown_interval, write_output
 from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.errors import UserError
 
-Column = tuple[str, str]
-"""Task and metric."""
+Column = tuple[str, str, str]
+"""Task, metric and filter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +34,8 @@ class Cell:
     """95 %: Wilson's for shares, else the bootstrap's, where the card has one."""
 
     documents: int | None
-
-    @property
-    def bounded(self) -> bool:
-        """Whether the score is a share."""
-        return 0.0 <= self.score <= 1.0
+    bounded: bool
+    """Whether the score is a share."""
 
     @property
     def text(self) -> str:
@@ -76,7 +75,7 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
     """
     rows = {}
     for folder in folders:
-        found = sorted(path.parent for path in folder.rglob("scores.json"))
+        found = sorted(path.parent for path in folder.rglob("scores.json")) if os.path.isdir(folder) else []
         if not found:
             raise UserError(f"no scores.json in or below {str(folder)!r}: give folders of runs, their --output_path")
         rows |= {run.resolve(): _row(run) for run in found}
@@ -88,10 +87,16 @@ def _row(folder: Path) -> Row:
     cards = read_cards(folder)
     if not cards:
         raise UserError(f"{folder / 'scores.json'} holds no score")
-    settings = cards[0]["settings"]
+    columns = [(card["task"], card["metric"], card["filter"]) for card in cards]
+    if len(set(columns)) < len(columns) or len({_model_of(card) for card in cards}) > 1:
+        raise UserError(
+            f"{folder / 'scores.json'} holds the cards of several runs, as report writes them: give that file another "
+            "name, and the folders of the runs"
+        )
+    settings, name = cards[0]["settings"], _model_of(cards[0])
     given = settings.get("model_args")
     given = dict(given) if isinstance(given, dict) else {"model_args": given} if given else {}
-    name = str(given.pop("pretrained", settings.get("model")))
+    given.pop("pretrained", None)
     given = {**(settings.get("gen_kwargs") or {}), **given}  # in the order of their precedence
     spent: Counter[str] = Counter()
     for cost in {
@@ -103,19 +108,32 @@ def _row(folder: Path) -> Row:
         folder=str(folder),
         settings=", ".join(f"{key}={value}" for key, value in given.items()),
         isolation=", ".join(dict.fromkeys(str(card["isolation"]) for card in cards if card.get("isolation"))),
-        cells={(card["task"], card["metric"]): _cell(card) for card in cards},
+        cells=dict(zip(columns, map(_cell, cards), strict=True)),
         tokens_per_forward=tokens_per_forward(spent["new_tokens"], spent["forwards"]),
     )
 
 
+def _model_of(card: dict[str, Any]) -> str:
+    """What names the model of a score: its folder or its name on the Hub, else its kind."""
+    settings = card["settings"]
+    given = settings.get("model_args")
+    return str((given if isinstance(given, dict) else {}).get("pretrained", settings.get("model")))
+
+
 def _cell(card: dict[str, Any]) -> Cell:
     interval = card.get("wilson95") or card.get("bootstrap95")
-    return Cell(score=card["score"], interval=interval and tuple(interval), documents=card.get("n"))
+    bounded = 0.0 <= card["score"] <= 1.0 and card.get("higher_is_better") is not False
+    return Cell(score=card["score"], interval=interval and tuple(interval), documents=card.get("n"), bounded=bounded)
 
 
-def columns_of(rows: Sequence[Row]) -> list[Column]:
-    """Every task and metric, in the order in which they are met."""
-    return list(dict.fromkeys(column for row in rows for column in row.cells))
+def columns_of(rows: Sequence[Row]) -> dict[Column, str]:
+    """Every task, metric and filter with its name, in the order in which they are met.
+
+    The filter is named where a metric has several.
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row.cells))
+    filters = Counter(column[:2] for column in columns)
+    return {c: f"{c[0]} {c[1]}{f' ({c[2]})' if filters[c[:2]] > 1 else ''}" for c in columns}
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
@@ -129,8 +147,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
         ]
         tokens = "" if row.tokens_per_forward is None else f"{row.tokens_per_forward:.2f}"
         lines.append([row.model, *scores, tokens, row.settings, row.isolation, row.folder])
-    names = [f"{task} {metric}" for task, metric in columns]
-    header = ["model", *names, "tokens per forward pass", "settings", "isolation", "run"]
+    header = ["model", *columns.values(), "tokens per forward pass", "settings", "isolation", "run"]
     parts = ["# Leaderboard\n", "## Measured\n", markdown_table(header, lines)]
     for table in published():
         body = [[name, *("" if one is None else f"{one:.1f}" for one in row)] for name, row in table["rows"].items()]
@@ -158,6 +175,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read_rows(args.folders)
     text = as_markdown(rows)
     for path in args.output:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text if path.suffix == ".md" else as_html(rows), encoding="utf-8")
+        write_output(path, text if path.suffix == ".md" else as_html(rows))
     print(text, end="")

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 from CoDALanguageModel.run_files import write_whole
@@ -13,10 +16,38 @@ from CoDALanguageModel.run_files import write_whole
 FILE = "records.jsonl"
 """Name of the file in a run's folder."""
 
-_KINDS = dict.fromkeys(("score", "new_tokens", "forwards"), ((int, float, type(None)), "a number or null"))
-_KINDS |= {"cost": ((dict, type(None)), "an object or null"), "status": ((str, type(None)), "a text or null")}
-_KINDS |= {"task": (str, "a text"), "repeat": (int, "a whole number")}
-"""What fields that are computed with hold."""
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold; the infinite ones and NaN are such numbers, too."""
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value of JSON is a finite number that a float can hold."""
+    return is_number(value) and math.isfinite(value)
+
+
+_Kind = tuple[Callable[[Any], bool], str]
+_TEXT: _Kind = (lambda value: value is None or isinstance(value, str), "a text or null")
+_NUMBER: _Kind = (lambda value: value is None or is_finite(value), "a finite number or null")
+_WHOLE: _Kind = (lambda value: type(value) is int, "a whole number")
+_KINDS: dict[str, _Kind] = {
+    "task": (lambda value: isinstance(value, str), "a text"),
+    "task_id": (lambda value: not isinstance(value, (list, dict)), "a text or a number"),
+    "doc_id": _WHOLE,
+    "repeat": _WHOLE,
+    **dict.fromkeys(("prompt", "answer", "program", "status", "error"), _TEXT),
+    "score": (lambda value: value is None or is_number(value), "a number or null"),
+    **dict.fromkeys(("seconds", "cpu_seconds", "new_tokens", "forwards"), _NUMBER),
+    "cost": (
+        lambda value: (
+            value is None or isinstance(value, dict) and all(one is None or is_finite(one) for one in value.values())
+        ),
+        "an object of finite numbers or null",
+    ),
+    "finish_reason": _TEXT,
+}
+"""What the fields hold that are shown or computed with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +102,7 @@ def read_records(folder: str | os.PathLike[str]) -> list[Record]:
         UserError: there are none, or a line does not hold a record; the message names file and line.
     """
     path = Path(folder) / FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"no {FILE} in {str(folder)!r}: give the --output_path of a run, or judge it first")
     names = [field.name for field in dataclasses.fields(Record)]
     needed = {field.name for field in dataclasses.fields(Record) if field.default is dataclasses.MISSING}
@@ -80,7 +111,7 @@ def read_records(folder: str | os.PathLike[str]) -> list[Record]:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number} must be a JSON object, got {json.dumps(row)[:80]}")
@@ -89,8 +120,8 @@ def read_records(folder: str | os.PathLike[str]) -> list[Record]:
                     raise UserError(f"{path}: line {number} has an unknown field {name!r}{did_you_mean(name, names)}")
             if missing := sorted(needed - row.keys()):
                 raise UserError(f"{path}: line {number} lacks {', '.join(missing)}")
-            for name, (kind, what) in _KINDS.items():
-                if not isinstance(value := row[name], kind):
+            for name, (holds, what) in _KINDS.items():
+                if not holds(value := row.get(name)):
                     raise UserError(f"{path}: line {number}: {name} must be {what}, got {value!r:.80}")
             for name in ("task", "task_id"):
                 if isinstance(row[name], str) and (at := half_surrogate(row[name])) is not None:

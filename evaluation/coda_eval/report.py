@@ -1,4 +1,4 @@
-"""Score cards: `python -m coda_eval.report RESULTS_DIR --output scores.json` (or `scores.md`).
+"""Score cards: `python -m coda_eval report RESULTS_DIR --output scores.json` (or `scores.md`).
 
 One entry per task and metric of every `results_*.json` in the folder: score, number of documents, standard error,
 Wilson interval, the settings that made it and what its answers cost, the versions, and the isolation level.
@@ -6,12 +6,14 @@ Wilson interval, the settings that made it and what its answers cost, the versio
 
 import argparse
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from coda_eval.records import FILE, Record, read_records
+from coda_eval.output import markdown_table, shown, write_output
+from coda_eval.records import FILE, Record, is_finite, is_number, read_records
 from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import wilson_interval
@@ -27,7 +29,7 @@ def score_cards(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: there is no results file, or one is not lm-eval's.
     """
-    paths = list(Path(folder).rglob("results_*.json"))
+    paths = list(Path(folder).rglob("results_*.json")) if os.path.isdir(folder) else []
     if not paths:
         raise UserError(f"no results_*.json in {str(folder)!r}: give the folder of --output_path")
     return cards_of(paths)
@@ -54,29 +56,73 @@ def _run_folder(path: Path) -> Path:
     return next((folder for folder in path.parents[:2] if (folder / FILE).is_file()), path.parent)
 
 
-def _cards_of(path: Path, folder: Path) -> list[dict[str, Any]]:
+_BY_TASK = ("n-samples", "configs", "higher_is_better")
+_MAY_BE = ("coda_eval", "versions", "task_hashes", *_BY_TASK)
+"""Objects of a results file that it need not have; the former have an object for each task."""
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """What a results file holds, with all of its objects.
+
+    Raises:
+        UserError: it is not lm-eval's.
+    """
+    wrong = f"{path} is not a results file of lm-eval"
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        config, results = run["config"], run["results"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a results file of lm-eval: {error!r}") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{wrong}: {error!r}") from error
+
+    def check(holds: bool, name: str, what: str, value: Any) -> None:
+        if not holds:
+            raise UserError(f"{wrong}: {name} must be {what}, got {json.dumps(value)[:80]}")
+
+    check(isinstance(found, dict), "it", "an object", found)
+    run: dict[str, Any] = {name: {} for name in _MAY_BE} | found
+    for name in ("config", "results", *_MAY_BE):
+        check(isinstance(run.get(name), dict), name, "an object", run.get(name))
+    of_tasks = {name: run[name] for name in ("results", *_BY_TASK)}
+    of_tasks["coda_eval.tasks"] = run["coda_eval"].setdefault("tasks", {})
+    for name, tasks in of_tasks.items():
+        is_whole = isinstance(tasks, dict) and all(isinstance(of_task, dict) for of_task in tasks.values())
+        check(is_whole, name, "an object of objects", tasks)
+    for task, counts in run["n-samples"].items():
+        count = counts.get("effective")
+        check(type(count) is int and is_finite(count), f"n-samples.{task}.effective", "a whole number", count)
+    for task, facts in run["coda_eval"]["tasks"].items():
+        bounds = facts.get("bootstrap95") or {}
+        check(isinstance(bounds, dict), f"coda_eval.tasks.{task}.bootstrap95", "an object or null", bounds)
+    settings, seconds = run["config"].get("generation_settings"), run.get("total_evaluation_time_seconds")
+    check(isinstance(settings, dict | None), "config.generation_settings", "an object or null", settings)
+    try:
+        run["total_evaluation_time_seconds"] = None if seconds is None else float(seconds)
+    except (TypeError, ValueError, OverflowError):
+        check(False, "total_evaluation_time_seconds", "a number", seconds)
+    return run
+
+
+def _cards_of(path: Path, folder: Path) -> list[dict[str, Any]]:
+    run = _read_results(path)
+    config, results = run["config"], run["results"]
     cards = []
     records = defaultdict(list)
     for record in read_records(folder) if (folder / FILE).is_file() else ():
         records[record.task].append(record)
     for task, metrics in results.items():
-        counts = run.get("n-samples", {}).get(task)
+        counts = run["n-samples"].get(task)
         cost = _cost_of(records[task]) if records[task] else {}
         per_forward = tokens_per_forward(cost.get("new_tokens"), cost.get("forwards"))
-        of_task = run.get("coda_eval", {}).get("tasks", {}).get(task, {})
+        of_task = run["coda_eval"]["tasks"].get(task, {})
         for key, value in metrics.items():
             name, _, stage = key.partition(",")
-            if not isinstance(value, (int, float)) or name.endswith("_stderr") or name in DETAILS or not stage:
+            if not is_number(value) or name.endswith("_stderr") or name in DETAILS or not stage:
                 continue
             stderr = metrics.get(f"{name}_stderr,{stage}")
             count = counts["effective"] if counts else None
-            # Only shares of documents have a binomial interval; groups and unbounded metrics have none.
-            interval = wilson_interval(value, count) if count and 0.0 <= value <= 1.0 else None
+            higher_is_better = run["higher_is_better"].get(task, {}).get(name)
+            # Only shares of documents have a binomial interval; groups, losses and unbounded metrics have none.
+            is_share = count and 0.0 <= value <= 1.0 and higher_is_better is not False
+            interval = wilson_interval(value, count) if is_share else None
             cards.append(
                 {
                     "task": task,
@@ -84,9 +130,10 @@ def _cards_of(path: Path, folder: Path) -> list[dict[str, Any]]:
                     "filter": stage,
                     "score": value,
                     "n": count,
-                    "stderr": stderr if isinstance(stderr, (int, float)) else None,
+                    "stderr": stderr if is_number(stderr) else None,
+                    "higher_is_better": higher_is_better,
                     "wilson95": interval and [round(bound, 6) for bound in interval],
-                    "bootstrap95": of_task.get("bootstrap95", {}).get(key),
+                    "bootstrap95": (of_task.get("bootstrap95") or {}).get(key),
                     "likelihood_stderr": of_task.get("likelihood_stderr"),
                     **{detail: metrics.get(f"{detail},{stage}") for detail in DETAILS},
                     "cut": num_cut(records[task]),
@@ -114,7 +161,7 @@ def _cost_of(records: Sequence[Record]) -> dict[str, float]:
         counted = dict(record.cost or {})
         for name in ("forwards", "row_forwards", "answer_tokens", "tokens_per_forward"):  # said already, and a ratio
             counted.pop(name, None)
-        cost.update(counted)
+        cost.update({name: value for name, value in counted.items() if value is not None})
     return {name: round(value, 3) for name, value in cost.items()}
 
 
@@ -122,8 +169,8 @@ def _provenance(run: dict[str, Any], config: dict[str, Any], task: str, path: Pa
     """Which run a score came from, in enough detail to repeat it."""
     names = ("model", "model_args", "generation_settings", "gen_kwargs", "batch_size", "limit", "torch_seed", "device")
     versions = ("lm_eval_version", "transformers_version", "git_hash", "chat_template_sha")
-    facts, seconds = run.get("coda_eval", {}), run.get("total_evaluation_time_seconds")
-    of_task = facts.get("tasks", {}).get(task, {})
+    facts = run["coda_eval"]
+    of_task = facts["tasks"].get(task, {})
     return {
         "settings": {name: config.get(name) for name in names},
         "resolved": of_task.get("settings"),
@@ -134,39 +181,29 @@ def _provenance(run: dict[str, Any], config: dict[str, Any], task: str, path: Pa
         **{name: facts.get(name) for name in ("dtype", "device", "world_size", "selfcheck")},
         "seed": config.get("torch_seed"),
         "batch_size": config.get("batch_size"),
-        "task_generation_kwargs": run.get("configs", {}).get(task, {}).get("generation_kwargs"),
-        "task_version": run.get("versions", {}).get(task),
-        "task_hash": run.get("task_hashes", {}).get(task),
+        "task_generation_kwargs": run["configs"].get(task, {}).get("generation_kwargs"),
+        "task_version": run["versions"].get(task),
+        "task_hash": run["task_hashes"].get(task),
         "versions": {name: run.get(name) for name in versions},
-        "seconds": seconds and float(seconds),
+        "seconds": run["total_evaluation_time_seconds"],
         "file": path.name,
     }
 
 
 def as_markdown(cards: list[dict[str, Any]]) -> str:
     """The cards as a table, shares in percent with their Wilson interval."""
-    lines = [
-        "| task | metric | score | 95 % interval | n | outcomes | isolation | settings |",
-        "|---|---|---:|---|---:|---|---|---|",
-    ]
+    rows = []
     for card in cards:
         low_high = card["wilson95"]
-        shown = f"{100 * card['score']:.1f} %" if low_high else f"{card['score']:.4f}"
+        score = shown(card["score"], low_high is not None)
         interval = f"{100 * low_high[0]:.1f} - {100 * low_high[1]:.1f} %" if low_high else ""
-        settings = card["settings"]["generation_settings"] or {}
-        text = ", ".join(f"{name}={value}" for name, value in settings.items())
-        cells = (
-            card["task"],
-            card["metric"],
-            shown,
-            interval,
-            card["n"] or "",
-            card["outcomes"] or "",
-            card["isolation"] or "",
-            text,
+        settings = ", ".join(
+            f"{name}={value}" for name, value in (card["settings"]["generation_settings"] or {}).items()
         )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+        details = (card[name] or "" for name in ("n", "outcomes", "isolation"))
+        rows.append([card["task"], card["metric"], score, interval, *details, settings])
+    header = ["task", "metric", "score", "95 % interval", "n", "outcomes", "isolation", "settings"]
+    return markdown_table(header, rows)
 
 
 def write_scores(results: Sequence[Path], target: Path) -> None:
@@ -188,8 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     table = as_markdown(cards)
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(table if args.output.suffix == ".md" else json.dumps(cards, indent=2) + "\n")
+        write_output(args.output, table if args.output.suffix == ".md" else json.dumps(cards, indent=2) + "\n")
     print(table, end="")
 
 

@@ -20,11 +20,14 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import lm_eval.models  # noqa: F401  registers lm-eval's own, which it does only while nothing is registered
+import lm_eval.evaluator
+import lm_eval.models  # registers lm-eval's own, which it does only while nothing is registered
+import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
@@ -32,6 +35,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.loggers import EvaluationTracker, TrackioLogger, WandbLogger
+from lm_eval.loggers.utils import add_env_info
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
@@ -42,7 +46,7 @@ from coda_eval.programs import PROGRAMS, SCORES_ALL, Answer, Judged, Overlap, ks
 from coda_eval.records import Record, write_records
 from coda_eval.report import num_cut, write_scores
 from CoDALanguageModel.decoding_settings import offered
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 from CoDALanguageModel.intervals import bootstrap_interval
 from CoDALanguageModel.run_files import read_json, write_whole
 
@@ -56,9 +60,21 @@ OURS = {
 """Our models, which fill gaps and keep their answers themselves. They are imported, and torch with them, when one is
 about to be loaded: what is wrong with a command is said in a fraction of that time."""
 
-for _name, _place in OURS.items():
+for _name, _place in {**OURS, "coda_samples": "coda_eval.samples:SamplesLM"}.items():
     if _name not in model_registry:
         model_registry.register(_name, target=_place)
+
+
+@cache
+def _environment() -> dict[str, Any]:
+    """What lm-eval says of the machine and of what is installed there."""
+    found: dict[str, Any] = {}
+    add_env_info(found)
+    return found
+
+
+# It asks pip and others for each task, which takes a second or more.
+lm_eval.evaluator.add_env_info = lambda results: results.update(_environment())
 
 AUTOREGRESSIVE = {"hf": "coda_hf", "hf-auto": "coda_hf", "huggingface": "coda_hf"}
 """lm-eval's names of Hugging Face models, and the model of ours that runs them."""
@@ -112,20 +128,34 @@ def read_config(args: argparse.Namespace) -> EvaluatorConfig:
         UserError: it is refused, by lm-eval, by `refuse_caches` or by `with_one_length`.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as lm-eval's own command
+    if args.output_path == "":  # which lm-eval takes for none
+        raise UserError("--output_path must name a folder, got ''")
     repeats, args.samples = read_repeats(args.samples)  # lm-eval would not have it beside --limit
     try:
         config = EvaluatorConfig.from_cli(args)
-    except ValueError as error:  # lm-eval's own checks
+    except (ValueError, TypeError, OSError) as error:  # lm-eval's own checks, also of a --config file
         raise UserError(str(error)) from error
+    told = json.dumps(dataclasses.asdict(config) | {"output_path": None}, ensure_ascii=False, default=str)
+    if (at := half_surrogate(told)) is not None:  # lm-eval could not write its results
+        raise UserError(f"arguments must be UTF-8, got {told[max(0, at - 40) : at + 20]!r}")
     config.model = AUTOREGRESSIVE.get(config.model, config.model)
     config.gen_kwargs = with_one_length(config.gen_kwargs)
     refuse_caches(config)
-    if config.limit is not None and not config.limit > 0:
-        raise UserError(f"--limit must be above 0 (documents, or below 1 a share of them), got {config.limit:g}")
+    check_limit(config.limit)
     if not repeats:
         repeats, config.samples = read_repeats(config.samples)  # of a --config file
     config.samples = repeats or config.samples
     return config
+
+
+def check_limit(limit: float | None) -> None:
+    """Refuse a `--limit` that is none.
+
+    Raises:
+        UserError: it is not in (0, 1e15].
+    """
+    if limit is not None and not 0 < limit <= 1e15:
+        raise UserError(f"--limit must be above 0 (documents, or below 1 a share of them), got {str(limit)[:20]}")
 
 
 def with_one_length(settings: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -358,14 +388,22 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str], dict[s
     given = [name for task in tasks for name in task.split(",") if name]
     # lm-eval's own thousands of files take seconds to index: they are looked at only where a task is not ours.
     manager = TaskManager(include_path=config.include_path, include_defaults=False, metadata=config.metadata)
-    if not all(name in manager.all_tasks for name in given):
-        manager = config.process_tasks(config.metadata)
+    if others := [name for name in given if name not in manager.all_tasks]:
+        refuse_unknown_tasks(others, manager.all_tasks)
+        try:
+            manager = config.process_tasks(config.metadata)
+        except ValueError as error:
+            raise UserError(f"--tasks: {error} (`ls tasks` lists them)") from error
     if isinstance(config.samples, int):
         set_repeats(manager, config.samples)
     names = dict.fromkeys(name for task in given for name in (manager.match_tasks([task]) or _files(task)))
     if not names:
         raise UserError("--tasks names no task, so that nothing would be run (`ls tasks` lists them)")
-    fills_gaps = config.model in OURS or getattr(get_model(config.model), "fills_gaps", False)
+    try:
+        fills_gaps = config.model in OURS or getattr(get_model(config.model), "fills_gaps", False)
+    except ValueError as error:
+        known = model_registry.keys()
+        raise UserError(f"unknown model {config.model!r}{did_you_mean(config.model, known)}") from error
     reasons, versions = {}, {}
     for name in names:
         try:
@@ -380,6 +418,28 @@ def check_tasks(config: EvaluatorConfig) -> tuple[TaskManager, list[str], dict[s
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UserError(f"{len(reasons)} of {len(names)} tasks cannot be run: {told}")
     return manager, list(names), versions
+
+
+def refuse_unknown_tasks(names: Sequence[str], ours: Iterable[str]) -> None:
+    """Refuse names of tasks that no task file of lm-eval holds: its index, which would say so, takes ten seconds.
+
+    Args:
+        names: of tasks; patterns, files and folders among them are left alone.
+        ours: the names that one may have meant.
+
+    Raises:
+        UserError: one is in no file.
+    """
+    plain = [name for name in names if re.fullmatch(r"\w[\w-]*", name) and not os.path.exists(name)]
+    left = {name: re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])") for name in plain}
+    for folder, _, files in os.walk(Path(lm_eval.tasks.__file__).parent):
+        for file in files:
+            if left and not file.endswith(".py"):
+                text = Path(folder, file).read_bytes()
+                left = {name: pattern for name, pattern in left.items() if not pattern.search(text)}
+    if left:
+        told = ", ".join(f"{name!r}{did_you_mean(name, ours)}" for name in left)
+        raise UserError(f"--tasks: unknown {'task' if len(left) == 1 else 'tasks'} {told} (`ls tasks` lists them)")
 
 
 def read_repeats(samples: Any) -> tuple[int, Any]:
@@ -665,7 +725,9 @@ def records_of(task: str, samples: Iterable[dict[str, Any]]) -> list[Record]:
 def _records_of_document(task: str, sample: dict[str, Any]) -> Iterable[Record]:
     document = sample["doc"] if isinstance(sample["doc"], dict) else {}
     prompt = str(sample["arguments"][0][0])
-    where = {"task": task, "task_id": document.get("task_id", sample["doc_id"]), "doc_id": sample["doc_id"]}
+    own = document.get("task_id")
+    task_id = own if isinstance(own, str | int) else sample["doc_id"]
+    where = {"task": task, "task_id": task_id, "doc_id": sample["doc_id"]}
     nothing = {field.name: None for field in dataclasses.fields(Record)}
     score = next((sample[name] for name in sample["metrics"] if isinstance(sample[name], numbers.Real)), None)
     score = None if score is None else float(score)

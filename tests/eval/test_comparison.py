@@ -148,9 +148,14 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     text = (tmp_path / "x.md").read_text()
     assert "| t | 4 | 50.0 % | 75.0 % | +25.0 points |" in text
     assert "| t | worse | q/1 | 100.0 % | 0.0 % | passed | failed |" in text
-    with pytest.raises(SystemExit):
-        main([str(a), str(b), "--output", "x.txt"])
-    assert "--output must end in .json or .md" in capsys.readouterr().err
+    for wrong, said in (
+        (("--output", "x.txt"), "--output must end in .json or .md"),
+        (("--resamples", "0"), "--resamples must be an integer >= 1, got 0"),
+        (("--seed", "-1"), "--seed must be an integer >= 0, got -1"),
+    ):
+        with pytest.raises(SystemExit):
+            main([str(a), str(b), *wrong])
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '[{"task": "t"}]'])
@@ -178,6 +183,8 @@ def test_unbounded_scores_have_no_share_and_no_mcnemar(tmp_path):
         ([CARD | {"task": ["t"]}], r"card 1: task must be a text, got \['t'\]"),
         ([CARD | {"settings": "x"}], "card 1: settings must be an object, got 'x'"),
         ([CARD | {"cost": {"forwards": None}}], "card 1: cost must be an object of numbers or null"),
+        ([CARD | {"score": 10**400}], "card 1: score must be a number, got 1000"),
+        ([CARD | {"cost": {"forwards": math.inf}}], "card 1: cost must be an object of numbers or null"),
         ([CARD | {"wilson95": [0.1]}], r"card 1: wilson95 must be two numbers or null, got \[0.1\]"),
     ],
 )
@@ -198,3 +205,36 @@ def test_scores_that_are_no_numbers_and_ids_that_are_no_texts_are_refused(tmp_pa
     d = write_run(tmp_path / "d", singles("1"), task=["t"])
     with pytest.raises(UserError, match=r"records.jsonl: line 1: task must be a text, got \['t'\]"):
         compare(b, d)
+    (d / "scores.json").unlink()
+    (d / "scores.json").mkdir()
+    with pytest.raises(UserError, match="scores.json does not hold score cards: IsADirectoryError"):
+        read_cards(d)
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"task_id": ["x"]}, r"task_id must be a text or a number, got \['x'\]"),
+        ({"doc_id": {}}, "doc_id must be a whole number, got {}"),
+        ({"repeat": True}, "repeat must be a whole number, got True"),
+        ({"program": 3}, "program must be a text or null, got 3"),
+        ({"score": 10**400}, "score must be a number or null, got 1000"),
+        ({"seconds": "x"}, "seconds must be a finite number or null, got 'x'"),
+        ({"new_tokens": math.nan}, "new_tokens must be a finite number or null, got nan"),
+        (
+            {"cost": {"generation_s": "x"}},
+            "cost must be an object of finite numbers or null, got {'generation_s': 'x'}",
+        ),
+    ],
+)
+def test_a_record_that_is_none_is_named_with_its_line_and_field(tmp_path, facts, said):
+    a = write_run(tmp_path / "a", singles("1"), **facts)
+    with pytest.raises(UserError, match=f"records.jsonl: line 1: {said}"):
+        compare(a, a)
+
+
+def test_records_nested_too_deeply_are_refused(tmp_path):
+    a = write_run(tmp_path / "a", singles("1"))
+    (a / "records.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="records.jsonl: line 1 is not JSON: maximum recursion depth"):
+        compare(a, a)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import subprocess
 import sys
 import tempfile
 
@@ -270,3 +271,42 @@ def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch, two_problems):
         command(monkeypatch, "import", tmp_path / "x", "--task", "coda_humanevil", "--output_path", tmp_path)
     with pytest.raises(SystemExit, match="coda_evalplus is a group of tasks: name one of coda_humaneval_plus_instruct"):
         command(monkeypatch, "import", tmp_path / "x", "--task", "coda_evalplus", "--output_path", tmp_path)
+
+
+def test_imported_samples_are_judged_again(two_problems, tmp_path, monkeypatch):
+    folder, rows = two_problems
+    samples = [{"task_id": row["task_id"], "completion": row["canonical_solution"]} for row in rows]
+    file = write_samples(folder / "samples.jsonl", samples)
+    command(monkeypatch, "import", file, "--task", "coda_humaneval", "--output_path", tmp_path / "run")
+    before = read_records(tmp_path / "run")
+    file.unlink()
+    again = [sys.executable, "-m", "coda_eval", "judge", str(tmp_path / "run")]  # a process that did not import
+    done = subprocess.run(again, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(r.task_id, r.answer, r.score) for r in read_records(tmp_path / "run")] == [
+        (r.task_id, r.answer, r.score) for r in before
+    ]
+
+
+def test_problems_in_other_languages_need_no_answer(data_dir, tmp_path):
+    row = {"prompt": "# TO" + "DO: Your code here", "eval_prompt": "{{completion}}", "ground_truth": "x = 1"}
+    row |= {"unit_tests": [{"input": "", "output": [""]}]}
+    python, java = row | {"task_id": "p", "lang": "python"}, row | {"task_id": "j", "lang": "java"}
+    java["prompt"] = "/* TO" + "DO: Your code here */"
+    (data_dir / "block_completion.jsonl").write_text("\n".join(map(json.dumps, (python, java))))
+    file = write_samples(tmp_path / "samples.jsonl", [{"task_id": "p", "completion": "x = 1"}])
+    task = "coda_safim_block"
+    assert read_samples(file, "safim_block", str(data_dir), data.language_of(task)) == {"p": ["x = 1"]}
+    with pytest.raises(UserError, match="answers 1 of 2 problems of safim_block; not j"):
+        read_samples(file, "safim_block", str(data_dir))
+
+
+def test_an_export_does_not_take_the_place_of_a_runs_answers(two_problems, tmp_path, monkeypatch, capsys):
+    leave_run(tmp_path, "coda_humaneval", [("HumanEval/0", "    pass\n")])
+    arguments = ("export", tmp_path, "--format", "evalplus", "--output")
+    with pytest.raises(SystemExit, match="records.jsonl' is a file that a run keeps"):
+        command(monkeypatch, *arguments, tmp_path / "records.jsonl")
+    assert len(read_records(tmp_path)) == 1
+    with pytest.raises(SystemExit):
+        command(monkeypatch, *arguments, tmp_path / "samples.jsonl.gz")
+    assert "--output must end in .jsonl, got " in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import pickle
 import random
@@ -142,33 +143,65 @@ def test_a_run_killed_at_any_byte_gives_what_an_uninterrupted_one_gives(evaluati
 VERDICT = programs.Verdict(status="failed", error="", seconds=0.1, isolation="none")
 
 
+LINE = {"key": "k", "run": "r", "task": "t", "task_id": 1, "slot": "x", "settings": "s", "code": "c", "prompt": "p"}
+LINE |= {"answer": "a"} | dict.fromkeys(("seed", "new_tokens", "forwards", "generation_s", "cost"))
+
+
 def test_a_torn_last_line_is_dropped_and_said_and_a_broken_one_before_it_refused(tmp_path, caplog):
     path = tmp_path / "journal_rank0.jsonl"
-    row = {"key": "k", "run": "r", "settings": "s", "answer": "a"}
-    for tail in (b'{"key": "k2", "ru', json.dumps(row | {"key": "k2"}).encode(), b"\0" * 100, b"\0\0\n"):
+    for tail in (b'{"key": "k2", "ru', json.dumps(LINE | {"key": "k2"}).encode(), b"\0" * 100, b"\0\0\n"):
         caplog.clear()
-        path.write_bytes(json.dumps(row).encode() + b"\n" + tail)
+        path.write_bytes(json.dumps(LINE).encode() + b"\n" + tail)
         journal = Journal(tmp_path, resume=True)
         assert set(journal.answers) == {"k"}
         assert "ends in a line that was not written completely" in caplog.text
-        journal.write([row | {"key": "k3"}], {"s": {}})
+        journal.write([LINE | {"key": "k3"}], {"s": {}})
         journal.close()
         assert set(Journal(tmp_path, 1, resume=True).answers) == {"k", "k3"}
-    path.write_bytes(b"{\n" + json.dumps(row).encode() + b"\n")
+    path.write_bytes(b"{\n" + json.dumps(LINE).encode() + b"\n")
     with pytest.raises(UserError, match="journal_rank0.jsonl: line 1 is not JSON"):
         Journal(tmp_path, resume=True)
-    for strange in (b"null", b"5", b"[]", b"{}", b'{"resolved": {}}', b'{"key": "k", "settings": "s"}'):
+    for strange in (
+        b"null",
+        b"5",
+        b"[]",
+        b"{}",
+        b'{"resolved": {}}',
+        b'{"key": "k", "settings": "s"}',
+        b'{"settings": [], "resolved": {}}',
+    ):
         path = Path(tempfile.mkdtemp(dir=tmp_path), "journal_rank0.jsonl")
-        path.write_bytes(whole := strange + b"\n" + json.dumps(row).encode() + b"\n")
+        path.write_bytes(whole := strange + b"\n" + json.dumps(LINE).encode() + b"\n")
         with pytest.raises(UserError, match="journal_rank0.jsonl: line 1 is no line of a journal"):
             Journal(path.parent, resume=True)
         assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (LINE | {"slot": ["x"]}, r"TypeError: slot: \['x'\]"),
+        (LINE | {"answer": None}, "TypeError: answer: None"),
+        (LINE | {"new_tokens": "8"}, "TypeError: new_tokens: '8'"),
+        ({name: value for name, value in LINE.items() if name != "slot"}, "KeyError: 'slot'"),
+        ({name: value for name, value in LINE.items() if name != "answer"}, "KeyError: 'nats'"),
+    ],
+)
+def test_a_line_of_a_journal_that_cannot_be_judged_is_named(tmp_path, line, said):
+    (tmp_path / "journal_rank0.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=rf"journal_rank0.jsonl: line 1 is no line of a journal \({said}\)"):
+        Journal(tmp_path, resume=True)
+
+
+def test_a_journal_that_is_a_folder_is_named(tmp_path):
+    (tmp_path / "journal_rank0.jsonl").mkdir()
+    with pytest.raises(UserError, match="journal_rank0.jsonl cannot be written: .*Is a directory"):
+        Journal(tmp_path, resume=True)
+
+
 def test_a_full_disk_leaves_no_half_of_a_line(tmp_path, monkeypatch):
-    row = {"key": "k", "run": "r", "settings": "s", "answer": "a"}
     journal = Journal(tmp_path)
-    journal.write([row], {"s": {}})
+    journal.write([LINE], {"s": {}})
     before, write_some = journal.path.read_bytes(), os.write
     short = iter([True, False])
 
@@ -179,13 +212,13 @@ def test_a_full_disk_leaves_no_half_of_a_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space left"):
-        journal.write([row | {"key": "k2"}], {"s": {}})
+        journal.write([LINE | {"key": "k2"}], {"s": {}})
     assert journal.path.read_bytes() == before
 
 
 def test_two_commands_never_write_to_one_journal(tmp_path):
     first = Journal(tmp_path)
-    first.write([{"key": "k", "run": "r", "settings": "s", "answer": "a"}], {"s": {}})
+    first.write([LINE], {"s": {}})
     with pytest.raises(UserError, match="another command writes to"):
         Journal(tmp_path, resume=True)
     with pytest.raises(UserError, match="another command writes to"):
@@ -317,6 +350,11 @@ def test_a_killed_resumption_leaves_the_answers_of_its_command_to_be_judged(eval
     assert "4 of 4 answers are not in the journal" in evaluation.judge(output)
 
 
+def with_argument(**given):
+    """What makes a command of a command with another argument."""
+    return lambda command: command | {"arguments": command["arguments"] | given}
+
+
 WRONG = {
     "command.json": [
         ("[]", "command.json' must hold a JSON object, got list"),
@@ -324,6 +362,17 @@ WRONG = {
         (lambda command: command | {"tasks": [3]}, r"command.json: tasks\[0\] must be a text, got 3"),
         (lambda command: command | {"arguments": {"mode": 1}}, "command.json: arguments has unknown names: mode"),
         (lambda command: command | {"data": ["x"]}, "command.json: data must be a text, got"),
+        (with_argument(model=["x"]), r"arguments.model must be str, got \['x'\]"),
+        (with_argument(include_path=3), r"arguments.include_path must be list \| None, got 3"),
+        (with_argument(include_path=["x", None]), r"arguments.include_path\[1\] must be a text, got None"),
+        (with_argument(metadata="x"), r"arguments.metadata must be dict \| None, got 'x'"),
+        (with_argument(limit="x"), r"arguments.limit must be float \| int \| None, got 'x'"),
+        (with_argument(limit=math.inf), "command.json: --limit must be above 0 .*, got inf"),
+        (with_argument(limit=10**400), "command.json: --limit must be above 0 .*, got 1000"),
+        (with_argument(seed=3), r"arguments.seed must be list \| None, got 3"),
+        (with_argument(samples=-1), r"command.json: --samples must be in \[1, 1000\] .*, got -1"),
+        (with_argument(cache_requests=None), r"arguments.cache_requests must be dict, got None"),
+        (with_argument(model="x"), "unknown model 'x'"),
     ],
     "hashes.json": [
         ("{", "hashes.json' is not valid JSON: .*; remove it, and the files are hashed again"),
@@ -357,6 +406,8 @@ def test_judge_and_resume_say_what_is_missing(evaluation, tmp_path, data_dir):
     lines = (output / "journal_rank0.jsonl").read_bytes().splitlines(keepends=True)
     (output / "journal_rank0.jsonl").write_bytes(b"".join(lines[:-1]))
     said = evaluation.judge(output)
+    (output / "journal_rank0.jsonl").write_bytes(b"".join(lines[1:]))
+    assert "4 of 4 answers in the journal name settings that no line of it holds" in evaluation.judge(output)
     assert "1 of 4 answers are not in the journal, the first to task quickstart_infill, document g/" in said
     command = ["coda_eval", "run", "--model", "coda", "--tasks", "quickstart_infill", "--resume"]
     with pytest.MonkeyPatch.context() as patch:

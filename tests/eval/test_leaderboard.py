@@ -87,3 +87,31 @@ def test_the_command_writes_both_and_names_what_is_wrong(rows, tmp_path, capsys)
     assert "--output must end in .md or .html" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"no scores.json in or below"):
         read_rows([tmp_path / "o"])
+
+
+def test_every_filter_of_a_metric_is_a_column(tmp_path):
+    strict, flexible = {"filter": "strict", "score": 0.25}, {"filter": "flexible", "score": 0.75}
+    found = read_rows([write_run(tmp_path / "run", strict, flexible, {"metric": "other"})])
+    header, _, row = as_markdown(found).splitlines()[4:7]
+    names = ["coda_humaneval pass@1 (strict)", "coda_humaneval pass@1 (flexible)", "coda_humaneval other"]
+    assert header.split(" | ")[1:4] == names
+    assert [cell.split(" (")[0] for cell in row.split(" | ")[1:4]] == ["25.0 %", "75.0 %", "50.0 %"]
+    assert as_html(found).count('data-label="coda_humaneval pass@1 (flexible)"') == 1
+
+
+@pytest.mark.parametrize("other", [{"score": 0.75}, {"task": "t", "settings": {"model": "hf"}}])
+def test_cards_of_several_runs_are_no_row(tmp_path, other):
+    with pytest.raises(UserError, match="scores.json holds the cards of several runs, as report writes them"):
+        read_rows([write_run(tmp_path / "run", {}, other)])
+
+
+def test_a_loss_is_shown_as_it_is(tmp_path):
+    card = {"metric": "bits_per_byte", "score": 0.8, "wilson95": None, "higher_is_better": False}
+    assert [cell.text for cell in read_rows([write_run(tmp_path / "run", card)])[0].cells.values()] == ["0.8000"]
+
+
+def test_names_that_are_no_utf_8_or_hold_tags_are_shown(tmp_path):
+    folder = write_run(tmp_path / "caf\udce9 |<b>", {})
+    main([str(folder), "--output", str(tmp_path / "x.md"), str(tmp_path / "x.html")])
+    assert r"/caf\udce9 \|&lt;b> |" in (tmp_path / "x.md").read_text()
+    assert r"/caf\udce9 |&lt;b&gt;</small>" in (tmp_path / "x.html").read_text()

@@ -3,12 +3,15 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from coda_eval.__main__ import TASKS, add_our_tasks, lm_eval_arguments
+from coda_eval import __main__, comparison
+from coda_eval.__main__ import COMMANDS, TASKS, THEIRS, add_our_tasks, lm_eval_arguments
 from CoDALanguageModel.errors import UserError
 
 
@@ -24,6 +27,67 @@ def test_arguments_that_lm_eval_takes_for_json_are_told(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["coda_eval"])
     with pytest.raises(UserError, match="Invalid JSON: pretrained={x"):
         lm_eval_arguments(["run", "--tasks", "a", "--model_args", "pretrained={x,steps=8"])
+
+
+def command_line(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "coda_eval", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def test_every_command_is_known_and_an_unknown_one_is_told():
+    done = command_line("jugde", "x")
+    assert done.returncode == 1
+    assert "unknown command 'jugde'; did you mean 'judge'? (known: run, ls, validate, compare, judge," in done.stderr
+    assert all(name in command_line("--help").stdout for name in (*COMMANDS, *THEIRS))
+
+
+def write_card(folder):
+    folder.mkdir()
+    card = {"task": "t", "metric": "acc", "filter": "none", "score": 0.5, "settings": {"model": "caf\u00e9"}}
+    (folder / "scores.json").write_text(json.dumps([card]))
+    return folder
+
+
+def test_what_is_printed_suits_any_terminal_and_any_reader(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = command_line("leaderboard", write_card(tmp_path / "caf\udce9"), env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "| caf\\xe9 | 50.0 % |" in done.stdout
+    assert "caf\\udce9 |" in done.stdout
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "coda_eval", "leaderboard", str(tmp_path)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_in_order(monkeypatch, capsys, number):
+    """`with` blocks are left, and no traceback is shown."""
+    left = []
+
+    def main_of(argv):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            left.append(argv)
+
+    monkeypatch.setattr(comparison, "main", main_of)
+    monkeypatch.setattr(sys, "argv", ["coda_eval", "compare", "a", "b"])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    signal.signal(signal.SIGINT, before)
+    assert (end.value.code, left) == (128 + number, [["a", "b"]])
+    assert capsys.readouterr().err == f"coda_eval: stopped by {number.name}\n"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_task_files_load_and_do_not_take_names_of_lm_eval(tasks):

@@ -14,6 +14,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import TaskIndex
 
 from coda_eval import programs, run
 from coda_eval.__main__ import TASKS, main
@@ -127,7 +128,67 @@ def test_a_command_without_a_task_is_refused(evaluation, stub, data_dir):
     assert stub.built == 0
 
 
-@pytest.mark.parametrize("limit", ["0", "-3", "nan"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tasks": "quickstart_problem"}, "unknown task 'quickstart_problem'; did you mean 'quickstart_problems'?"),
+        ({"tasks": "quickstart_problems,nope_x,nope_y"}, "unknown tasks 'nope_x', 'nope_y' (`ls tasks` lists them)"),
+        ({"model": "counting_stab"}, "unknown model 'counting_stab'; did you mean 'counting_stub'?"),
+    ],
+)
+def test_unknown_names_are_refused_at_once(evaluation, stub, data_dir, monkeypatch, given, said):
+    write_rows(data_dir, ROW)
+    monkeypatch.setattr(TaskIndex, "build", functools.partial(no_index, TaskIndex.build))
+    assert said in evaluation(**given)
+    assert stub.built == 0
+
+
+def test_a_folder_for_results_without_a_name_is_refused(evaluation, stub, data_dir):
+    write_rows(data_dir, ROW)
+    assert "--output_path must name a folder, got ''" in evaluation("--output_path", "", output="")
+    assert stub.built == 0
+
+
+def test_arguments_that_no_file_could_hold_are_refused(evaluation, stub, data_dir):
+    write_rows(data_dir, ROW)
+    assert r"arguments must be UTF-8, got '" in evaluation("--system_instruction", "caf\udce9")
+    assert stub.built == 0
+
+
+def no_index(build, paths, **options):
+    """Reads the tasks of folders, and not the thousands of lm-eval's own."""
+    assert all(path == TASKS for path in paths)
+    return build(paths, **options)
+
+
+def test_a_task_that_lm_eval_alone_finds_missing_is_refused(evaluation, stub, data_dir, monkeypatch):
+    def process(self, metadata):
+        raise ValueError("Tasks not found: hellaswag_x")
+
+    monkeypatch.setattr(run, "refuse_unknown_tasks", lambda names, ours: None)
+    monkeypatch.setattr(run.EvaluatorConfig, "process_tasks", process)
+    assert evaluation(tasks="hellaswag_x").startswith("coda_eval: error: --tasks: Tasks not found: hellaswag_x (`ls")
+
+
+def test_names_of_lm_evals_tasks_are_left_to_it():
+    names = ["mmlu_abstract_algebra", "mmlu_*", "acp_bench", str(TASKS), "own.yaml"]  # acp_bench: in an included file
+    run.refuse_unknown_tasks(names, [])
+
+
+def test_what_is_installed_is_asked_once(evaluation, stub, data_dir, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "add_env_info", lambda found: asked.append(1) or found.update(lm_eval_version="x"))
+    run._environment.cache_clear()
+    write_rows(data_dir, ROW)
+    row = ROW | {"test": "def check(f):\n    assert f(1, 2) == 3"}
+    write_rows(data_dir, row, name="HumanEval.jsonl")
+    assert evaluation(tasks="quickstart_problems,coda_humaneval_instruct") == ""
+    assert {card["versions"]["lm_eval_version"] for card in score_cards(evaluation.output)} == {"x"}
+    assert len(asked) == 1
+    run._environment.cache_clear()
+
+
+@pytest.mark.parametrize("limit", ["0", "-3", "nan", "inf", "1e+30"])
 def test_a_limit_that_leaves_nothing_is_refused_before_the_model_is_loaded(evaluation, stub, data_dir, limit):
     assert f"--limit must be above 0 (documents, or below 1 a share of them), got {limit}" in evaluation(
         "--limit", limit
@@ -329,7 +390,7 @@ def test_the_diffusion_model_writes_its_answers_as_it_makes_them(evaluation, mod
 def test_records_with_an_unknown_or_a_missing_field_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no records.jsonl in"):
         read_records(tmp_path)
-    fields = {field.name: None for field in dataclasses.fields(Record)} | {"task": "t", "repeat": 0}
+    fields = {field.name: None for field in dataclasses.fields(Record)} | {"task": "t", "doc_id": 0, "repeat": 0}
     for rows, message in (
         ([fields, fields | {"scores": 1}], r"records.jsonl: line 2 has an unknown field 'scores'.*score"),
         ([{name: None for name in fields if name != "seed"}], "line 1 lacks seed"),
@@ -346,12 +407,19 @@ def test_records_with_an_unknown_or_a_missing_field_are_refused(tmp_path):
         read_records(tmp_path)
     for strange, message in (
         ({"score": "1"}, "line 1: score must be a number or null, got '1'"),
-        ({"cost": [1]}, "line 1: cost must be an object or null, got"),
+        ({"cost": [1]}, "line 1: cost must be an object of finite numbers or null, got"),
         ({"status": 3}, "line 1: status must be a text or null, got 3"),
     ):
         (tmp_path / "records.jsonl").write_text(json.dumps(fields | strange))
         with pytest.raises(UserError, match=message):
             read_records(tmp_path)
+
+
+def test_an_id_that_is_no_text_and_no_number_is_not_the_documents_name():
+    answer = {"filter": "none", "arguments": [("p",)], "metrics": ["acc"], "acc": 1.0, "resps": [["x"]]}
+    answer |= {"filtered_resps": ["x"]}
+    samples = [answer | {"doc_id": n, "doc": {"task_id": own}} for n, own in enumerate(("q", 7, ["a"], None))]
+    assert [record.task_id for record in run.records_of("t", samples)] == ["q", 7, 2, 3]
 
 
 def test_samples_is_the_number_of_answers_to_each_problem(evaluation, stub, data_dir, monkeypatch):
@@ -398,6 +466,22 @@ def test_a_number_of_answers_that_means_nothing_is_refused(evaluation, stub, dat
     write_rows(data_dir, ROW)
     assert re.search(message, evaluation(*flags))
     assert stub.asked == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "Config file not found: "),
+        ("[1]", "YAML root must be a mapping in "),
+        ("{", "config.yaml' cannot be read: "),
+        ("mode: x", "unexpected keyword argument 'mode'"),
+    ],
+)
+def test_a_config_file_that_is_none_is_named(evaluation, stub, data_dir, tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    assert said in evaluation("--config", str(tmp_path / "config.yaml"))
+    assert stub.built == 0
 
 
 def test_a_config_file_may_ask_for_the_number_of_answers(evaluation, stub, data_dir, tmp_path):

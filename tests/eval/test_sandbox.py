@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
 
 from coda_eval import sandbox, sandbox_watch
 from coda_eval.hostile import CHEATS, HOSTILE, MARK, TESTS, reaching
-from coda_eval.sandbox import LEVELS, Limits, Program, isolation_level, run_programs
+from coda_eval.sandbox import LEVELS, Bench, Limits, Program, isolation_level, run_programs
 
 
 def works(level: str) -> bool:
@@ -690,3 +691,15 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setenv("CODA_EVAL_PACKAGES", "numpy,pandsa")
     with pytest.raises(ValueError, match="CODA_EVAL_PACKAGES names pandsa: not installed here"):
         sandbox._further_packages()
+
+
+def test_a_bench_that_is_left_starts_no_program_more(monkeypatch):
+    monkeypatch.setattr(sandbox.os, "getloadavg", lambda: (100.0, 0.0, 0.0))  # room for one program
+    slow = Program(candidate="import time\ntime.sleep(1.5)", tests="")
+    with Bench(isolation_level(), workers=2) as bench:
+        futures = [bench.submit(lambda: slow) for _ in range(2)]
+        time.sleep(0.5)
+    left_out = [future for future in futures if isinstance(future.exception(), CancelledError)]
+    ran = [future for future in futures if future not in left_out]
+    assert [future.result()[1].status for future in ran] == ["passed"]
+    assert len(left_out) == 1

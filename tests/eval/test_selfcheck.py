@@ -95,12 +95,50 @@ def test_a_mutant_has_one_small_change_below_its_function():
 
 
 def test_what_has_no_references_is_refused(here):
-    with pytest.raises(UserError, match="no reference solutions for quickstart_infill"):
+    with pytest.raises(UserError, match="no reference solutions for quickstart_infill .known: (?!.*livecodebench)"):
         selfcheck.main(["--tasks", "quickstart_infill"])
     with pytest.raises(UserError, match="--problems must be 0 .all. or positive, got -1"):
         selfcheck.main(["--problems", "-1"])
     with pytest.raises(UserError, match="the sandbox level must be auto, .* got 'docker'"):
         self_check(["quickstart_problems"], level="docker")
+
+
+def test_a_result_that_cannot_be_remembered_is_still_told(here, monkeypatch, capsys, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    selfcheck.main(["--tasks", "quickstart_problems", "quickstart_problems"])
+    assert "references: 2 of 2 passed" in capsys.readouterr().out
+    assert "the result is not remembered, and score cards will not hold it: " in caplog.text
+
+
+def test_a_user_without_a_home_has_no_results(here, monkeypatch, caplog):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(selfcheck.Path, "home", no_home)
+    assert last_result(isolation_level()) is None
+    assert self_check(["quickstart_problems"])["ok"]
+    assert "the result is not remembered" in caplog.text
+
+
+def test_without_a_reference_nothing_is_believed(here, monkeypatch):
+    java = {"task_id": "j", "lang": "java", "prompt": "/* TO" + "DO: Your code here */", "ground_truth": ""}
+    java |= {"eval_prompt": "{{completion}}", "unit_tests": [{"input": "", "output": [""]}]}
+    (here / "block_completion.jsonl").write_text(json.dumps(java))
+    result = self_check(["safim_block"])
+    assert (result["ok"], result["references"]["total"]) == (False, 0)
+    monkeypatch.setattr(selfcheck, "benchmarks_here", lambda folder: [])
+    with pytest.raises(UserError, match="no benchmark is on this machine whose references could be run"):
+        self_check()
+
+
+def test_a_reference_that_is_no_program_fails_as_one(here):
+    rows = [{**PROBLEM, "task_id": "q/0", "canonical_solution": "def add(:"}]
+    (here / "quickstart_problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = self_check(["quickstart_problems"])
+    assert (result["ok"], result["references"]["failed"]) == (False, ["quickstart_problems q/0"])
+    assert result["mutants"]["total"] == 0
 
 
 def test_by_default_all_benchmarks_on_this_machine_are_tried(here):

@@ -146,6 +146,26 @@ def test_a_point_is_the_run_with_its_settings_and_a_failed_one_is_run_again(call
     assert "was run with other limit" in call("sweep", tmp_path / "sweep", "", *arguments, "--limit", "1")
 
 
+def test_a_sweep_is_over_one_model_and_one_set_of_problems(call, tmp_path, monkeypatch, model_dir):
+    own = tmp_path / "model"
+    shutil.copytree(model_dir, own)
+    given, words = f",pretrained={own}", ("--steps", "2", "--limit", "1")
+    assert call("sweep", tmp_path / "sweep", given, *words) == ""
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "quickstart_problems.jsonl", tmp_path / "elsewhere")
+    monkeypatch.setenv("CODA_EVAL_DATA", str(tmp_path / "elsewhere"))
+    assert "steps2-exact was run with other data" in call("sweep", tmp_path / "sweep", given, *words)
+    monkeypatch.setenv("CODA_EVAL_DATA", str(tmp_path))
+    weights = own / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"@")
+    said = call("sweep", tmp_path / "sweep", given, "--steps", "2,4", "--limit", "1")
+    assert f"steps2-exact was run with other weights in {own}: give another --output_path" in said
+    (tmp_path / "sweep" / "steps2-exact" / "point.json").write_text("[")
+    said = call("sweep", tmp_path / "sweep", given, *words)
+    assert "point.json' is not valid JSON: " in said
+    assert said.endswith("; remove it, and the point is gone on with")
+
+
 def test_a_regime_is_what_it_says_whatever_the_folder_of_the_model_asks_for(call, tmp_path, model_dir):
     own = tmp_path / "model"
     shutil.copytree(model_dir, own)
@@ -164,5 +184,8 @@ def test_a_regime_is_what_it_says_whatever_the_folder_of_the_model_asks_for(call
 
 def test_a_sweep_needs_a_folder_and_the_diffusion_model(call, tmp_path, monkeypatch):
     assert "a sweep needs --output_path, a folder" in call("sweep", tmp_path / "x.json", "", "--steps", "2")
+    (tmp_path / "file").write_text("")
+    said = call("sweep", tmp_path / "file", ",pretrained=nothing", "--steps", "2")
+    assert "nothing can be written to --output_path" in said
     said = call("sweep", tmp_path, "", "--steps", "2", "--model", "hf")
     assert "a sweep is over decoding settings of --model coda, got --model coda_hf" in said
