@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, run_program
 
 TASKS = Path(__file__).with_name("tasks")
 """Folder of our task files; always searched, besides lm-eval's own."""
@@ -101,4 +101,4 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -13,7 +13,7 @@ from typing import Any
 
 from coda_eval.records import FILE, Record, read_records
 from CoDALanguageModel.cost import tokens_per_forward
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, run_program
 from CoDALanguageModel.intervals import wilson_interval
 from CoDALanguageModel.run_files import write_whole
 
@@ -194,4 +194,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
