@@ -15,9 +15,9 @@ import yaml
 
 from coda_pretrain.__main__ import main
 from coda_pretrain.checkpoints.checkpoint import committed_checkpoints
-from coda_pretrain.checkpoints.resume_check import check_same_model
+from coda_pretrain.checkpoints.resume_check import check_same_model, check_same_run
 from coda_pretrain.config import RunConfig
-from coda_pretrain.plain_data import from_dict, merge
+from coda_pretrain.plain_data import from_dict, merge, to_plain
 from coda_pretrain.train.trainer import Trainer, TrainingDiverged
 from coda_pretrain.watch.metrics import read_rows
 from CoDALanguageModel.errors import INTERRUPTED, UserError
@@ -310,6 +310,26 @@ def test_a_resume_with_other_data_or_shapes_is_refused(tmp_path, run_config, cha
     trained(config)
     with pytest.raises(ValueError, match=message):
         Trainer(from_dict(RunConfig, merge(merge(config, change), {"max_steps": 8})))
+
+
+def test_a_resume_with_another_objective_or_attention_is_refused_by_its_setting(tmp_path, run_config):
+    start = {"objective": "block", "model": {"config": None, "init_from": "x", "attention": "block_causal"}}
+    config = merge(merge(run_config, start), {"model": {"block_size": 8}})
+    settings = to_plain(from_dict(RunConfig, config))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    check_same_run(from_dict(RunConfig, config), tmp_path)
+    for change, message in (
+        ({"objective": "joint", "blocks": {"autoregressive_weight": 1.0}}, "objective is 'joint', but .* with 'block'"),
+        ({"model": {"block_size": 16}}, "model.block_size is 16, but .* with 8; set it back, or start a new run"),
+        ({"model": {"block_origin": "answer"}}, "model.block_origin is 'answer', but .* with None"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_same_run(from_dict(RunConfig, merge(config, change)), tmp_path)
+    del settings["objective"]  # as in runs of before there were others
+    settings["model"] |= {"attention": None, "block_size": None}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    masked = {"objective": "masked", "model": {"attention": None, "block_size": None}}
+    check_same_run(from_dict(RunConfig, merge(config, masked)), tmp_path)
 
 
 def test_a_resume_on_other_shards_is_refused_unless_accepted_and_then_recorded(
