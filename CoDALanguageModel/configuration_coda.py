@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 from transformers.activations import ACT2FN
 
@@ -39,7 +38,9 @@ def reading_config() -> Iterator[None]:
     """
     try:
         yield
-    except StrictDataclassError as error:
+    except Exception as error:
+        if not type(error).__name__.startswith("StrictDataclass"):  # a class that transformers has from elsewhere
+            raise
         raise UserError("config.json: " + " ".join(str(error).split())) from error
 
 
