@@ -28,6 +28,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _are_factors(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(_is_number(x) and x > 0 for x in value)
 
@@ -60,10 +64,11 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("dtype", "torch_dtype"), _DTYPE),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), _ROPE),
     "rope_theta": _POSITIVE_OR_NONE,
-    "hidden_act": ("the name of an activation", lambda x: isinstance(x, str)),
+    "hidden_act": ("the name of an activation", _is_text),
     "initializer_range": ("a number >= 0", lambda x: _is_number(x) and x >= 0),
     "rms_norm_eps": _POSITIVE,
     "attention_dropout": ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
+    "architectures": ("a list of names or null", lambda x: x is None or isinstance(x, list) and all(map(_is_text, x))),
     "attention": _one_of(*ATTENTIONS),
     "block_origin": _one_of(*BLOCK_ORIGINS),
 }

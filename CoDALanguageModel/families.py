@@ -159,6 +159,7 @@ class Family:
         renamed = {name: values[key] for key, name in self.keys.items() if values.get(key) is not None}
         same = {key: value for key, value in values.items() if key not in (*self.keys, *BOOKKEEPING)}
         arguments = same | renamed
+        check_fields(arguments)
         own_names = {name: key for key, name in self.keys.items()}
         for name in NEEDED_KEYS:
             has_rope = name == "rope_theta" and "rope_theta" in (values.get("rope_parameters") or ())

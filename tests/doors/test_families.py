@@ -588,7 +588,7 @@ REFUSED = {
     "activation": ("sdar", {"hidden_act": "nope"}, {}, "hidden_act must be one of gelu, .*, got 'nope'"),
     "no activation": ("Dream", {"hidden_act": 3}, {}, "hidden_act must be the name of an activation, got 3"),
     "no precision": ("Dream", {"torch_dtype": "nope"}, {}, "torch_dtype must be one of float64, .*, got 'nope'"),
-    "no number": ("llada", {"n_heads": "x"}, {}, "config.json: .*num_attention_heads"),
+    "no number": ("llada", {"n_heads": "x"}, {}, "num_attention_heads must be an integer, got 'x'"),
     "no theta": ("sdar", {"rope_theta": None}, {}, "config.json of a SDAR model must hold rope_theta"),
     "no width": ("llada", {"d_model": None}, {}, "config.json of a LLaDA model must hold d_model"),
     "quantised": ("sdar", {"quantization_config": {"quant_method": "gptq"}}, {}, "says quant_method 'gptq'"),

@@ -363,7 +363,7 @@ def test_settings_that_cannot_be_read_are_not_taken_for_none(make_model, tmp_pat
         ("rope_scaling", "linear", "rope_scaling must be an object or null, got 'linear'"),
         ("rope_theta", [1], r"rope_theta must be a number > 0 or null, got \[1\]"),
         ("layer_types", ["sliding_attention", "full_attention"], "layer_types must be 'full_attention' alone, or left"),
-        ("architectures", 3, "config.json: .*'architectures' with value 3"),
+        ("architectures", 3, "architectures must be a list of names or null, got 3"),
         ("model_type", "qwen3", "model_type must be 'CoDA', got 'qwen3': save_hf_model.py makes"),
         ("model_type", [], r"model_type must be 'CoDA', got \[\]"),
     ],
