@@ -187,6 +187,7 @@ class CoDAConfig(PreTrainedConfig):
                 f"model_type must be {cls.model_type!r}, got {model_type!r}: save_hf_model.py makes a CoDA folder of "
                 "one of another type"
             )
+        check_fields(config_dict)  # of which some versions of transformers refuse a part in other words
         with reading_config():
             return super().from_dict(config_dict, **kwargs)
 
