@@ -47,6 +47,18 @@ setting() { # KEY CONFIG: its value there, with the overrides
     "$python" -m coda_posttrain get "$1" "$2" ${overrides[@]+"${overrides[@]}"}
 }
 
+# Whoever stops this script stops what it runs: a signal may come to it alone, and Ctrl-C, which a command in the
+# background does not hear, comes to it as well.
+child=""
+stop() {
+    [ -n "$child" ] || exit "$1"
+    stopped=$1
+    kill -TERM "$child" 2>/dev/null || true
+}
+trap 'stop 129' HUP
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
 number=0
 for config in "${configs[@]}"; do
     number=$((number + 1))
@@ -77,7 +89,19 @@ for config in "${configs[@]}"; do
         mkdir -p -- "$folder"
         echo "run_sft.sh: $stage: $start -> $folder, log $folder/train.log"
         begin=$SECONDS
-        if ! "${command[@]}" 2>&1 | tee -a "$folder/train.log"; then
+        exec 3> >(exec tee -ia -- "$folder/train.log")
+        log=$! stopped="" status=0
+        "${command[@]}" >&3 2>&1 3>&- &
+        child=$!
+        exec 3>&-
+        while wait "$child" && status=0 || status=$?; kill -0 "$child" 2>/dev/null; do :; done # a signal ends a wait
+        wait "$log" 2>/dev/null || true
+        child=""
+        if [ -n "$stopped" ] && [ "$status" -ne 0 ]; then
+            echo "run_sft.sh: stopped in $stage; the same command continues from the last checkpoint" >&2
+            exit "$stopped"
+        fi
+        if [ "$status" -ne 0 ]; then
             echo "run_sft.sh: FAILED in $stage; see $folder/train.log" >&2
             exit 1
         fi

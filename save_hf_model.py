@@ -41,7 +41,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import CoDALanguageModel as model_room
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
-from CoDALanguageModel.configuration_coda import ATTENTIONS, BLOCK_ORIGINS, token_ids
+from CoDALanguageModel.config_fields import ATTENTIONS, BLOCK_ORIGINS
+from CoDALanguageModel.configuration_coda import reading_config, token_ids
 from CoDALanguageModel.conversion import (
     DEFAULT_MASK_TOKEN,
     DTYPES,
@@ -54,7 +55,13 @@ from CoDALanguageModel.conversion import (
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.families import AUTOREGRESSIVE_TYPES, Family, family_of, find_mask_token, published_ends
 from CoDALanguageModel.run_files import read_json
-from CoDALanguageModel.weight_files import check_tokenizer, check_weights, refuse_not_finite, weight_files
+from CoDALanguageModel.weight_files import (
+    check_tokenizer,
+    check_weights,
+    reading_tokenizer,
+    refuse_not_finite,
+    weight_files,
+)
 from model_card import LICENCE, Provenance, model_card, named_licence
 
 logger = logging.getLogger("save_hf_model")
@@ -169,13 +176,11 @@ def load_tokenizer(folder: Path, gguf: dict[str, str], family: Family | None = N
             f"{str(folder)!r} holds no tokenizer ({', '.join(VOCABULARY_FILES)}): name its folder with --tokenizer"
         )
     check_tokenizer(folder)
-    try:
+    with reading_tokenizer(f"{str(folder)!r} holds no tokenizer that loads without code of its own"), reading_config():
         if family is None or family.is_autoregressive:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **gguf)
         is_whole = (folder / "tokenizer.json").is_file()
         tokenizer = (PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer).from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{str(folder)!r} holds no tokenizer that loads without code of its own: {error}") from error
     tokenizer.init_kwargs.pop("auto_map", None)  # which names that code, and would be written into the new folder
     return tokenizer
 

@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from .errors import run_program
+
 VERBS = {
     "sample": "decode a prompt or a text with gaps, live",
     "agreement": "how far a regime is from the exact one, in tokens, forward passes and time",
@@ -28,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,6 +1,7 @@
 """The old name of `python -m CoDALanguageModel agreement`."""
 
+from .errors import run_program
 from .tools.agreement import main
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

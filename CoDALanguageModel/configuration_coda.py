@@ -1,10 +1,14 @@
 """Architecture of a CoDA model: shapes, token ids and conventions. Nothing about training or decoding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
+from transformers.activations import ACT2FN
 
-from .errors import UserError
+from .config_fields import check_fields
+from .errors import UserError, did_you_mean
 
 # Keys that the published checkpoint carries in its config.json: training settings, no part of the architecture.
 LEGACY_KEYS = (
@@ -19,12 +23,35 @@ LEGACY_KEYS = (
 # Qwen's embedding has 151,936 rows, but its tokenizer with the mask token defines only the ids below this one.
 QWEN_VOCAB_SIZE, QWEN_MASK_TOKEN_ID, QWEN_NUM_TOKEN_IDS = 151936, 151669, 151670
 
-ATTENTIONS, BLOCK_ORIGINS = ("full", "block_causal"), ("text", "answer")
-
 
 def token_ids(setting: int | Sequence[int] | None) -> list[int]:
     """A setting that names one token, several or none, as a list."""
     return [] if setting is None else [setting] if isinstance(setting, int) else list(setting)
+
+
+@contextmanager
+def reading_config() -> Iterator[None]:
+    """Tell what transformers finds wrong with the fields of a config.json that are its own.
+
+    Raises:
+        UserError: naming the field, what is allowed and the value got.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__name__.startswith("StrictDataclass"):  # a class that transformers has from elsewhere
+            raise
+        raise UserError("config.json: " + " ".join(str(error).split())) from error
+
+
+def check_activation(name: str) -> None:
+    """Refuse an activation that transformers does not have.
+
+    Raises:
+        UserError: with those that it has.
+    """
+    if name not in ACT2FN:
+        raise UserError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {name!r}{did_you_mean(name, ACT2FN)}")
 
 
 class DefaultId(int):
@@ -75,8 +102,8 @@ class CoDAConfig(PreTrainedConfig):
             every row has a token (for Qwen's vocabulary: the ids that its tokenizer defines).
 
     Raises:
-        UserError: a size below 1, head counts that do not divide, no mask token, a token id outside of the
-            vocabulary, or blocks that do not go with the attention.
+        UserError: a field of the wrong kind, a size below 1, head counts that do not divide, no mask token, a token id
+            outside of the vocabulary, or blocks that do not go with the attention.
     """
 
     model_type = "CoDA"
@@ -116,6 +143,15 @@ class CoDAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for key in LEGACY_KEYS:
             kwargs.pop(key, None)
+        kinds = kwargs.pop("layer_types", None)
+        if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+            raise UserError(
+                f"layer_types must be 'full_attention' alone, or left out: no layer has a window, got {kinds!r}"
+            )
+        check_fields({**vars(self), **kwargs})
+        if kwargs.get("rope_theta") is None:  # which would be taken for the value
+            kwargs.pop("rope_theta", None)
+        check_activation(self.hidden_act)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -138,6 +174,23 @@ class CoDAConfig(PreTrainedConfig):
             "AutoModelForMaskedLM": "modeling_coda.CoDAForMaskedLM",
         }
 
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """The configuration that the fields of a config.json describe.
+
+        Raises:
+            UserError: they are of a model of another type, or no configuration.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise UserError(
+                f"model_type must be {cls.model_type!r}, got {model_type!r}: save_hf_model.py makes a CoDA folder of "
+                "one of another type"
+            )
+        check_fields(config_dict)  # of which some versions of transformers refuse a part in other words
+        with reading_config():
+            return super().from_dict(config_dict, **kwargs)
+
     @property
     def document_start_id(self) -> int | None:
         """Id that stands where a text begins with a gap or is empty; None if there is none."""
@@ -152,8 +205,6 @@ class CoDAConfig(PreTrainedConfig):
         """Refuse shapes, blocks and ids that cannot hold."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "head_dim")
         for name in (*sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-            if not isinstance(getattr(self, name), int):
-                raise UserError(f"{name} must be an integer, got {getattr(self, name)!r}")
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -161,24 +212,20 @@ class CoDAConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads, "
                 f"got {self.num_key_value_heads}"
             )
-        if not isinstance(self.num_token_ids, int) or not 0 < self.num_token_ids <= self.vocab_size:
+        if type(self.num_token_ids) is not int or not 0 < self.num_token_ids <= self.vocab_size:
             raise UserError(f"num_token_ids must be in [1, vocab_size={self.vocab_size}], got {self.num_token_ids}")
         self._check_blocks()
         named = [("mask_token_id", self.mask_token_id), ("pad_token_id", self.pad_token_id)]
-        named += [("bos_token_id", self.bos_token_id), *(("eos_token_id", i) for i in token_ids(self.eos_token_id))]
+        ends = self.eos_token_id
+        named += [("bos_token_id", self.bos_token_id)]
+        named += [("eos_token_id", i) for i in (ends if isinstance(ends, (list, tuple)) else [ends])]
         for name, token_id in named:
             is_missing = token_id is None and name == "mask_token_id"
-            is_id = isinstance(token_id, int) and 0 <= token_id < self.vocab_size
+            is_id = type(token_id) is int and 0 <= token_id < self.vocab_size
             if is_missing or (token_id is not None and not is_id):
-                raise UserError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id}")
+                raise UserError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id!r}")
 
     def _check_blocks(self) -> None:
-        for name, allowed in (("attention", ATTENTIONS), ("block_origin", BLOCK_ORIGINS)):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("logits_shift", "causal_context"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name} must be true or false, got {getattr(self, name)!r}")
         size, longest = self.block_size, self.max_position_embeddings
         if self.has_blocks and (type(size) is not int or not 1 <= size <= longest):
             raise UserError(

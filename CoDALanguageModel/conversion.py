@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .configuration_coda import CoDAConfig, token_ids
+from .configuration_coda import CoDAConfig, reading_config, token_ids
 from .errors import UserError
 from .families import AUTOREGRESSIVE_TYPES, family_of
 from .loading_coda import EMBEDDING_WEIGHT, HEAD_WEIGHT
@@ -84,10 +84,11 @@ def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, to
             refuse_not_finite(model.named_parameters(), str(folder))
             return model.eval(), _stored_dtype(model.config, folder)
         family = family_of(values)
-        config = AutoConfig.from_pretrained(folder) if family.is_autoregressive else family.config(values)
+        with reading_config():
+            config = AutoConfig.from_pretrained(folder) if family.is_autoregressive else family.config(values)
         arguments["config"] = config
         arguments["key_mapping"] = {re.escape(part): own for part, own in family.weights.items()}
-    coda_config_of(config)  # refuse before the weights are read
+    CoDAConfig(**coda_config_of(config))  # refuse before the weights are read
     # Mismatched sizes are let through here to be named with the other faults below.
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **arguments

@@ -25,8 +25,8 @@ LEAST_RANDOMNESS = 1e-6
 APPROXIMATE = ("cached", "parallel")
 """Regimes whose tokens may differ from those of the stepwise sampler."""
 
-DOORS = ("server", "evaluation", "shell")
-"""Where a setting may come in from, besides Python."""
+DOORS = ("server", "evaluation", "shell", "folder")
+"""Where a setting may come in from, besides Python; `folder` is the generation_config.json of a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +184,7 @@ def _number(value: float) -> str:
 
 _TOKEN = "a token id (an integer >= 0)"
 _REMASKS = ("conf",)
+_ONE_ANSWER = "it is said of one answer, and not of all that a model gives"
 _FOLDER = {"server": "a fact of the model's folder"}
 _RESULT = dict.fromkeys(DOORS, "what comes back is for the program to decide")
 
@@ -268,18 +269,19 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (
     ),
     Setting(
         name="regex", kind=str, default=None, optional=True, words="a regular expression", holds=_is_text,
-        withheld={"server": "the field is `guided_regex`"},
+        withheld={"server": "the field is `guided_regex`", "folder": _ONE_ANSWER},
         says="the whole answer, or all from the first gap to the last, matches it; `diffusion_generate` then needs the "
         "tokenizer, as with `json_schema`",
     ),
     Setting(
         name="json_schema", kind=dict, default=None, optional=True, words="a JSON schema (an object)",
-        withheld={"server": "the field is `response_format`"},
+        withheld={"server": "the field is `response_format`", "folder": _ONE_ANSWER},
         says="it is one line of JSON that is valid by this schema; what of a schema is kept stands in `json_schema.py`",
     ),
     Setting(
         name="num_return_sequences", kind=int, default=1, least=1,
-        withheld={"server": "the field is `n`", "evaluation": "`repeats` says it", "shell": "one answer is shown"},
+        withheld={"server": "the field is `n`", "evaluation": "`repeats` says it", "shell": "one answer is shown"}
+        | {"folder": _ONE_ANSWER},
         says="answers per row, drawn with the seeds `seed`, `seed + 1`, ...",
     ),
     # at which cost
@@ -406,6 +408,20 @@ def refuse_unknown(keys: Iterable[str], door: str | None = None) -> None:
             raise UserError(f"unknown generation setting {key!r}{hint} (known: {', '.join(sorted(SETTINGS))})")
         if door in SETTINGS[key].withheld:
             raise UserError(f"{key} cannot be set here: {SETTINGS[key].withheld[door]}")
+
+
+def refuse_in_folder(values: Mapping[str, Any]) -> None:
+    """Refuse what the settings of a folder may not hold, so that they mean the same to everyone who reads them.
+
+    Args:
+        values: settings; a saved file holds all of them, most as their default.
+
+    Raises:
+        UserError: naming the setting and the reason.
+    """
+    refuse_unknown((k for k, v in values.items() if k in SETTINGS and v != SETTINGS[k].default), "folder")
+    if isinstance(values.get("seed"), (list, tuple)):
+        raise UserError(f"seed must be one integer here: a list has one for each row of a call, got {values['seed']!r}")
 
 
 def check_together(values: Mapping[str, Any]) -> None:

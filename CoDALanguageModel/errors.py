@@ -1,7 +1,9 @@
 """What a user can mend. Free of torch, so that a command line can say it in a moment."""
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -10,6 +12,20 @@ class UserError(ValueError):
     Programs for the shell end with this message and a status that is not 0. Every other exception is a fault of this
     code or of the machine and keeps its traceback.
     """
+
+
+INTERRUPTED = 130
+"""Exit status of a program that Ctrl-C has ended, as shells have it."""
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """End the process with the status that `main` gives; where Ctrl-C comes first, with a word and no traceback."""
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        status = INTERRUPTED
+    sys.exit(status)
 
 
 def did_you_mean(name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> str:

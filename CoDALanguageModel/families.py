@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .config_fields import check_fields
 from .configuration_coda import CoDAConfig, token_ids
 from .errors import UserError
 from .run_files import read_json
@@ -159,6 +159,7 @@ class Family:
         renamed = {name: values[key] for key, name in self.keys.items() if values.get(key) is not None}
         same = {key: value for key, value in values.items() if key not in (*self.keys, *BOOKKEEPING)}
         arguments = same | renamed
+        check_fields(arguments)
         own_names = {name: key for key, name in self.keys.items()}
         for name in NEEDED_KEYS:
             has_rope = name == "rope_theta" and "rope_theta" in (values.get("rope_parameters") or ())
@@ -296,10 +297,10 @@ def family_of(values: Mapping[str, Any]) -> Family:
     for key, part in FOREIGN_PARTS.items():
         if values.get(key):
             raise UserError(f"{key} must be absent from config.json, got {values[key]!r}: {part} have no place here")
+    check_fields(values)
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    kind, kinds = rope.get("rope_type", rope.get("type", "default")), ("default", *ROPE_INIT_FUNCTIONS)
-    if kind not in kinds or "mrope_section" in rope:
-        raise UserError(f"the rope_type in config.json must be one of {', '.join(kinds)}, got {dict(rope)!r}")
+    if "mrope_section" in rope:
+        raise UserError(f"mrope_section must be absent from config.json, got {dict(rope)!r}")
     for key in {key: None for row in rows for key in row.marks}:
         if key in values:
             found = [row for row in rows if row.marks.get(key) == values[key]]

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from .configuration_coda import token_ids
-from .decoding_settings import SETTINGS, check_together, commits_are_final, refuse_unknown
+from .decoding_settings import SETTINGS, check_together, commits_are_final, refuse_in_folder, refuse_unknown
 from .errors import UserError
 
 # What transformers itself writes into a generation config.
@@ -97,6 +97,29 @@ class DiffusionGenerationConfig(GenerationConfig):
             setattr(config, key, value)
         config.validate()
         return config
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **kwargs: Any) -> "DiffusionGenerationConfig":
+        """Read the settings of a folder.
+
+        Raises:
+            UserError: they hold what is no setting, or one that no folder may have.
+        """
+        config = super().from_pretrained(*arguments, **kwargs)
+        try:
+            refuse_in_folder(vars(config[0] if isinstance(config, tuple) else config))
+        except UserError as error:
+            raise UserError(f"generation_config.json: {error}") from error
+        return config
+
+    def save_pretrained(self, *arguments: Any, **kwargs: Any) -> None:
+        """Write the settings into a folder.
+
+        Raises:
+            UserError: a setting that no folder may have, so that it could not be read again.
+        """
+        refuse_in_folder(vars(self))
+        super().save_pretrained(*arguments, **kwargs)
 
     @classmethod
     def of(cls, config: GenerationConfig) -> "DiffusionGenerationConfig":

@@ -36,6 +36,7 @@ from .blocks import BlockScorer as BlockScorer  # isort: skip
 from .cache import CanvasCache as CanvasCache  # isort: skip
 from .candidates import Candidates as Candidates  # isort: skip
 from .canvas import Canvas as Canvas  # isort: skip
+from .config_fields import check_fields as check_fields  # isort: skip
 from .constraints import Constraint as Constraint  # isort: skip
 from .cost import DecodingCost as DecodingCost  # isort: skip
 from .decoder import Decoding as Decoding  # isort: skip

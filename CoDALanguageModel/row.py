@@ -521,9 +521,14 @@ def complete(settings: DiffusionGenerationConfig, model: CoDAConfig) -> Diffusio
     """Checked settings whose token ids are the model's where they were None.
 
     Raises:
-        UserError: a bad setting, or an id that the model has not.
+        UserError: a bad setting, an id that the model has not, or another mask token than the model's.
     """
     config = copy.copy(settings)
+    if config.mask_token_id not in (None, model.mask_token_id):
+        raise UserError(
+            f"mask_token_id must be {model.mask_token_id}, the token that the model was trained to replace, or none, "
+            f"got {config.mask_token_id!r}"
+        )
     for name in ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids"):
         if getattr(config, name) is None:
             setattr(config, name, getattr(model, name))

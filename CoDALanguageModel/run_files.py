@@ -54,6 +54,8 @@ def arriving(target: Path) -> Iterator[Path]:
 def claimed(folder: Path) -> Iterator[int]:
     """Keep a run's folder from other runs while the block lasts.
 
+    Processes that are forked in the block (the workers of a data loader) write nothing there and do not keep it.
+
     Yields:
         A descriptor. A program that inherits it keeps the folder as well, also where this process is killed.
 
@@ -71,9 +73,24 @@ def claimed(folder: Path) -> Iterator[int]:
             ) from error
         except OSError as error:  # a file system without locks
             logger.warning("that no other run writes to %s is not known: %s", folder, error)
+        _CLAIMS.add(descriptor)
         yield descriptor
     finally:
+        _CLAIMS.discard(descriptor)
         os.close(descriptor)
+
+
+_CLAIMS: set[int] = set()
+"""Descriptors of the folders that this process keeps."""
+
+
+def _let_go() -> None:
+    """Close the copies that a forked process has: it may outlive this one, by the seconds until it sees that."""
+    while _CLAIMS:
+        os.close(_CLAIMS.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def write_whole(target: Path, text: str) -> None:

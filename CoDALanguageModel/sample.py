@@ -1,6 +1,7 @@
 """The old name of `python -m CoDALanguageModel sample`."""
 
+from .errors import run_program
 from .tools.sample import main
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

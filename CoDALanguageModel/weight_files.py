@@ -4,7 +4,8 @@ Not here: whether the weights fit a configuration (`loading_coda` and `conversio
 """
 
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from .config_fields import check_fields
+from .configuration_coda import CoDAConfig, reading_config
 from .errors import UserError
 from .run_files import LFS_POINTER, read_json
 
@@ -23,17 +26,20 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer folder that was cloned without its large files, or whose small ones are broken.
+    """Refuse a tokenizer folder that was cloned without its large files, or whose files of JSON are broken.
 
     Raises:
-        UserError: a file is a Git LFS pointer, or a configuration is no JSON object.
+        UserError: a file is a Git LFS pointer, one of JSON holds no object, or the config.json of a CoDA model a field
+            of the wrong kind, over which a loader of tokenizers may fall.
     """
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             refuse_pointer(folder / name)
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
         if (folder / name).is_file():
-            read_json(folder / name)
+            content = read_json(folder / name)
+            if name == "config.json" and content.get("model_type") == CoDAConfig.model_type:
+                check_fields(content)
 
 
 def read_tokenizer(folder: str | Path) -> Any:
@@ -43,10 +49,27 @@ def read_tokenizer(folder: str | Path) -> Any:
         UserError: there is none, or it cannot be read.
     """
     check_tokenizer(Path(folder))
-    try:
+    with reading_tokenizer("no tokenizer can be loaded"), reading_config():
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask at the terminal
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no tokenizer can be loaded: {error}") from error
+
+
+@contextmanager
+def reading_tokenizer(words: str) -> Iterator[None]:
+    """Tell what a loader finds wrong with the files of a tokenizer: no code but the loader's runs in the block.
+
+    Args:
+        words: what the message begins with.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    try:
+        yield
+    except UserError:  # of the model's configuration, which is read on the way
+        raise
+    except Exception as error:  # the tokenizers library has no class of its own for a field that it cannot read
+        name = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise UserError(f"{words}: {name}{error}") from error
 
 
 def check_weights(folder: Path, gguf_file: str | None = None) -> None:

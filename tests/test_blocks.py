@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from coda_eval.harness import CoDAEvalModel
-from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel import CoDALanguageModel, DiffusionGenerationConfig
 from CoDALanguageModel.answers import AnswerReader, end_ids
+from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.tools.sample import parse, run
 
@@ -142,6 +143,43 @@ def test_what_a_folder_says_holds_in_every_room(folder, chatml_tokenizer, expect
         request.repeats = 1
         assert evaluated.generate_until([request], True) == [text]
     assert (text == expected[1].text) == ("do_sample" in said)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"regex": "[ab]+"}, "generation_config.json: regex cannot be set here: it is said of one answer"),
+        ({"json_schema": {"type": "integer"}}, "generation_config.json: json_schema cannot be set here"),
+        ({"num_return_sequences": 2}, "generation_config.json: num_return_sequences cannot be set here"),
+        ({"seed": [1]}, r"generation_config.json: seed must be one integer here.*, got \[1\]"),
+        ({"mask_token_id": 5}, "mask_token_id must be [0-9]+, the token that the model was trained to .*, got 5"),
+    ],
+)
+def test_what_no_folder_may_say_is_refused_in_every_room(folder, chatml_tokenizer, ask_server, tmp_path, said, message):
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+
+    def sample():
+        model = CoDALanguageModel.from_pretrained(tmp_path / "model").eval()
+        run(*parse(["--model", "m", "--raw", "--quiet", "--prompt", "x"]), chatml_tokenizer, model)
+
+    for room in (
+        sample,
+        lambda: ask_server(tmp_path / "model", [{"prompt": "x"}]),
+        lambda: CoDAEvalModel(str(tmp_path / "model"), device="cpu"),
+    ):
+        with pytest.raises(UserError, match=message):
+            room()
+
+
+def test_settings_that_no_folder_may_have_are_not_written(tmp_path):
+    settings = DiffusionGenerationConfig(regex="a")
+    with pytest.raises(UserError, match="regex cannot be set here"):
+        settings.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    settings.merged({"regex": None}).save_pretrained(tmp_path)
+    assert DiffusionGenerationConfig.from_pretrained(tmp_path).regex is None
 
 
 def test_the_server_stops_at_a_string_and_needs_no_steps_for_an_answer_of_any_length(ask, expected):

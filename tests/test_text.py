@@ -18,6 +18,7 @@ from coda_serving.protocol import ChatRequest, CompletionRequest
 from coda_serving.settings import ServerSettings
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.answers import AnswerReader, end_ids
+from CoDALanguageModel.cost import DecodingCost
 from CoDALanguageModel.decoder import Decoding, Progress
 from CoDALanguageModel.infilling import lay_out
 from CoDALanguageModel.prompts import Codec
@@ -209,7 +210,7 @@ def test_an_answer_reads_the_same_in_every_room(tokenizer, texts, codec, evaluat
 
         def answered(inputs, ids=ids, **settings):
             filled = torch.cat([inputs, torch.tensor([ids], dtype=torch.int64)], dim=1)
-            return SimpleNamespace(sequences=filled, cost=SimpleNamespace(as_dict=dict))
+            return SimpleNamespace(sequences=filled, cost=DecodingCost())
 
         monkeypatch.setattr(model, "diffusion_generate", answered)
         monkeypatch.setattr(Written, "answer", ids, raising=False)

@@ -16,6 +16,19 @@ MASK_SIGN = "\u2591"
 CHARACTER_WIDTH, LINE_HEIGHT, FRAME_S = 8, 18, 0.25
 
 
+FORMATS = (".jsonl", ".svg", ".gif")
+
+
+def check_format(path: Path) -> None:
+    """Refuse a file of steps that `Recording.save` could not write.
+
+    Raises:
+        UserError: with the endings that there are.
+    """
+    if path.suffix not in FORMATS:
+        raise UserError(f"--history must end in {', '.join(FORMATS)}, got {path.name!r}")
+
+
 def token_texts(codec: Any, ids: Sequence[int], mask_token_id: int, hidden: set[int]) -> list[str]:
     """The text that each token adds; masks as a shade, tokens of `hidden` as nothing.
 
@@ -77,9 +90,8 @@ class Recording:
         Raises:
             UserError: another ending.
         """
-        writers = {".jsonl": self._save_jsonl, ".svg": self._save_svg, ".gif": self._save_gif}
-        if path.suffix not in writers:
-            raise UserError(f"--history must end in {', '.join(writers)}, got {path.name!r}")
+        check_format(path)
+        writers = dict(zip(FORMATS, (self._save_jsonl, self._save_svg, self._save_gif), strict=True))
         path.parent.mkdir(parents=True, exist_ok=True)
         writers[path.suffix](path)
 

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from ..answers import AnswerReader, end_ids
+from ..answers import AnswerReader, Reading, end_ids
 from ..decoding_settings import Setting, offered, parse_settings, refuse_unknown
 from ..errors import UserError
 from ..infilling import GappedText, lay_out
 from ..prompts import Codec
 from .folder import load
 from .gap_marks import read_gaps
-from .recording import Recording
+from .recording import Recording, check_format
 
 
 def build_canvas(options: argparse.Namespace, codec: Codec, model: Any) -> tuple[GappedText, list[str]]:
@@ -73,6 +74,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, An
     parser.add_argument("--device", default="cpu", help="device of the model")
     parser.add_argument("--quiet", action="store_true", help="do not show the canvas, print the answer only")
     options, rest = parser.parse_known_args(arguments)
+    if options.history is not None:
+        check_format(options.history)
     words = []
     while rest:
         word = rest.pop(0)
@@ -122,25 +125,20 @@ def run(options: argparse.Namespace, settings: dict[str, Any], tokenizer: Any, m
     final = output.sequences[0].tolist()
     recording.add(final)
 
-    def read(where: slice) -> str:
-        return (
-            AnswerReader(
-                decode=codec.decode,
-                mask_token_id=model.config.mask_token_id,
-                eos_token_ids=ends,
-                prompt_ids=final[: where.start],
-                stop=config.stop_strings or (),
-            )
-            .read(final[where])
-            .text
+    def read(where: slice) -> Reading:
+        reader = AnswerReader(
+            decode=codec.decode,
+            mask_token_id=model.config.mask_token_id,
+            eos_token_ids=ends,
+            prompt_ids=final[: where.start],
+            stop=config.stop_strings or (),
         )
+        return reader.read(final[where])
 
-    if pieces:
-        filled = [*map(read, places), ""]
-        print("".join(itertools.chain.from_iterable(zip(pieces, filled, strict=True))))
-    else:
-        print(read(slice(len(ids), None)))
-    cost = output.cost.as_dict()
+    readings = [read(where) for where in (places if pieces else [slice(len(ids), None)])]
+    texts = [reading.text for reading in readings]
+    print("".join(itertools.chain.from_iterable(zip(pieces, [*texts, ""], strict=True))) if pieces else texts[0])
+    cost = replace(output.cost, answer_tokens=sum(reading.num_tokens for reading in readings)).as_dict()
     console.print(
         Text(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in cost.items()), style="dim")
     )

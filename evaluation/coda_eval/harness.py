@@ -183,7 +183,8 @@ class CoDAEvalModel(HostedLM):
         super().__init__(pretrained=pretrained, **kwargs)
         if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "diffusion_generate"):
             raise UserError(f"{pretrained!r} is not a CoDA model; run autoregressive models with --model hf")
-        self.model.generation_config.merged(self.fixed_settings)  # refuses bad values before any work is done
+        # Refuses bad values before any work is done.
+        complete(self.model.generation_config.merged(self.fixed_settings), self.model.config)
         # Refuses tokenizers whose pieces do not join to the text.
         self.codec = Codec(self.tokenizer, self.chat_template_args)
 

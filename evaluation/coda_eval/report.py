@@ -15,7 +15,7 @@ from typing import Any
 from coda_eval.output import markdown_table, shown, write_output
 from coda_eval.records import FILE, Record, is_finite, is_number, read_records
 from CoDALanguageModel.cost import tokens_per_forward
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, run_program
 from CoDALanguageModel.intervals import wilson_interval
 from CoDALanguageModel.run_files import write_whole
 
@@ -230,4 +230,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

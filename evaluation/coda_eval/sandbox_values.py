@@ -19,7 +19,13 @@ from io import BytesIO
 from pickle import Pickler, loads
 
 MAX_DEPTH = 400
-"""Nesting of containers that is carried."""
+"""Nesting of containers that is carried; one of the standard library's, such as a deque, counts as three."""
+
+_GET_DEPTH = 3 * MAX_DEPTH + 8
+"""The same as `decode` counts: the parts of a container that are values of their own, as keys of a dict, count too."""
+
+_FRAMES = 4 * _GET_DEPTH
+"""Calls within each other that so much nesting takes on either side, at most."""
 
 MAX_BYTES = 1 << 31
 """Size of one message."""
@@ -72,6 +78,17 @@ def pickle_builtin(value):
     return file.getvalue()
 
 
+class _room:
+    """Room for `_FRAMES` more calls within each other than the process may have."""
+
+    def __enter__(self):
+        self.limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(self.limit + _FRAMES)
+
+    def __exit__(self, *exception):
+        sys.setrecursionlimit(self.limit)
+
+
 class Codec:
     """Encodes and decodes values.
 
@@ -87,13 +104,15 @@ class Codec:
     def encode(self, value):
         """The bytes of `value`. Raises `Uncarried`."""
         parts = []
-        self._put(value, parts.append, 0)
+        with _room():
+            self._put(value, parts.append, 0)
         return b"".join(parts)
 
     def decode(self, data):
         """The value of `data`. Raises `Uncarried` for whatever is wrong with it."""
         try:
-            value, end = self._get(memoryview(data), 0, 0)
+            with _room():
+                value, end = self._get(memoryview(data), 0, 0)
         except MemoryError:
             raise
         except Exception as error:  # constructors of many types, given anything, raise anything
@@ -242,7 +261,7 @@ class Codec:
 
     def _get(self, data, at, depth):
         """(value, end) of the value that starts at `at`."""
-        if depth > MAX_DEPTH + 8:
+        if depth > _GET_DEPTH:
             raise ValueError("nested too deep")
         tag, size = _HEAD.unpack_from(data, at)
         at += _HEAD.size
@@ -328,7 +347,7 @@ class Codec:
             return _Packed(_of(list, distinct), places), len(places), end
         elif form in b"Lt":
             tag, number = _HEAD.unpack_from(data, at)
-            if tag != b"[" or depth + 1 > MAX_DEPTH + 8:
+            if tag != b"[" or depth + 1 > _GET_DEPTH:
                 raise ValueError("rows do not fit")
             flat, found, end = self._get_items(number, data, at + _HEAD.size, depth + 1)
             if found != number or not 0 < size <= number or number % size:

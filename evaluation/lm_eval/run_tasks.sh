@@ -84,10 +84,10 @@ run_tasks() {
   if [[ -n ${LIMIT:-} ]]; then options+=(--limit "$LIMIT"); fi
 
   mkdir -p "$output"
+  : >>"$output/run.log"
   echo "== ${names[*]}: $model_args -> $output"
-  local status=0
-  "${launcher[@]}" -m coda_eval run --model "$model" --model_args "$model_args" --tasks "${names[@]}" \
+  # In the place of this shell, so that a signal to it reaches the run; tee writes to the end what Ctrl-C makes it say.
+  exec "${launcher[@]}" -m coda_eval run --model "$model" --model_args "$model_args" --tasks "${names[@]}" \
     --batch_size "${BATCH_SIZE:-32}" --output_path "$output" --log_samples "${options[@]}" "$@" \
-    2>&1 | tee -a "$output/run.log" || status=$?
-  return "$status"
+    > >(exec tee -ia -- "$output/run.log") 2>&1
 }

@@ -14,12 +14,12 @@ import json
 import logging
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, run_program
 
 from .arguments import (
     PATHS,
@@ -71,7 +71,7 @@ def _train(argv: list[str]) -> int:
     if parts and host.get("resume_from_checkpoint"):
         refuse_other_run(Path(host["resume_from_checkpoint"]), parts, config, diffusion.accept_changes)
     if "TORCHELASTIC_RUN_ID" not in os.environ and "LOCAL_RANK" not in os.environ and _wants_processes():
-        return _relaunch(argv)
+        _relaunch(argv)
     if os.environ.get("RANK", "0") == "0":
         logger.info("settings: %s", json.dumps(config))
     from .trainer import run_training  # LLaMA-Factory takes seconds to import: settings are checked first
@@ -119,7 +119,7 @@ def _wants_processes() -> bool:
     return torch.accelerator.device_count() > 1
 
 
-def _relaunch(argv: list[str]) -> int:
+def _relaunch(argv: list[str]) -> NoReturn:
     """Run the same command under torchrun; LLaMA-Factory's own launcher would start its own trainer instead."""
     import torch
 
@@ -138,7 +138,8 @@ def _relaunch(argv: list[str]) -> int:
         command += [f"--master-addr={address}", f"--master-port={port}"]
     command += [f"--nnodes={num_nodes}", "-m", "coda_posttrain", "train", *argv]
     logger.info("starting %s processes: %s", num_processes, " ".join(command))
-    return subprocess.run(command, check=False).returncode
+    sys.stdout.flush()
+    os.execv(command[0], command)  # in the place of this process, so that a signal to it reaches them
 
 
 def _free_port() -> int:
@@ -148,4 +149,4 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -21,9 +21,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from CoDALanguageModel.config_fields import check_fields
 from CoDALanguageModel.errors import UserError, did_you_mean
 from CoDALanguageModel.objectives import EVERY_OBJECTIVE, OBJECTIVES, check_objective
-from CoDALanguageModel.run_files import is_hub_id
+from CoDALanguageModel.run_files import is_hub_id, read_json
 
 from .checkpoints import file_identity, folder_identity, weights_problem
 from .records import MALFORMED, READ_HERE, Layout, data_files, parse_record, read_records, refuse_malformed
@@ -336,15 +337,19 @@ def check_model_folder(host: Mapping[str, Any], diffusion: DiffusionArguments | 
         raise UserError(f"model_name_or_path: no config.json in {folder.absolute()}")
     if looks_local:
         try:
-            model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"model_name_or_path: {folder / 'config.json'} cannot be read: {error}") from error
+            model_config = read_json(folder / "config.json")
+        except UserError as error:
+            raise UserError(f"model_name_or_path: {error}") from error
         model_type = model_config.get("model_type")
         if model_type != MODEL_TYPE:
             raise UserError(
                 f"model_name_or_path={name!r} is a {model_type!r} model, not a {MODEL_TYPE!r} one: "
                 "convert it with save_hf_model.py first"
             )
+        try:
+            check_fields(model_config)
+        except UserError as error:
+            raise UserError(f"model_name_or_path: {folder / 'config.json'}: {error}") from error
         if diffusion is not None:
             check_length(host.get("cutoff_len", CUTOFF_LEN), model_config.get("max_position_embeddings"))
             check_model_objective(

@@ -36,7 +36,7 @@ from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.noise import Blocks, DoubledRows, NoisedRows, blocks_to_train, deal_levels
 from CoDALanguageModel.run_files import claimed
-from CoDALanguageModel.weight_files import refuse_not_finite
+from CoDALanguageModel.weight_files import read_tokenizer, refuse_not_finite
 
 from . import curriculum
 from .arguments import CUTOFF_LEN, DiffusionArguments, check_length, check_model_objective
@@ -105,6 +105,8 @@ def run_training(
         run_config=config,
         run_parts=parts,
     )
+    if Path(host["model_name_or_path"]).is_dir():
+        read_tokenizer(host["model_name_or_path"])  # the host would say no more than that it cannot be loaded
     output_dir = Path(host["output_dir"])
     with contextlib.ExitStack() as replaced:  # the names that are replaced in LLaMA-Factory
         if parts:

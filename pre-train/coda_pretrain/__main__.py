@@ -8,11 +8,12 @@ import importlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import INTERRUPTED, UserError, run_program
 
 EXIT_BAD_INPUT = 2
 VERBS = {
@@ -56,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 when the run is finished or was stopped by SIGTERM, 2 for bad input and 1 for a failed run; the message of
-        either is the last line on stderr.
+        0 when the run is finished or was stopped by SIGTERM, 130 when it was by Ctrl-C, 2 for bad input and 1 for a
+        failed run; the message of either is the last line on stderr.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("USE_TORCH_XLA", "0")  # transformers would import it, which takes seconds, and not use it
@@ -107,7 +108,7 @@ def train(words: Sequence[str]) -> int:
         return _fail(error, 1)
     finally:
         trainer.close()
-    return 0
+    return INTERRUPTED if trainer.stopped_by == signal.SIGINT else 0
 
 
 def _fail(error: Exception, status: int) -> int:
@@ -116,4 +117,4 @@ def _fail(error: Exception, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

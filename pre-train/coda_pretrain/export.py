@@ -1,8 +1,8 @@
 """The old name of `python -m coda_pretrain export`."""
 
-import sys
+from CoDALanguageModel.errors import run_program
 
 from .checkpoints.export import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -20,7 +20,7 @@ import uvicorn
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, run_program
 
 from .connections import Connection
 from .errors import LOADING
@@ -227,4 +227,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

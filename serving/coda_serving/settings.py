@@ -3,13 +3,14 @@
 Not here: what a request may ask for (`protocol`).
 """
 
+import io
 import ipaddress
 import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, create_model, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -257,13 +258,14 @@ def load_settings(env_file: str | None = None) -> ServerSettings:
         env_file: a file of `NAME=value` lines; a variable of the process wins over it.
 
     Raises:
-        UserError: the file is missing or names an unknown variable, or a value is not allowed. The message has one
-            line per fault with the variable, what is allowed, and what was got.
+        UserError: the file is missing, is not UTF-8, holds something else than such lines or names an unknown variable,
+            or a value is not allowed. The message has one line per fault with the variable, what is allowed, and what
+            was got.
     """
     if env_file is not None:
         _check_env_file(env_file)
     try:
-        return ServerSettings(_env_file=env_file)
+        return ServerSettings(_env_file=env_file, _env_file_encoding="utf-8-sig")
     except ValidationError as error:
         raise UserError("\n".join(_describe(fault) for fault in error.errors())) from error
 
@@ -271,9 +273,19 @@ def load_settings(env_file: str | None = None) -> ServerSettings:
 def _check_env_file(env_file: str) -> None:
     if not os.path.isfile(env_file):
         raise UserError(f"ENV_FILE={env_file} is not a file")
+    try:
+        text = Path(env_file).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"ENV_FILE={env_file} is not UTF-8: {error.reason} at byte {error.start}") from error
     known = [name.upper() for name in ServerSettings.model_fields]
-    for name in dotenv_values(env_file):
-        if name.upper() not in known:
+    for line in parse_stream(io.StringIO(text)):
+        if line.error or (line.key is not None and line.value is None):  # which pydantic would pass over
+            text = line.original.string
+            number = line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+            given = text.strip().partition("=")[0]  # what stands behind it may be a key
+            raise UserError(f"{env_file}: line {number} must be NAME=value, with quotes closed, got {given:.80}")
+        name = line.key
+        if name is not None and name.upper() not in known:
             hint = did_you_mean(name.upper(), known, str)
             raise UserError(f"{env_file}: unknown variable {name}{hint} (known: {', '.join(known)})")
 

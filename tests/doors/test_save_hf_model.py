@@ -568,7 +568,8 @@ LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize
         ("empty", "model.safetensors' is not a whole safetensors file"),
         ("quantised", "quantised weights are not supported: .*config.json' says quant_method 'awq'"),
         ("tokenizer", "tokenizer.json' is a Git LFS pointer"),
-        ("tokenizer cut", "source' holds no tokenizer that loads without code of its own: "),
+        ("tokenizer cut", "tokenizer.json' is not valid JSON"),
+        ("tokenizer empty", "source' holds no tokenizer that loads without code of its own: KeyError: 'added_tokens'"),
         ("shard", "model-2.safetensors' is missing, which its index names"),
         ("gguf", "model.gguf' is not a GGUF file"),
         ("gguf cut", "model.gguf' is not a whole GGUF file"),
@@ -589,6 +590,8 @@ def test_broken_files_are_named_in_one_line(name, message, tmp_path, capsys):
         (source / "tokenizer.json").write_text(LFS_POINTER)
     elif name == "tokenizer cut":
         (source / "tokenizer.json").write_text((source / "tokenizer.json").read_text()[:-99])
+    elif name == "tokenizer empty":
+        (source / "tokenizer.json").write_text("{}")
     elif name == "quantised":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
     elif name == "shard":

@@ -6,6 +6,7 @@ import decimal
 import fractions
 import pickle
 import random
+import sys
 import uuid
 import zoneinfo
 from array import array
@@ -72,6 +73,30 @@ def test_loops_and_depth_are_refused():
     loop.append(loop)
     with pytest.raises(Uncarried, match=f"nested deeper than {sandbox_values.MAX_DEPTH} levels"):
         CODEC.encode(loop)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "counts"),
+    [
+        (lambda x: [x], 1),
+        (lambda x: (x, 2), 1),
+        (lambda x: {"a": x, "b": 1}, 1),
+        (lambda x: [{"k": x}], 2),
+        (lambda x: frozenset([x]), 1),
+        (lambda x: collections.defaultdict(int, a=x), 1),
+        (lambda x: collections.deque([x]), 3),
+    ],
+    ids=["list", "tuple", "dict", "list of dict", "set", "defaultdict", "deque"],
+)
+def test_what_is_nested_as_deep_as_may_be_comes_back_and_nothing_deeper_goes(wrap, counts):
+    before, value = sys.getrecursionlimit(), 1
+    for _ in range(sandbox_values.MAX_DEPTH // counts):
+        value = wrap(value)
+    received = CODEC.decode(CODEC.encode(value))
+    assert CODEC.encode(received) == CODEC.encode(value)
+    with pytest.raises(Uncarried, match=f"nested deeper than {sandbox_values.MAX_DEPTH} levels"):
+        CODEC.encode(wrap(value))
+    assert sys.getrecursionlimit() == before
 
 
 def test_any_bytes_are_a_value_or_refused():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import CoDALanguageModel as package
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
+from CoDALanguageModel.config_fields import ROPE_NEEDS
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.weight_files import check_weights, read_tokenizer, refuse_not_finite, weight_files
 
@@ -338,15 +339,92 @@ def test_settings_that_cannot_be_read_are_not_taken_for_none(make_model, tmp_pat
     [
         ("hidden_size", "32", "hidden_size must be an integer, got '32'"),
         ("num_token_ids", "68", r"num_token_ids must be in \[1, vocab_size=72\], got 68"),
-        ("eos_token_id", "x", r"eos_token_id must be in \[0, vocab_size=72\), got x"),
+        ("eos_token_id", "x", r"eos_token_id must be in \[0, vocab_size=72\), got 'x'"),
+        ("eos_token_id", 1.5, r"eos_token_id must be in \[0, vocab_size=72\), got 1.5"),
+        ("pad_token_id", True, r"pad_token_id must be in \[0, vocab_size=72\), got True"),
+        ("head_dim", True, "head_dim must be an integer or null, got True"),
+        ("hidden_act", None, "hidden_act must be the name of an activation, got None"),
+        ("hidden_act", ["silu"], r"hidden_act must be the name of an activation, got \['silu'\]"),
+        ("hidden_act", "sillu", "hidden_act must be one of gelu, .*silu.*, got 'sillu'; did you mean 'silu'"),
+        ("dtype", "float31", "dtype must be one of float64, float32, bfloat16, float16 or null, got 'float31'"),
+        ("dtype", 3, "dtype must be one of .*, got 3"),
+        ("dtype", [], r"dtype must be one of .*, got \[\]"),
+        ("rms_norm_eps", "1e-6", "rms_norm_eps must be a number > 0, got '1e-6'"),
+        ("attention_dropout", 1, r"attention_dropout must be a number in \[0, 1\), got 1"),
+        ("qk_norm", "yes", "qk_norm must be true or false, got 'yes'"),
+        ("rope_parameters", 3, "rope_parameters must be an object or null, got 3"),
+        ("rope_parameters", [], r"rope_parameters must be an object or null, got \[\]"),
+        ("rope_parameters", {"rope_type": "x"}, "rope_parameters.rope_type must be one of default, .*, got 'x'"),
+        ("rope_parameters", {"rope_type": ["x"]}, r"rope_parameters.rope_type must be one of .*, got \['x'\]"),
+        ("rope_parameters", {"rope_type": "linear"}, "rope_parameters with rope_type 'linear' must hold factor, got"),
+        ("rope_parameters", {"type": "dynamic", "factor": "2"}, "rope_parameters.factor must be a number > 0 or null"),
+        ("rope_parameters", {"rope_theta": "1e6"}, "rope_parameters.rope_theta must be a number > 0, got '1e6'"),
+        ("rope_parameters", {"full_attention": {}}, "must say the same for all layers, .* for 'full_attention'"),
+        ("rope_scaling", "linear", "rope_scaling must be an object or null, got 'linear'"),
+        ("rope_theta", [1], r"rope_theta must be a number > 0 or null, got \[1\]"),
+        ("layer_types", ["sliding_attention", "full_attention"], "layer_types must be 'full_attention' alone, or left"),
+        ("architectures", 3, "architectures must be a list of names or null, got 3"),
+        ("model_type", "qwen3", "model_type must be 'CoDA', got 'qwen3': save_hf_model.py makes"),
+        ("model_type", [], r"model_type must be 'CoDA', got \[\]"),
     ],
 )
 def test_a_value_of_another_kind_is_refused_by_name(make_model, tmp_path, name, value, message):
     make_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         CoDALanguageModel.from_pretrained(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_fields_that_may_be_null_or_left_out_are_not_missed(make_model, tmp_path, tokens):
+    make_model(head_dim=8, num_key_value_heads=4).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    nothing = dict.fromkeys(("rope_parameters", "rope_scaling", "rope_theta", "dtype", "head_dim", "layer_types"))
+    (tmp_path / "config.json").write_text(json.dumps(config | nothing | {"num_key_value_heads": None}))
+    loaded = CoDALanguageModel.from_pretrained(tmp_path).eval()
+    assert loaded.config.rope_parameters == {"rope_type": "default", "rope_theta": 1_000_000.0}
+    assert torch.isfinite(loaded(tokens(1, 5)).logits).all()
+
+
+def test_every_kind_of_rotary_positions_that_is_allowed_is_computed(make_model, tokens):
+    own = {"linear": {}, "dynamic": {}, "yarn": {"attention_factor": None}, "default": {}}
+    own |= {"llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
+    own |= {"longrope": {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}}
+    assert own.keys() == ROPE_NEEDS.keys()
+    for kind, values in own.items():
+        rope = {"rope_type": kind, "rope_theta": 1e4, **({} if kind == "default" else {"factor": 2.0}), **values}
+        assert torch.isfinite(make_model(rope_parameters=rope)(tokens(1, 5)).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "tokenizer.json' must hold a JSON object, got list"),
+        ("", "tokenizer.json' is not valid JSON"),
+        ("hello", "tokenizer.json' is not valid JSON"),
+        ("[" * 100_000, "tokenizer.json' is not valid JSON"),
+        ("{}", "no tokenizer can be loaded: KeyError: 'added_tokens'"),
+        ('{"added_tokens": 3}', "no tokenizer can be loaded: TypeError: 'int' object is not iterable"),
+        ('{"added_tokens": [], "model": 3}', "no tokenizer can be loaded: .*ModelUntagged"),
+    ],
+)
+def test_a_broken_tokenizer_is_refused_in_one_line(tmp_path, chatml_tokenizer, content, message):
+    chatml_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_tokenizer(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_tokenizer_beside_a_broken_configuration_is_told_by_the_field(make_model, chatml_tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    chatml_tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, value in (("rope_parameters", 3), ("dtype", "nope"), ("hidden_act", 3)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(UserError, match=f"^{name} must be .*, got {value!r}"):
+            read_tokenizer(tmp_path)
 
 
 def test_a_folder_whose_small_files_are_no_objects_is_refused_before_a_loader_falls_over_it(tmp_path):

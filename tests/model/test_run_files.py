@@ -1,5 +1,8 @@
 import json
 import logging
+import multiprocessing
+import subprocess
+import sys
 
 import pytest
 
@@ -49,3 +52,22 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path):
         ):
             pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_forked_worker_does_not_keep_the_folder_and_a_program_that_was_given_it_does(tmp_path):
+    context = multiprocessing.get_context("fork")
+    with claimed(tmp_path) as descriptor:
+        ended = context.Event()
+        worker = context.Process(target=ended.wait, daemon=True)
+        worker.start()
+        program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(descriptor,))
+        with pytest.raises(UserError, match="another run"), claimed(tmp_path):
+            pass  # what a worker lets go is still this process's
+    with pytest.raises(UserError, match="or a process of one that was killed"), claimed(tmp_path):
+        pass
+    program.communicate(b"\n")
+    with claimed(tmp_path):
+        assert worker.is_alive()
+    ended.set()
+    worker.join()
+    assert worker.exitcode == 0

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from CoDALanguageModel import CoDAConfig, DiffusionGenerationConfig
+from CoDALanguageModel.cost import DecodingCost
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.prompts import Codec
 from CoDALanguageModel.tools.folder import load
@@ -88,9 +89,7 @@ def answering(chatml_tokenizer):
     ids = Codec(chatml_tokenizer).encode_text("one\n\ntwo")
 
     def answer(inputs, **settings):
-        return SimpleNamespace(
-            sequences=torch.tensor([[*inputs[0].tolist(), *ids]]), cost=SimpleNamespace(as_dict=dict)
-        )
+        return SimpleNamespace(sequences=torch.tensor([[*inputs[0].tolist(), *ids]]), cost=DecodingCost())
 
     generation = DiffusionGenerationConfig(max_new_tokens=len(ids))
     return SimpleNamespace(config=config, generation_config=generation, diffusion_generate=answer)
@@ -115,14 +114,18 @@ def test_a_file_with_gaps_comes_back_filled_and_unchanged_around_them(chatml_tok
         seen.append(inputs[0].tolist())
         filled = iter([token for answer in answers for token in answer])
         row = [next(filled) if token == config.mask_token_id else token for token in seen[0]]
-        return SimpleNamespace(sequences=torch.tensor([row]), cost=SimpleNamespace(as_dict=dict))
+        cost = DecodingCost(forwards=2, row_forwards=2, answer_tokens=len(row))
+        return SimpleNamespace(sequences=torch.tensor([row]), cost=cost)
 
     model = SimpleNamespace(config=config, generation_config=DiffusionGenerationConfig(), diffusion_generate=fill)
     file = tmp_path / "text"
     file.write_text(f"{start}<gap:{len(answers[0])}><|mask|>\r\n<gap:{len(answers[1])}>", newline="")
     options, settings = parse(["--model", "m", "--infill", str(file), "--quiet"])
     run(options, settings, chatml_tokenizer, model)
-    assert capsys.readouterr().out == f"{start} y<|mask|>\r\nw\n"
+    printed = capsys.readouterr()
+    assert printed.out == f"{start} y<|mask|>\r\nw\n"
+    kept = len(codec.encode_text(" y")) + len(codec.encode_text("w"))  # what stands behind the end is no answer
+    assert f"answer_tokens {kept}, row_forwards 2, tokens_per_forward {kept / 2:.3g}" in " ".join(printed.err.split())
     before = codec.encode_text(start) or [config.document_start_id]
     assert seen[0][: len(before) + 1] == [*before, config.mask_token_id]
     assert seen[0].count(config.mask_token_id) == sum(map(len, answers))
@@ -133,6 +136,11 @@ def test_every_decoding_setting_is_an_option_and_others_are_refused():
     assert (options.prompt, settings) == ("p", {"steps": 4, "kv_cache": "dual"})
     with pytest.raises(ValueError, match="did you mean 'steps'"):
         parse(["--model", "m", "--prompt", "p", "--stepz", "4"])
+
+
+def test_a_file_for_the_steps_that_could_not_be_written_is_refused_before_a_model_is_loaded():
+    with pytest.raises(SystemExit, match=r"error: --history must end in \.jsonl, \.svg, \.gif, got 'h\.txt'"):
+        main(["--model", "no model", "--prompt", "p", "--history", "runs/h.txt"])
 
 
 def test_an_unknown_option_is_named_rather_than_its_neighbours():

@@ -18,6 +18,7 @@ from coda_posttrain.arguments import (
     parse_diffusion,
     split_config,
 )
+from CoDALanguageModel.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "post-train/LLaMA-Factory/examples"
@@ -229,6 +230,26 @@ def test_the_objective_is_one_of_the_models_attention_and_shift(tmp_path):
             else:
                 with pytest.raises(ValueError, match=rf"must be .*, got '{objective}'; pre-training.*model.attention"):
                     check_model_folder(host, settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "config.json' must hold a JSON object, got list"),
+        ("{", "config.json' is not valid JSON"),
+        (
+            '{"model_type": "CoDA", "max_position_embeddings": "x"}',
+            "max_position_embeddings must be an integer, got 'x'",
+        ),
+        ('{"model_type": "CoDA", "attention": []}', r"attention must be one of full, block_causal, got \[\]"),
+        ('{"model_type": "CoDA", "rope_parameters": 3}', "rope_parameters must be an object or null, got 3"),
+        ('{"model_type": []}', r"is a \[\] model, not a 'CoDA' one"),
+    ],
+)
+def test_a_configuration_of_the_wrong_kind_is_refused_by_its_field(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=f"model_name_or_path.*{message}"):
+        check_model_folder({"model_name_or_path": str(tmp_path)}, parse_diffusion(None))
 
 
 def test_an_export_needs_an_adapter_and_a_folder_of_its_own(tmp_path):

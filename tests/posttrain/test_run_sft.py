@@ -1,7 +1,9 @@
 """The script that runs configurations in order."""
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,35 @@ def test_failure_names_the_stage_and_stops(run):
     status, output, calls = run("first.yaml", "second.yaml", "model_name_or_path=M", "output_dir=o", fail_at="first")
     assert (status, len(calls)) == (1, 1)
     assert "FAILED in first (1 of 2)" in output
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_to_the_script_alone_ends_what_it_runs_and_the_run_is_not_taken_for_finished(
+    run, tmp_path, number, expected
+):
+    fake = tmp_path / "python"
+    waits = 'echo begun; echo $$ > pid; exec 2>&1; trap "echo ending; exit 7" TERM; while :; do sleep 0.05; done'
+    fake.write_text(fake.read_text().replace('case "$*" in', f'if [ -n "$WAIT" ]; then {waits}; fi\ncase "$*" in'))
+    environment = {**os.environ, "PYTHON": str(fake), "CALLS": str(tmp_path / "calls"), "FAIL_AT": "never", "WAIT": "1"}
+    command = ["bash", str(REPO / "run_sft.sh"), "first.yaml", "second.yaml", "model_name_or_path=M", "output_dir=o"]
+    with subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as script:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert script.poll() is None
+            time.sleep(0.02)
+        script.send_signal(number)
+        output, _ = script.communicate(timeout=20)
+    assert script.returncode == expected
+    assert output.endswith(
+        "begun\nending\nrun_sft.sh: stopped in first (1 of 2); the same command continues from the last checkpoint\n"
+    )
+    assert (tmp_path / "o/first/train.log").read_text() == "begun\nending\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert not (tmp_path / "o/first/.finished").exists()
+    status, _, calls = run("first.yaml", "second.yaml", "model_name_or_path=M", "output_dir=o")
+    assert (status, len(calls)) == (0, 2)
 
 
 def test_finished_runs_are_not_repeated_and_never_mixed_up(run):

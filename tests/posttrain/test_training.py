@@ -381,17 +381,21 @@ def test_the_conditioned_share_follows_optimizer_steps(pairs):
 
 
 def test_several_processes_are_started_with_the_same_command(model_dir, data_dir, tmp_path, monkeypatch):
-    commands = []
-    monkeypatch.setattr(
-        "coda_posttrain.__main__.subprocess.run",
-        lambda command, check: commands.append(command) or subprocess.CompletedProcess(command, 3),
-    )
+    class Started(Exception):
+        """In the place of this process."""
+
+    def start(program, command):
+        raise Started(program, *command)
+
+    monkeypatch.setattr("coda_posttrain.__main__.os.execv", start)
     for name, value in (("FORCE_TORCHRUN", "1"), ("NPROC_PER_NODE", "2"), ("MASTER_PORT", "29555")):
         monkeypatch.setenv(name, value)
     argv = [str(CONFIG), *settings(model_dir, data_dir, output_dir=tmp_path)]
-    assert main(["train", *argv]) == 3
-    assert commands[0][1:4] == ["-m", "torch.distributed.run", "--nproc-per-node=2"]
-    assert commands[0][-len(argv) - 3 :] == ["-m", "coda_posttrain", "train", *argv]
+    with pytest.raises(Started) as started:
+        main(["train", *argv])
+    program, *command = started.value.args
+    assert command[:4] == [program, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    assert command[-len(argv) - 3 :] == ["-m", "coda_posttrain", "train", *argv]
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])

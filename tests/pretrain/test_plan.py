@@ -14,6 +14,7 @@ from coda_pretrain.plan.plan import Device, expected_row, make_plan, parse_devic
 from coda_pretrain.train.trainer import Trainer
 from coda_pretrain.watch.flops import doubled_pairs, work_of_batch
 from CoDALanguageModel import CoDAConfig
+from CoDALanguageModel.errors import UserError
 
 LARGER = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "head_dim": 32}
 SCIENCE = ("pre-train/configs/pretrain.yaml", "pre-train/configs/midtrain.yaml")
@@ -169,3 +170,17 @@ def test_the_table_shows_both_ways_and_what_is_assumed(run_config, tmp_path, cap
     shown = capsys.readouterr().out
     for words in ("with remat", "without (configured)", "optimizer: exp_avg_sq", "40% of 989 TFLOP/s", "days"):
         assert words in shown
+
+
+def test_a_folder_that_describes_no_model_is_refused_by_its_field(tmp_path, run_config):
+    folder = {"model": {"init_from": str(tmp_path), "config": None}}
+    for text, message in (
+        ('{"model_type": "qwen3", "hidden_act": 3}', "hidden_act must be the name of an activation, got 3"),
+        ('{"model_type": "qwen3", "num_attention_heads": null}', "num_attention_heads must be an integer, got None"),
+        ('{"model_type": "qwen3", "use_cache": "x"}', "config.json: .*use_cache"),
+        ('{"model_type": "CoDA", "dtype": "x"}', "dtype must be one of .*, got 'x'"),
+        ("[]", "config.json' must hold a JSON object"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            planned(merge(run_config, folder))

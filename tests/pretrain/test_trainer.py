@@ -13,13 +13,14 @@ import pytest
 import torch
 import yaml
 
+from coda_pretrain.__main__ import main
 from coda_pretrain.checkpoints.checkpoint import committed_checkpoints
-from coda_pretrain.checkpoints.resume_check import check_same_model
+from coda_pretrain.checkpoints.resume_check import check_same_model, check_same_run
 from coda_pretrain.config import RunConfig
-from coda_pretrain.plain_data import from_dict, merge
+from coda_pretrain.plain_data import from_dict, merge, to_plain
 from coda_pretrain.train.trainer import Trainer, TrainingDiverged
 from coda_pretrain.watch.metrics import read_rows
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import INTERRUPTED, UserError
 from CoDALanguageModel.run_files import claimed
 
 
@@ -98,24 +99,43 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_loses_nothing(tmp_pat
     assert list(losses_of(config)) == [1, 2]
 
 
-def test_sigterm_saves_the_step_and_ends_cleanly(tmp_path, run_config):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_ends_cleanly(tmp_path, run_config, number, caplog):
     config = at(tmp_path / "a", run_config)
     trainer = Trainer(from_dict(RunConfig, config))
     original = trainer._step
 
-    def terminated_in_second_step(reporter):
+    def stopped_in_second_step(reporter):
         if trainer.state.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(reporter)
 
-    trainer._step = terminated_in_second_step
+    before = signal.getsignal(number)
+    trainer._step = stopped_in_second_step
     trainer.train()
     trainer.close()
+    assert trainer.stopped_by == number
+    assert f"{number.name}: stopped after step 2 of 6" in caplog.text
     assert [path.name for path in committed_checkpoints(trainer.checkpoints)] == ["step-00000002"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
     trained(config)
     trained(at(tmp_path / "whole", run_config))
     assert losses_of(config) == losses_of(at(tmp_path / "whole", run_config))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, INTERRUPTED)])
+def test_a_command_that_ctrl_c_ended_is_not_followed_by_the_next_one(tmp_path, run_config, monkeypatch, number, status):
+    config = at(tmp_path / "a", run_config)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    original = Trainer._step
+
+    def stopped(trainer, reporter):
+        os.kill(os.getpid(), number)
+        return original(trainer, reporter)
+
+    monkeypatch.setattr(Trainer, "_step", stopped)
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == status
+    assert list(losses_of(config)) == [1]
 
 
 def signal_at_part(trainer, number):
@@ -290,6 +310,26 @@ def test_a_resume_with_other_data_or_shapes_is_refused(tmp_path, run_config, cha
     trained(config)
     with pytest.raises(ValueError, match=message):
         Trainer(from_dict(RunConfig, merge(merge(config, change), {"max_steps": 8})))
+
+
+def test_a_resume_with_another_objective_or_attention_is_refused_by_its_setting(tmp_path, run_config):
+    start = {"objective": "block", "model": {"config": None, "init_from": "x", "attention": "block_causal"}}
+    config = merge(merge(run_config, start), {"model": {"block_size": 8}})
+    settings = to_plain(from_dict(RunConfig, config))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    check_same_run(from_dict(RunConfig, config), tmp_path)
+    for change, message in (
+        ({"objective": "joint", "blocks": {"autoregressive_weight": 1.0}}, "objective is 'joint', but .* with 'block'"),
+        ({"model": {"block_size": 16}}, "model.block_size is 16, but .* with 8; set it back, or start a new run"),
+        ({"model": {"block_origin": "answer"}}, "model.block_origin is 'answer', but .* with None"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_same_run(from_dict(RunConfig, merge(config, change)), tmp_path)
+    del settings["objective"]  # as in runs of before there were others
+    settings["model"] |= {"attention": None, "block_size": None}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    masked = {"objective": "masked", "model": {"attention": None, "block_size": None}}
+    check_same_run(from_dict(RunConfig, merge(config, masked)), tmp_path)
 
 
 def test_a_resume_on_other_shards_is_refused_unless_accepted_and_then_recorded(

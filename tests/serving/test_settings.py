@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from coda_serving.settings import DECODING, ServerSettings, is_loopback, load_settings
+from CoDALanguageModel.errors import UserError
 
 ENV_EXAMPLE = Path(__file__).resolve().parents[2] / "serving/fast-api/env.example"
 DEFAULTS = {row.api: row.served_default for row in DECODING} | {
@@ -187,6 +188,29 @@ def test_a_misspelt_variable_in_the_file_is_named(tmp_path):
     file.write_text("MODEL_NAME=org/model\nTEMPRATURE=1\n")
     with pytest.raises(ValueError, match="unknown variable TEMPRATURE; did you mean TEMPERATURE"):
         load_settings(str(file))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PORT=8001\nSERVED_MODEL_NAME=caf\xe9\n", "ENV_FILE=.*my.env is not UTF-8: invalid .* at byte 31"),
+        (b"# a key\n\nAPI_KEY='abc\n", "my.env: line 3 must be NAME=value, with quotes closed, got API_KEY$"),
+        (b"API_KEY\n", "my.env: line 1 must be NAME=value, with quotes closed, got API_KEY$"),
+        (b"PORT 8001\n", "my.env: line 1 must be NAME=value, .* got PORT 8001$"),
+    ],
+)
+def test_a_line_that_says_nothing_is_refused_and_not_passed_over(tmp_path, content, message):
+    file = tmp_path / "my.env"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_settings(str(file))
+
+
+def test_a_file_may_have_a_byte_order_mark_and_comments_and_empty_values(tmp_path):
+    file = tmp_path / "my.env"
+    file.write_bytes(b"\xef\xbb\xbfMODEL_NAME=org/model  # ours\n\n# none\nAPI_KEY=\nexport PORT=8001\n")
+    settings = load_settings(str(file))
+    assert (settings.model_name, settings.api_key, settings.port) == ("org/model", None, 8001)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.conversion import DTYPES, complete_tokenizer
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, run_program
 from CoDALanguageModel.weight_files import read_tokenizer, refuse_not_finite
 
 from ..places import Place, place_of
@@ -210,4 +210,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -19,8 +19,11 @@ from ..plain_data import merge, to_plain
 
 logger = logging.getLogger(__name__)
 
-FIXED = ("seed", "global_batch_size", "seq_len", "data", "model.config", "optimizer.name", "optimizer.ema_decay")
-"""Changing one of these would silently train on other data, or cannot fit the tensors."""
+FIXED = (
+    *("seed", "global_batch_size", "seq_len", "data", "optimizer.name", "optimizer.ema_decay"),
+    *("objective", "model.config", "model.attention", "model.block_size", "model.block_origin"),
+)
+"""Changing one of these would silently train on other data or another model, or cannot fit the tensors."""
 
 MACHINE = (
     *("output_dir", "hardware", "checkpoint", "metrics", "micro_batch_size"),
@@ -36,6 +39,7 @@ def check_same_run(config: RunConfig, checkpoint: Place) -> None:
         UserError: a setting that must stay has changed.
     """
     saved = flatten(yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8")))
+    saved = {"objective": "masked"} | saved  # runs of before there were others do not say it
     current = flatten(to_plain(config))
     changed = sorted(key for key in saved.keys() | current.keys() if saved.get(key) != current.get(key))
     for key in changed:

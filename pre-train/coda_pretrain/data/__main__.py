@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, run_program
 
 from .download import describe, download, load_corpus
 from .inputs import printable
@@ -153,4 +153,4 @@ def download_all(descriptions: Sequence[str], output: Path, num_workers: int) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

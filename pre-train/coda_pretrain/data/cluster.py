@@ -21,7 +21,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import UserError, run_program
 
 from ..places import CHUNK_BYTES, Place, copy_to_local, is_url, place_of, write_durably
 from .documents import Document, document_of, jsonl_documents, parquet_documents, parquet_metadata
@@ -385,4 +385,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -162,7 +162,10 @@ def model_shape(config: RunConfig) -> tuple[Any, str]:
     from transformers import AutoConfig
 
     from CoDALanguageModel import CoDAConfig
+    from CoDALanguageModel.config_fields import check_fields
+    from CoDALanguageModel.configuration_coda import reading_config
     from CoDALanguageModel.conversion import coda_config_of
+    from CoDALanguageModel.run_files import read_json
 
     from ..train.start import change_facts, coda_config, load_tokenizer_folder
 
@@ -173,7 +176,10 @@ def model_shape(config: RunConfig) -> tuple[Any, str]:
         return CoDAConfig(**{**no_ids, **model.config}), "model.config (no tokenizer here: its vocab_size as given)"
     shape, source = CoDAConfig(), "the published 1.7B model (no model.init_from here)"
     if (Path(model.init_from or "") / "config.json").is_file():
-        own, source = AutoConfig.from_pretrained(model.init_from), f"model.init_from {model.init_from}"
+        source = f"model.init_from {model.init_from}"
+        check_fields(read_json(Path(model.init_from, "config.json")))
+        with reading_config():
+            own = AutoConfig.from_pretrained(model.init_from)
         shape = own if isinstance(own, CoDAConfig) else CoDAConfig(**{**coda_config_of(own), **no_ids})
     change_facts(shape, model.changed_facts)
     return shape, source

@@ -108,7 +108,8 @@ class Trainer:
         keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
         self._saver = Saver(self.checkpoints, backend=self.backend, keep=keep, asynchronous=asynchronous)
         self._saved_step = self.state.step  # of the newest checkpoint; 0 needs none
-        self._stop_requested = False
+        self.stopped_by: int | None = None
+        """The signal that asked this process to stop."""
         self._profiler = StepProfiler(
             config.metrics.profile_steps,
             self.output_dir / PROFILE_FOLDER,
@@ -120,7 +121,7 @@ class Trainer:
         self._utilization = UtilizationMeter(peak_flops(self.backend), model.config, step_rows)
 
     def train(self) -> TrainState:
-        """Train to the last step, or until SIGTERM comes; either way a checkpoint of the last complete step is saved.
+        """Train to the last step, or until SIGTERM or Ctrl-C comes; a checkpoint of the last complete step is saved.
 
         Launchers kill what still runs some seconds after SIGTERM (torchrun: 30), and a step of many parts or an
         evaluation takes longer: they are given up at the next part or batch.
@@ -144,7 +145,7 @@ class Trainer:
         if self.backend.is_main:
             (self.output_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             set_aside_later_checkpoints(self.checkpoints, state.step)
-        with self._sigterm_noted(), self._reporter() as reporter, closing(self._profiler):
+        with self._stop_noted(), self._reporter() as reporter, closing(self._profiler):
             while state.step < self.num_steps:
                 self._profiler.before(state.step + 1)
                 stop = self._step(reporter)
@@ -155,7 +156,7 @@ class Trainer:
                 if (last or stop or self._is_due(config.checkpoint.every)) and state.step != self._saved_step:
                     self.save()
                 if stop and not last:
-                    logger.warning("SIGTERM: stopped after step %d of %d", state.step, self.num_steps)
+                    logger.warning("%s: stopped after step %d of %d", self._cause, state.step, self.num_steps)
                     break
             self._saver.wait()
         return state
@@ -213,9 +214,11 @@ class Trainer:
             parts, learning_rate=rate, count=state.optimizer_steps + 1, interrupted=self._asked_to_stop
         )
         if result is None:
-            logger.warning("SIGTERM: step %d is given up between two of its %d parts", state.step + 1, len(parts))
+            logger.warning(
+                "%s: step %d is given up between two of its %d parts", self._cause, state.step + 1, len(parts)
+            )
             return True
-        stop, save_failed = self.backend.all_reduce_any([self._stop_requested, self._saver.failed])
+        stop, save_failed = self.backend.all_reduce_any([self.stopped_by is not None, self._saver.failed])
         if save_failed:
             self._saver.wait()  # raises: a failed save fails on every process
         if state.step == 0 and config.model.init_from is not None:
@@ -292,7 +295,7 @@ class Trainer:
 
     def _asked_to_stop(self) -> bool:
         """Whether some process was asked to stop; the same answer on each of them."""
-        return self.backend.all_reduce_any([self._stop_requested])[0]
+        return self.backend.all_reduce_any([self.stopped_by is not None])[0]
 
     def _evaluate(self, reporter: Reporter | None, evaluation: Evaluation) -> bool:
         """Report the validation loss; whether some process was asked to stop, which gives it up."""
@@ -300,7 +303,7 @@ class Trainer:
         losses = []
         for i in range(evaluation.num_batches):
             if self._asked_to_stop():
-                logger.warning("SIGTERM: the evaluation after step %d is given up", self.state.step)
+                logger.warning("%s: the evaluation after step %d is given up", self._cause, self.state.step)
                 return True
             losses.append(self.functions.loss(self._parts(evaluation.batch(i))))
         if reporter is not None:
@@ -316,15 +319,26 @@ class Trainer:
         return Reporter(path, finished_steps=self.state.step, num_steps=self.num_steps, trackers=trackers)
 
     @contextmanager
-    def _sigterm_noted(self) -> Iterator[None]:
+    def _stop_noted(self) -> Iterator[None]:
         def note(number: int, frame: FrameType | None) -> None:
-            self._stop_requested = True
+            self.stopped_by = number
+            if number == signal.SIGINT:
+                signal.signal(number, signal.default_int_handler)  # who presses Ctrl-C again does not want to wait
 
-        previous = signal.signal(signal.SIGTERM, note)
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, note)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def _cause(self) -> str:
+        """What asked to stop: here, or else at another process."""
+        return "another process" if self.stopped_by is None else signal.Signals(self.stopped_by).name
 
 
 def run_folders(config: RunConfig) -> tuple[Path, Place]:
