@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from .configuration_coda import CoDAConfig as CoDAConfig  # registered: transformers warns of others
 from .errors import UserError
 from .run_files import LFS_POINTER, read_json
 
