@@ -376,4 +376,5 @@ def published_ends(
     sources: Iterable[Mapping[str, Any]] = (values, read_json(file) if file.is_file() else {}, own)
     names = ("eos_token_id", "pad_token_id") if with_padding else ("eos_token_id",)
     settings = [source.get(name) for name in names for source in sources]
-    return list(dict.fromkeys(token_id for setting in settings for token_id in token_ids(setting)))
+    ids = dict.fromkeys(token_id for setting in settings for token_id in token_ids(setting))
+    return [token_id for token_id in ids if token_id >= 0]  # -1 is none in older folders of Llama

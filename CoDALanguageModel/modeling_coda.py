@@ -449,6 +449,13 @@ class CoDALanguageModel(StrictLoading, CoDAPreTrainedModel, DiffusionGenerationM
         )
         return output if _asked(return_dict, self.config.return_dict) else output.to_tuple()
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Transformers' own; the ids below `new_num_tokens` may then come out, and rows that pad beyond them not."""
+        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None:
+            self.config.num_token_ids = self.generation_config.num_token_ids = new_num_tokens
+        return embedding
+
     def _scoring(self, hidden: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
         """The rows whose logits a caller gets that asks for all, (B, T, hidden_size): those of the network itself."""
         return hidden

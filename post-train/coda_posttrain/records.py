@@ -103,6 +103,8 @@ class Layout:
                     raise UserError(
                         f"dataset {name!r}: unknown key {section}.{key}{hint} (known: {', '.join(allowed)})"
                     )
+                if not isinstance(given[key], str | None):
+                    raise UserError(f"dataset {name!r}: {section}.{key} must be text, got {given[key]!r}")
             # As in LLaMA-Factory: whoever names some columns names all.
             values |= {key: given.get(key) for key in allowed}
         return cls(**values)
@@ -171,13 +173,16 @@ class Layout:
             if not isinstance(role, str) or role not in roles:
                 allowed = ", ".join(repr(tag) for tag in roles if tag is not None)
                 raise _Malformed(f"{where}.{self.role_tag} must be one of {allowed}, got {role!r}{_tags_hint(turn)}")
-            content = turn[self.content_tag]
+            kind, content = roles[role], turn[self.content_tag]
             if turn.get("tool_calls") and self.formatting == "openai":
-                content = json.dumps([call.get("function", call) for call in turn["tool_calls"]], ensure_ascii=False)
-                role = self.function_tag
+                calls = turn["tool_calls"]
+                if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
+                    raise _Malformed(f"{where}.tool_calls must be a list of objects, got {_shown(calls)}")
+                content = json.dumps([call.get("function", call) for call in calls], ensure_ascii=False)
+                kind = "function"
             if content is not None and not isinstance(content, str):
                 raise _Malformed(f"{where}.{self.content_tag} must be text, got {_shown(content)}")
-            message = {"role": roles[role], "content": content or ""}
+            message = {"role": kind, "content": content or ""}
             if message["role"] == "observation" and messages and messages[-1]["role"] == "observation":
                 messages[-1]["content"] += "\n</tool_response>\n<tool_response>\n" + message["content"]
             else:

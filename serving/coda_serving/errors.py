@@ -164,7 +164,8 @@ def from_validation(errors: list[dict[str, Any]]) -> ApiError:
     best = max(range(len(errors)), key=tells)
     fault, path = errors[best], paths[best]
     if fault["type"] == "extra_forbidden":
-        path = [*path, fault["loc"][-1]]
+        name = fault["loc"][-1]  # one that is a field elsewhere stands in the path already
+        path = [*path[: len(path) - (name in FIELDS_OF_BODIES)], name]
         return invalid(f"unknown field {'.'.join(map(str, path))!r}", ".".join(map(str, path)), "unknown_field")
     param = ".".join(map(str, path)) or None
     if fault["type"].endswith("_type") or fault["type"] == "literal_error":
@@ -175,7 +176,7 @@ def from_validation(errors: list[dict[str, Any]]) -> ApiError:
     if fault["type"] == "value_error":
         return invalid(message, param=param)
     got = _shorten(fault.get("input"))
-    return invalid(f"{param}: {message}, got {got}" if param else f"{message}, got {got}", param=param)
+    return invalid(f"{param or 'the body'}: {message}, got {got}", param=param)
 
 
 def _shorten(value: Any, limit: int = 100) -> str:

@@ -4,6 +4,7 @@ Not here: what comes back (`responses`).
 """
 
 import logging
+import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -232,11 +233,16 @@ class ResponseFormat(StrictModel):
                 "response_format needs json_schema with type json_schema, and only then", param="response_format"
             )
         for name, value in (given or {}).items():
-            kinds = {"name": str, "schema": dict, "description": str | None, "strict": bool | None}
+            kinds = {
+                "name": (str, "a string"), "schema": (dict, "an object"), "description": (str | None, "a string"),
+                "strict": (bool | None, "true or false"),
+            }  # fmt: skip
+            param = f"response_format.json_schema.{name}"
             if name not in kinds:
-                raise invalid(f"unknown field 'response_format.json_schema.{name}'", f"response_format.{name}")
-            if not isinstance(value, kinds[name]):
-                raise invalid(f"response_format.json_schema.{name} is of the wrong type", param="response_format")
+                raise invalid(f"unknown field {param!r}", param, "unknown_field")
+            kind, words = kinds[name]
+            if not isinstance(value, kind):
+                raise invalid(f"{param} must be {words}, got {reprlib.repr(value)}", param)
         if given is not None and not given.get("name"):
             raise invalid("response_format.json_schema needs a name", param="response_format")
         return self

@@ -305,6 +305,16 @@ def test_a_base_model_that_is_to_be_adapted_ends_where_its_checkpoint_says(tmp_p
     assert convert(str(tmp_path / "llama"), str(tmp_path / "made-llama"), check=False).config.eos_token_id == 0
 
 
+def test_minus_one_is_no_token(tmp_path):
+    # As older conversions of Llama say that there is no padding; by blocks, padding ends an answer too.
+    source = tmp_path / "llama"
+    make_autoregressive(source, "llama", tokenizer=make_tokenizer(["</s>"]))
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"pad_token_id": -1}))
+    blocks = {"attention": "block_causal", "block_size": 1}
+    assert convert(str(source), str(tmp_path / "made"), check=False, **blocks).config.eos_token_id == 0
+
+
 def test_own_template_and_mask_token_are_kept(tmp_path):
     tokenizer = make_tokenizer([*CHATML, "[M]"], chat_template="{{ messages[0].content }}")
     tokenizer.add_special_tokens({"mask_token": "[M]"})

@@ -427,6 +427,25 @@ def test_a_tokenizer_beside_a_broken_configuration_is_told_by_the_field(make_mod
             read_tokenizer(tmp_path)
 
 
+def test_tokens_that_are_added_can_come_out_and_rows_that_pad_cannot(make_model, tmp_path, tokens):
+    model = make_model(eos_token_id=None)
+    model.generation_config.num_token_ids = 68  # as a folder's file says
+    model.resize_token_embeddings(78, pad_to_multiple_of=16)
+    model.save_pretrained(tmp_path)
+    model = CoDALanguageModel.from_pretrained(tmp_path)
+    assert (model.config.vocab_size, model.config.num_token_ids) == (80, 78)
+    text = model.diffusion_generate(tokens(1, 4), max_new_tokens=4, steps=4, logit_bias={77: 1000.0})
+    assert text[0, 4:].tolist() == [77] * 4
+
+
+def test_a_tokenizer_is_read_without_a_word_about_the_type_of_its_model(make_model, chatml_tokenizer, tmp_path):
+    make_model(vocab_size=303).save_pretrained(tmp_path)
+    chatml_tokenizer.save_pretrained(tmp_path)
+    program = f"from CoDALanguageModel.weight_files import read_tokenizer; read_tokenizer({str(tmp_path)!r})"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, "instantiate a model" in result.stderr) == (0, False), result.stderr
+
+
 def test_a_folder_whose_small_files_are_no_objects_is_refused_before_a_loader_falls_over_it(tmp_path):
     for name in ("config.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("[]")

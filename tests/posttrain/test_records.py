@@ -131,6 +131,8 @@ def test_a_named_column_that_no_record_has_is_refused(tmp_path):
         ({"tags": {"role": "x"}}, "unknown key tags.role; did you mean 'role_tag'"),
         ({"formatting": "chatml"}, "formatting must be alpaca, sharegpt or openai, got 'chatml'"),
         ({"ranking": True}, "ranking data is for preference training"),
+        ({"columns": {"prompt": ["a", "b"]}}, "columns.prompt must be text, got .'a', 'b'."),
+        ({"tags": {"user_tag": 3}}, "tags.user_tag must be text, got 3"),
     ],
 )
 def test_a_wrong_description_is_refused(entry, message):
@@ -159,6 +161,22 @@ def test_a_wrong_description_is_refused(entry, message):
 )
 def test_turns_of_every_shape_have_a_fate(record, fate):
     assert re.match(fate, Layout.of("d", CHATML).conversation(record)["fate"])
+
+
+@pytest.mark.parametrize(
+    ("calls", "fate"),
+    [
+        ([{"function": {"name": "f"}}], WHOLE),
+        ("f", f"{MALFORMED}messages\\[1\\].tool_calls must be a list of objects, got 'f'"),
+        (5, f"{MALFORMED}messages\\[1\\].tool_calls must be a list of objects, got 5"),
+        ([None], f"{MALFORMED}messages\\[1\\].tool_calls must be a list of objects, got .None."),
+    ],
+)
+def test_calls_of_tools_need_no_tag(calls, fate):
+    tags = {key: CHATML["tags"][key] for key in ("role_tag", "content_tag", "user_tag", "assistant_tag")}
+    record = turns(("user", "a"), ("assistant", None))
+    record["messages"][1]["tool_calls"] = calls
+    assert re.match(fate, Layout.of("d", {**CHATML, "formatting": "openai", "tags": tags}).conversation(record)["fate"])
 
 
 def test_missing_tags_are_explained():

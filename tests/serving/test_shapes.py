@@ -350,6 +350,11 @@ def test_a_call_that_cannot_be_told_is_text(call):
         ({"response_format": {"type": "json_schema"}}, "response_format", "needs json_schema"),
         ({"response_format": {"type": "json_object", "json_schema": {}}}, "response_format", "only then"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format", "a name"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": []}}},
+            "response_format.json_schema.schema",
+            "must be an object, got []",
+        ),
         ({"tools": TOOLS, "parallel_tool_calls": 1}, "parallel_tool_calls", "boolean"),
         ({"response_format": FORMAT, "stop": ["x"]}, "stop", "stop cannot be used with response_format"),
         ({"response_format": FORMAT, "speculate": 2}, "speculate", "speculate cannot be used with json_schema"),
