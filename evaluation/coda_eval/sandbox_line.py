@@ -73,16 +73,17 @@ class Line:
 def failure_of(error):
     """An exception as data: names of its class and bases, text, exit code, and what it was made of if that is plain."""
     names = [kind.__name__ for kind in type(error).__mro__[:-1]]
+    text, made_of = "", BaseException.args.__get__(error)
     try:
         text = str(error)[:MAX_TEXT]
+        if isinstance(error, OSError) and len(made_of) == 2 and error.filename is not None:
+            made_of = *made_of, error.filename
     except BaseException:  # the program's own exception class may do anything
-        text = ""
+        made_of = None
+    if made_of is None or len(made_of) > 8 or not all(map(is_short, made_of)):
+        made_of = None
     code = error.code if isinstance(error, SystemExit) else None
-    made_of = error.args
-    if isinstance(error, OSError) and len(made_of) == 2 and error.filename is not None:
-        made_of = *made_of, error.filename
-    plain = type(made_of) is tuple and len(made_of) <= 8 and all(map(is_short, made_of))
-    return names, text, code if isinstance(code, (int, str)) else None, made_of if plain else None
+    return names, text, code if isinstance(code, (int, str)) else None, made_of
 
 
 def is_short(value):
@@ -101,7 +102,7 @@ def rebuild(failure):
         try:
             if given is not None and str(error := kind(*given))[:MAX_TEXT] == text:
                 return error
-        except TypeError:  # UnicodeDecodeError and the like want more than a text
+        except Exception:  # UnicodeDecodeError and the like want more than a text, and refuse much
             continue
     try:
         return kind(text)
