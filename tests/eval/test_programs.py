@@ -67,14 +67,12 @@ def test_extract_code_prefers_the_block_that_defines_the_entry_point():
     assert extract_code("    return x\n", "f") == "    return x\n"
 
 
-@pytest.mark.parametrize("closed", [True, False])
-@pytest.mark.parametrize("indent", ["", "   "])
-def test_a_block_may_hold_fences_in_its_texts(indent, closed):
+@pytest.mark.parametrize(("indent", "rest"), [("", "```\nAnd:\n```\nf(2)\n```\n"), ("   ", "   ```\n"), ("", "")])
+def test_a_block_may_hold_fences_in_its_texts(indent, rest):
     for text in ('"""\n    ```python\n    f(1)\n    ```\n    """', 'T = "```"', "# as in ```x```"):
-        code = "".join(f"{indent}{line}\n" for line in f"def f(x):\n    {text}\n    return x".splitlines())
-        answer = f"So:\n\n{indent}```python\n{code}{indent}```\nAnd:\n```\nf(2)\n```\n" if closed else f"```\n{code}"
-        if closed or not indent:
-            assert extract_code(answer, "f").strip() == f"def f(x):\n    {text}\n    return x"
+        code = f"def f(x):\n    {text}\n    return x\n"
+        lines = "".join(f"{indent}{line}\n" for line in code.splitlines())
+        assert extract_code(f"So:\n\n{indent}```python\n{lines}{rest}", "f").rstrip(" ") == code
     assert extract_code("```\nfor a in\n```\n```\ndef f(x):\n    return x\n```", "g") == "for a in\n"
 
 
