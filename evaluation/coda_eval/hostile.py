@@ -97,6 +97,10 @@ CHEATS: dict[str, tuple[str, str]] = {
         "    __hash__ = tuple.__hash__\ndef f(x): return E(5)",
         "assert f(2) == (4,)",
     ),
+    "holds everything": (
+        "class E:\n    def __contains__(self, o): return True\n    def __iter__(self): yield 5\ndef f(x): return E()",
+        "assert 4 in f(2)",
+    ),
     "has the hash of what is right": (
         "class E:\n    def __eq__(self, o): return True\n    def __hash__(self): return 4\ndef f(x): return E()",
         "assert f(2) in {4}",

@@ -33,7 +33,6 @@ OPERATIONS = {
     "getitem": operator.getitem,
     "setitem": operator.setitem,
     "delitem": operator.delitem,
-    "contains": operator.contains,
     "isinstance": isinstance,
     "eq": operator.eq,
     "lt": operator.lt,

@@ -198,7 +198,6 @@ _METHODS = {
     "__iter__": _iterate,
     "__next__": lambda self: _client(self).do("next", self),
     "__len__": lambda self: _client(self).do("len", self),
-    "__contains__": lambda self, value: _client(self).do("contains", self, value),
     "__getitem__": lambda self, key: _client(self).do("getitem", self, key),
     "__setitem__": lambda self, key, value: _client(self).do("setitem", self, key, value),
     "__delitem__": lambda self, key: _client(self).do("delitem", self, key),

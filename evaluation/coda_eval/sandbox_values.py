@@ -36,9 +36,11 @@ CLASSES += ("object", "range", "slice")
 """Builtin classes that go by name; exceptions do too."""
 
 
-PROTOCOLS = ("__call__", "__iter__", "__next__", "__len__", "__contains__", "__getitem__", "__setitem__", "__delitem__")
+PROTOCOLS = ("__call__", "__iter__", "__next__", "__len__", "__getitem__", "__setitem__", "__delitem__")
 PROTOCOLS += ("__float__", "__index__")
-"""What tests can do with some objects of a candidate only. The numbers of objects say it, a bit for each."""
+"""What tests can do with some objects of a candidate only. The numbers of objects say it, a bit for each.
+
+None of these is asked whether a value of the tests is the right one, as `__contains__` would be."""
 
 PROTOCOLS_AT = 48
 """The first of these bits."""
@@ -354,7 +356,9 @@ class Codec:
             from collections import namedtuple
 
             self.named_tuples[key] = namedtuple(name, fields)  # refuses what is no name
-        return self.named_tuples[key](*_of(tuple, items))
+        if len(_of(tuple, items)) != len(fields):
+            raise ValueError("fields do not fit")
+        return tuple.__new__(self.named_tuples[key], items)
 
     def _get_dict(self, tag, data, at, depth):
         keys, at = self._get(data, at, depth + 1)

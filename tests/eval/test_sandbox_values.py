@@ -75,6 +75,8 @@ def test_named_tuples_arrive_with_their_names_and_return_as_what_they_were():
     assert received == (1, [2])
     assert received != (1, [3])
     assert type(here.decode(there.encode(received))) is Pair
+    with pytest.raises(Uncarried, match="fields do not fit"):
+        there.decode(here.encode(tuple.__new__(Pair, (1, 2, 3))))
 
 
 @pytest.mark.parametrize("name", ["a b", "1a", "if", "a;b", "_a", "a)"])
