@@ -258,8 +258,10 @@ def case_evalplus(options: argparse.Namespace) -> dict[str, Any] | None:
         command = [options.evalplus, "-c", EVALPLUS, f"{folder}/samples.jsonl", str(sandbox.default_workers())]
         environment = {**os.environ, "HUMANEVAL_OVERRIDE_PATH": f"{folder}/problems.jsonl", "XDG_CACHE_HOME": folder}
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"EvalPlus does not run: {done.stderr[-1000:]}")
+        if done.returncode:
+            raise SystemExit(f"EvalPlus does not run: {done.stderr[-1000:]}")
+        said = json.loads(Path(folder, "samples_eval_results.json").read_text(encoding="utf-8"))["eval"]
+    failed = [name for name, (one,) in said.items() if {one["base_status"], one["plus_status"]} != {"pass"}]
     first, again = json.loads(done.stdout.rpartition("took")[2])
     start = time.perf_counter()
     verdicts, spent = judged([program_of(*one) for one in given])
@@ -268,6 +270,7 @@ def case_evalplus(options: argparse.Namespace) -> dict[str, Any] | None:
     longest, name = max((verdict.cpu_seconds, one[0]["task_id"]) for verdict, one in zip(verdicts, given, strict=True))
     notes = [
         f"{len(given)} programs, {sandbox.default_workers()} at once; one contender after the other",
+        f"EvalPlus passes {len(said) - len(failed)} of {len(said)}" + (f", not {', '.join(failed)}" if failed else ""),
         f"of the sandbox's {spent:.1f} s of processor time, {name} takes {longest:.1f}; each other program "
         f"{1e3 * (spent - longest) / max(1, len(given) - 1):.0f} ms on average",
         "the published tests of six problems, HumanEval/139 among them, compute what is expected for each program, "

@@ -86,8 +86,13 @@ SLOW = {"humaneval_plus": ("HumanEval/15", "HumanEval/130", "HumanEval/139"), "m
 """Problems whose reference solutions take 4 to 20 s and that get their benchmark's whole limit; the others of these
 benchmarks get the common one, so that answers which never end do not take a run hours."""
 
-UNSOLVABLE = {"humaneval_plus": ("HumanEval/32",)}
-"""Problems whose reference solutions cannot pass: the checker of this one swaps two arguments in v0.1.10."""
+UNSOLVABLE = {
+    "humaneval_plus": ("HumanEval/32",),
+    "mbpp_published": (367, 927),
+    "mbpp_plus_published": (98, 124, 137, 300),
+}
+"""Problems whose reference solutions cannot pass: the checker of HumanEval/32 swaps two arguments in v0.1.10, and the
+published asserts leave out the set-up code of two problems of MBPP and the import of four of MBPP+."""
 
 _HUMANEVAL = ("task_id", "prompt", "entry_point", "canonical_solution")
 _INFILL_HUB = "loubnabnl/humaneval_infilling"

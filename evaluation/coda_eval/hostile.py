@@ -92,6 +92,19 @@ CHEATS: dict[str, tuple[str, str]] = {
     ),
     "in a list": (EQUAL + "def f(x): return [E(5)]", "assert f(2) == [4]"),
     "reflected": (EQUAL + "def f(x): return E(5)", "assert 4 == f(2) and not 4 != f(2)"),
+    "named tuple that equals everything": (
+        "from collections import namedtuple\nclass E(namedtuple('E', 'a')):\n    def __eq__(self, other): return True\n"
+        "    __hash__ = tuple.__hash__\ndef f(x): return E(5)",
+        "assert f(2) == (4,)",
+    ),
+    "holds everything": (
+        "class E:\n    def __contains__(self, o): return True\n    def __iter__(self): yield 5\ndef f(x): return E()",
+        "assert 4 in f(2)",
+    ),
+    "has the hash of what is right": (
+        "class E:\n    def __eq__(self, o): return True\n    def __hash__(self): return 4\ndef f(x): return E()",
+        "assert f(2) in {4}",
+    ),
     "class that is a float": (
         "class E(float):\n    def __sub__(s, o): return 0.0\n    __rsub__ = __sub__\n    __abs__ = lambda s: 0.0\n"
         "def f(x): return E(5)",

@@ -32,7 +32,8 @@ LEVEL_VARIABLE = "CODA_EVAL_SANDBOX"
 WORKERS_VARIABLE = "CODA_EVAL_WORKERS"
 """Environment variable with the number of programs to run at once; by default one per core."""
 
-_FENCE = re.compile(r"(^[ \t]+)?```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL | re.MULTILINE)
+_OPENING, _CLOSING = re.compile(r"(^[ \t]+)?```[^\n`]*\n", re.MULTILINE), re.compile("```")
+_MOST_CLOSINGS = 32
 
 
 class Answer(str):
@@ -100,7 +101,7 @@ def extract_code(answer: str, *names: str) -> str:
     it makes a program of what is none.
     """
     answer = answer.removeprefix("\ufeff")
-    blocks = [_unindented(block, len(indent), names) for indent, block in _FENCE.findall(answer)]
+    blocks = [_unindented(block, width, names) for width, block in _fenced(answer)]
     if blocks and (tree := _parse(answer)) and tree.body:  # a program that has fences in its texts
         return answer
     which = "|".join(map(re.escape, names))
@@ -108,9 +109,29 @@ def extract_code(answer: str, *names: str) -> str:
     return next((block for block in blocks if defines and defines.search(block)), blocks[0] if blocks else answer)
 
 
+def _fenced(answer: str) -> list[tuple[int, str]]:
+    """The width of the indentation and the text of each fenced block.
+
+    A program may hold fences in its texts: a block goes up to the first one that leaves a program, if any does.
+    """
+    found, at = [], 0
+    while opening := _OPENING.search(answer, at):
+        width, start = len(opening[1] or ""), opening.end()
+        closings = [closing.start() for closing in _CLOSING.finditer(answer, start)][:_MOST_CLOSINGS]
+        ends = [*closings, len(answer)]
+        end = next((end for end in ends if _parse(_dedented(answer[start:end], width))), ends[0])
+        found.append((width, answer[start:end]))
+        at = end + len("```")
+    return found
+
+
+def _dedented(block: str, width: int) -> str:
+    return re.sub(rf"^[ \t]{{0,{width}}}", "", block, flags=re.MULTILINE)
+
+
 def _unindented(block: str, width: int, names: Sequence[str]) -> str:
     """A block without the indentation of its fence, unless it is right as it stands, as the rest of a function is."""
-    plain = re.sub(rf"^[ \t]{{0,{width}}}", "", block, flags=re.MULTILINE)
+    plain = _dedented(block, width)
     is_program = not _parse(block) and (set(names) & set(_defined(plain)) if names else _parse(plain))
     return plain if width and is_program else block
 

@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import types
+from _thread import RLock
 from pickle import loads
 
-from sandbox_line import Gone, rebuild
-from sandbox_values import NOT_BUILTIN, Codec, pickle_builtin
+from sandbox_line import Gone, failure_of, rebuild
+from sandbox_values import FIXED, NOT_BUILTIN, PROTOCOLS, PROTOCOLS_AT, Codec, pickle_builtin, renew
 from sandbox_walls import call, complain, die_with_parent, drop_privileges, keep_only, refuse_system_calls, set_limits
 
 OPERATIONS = {
@@ -23,6 +24,7 @@ OPERATIONS = {
     "iter": iter,
     "next": next,
     "len": len,
+    "hash": hash,
     "bool": bool,
     "str": str,
     "repr": repr,
@@ -30,6 +32,7 @@ OPERATIONS = {
     "index": operator.index,
     "getitem": operator.getitem,
     "setitem": operator.setitem,
+    "delitem": operator.delitem,
     "isinstance": isinstance,
     "eq": operator.eq,
     "lt": operator.lt,
@@ -48,10 +51,13 @@ class Server:
         self.objects = []
         self.numbers = {}
         self.codec = Codec(self._number_of, self._object_of)
+        self.module = None
+        self.one_at_a_time = RLock()
+        """Held while the tests are asked: threads of the program share the line."""
 
     def _number_of(self, value):
         if id(value) not in self.numbers:
-            self.numbers[id(value)] = len(self.objects)
+            self.numbers[id(value)] = len(self.objects) | protocols_of(value) << PROTOCOLS_AT
             self.objects.append(value)
         return b"h", self.numbers[id(value)]
 
@@ -59,14 +65,22 @@ class Server:
         return self.objects[number] if tag == b"h" else self._callback(number)
 
     def _callback(self, number):
-        """A function of the tests that came as an argument."""
+        """A function of the tests that came as an argument. While it runs, it may ask for whatever tests ask for."""
 
         def call(*positional, **named):
-            self.line.send(b"Q", self.codec.encode((number, positional, named)))
-            kind, parts = self.line.receive()
+            values = [*positional, *named.values()]
+            with self.one_at_a_time:
+                parts = (number, len(positional), list(named), *values)
+                self.line.send(b"Q", *map(self.codec.encode, parts))
+                while (received := self.line.receive())[0] not in (b"A", b"X"):
+                    self.reply(*received)
+            kind, parts = received
+            result, *changed = map(self.codec.decode, parts)
             if kind == b"X":
-                raise rebuild(self.codec.decode(parts[0]))
-            return self.codec.decode(parts[0])
+                raise rebuild(result)
+            for place, after in zip(changed[::2], changed[1::2], strict=True):
+                renew(values[place], after)
+            return result
 
         return call
 
@@ -76,26 +90,8 @@ class Server:
             exec(compile(source, module.__file__, "exec", dont_inherit=True), module.__dict__)
             answer = (b"A", self.codec.encode(None))
         except BaseException as error:
-            answer = (b"X", self.failure(error))
+            answer = (b"X", self.codec.encode(failure_of(error)))
         return answer
-
-    def failure(self, error):
-        """An exception as data: names of its class and bases, text, exit code."""
-        names = [kind.__name__ for kind in type(error).__mro__[:-1]]
-        try:
-            text = str(error)[:2000]
-        except BaseException:  # the program's own exception class may do anything
-            text = ""
-        code = error.code if isinstance(error, SystemExit) else None
-        return self.codec.encode((names, text, code if isinstance(code, (int, str)) else None))
-
-    def changed(self, values, before):
-        """The place and the new value, encoded, of each argument that is no longer what its bytes `before` say."""
-        found = []
-        for place, (value, old) in enumerate(zip(values, before, strict=True)):
-            if type(value) not in FIXED and (new := self.codec.encode(value)) != old:
-                found += [self.codec.encode(place), new]
-        return found
 
     def changed_since(self, request, number, positional, named):
         """The same for arguments that came as a pickle, of which the whole is compared first."""
@@ -108,40 +104,48 @@ class Server:
         except NOT_BUILTIN:
             pass  # it has objects of the program now
         _, positional, named = loads(request)
-        return self.changed(values, map(self.codec.encode, (*positional, *named.values())))
+        return self.codec.changed(values, map(self.codec.encode, (*positional, *named.values())))
 
     def serve(self, module):
         """Answer requests until the checker has gone."""
+        self.module = module
         while True:
             try:
-                kind, parts = self.line.receive()
+                self.reply(*self.line.receive())
             except Gone:
                 os._exit(0)
-            try:
-                if kind == b"N":
-                    self.line.send(b"A", self.codec.encode(getattr(module, self.codec.decode(parts[0]))))
-                    continue
-                if kind == b"C":
-                    number, positional, named = loads(parts[0])
-                    result = self.codec.encode(self.objects[number](*positional, **named))
-                    self.line.send(b"A", result, *self.changed_since(parts[0], number, positional, named))
-                    continue
-                operation, *operands = [self.codec.decode(part) for part in parts]
-                if operation == "call":
-                    function, count, names, *values = operands
-                    named = dict(zip(names, values[count:], strict=True))
-                    result = self.codec.encode(function(*values[:count], **named))
-                    self.line.send(b"A", result, *self.changed(values, parts[4:]))
-                else:
-                    self.line.send(b"A", self.codec.encode(OPERATIONS[operation](*operands)))
-            except Gone:
-                os._exit(0)
-            except BaseException as error:
-                self.line.send(b"X", self.failure(error))
+
+    def reply(self, kind, parts):
+        """Answer one request. Raises `Gone`."""
+        try:
+            if kind == b"N":
+                self.line.send(b"A", self.codec.encode(getattr(self.module, self.codec.decode(parts[0]))))
+                return
+            if kind == b"C":
+                number, positional, named = loads(parts[0])
+                result = self.codec.encode(self.objects[number](*positional, **named))
+                self.line.send(b"A", result, *self.changed_since(parts[0], number, positional, named))
+                return
+            operation, *operands = [self.codec.decode(part) for part in parts]
+            if operation == "call":
+                function, count, names, *values = operands
+                named = dict(zip(names, values[count:], strict=True))
+                result = self.codec.encode(function(*values[:count], **named))
+                self.line.send(b"A", result, *self.codec.changed(values, parts[4:]))
+            else:
+                self.line.send(b"A", self.codec.encode(OPERATIONS[operation](*operands)))
+        except Gone:
+            raise
+        except BaseException as error:
+            self.line.send(b"X", self.codec.encode(failure_of(error)))
 
 
-FIXED = {int, float, complex, bool, str, bytes, type(None), frozenset, range}
-"""Types whose values no call can change."""
+def protocols_of(value):
+    """Which of `PROTOCOLS` an object has, as bits."""
+    named = set().union(*map(vars, type(value).__mro__))
+    if isinstance(value, type) and hasattr(value, "__class_getitem__"):
+        named.add("__getitem__")
+    return sum(1 << place for place, name in enumerate(PROTOCOLS) if name in named)
 
 
 def stage(source, folder):

@@ -6,11 +6,12 @@ standard library only.
 """
 
 import builtins
+import functools
 import marshal
 import os
 
-from sandbox_line import Gone, describe, rebuild
-from sandbox_values import NOT_BUILTIN, Codec, Uncarried, pickle_builtin
+from sandbox_line import Gone, describe, failure_of, is_short, rebuild
+from sandbox_values import NOT_BUILTIN, PROTOCOLS, PROTOCOLS_AT, Codec, Uncarried, pickle_builtin, renew
 
 
 class Client:
@@ -25,7 +26,7 @@ class Client:
         self.codec = Codec(self._number_of, self._object_of)
 
     def _number_of(self, value):
-        if type(value) is Handle:
+        if isinstance(value, Handle):
             return b"h", number_of(value)
         if callable(value):
             self.callbacks.append(value)
@@ -35,8 +36,9 @@ class Client:
     def _object_of(self, tag, number):
         if tag == b"k":
             return self.callbacks[number]
+        number, protocols = number & (1 << PROTOCOLS_AT) - 1, number >> PROTOCOLS_AT
         if number not in self.handles:
-            self.handles[number] = Handle(self, number)
+            self.handles[number] = handle_class(protocols)(self, number)
         return self.handles[number]
 
     def answer(self):
@@ -51,14 +53,16 @@ class Client:
                 elif kind == b"A" and len(parts) % 2:
                     return [self.codec.decode(part) for part in parts]
                 elif kind == b"X":
-                    names, text, code = self.codec.decode(parts[0])
+                    names, text, code, made_of = self.codec.decode(parts[0])
                     if type(names) is not list or {*map(type, names), type(text)} != {str}:
                         raise Gone("sent what is no answer")
-                    raised = rebuild((names, text, code if type(code) in (int, str) else None))
+                    if type(made_of) is not tuple or not all(map(is_short, made_of)):
+                        made_of = None
+                    raised = rebuild((names, text, code if type(code) in (int, str) else None, made_of))
                     break
                 else:
                     raise Gone("sent what is no answer")
-        except (Uncarried, IndexError) as error:
+        except (Uncarried, IndexError, RecursionError) as error:
             self.broken = f"sent what is no answer ({error})"
             raise Gone(self.broken) from None
         except Gone as error:
@@ -67,14 +71,17 @@ class Client:
         raise raised  # behind the try, which would take the candidate's own IndexError for a broken line
 
     def _called_back(self, parts):
-        number, positional, named = self.codec.decode(parts[0])
-        if type(number) is not int or type(positional) is not tuple or type(named) is not dict:
+        number, count, names, *values = map(self.codec.decode, parts)
+        if [type(number), type(count), type(names)] != [int, int, list] or not 0 <= count <= len(values):
+            raise Gone("sent what is no answer")
+        if {*map(type, names)} - {str} or len(names) != len(values) - count:
             raise Gone("sent what is no answer")
         function = self.callbacks[number]
         try:
-            result = (b"A", self.codec.encode(function(*positional, **named)))
+            result = function(*values[:count], **dict(zip(names, values[count:], strict=True)))
+            result = (b"A", self.codec.encode(result), *self.codec.changed(values, parts[3:]))
         except Exception as error:
-            result = (b"X", self.codec.encode(([kind.__name__ for kind in type(error).__mro__], str(error), None)))
+            result = (b"X", self.codec.encode(failure_of(error)))
         self.line.send(*result)
 
     def ask(self, kind, *parts):
@@ -114,42 +121,6 @@ class Client:
             raise KeyError(name) from None
 
 
-def renew(old, new):
-    """Give `old` the content of `new` in place, as far down as both are of the same mutable kind."""
-    if type(old) is not type(new):
-        return
-    if type(old) is list or type(old) is tuple:
-        if len(old) == len(new):
-            for place, (before, after) in enumerate(zip(old, new, strict=True)):
-                if type(before) is type(after) and type(before) in RENEWED:
-                    renew(before, after)
-                elif type(old) is list:
-                    old[place] = after
-        elif type(old) is list:
-            old[:] = new
-    elif isinstance(old, dict):
-        for key in [key for key in old if key not in new]:
-            del old[key]
-        same = list(old) == [key for key in new if key in old]
-        if not same:
-            kept = dict(old)
-            old.clear()
-            old.update((key, kept.get(key, new[key])) for key in new)
-        for key, after in new.items():
-            if key in old and type(old[key]) is type(after) and type(after) in RENEWED:
-                renew(old[key], after)
-            else:
-                old[key] = after
-    elif isinstance(old, (set, bytearray)) or type(old).__name__ == "deque":
-        old.clear()
-        (old.update if isinstance(old, set) else old.extend)(new)
-    elif type(old).__name__ == "ndarray" and old.shape == new.shape:
-        old[...] = new
-
-
-RENEWED = (list, tuple, dict, set, bytearray)
-
-
 class Handle:
     """An object of the candidate that is no plain data: a function, a class, an instance, an iterator.
 
@@ -163,9 +134,6 @@ class Handle:
         object.__setattr__(self, "_client", client)
         object.__setattr__(self, "_number", number)
 
-    def __call__(self, *positional, **named):  # noqa: D102
-        return _client(self).call(self, positional, named)
-
     def __getattr__(self, name):
         if name.startswith("__") and name not in ("__name__", "__doc__", "__qualname__", "__module__"):
             raise AttributeError(name)
@@ -177,15 +145,6 @@ class Handle:
     def __delattr__(self, name):
         _client(self).do("delattr", self, name)
 
-    def __iter__(self):
-        return iter(found) if type(found := _client(self).do("iter", self)) is not Handle else found
-
-    def __next__(self):
-        return _client(self).do("next", self)
-
-    def __len__(self):
-        return _client(self).do("len", self)
-
     def __bool__(self):
         return _client(self).do("bool", self)
 
@@ -195,41 +154,29 @@ class Handle:
     def __repr__(self):
         return _client(self).do("repr", self)
 
-    def __float__(self):
-        return _client(self).do("float", self)
-
-    def __index__(self):
-        return _client(self).do("index", self)
-
-    def __getitem__(self, key):
-        return _client(self).do("getitem", self, key)
-
-    def __setitem__(self, key, value):
-        _client(self).do("setitem", self, key, value)
-
     def __instancecheck__(self, value):
-        return type(value) is Handle and _client(self).do("isinstance", value, self) is True
+        return isinstance(value, Handle) and _client(self).do("isinstance", value, self) is True
 
     def __eq__(self, other):
-        return self is other or (type(other) is Handle and _client(self).do("eq", self, other) is True)
+        return self is other or (isinstance(other, Handle) and _client(self).do("eq", self, other) is True)
 
     def __ne__(self, other):
         return not self == other
 
     def __hash__(self):
-        return id(self)
+        return _client(self).do("hash", self)
 
     def __lt__(self, other):
-        return _client(self).do("lt", self, other) if type(other) is Handle else NotImplemented
+        return _client(self).do("lt", self, other) if isinstance(other, Handle) else NotImplemented
 
     def __le__(self, other):
-        return _client(self).do("le", self, other) if type(other) is Handle else NotImplemented
+        return _client(self).do("le", self, other) if isinstance(other, Handle) else NotImplemented
 
     def __gt__(self, other):
-        return _client(self).do("gt", self, other) if type(other) is Handle else NotImplemented
+        return _client(self).do("gt", self, other) if isinstance(other, Handle) else NotImplemented
 
     def __ge__(self, other):
-        return _client(self).do("ge", self, other) if type(other) is Handle else NotImplemented
+        return _client(self).do("ge", self, other) if isinstance(other, Handle) else NotImplemented
 
 
 def _client(handle):
@@ -239,6 +186,31 @@ def _client(handle):
 def number_of(handle):
     """The number that a handle goes by."""
     return object.__getattribute__(handle, "_number")
+
+
+def _iterate(handle):
+    found = _client(handle).do("iter", handle)
+    return found if isinstance(found, Handle) else iter(found)
+
+
+_METHODS = {
+    "__call__": lambda self, /, *positional, **named: _client(self).call(self, positional, named),
+    "__iter__": _iterate,
+    "__next__": lambda self: _client(self).do("next", self),
+    "__len__": lambda self: _client(self).do("len", self),
+    "__getitem__": lambda self, key: _client(self).do("getitem", self, key),
+    "__setitem__": lambda self, key, value: _client(self).do("setitem", self, key, value),
+    "__delitem__": lambda self, key: _client(self).do("delitem", self, key),
+    "__float__": lambda self: _client(self).do("float", self),
+    "__index__": lambda self: _client(self).do("index", self),
+}
+
+
+@functools.cache
+def handle_class(protocols):
+    """The class of handles of objects that have these protocols and no other, so that tests may ask for them."""
+    named = {name: _METHODS[name] for place, name in enumerate(PROTOCOLS) if protocols >> place & 1}
+    return type("Handle", (Handle,), {"__slots__": (), **named})
 
 
 class Names(dict):
@@ -258,8 +230,12 @@ class Names(dict):
                 value = self.client.name(name)
             except KeyError:
                 raise NameError(f"the program defines no {name}") from None  # also where a builtin has the name
+        elif hasattr(builtins, name):
+            value = getattr(builtins, name)
         else:
-            value = getattr(builtins, name) if hasattr(builtins, name) else self.client.name(name)
+            value = self.client.name(name)
+            if not isinstance(value, Handle):  # the program may have another value there by the next look
+                return value
         self[name] = value
         return value
 

@@ -8,6 +8,9 @@ import struct
 
 from sandbox_values import MAX_BYTES, exception_class
 
+MAX_TEXT = 2000
+"""Length of the text of a failure."""
+
 _HEAD = struct.Struct("<Qc")
 _LENGTH = struct.Struct("<Q")
 
@@ -67,13 +70,41 @@ class Line:
         return data
 
 
+def failure_of(error):
+    """An exception as data: names of its class and bases, text, exit code, and what it was made of if that is plain."""
+    names = [kind.__name__ for kind in type(error).__mro__[:-1]]
+    text, made_of = "", BaseException.args.__get__(error)
+    try:
+        text = str(error)[:MAX_TEXT]
+        if isinstance(error, OSError) and len(made_of) == 2 and error.filename is not None:
+            made_of = *made_of, error.filename
+    except BaseException:  # the program's own exception class may do anything
+        made_of = None
+    if made_of is None or len(made_of) > 8 or not all(map(is_short, made_of)):
+        made_of = None
+    code = error.code if isinstance(error, SystemExit) else None
+    return names, text, code if isinstance(code, (int, str)) else None, made_of
+
+
+def is_short(value):
+    """Whether a value is one that a message about a failure may hold."""
+    kind = type(value)
+    return kind in (int, float, bool, type(None)) or (kind in (str, bytes) and len(value) <= MAX_TEXT)
+
+
 def rebuild(failure):
     """The builtin exception that a failure names first; of a class of the candidate's own, the builtin one below."""
-    names, text, code = failure
+    names, text, code, made_of = failure
     if "SystemExit" in names:
         return SystemExit(code)
     kind = next((found for name in names if (found := exception_class(name))), Exception)
+    for given in (made_of, (text,)):
+        try:
+            if given is not None and str(error := kind(*given))[:MAX_TEXT] == text:
+                return error
+        except Exception:  # UnicodeDecodeError and the like want more than a text, and refuse much
+            continue
     try:
         return kind(text)
-    except TypeError:  # UnicodeDecodeError and the like want more than a text
+    except TypeError:
         return ValueError(text) if issubclass(kind, ValueError) else Exception(text)

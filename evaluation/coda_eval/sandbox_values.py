@@ -1,9 +1,9 @@
 """Values that cross between a candidate and its tests: a bounded, closed encoding of plain data.
 
 Nothing here runs code of the other side: `decode` builds exact builtin and standard types (and numpy arrays) from
-bytes and refuses everything else. An instance of a subclass is sent as what it is underneath (a named tuple as a
-tuple); what is no data at all (functions, classes, instances, iterators) goes by number, see `Codec`. Copies lose
-shared references. Runs inside the sandbox: standard library only.
+bytes and refuses everything else. A named tuple arrives as one with the same names, an instance of another subclass as
+what it is underneath; what is no data at all (functions, classes, instances, iterators) goes by number, see `Codec`.
+Copies lose shared references. Runs inside the sandbox: standard library only.
 
 What tests pass to a candidate goes as a pickle where it is of builtin types alone, which takes a fraction of the time.
 Whoever reads a pickle runs what it says, so none comes back: the candidate's process reads them, the checker's none but
@@ -42,6 +42,16 @@ _KNOWN = 1 << 12  # texts, equal ones counted apart, that a pickle is to know
 CLASSES = ("int", "float", "complex", "bool", "str", "bytes", "bytearray", "list", "tuple", "dict", "set", "frozenset")
 CLASSES += ("object", "range", "slice")
 """Builtin classes that go by name; exceptions do too."""
+
+
+PROTOCOLS = ("__call__", "__iter__", "__next__", "__len__", "__getitem__", "__setitem__", "__delitem__")
+PROTOCOLS += ("__float__", "__index__")
+"""What tests can do with some objects of a candidate only. The numbers of objects say it, a bit for each.
+
+None of these is asked whether a value of the tests is the right one, as `__contains__` would be."""
+
+PROTOCOLS_AT = 48
+"""The first of these bits."""
 
 
 class Uncarried(TypeError):
@@ -89,6 +99,46 @@ class _room:
         sys.setrecursionlimit(self.limit)
 
 
+FIXED = {int, float, complex, bool, str, bytes, type(None), frozenset, range}
+"""Types whose values no call can change."""
+
+
+def renew(old, new):
+    """Give `old` the content of `new` in place, as far down as both are of the same mutable kind."""
+    if type(old) is not type(new):
+        return
+    if type(old) is list or type(old) is tuple:
+        if len(old) == len(new):
+            for place, (before, after) in enumerate(zip(old, new, strict=True)):
+                if type(before) is type(after) and type(before) in RENEWED:
+                    renew(before, after)
+                elif type(old) is list:
+                    old[place] = after
+        elif type(old) is list:
+            old[:] = new
+    elif isinstance(old, dict):
+        for key in [key for key in old if key not in new]:
+            del old[key]
+        same = list(old) == [key for key in new if key in old]
+        if not same:
+            kept = dict(old)
+            old.clear()
+            old.update((key, kept.get(key, new[key])) for key in new)
+        for key, after in new.items():
+            if key in old and type(old[key]) is type(after) and type(after) in RENEWED:
+                renew(old[key], after)
+            else:
+                old[key] = after
+    elif isinstance(old, (set, bytearray)) or type(old).__name__ == "deque":
+        old.clear()
+        (old.update if isinstance(old, set) else old.extend)(new)
+    elif type(old).__name__ == "ndarray" and old.shape == new.shape:
+        old[...] = new
+
+
+RENEWED = (list, tuple, dict, set, bytearray)
+
+
 class Codec:
     """Encodes and decodes values.
 
@@ -100,6 +150,8 @@ class Codec:
     def __init__(self, number_of, object_of):
         self.number_of = number_of
         self.object_of = object_of
+        self.named_tuples = {}
+        """Classes of named tuples by name and fields, those that were sent and those that were made of what came."""
 
     def encode(self, value):
         """The bytes of `value`. Raises `Uncarried`."""
@@ -120,6 +172,14 @@ class Codec:
         if end != len(data):
             raise Uncarried("unreadable value: bytes left over")
         return value
+
+    def changed(self, values, before):
+        """The place and the new value, encoded, of each argument that is no longer what its bytes `before` say."""
+        found = []
+        for place, (value, old) in enumerate(zip(values, before, strict=True)):
+            if type(value) not in FIXED and (new := self.encode(value)) != old:
+                found += [self.encode(place), new]
+        return found
 
     def _put(self, value, put, depth):
         if depth > MAX_DEPTH:
@@ -236,6 +296,12 @@ class Codec:
             if issubclass(kind, base):
                 self._put(raw(value), put, depth)
                 return True
+        if issubclass(kind, tuple) and _are_fields(fields := getattr(kind, "_fields", None)):
+            key = kind.__name__, fields
+            self.named_tuples.setdefault(key, kind)
+            put(_HEAD.pack(b"m", 0))
+            self._put((*key, tuple(tuple.__iter__(value))), put, depth)
+            return True
         for base in (list, tuple, set, frozenset, bytes, bytearray):
             if issubclass(kind, base):
                 plain = base(base.__iter__(value))
@@ -301,7 +367,19 @@ class Codec:
             return _PLAIN[_NAMES[size]][1](value), end
         if tag in b"ngo":
             return _get_numpy(tag, _of(tuple, value)), end
+        if tag == b"m":
+            return self._named_tuple(*_of(tuple, value)), end
         raise ValueError(f"tag {tag!r}")
+
+    def _named_tuple(self, name, fields, items):
+        key = _of(str, name), _of(tuple, fields)
+        if key not in self.named_tuples:
+            from collections import namedtuple
+
+            self.named_tuples[key] = namedtuple(name, fields)  # refuses what is no name
+        if len(_of(tuple, items)) != len(fields):
+            raise ValueError("fields do not fit")
+        return tuple.__new__(self.named_tuples[key], items)
 
     def _get_dict(self, tag, data, at, depth):
         keys, at = self._get(data, at, depth + 1)
@@ -447,6 +525,10 @@ def _rows_of(packed, are_lists, width):
             body[len(before) + 1 + 2 * column :: stride] = places[column::width]
         rows += loads(b"%b(%bl." % (head, body), buffers=packed.distinct)
     return rows
+
+
+def _are_fields(fields):
+    return type(fields) is tuple and {*map(type, fields)} <= {str}
 
 
 def _of(kind, value):

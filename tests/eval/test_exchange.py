@@ -89,6 +89,10 @@ def evalplus_verdicts(samples, dataset, problems):
     found = []
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "CACHE_DIR", folder)
+        # It gives the tests of a problem 62 s by the clock, in which a busy machine does not finish Mbpp/599. The
+        # variable that says otherwise is a text where a number is needed, and ends EvalPlus.
+        getenv = {"EVALPLUS_TIMEOUT_PER_TASK": 240}.get
+        patch.setattr("evalplus.eval.os.getenv", lambda name, *other: getenv(name) or os.environ.get(name, *other))
         patch.setenv("EVALPLUS_MAX_MEMORY_BYTES", "-1")  # it limits a fork of this process, which torch fills
         expected = evaluate.get_groundtruth(problems, "test", not_none)
         for one in samples:

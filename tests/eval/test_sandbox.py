@@ -156,7 +156,70 @@ RIGHT = {
         "assert f(lambda x: x + 1, [1, 2]) == [2, 3]\nassert f(str, [1]) == ['1']\n"
         "import math\nassert f(math.sqrt, [4]) == [2.0]",
     ),
+    "function as an argument that asks the program": (
+        "class P:\n    def __init__(self, x): self.x = x\n"
+        "def f(g):\n    kept = {}\n    def h(n):\n        if n not in kept: kept[n] = g(n)\n        return kept[n]\n"
+        "    return h\ndef order(ps, key): return sorted(ps, key=key)",
+        "@f\ndef fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)\nassert fib(40) == 102334155\n"
+        "assert [p.x for p in order([P(3), P(1), P(2)], key=lambda p: p.x)] == [1, 2, 3]",
+    ),
+    "function as an argument that changes what it is given": (
+        "def f(g, x, *, k):\n    g(x, k=k)\n    return x, k",
+        "def g(x, k):\n    x.append(3)\n    k.add(4)\nx = [1]\n"
+        "assert f(g, x, k={2}) == ([1, 3], {2, 4}) and x == [1, 3]",
+    ),
+    "function as an argument that fails": (
+        "def f(g):\n    try: g()\n    except ValueError as e: return e.args",
+        "def g(): raise ValueError('a', 2)\nassert f(g) == ('a', 2)",
+    ),
+    "function as an argument in threads": (
+        "from concurrent.futures import ThreadPoolExecutor\ndef f(g, xs):\n"
+        "    with ThreadPoolExecutor(8) as p: return list(p.map(g, xs))",
+        "xs = list(range(200))\nassert f(lambda x: [x] * x, xs) == [[x] * x for x in xs]",
+    ),
     "named arguments": ("def f(a, *, b=1): return a - b", "assert f(5, b=3) == 2 and f(a=5) == 4"),
+    "what exceptions are made of": (
+        "def f(x):\n    if x == 1: return {}['k']\n    if x == 2: raise ValueError('bad', 3)\n"
+        "    if x == 3: raise ValueError\n    if x == 4: open('/nowhere')\n    if x == 5: b'\\xff'.decode()\n"
+        "    class E(LookupError):\n        def __str__(self): return 'said'\n    raise E(object())",
+        "def of(x):\n    try:\n        f(x)\n    except Exception as e:\n        return e\n"
+        "assert [(type(e), str(e), e.args) for e in map(of, (1, 2, 3))] == [\n"
+        "    (KeyError, \"'k'\", ('k',)), (ValueError, \"('bad', 3)\", ('bad', 3)), (ValueError, '', ())]\n"
+        "assert isinstance(of(4), FileNotFoundError) and (of(4).errno, of(4).filename) == (2, '/nowhere')\n"
+        "assert isinstance(of(5), UnicodeDecodeError) and of(5).object == b'\\xff'\n"
+        "assert isinstance(of(6), LookupError) and str(of(6)) == 'said'",
+    ),
+    "values that change between two looks": (
+        "n, log = 0, []\ndef f(x):\n    global n\n    n += x\n    log.append(x)",
+        "assert n == 0 and log == []\nf(2)\nassert n == 2 and log == [2]\nf(3)\nassert n == 5 and log == [2, 3]",
+    ),
+    "objects in sets": (
+        "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass P:\n    x: int\n"
+        "def f(n): return {P(i) for i in range(n)}",
+        "assert f(2) == {P(1), P(0)} and {P(1): 3}[P(1)] == 3 and P(2) not in f(2) and hash(P(1)) == hash(P(1))",
+    ),
+    "objects without a hash": (
+        "class P: __hash__ = None\ndef f(): return P()",
+        "try: {f()}\nexcept TypeError: pass\nelse: raise SystemExit",
+    ),
+    "what objects can do": (
+        "class Bag:\n    def __len__(self): return 3\n    def __delitem__(self, x): self.gone = x\n"
+        "def f(n): return [object(), Bag(), iter([n]), range, lambda: 0][n]\n"
+        "from typing import Generic, TypeVar\nT = TypeVar('T')\nclass G(Generic[T]): x = 4",
+        "from collections.abc import Callable, Iterable, Iterator, Sized\n"
+        "kinds = (Callable, Iterable, Iterator, Sized)\n"
+        "found = [[kind.__name__ for kind in kinds if isinstance(f(n), kind)] for n in range(5)]\n"
+        "assert found == [[], ['Sized'], ['Iterable', 'Iterator'], ['Callable'], ['Callable']], found\n"
+        "bag = f(1)\ndel bag[7]\nassert len(bag) == 3 and bag.gone == 7 and not callable(bag)\n"
+        "assert G[int]().x == 4",
+    ),
+    "named tuple that goes and comes": (
+        "import collections, typing\nP = collections.namedtuple('P', 'x y')\n"
+        "class Q(typing.NamedTuple):\n    x: int\n    def twice(self): return self.x * 2\n"
+        "def f(p): return p.x if isinstance(p, P) else p.twice()",
+        "assert f(P(2, 1)) == 2 and f(Q(3)) == 6 and P(x=1, y=2).y == 2 and P(1, 2)._asdict() == {'x': 1, 'y': 2}\n"
+        "assert repr(P(1, 2)) == 'P(x=1, y=2)' and P(1, 2) == (1, 2)",
+    ),
     "named tuple and subclass": (
         "from collections import namedtuple\nimport enum\nT = namedtuple('T', 'a b')\nclass C(enum.IntEnum):\n"
         "    R = 1\n"

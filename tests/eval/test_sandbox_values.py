@@ -18,6 +18,7 @@ from coda_eval import sandbox_values
 from coda_eval.sandbox_values import NOT_BUILTIN, Codec, Uncarried, pickle_builtin
 
 CODEC = Codec(lambda value: (b"h", 7), lambda tag, number: ("object", number))
+NAMED = collections.namedtuple("Named", "a b")
 VALUES = [
     None, True, Ellipsis, 0, -5, 1 << 200, -(1 << 63), -0.0, 1e300, float("inf"), 1j, "", "a\0b", "\ud800", b"x",
     bytearray(b"y"), [], (), {}, set(), frozenset({1}), [1] * 10, [1 << 70] * 5, [1.5] * 9,
@@ -31,7 +32,7 @@ VALUES = [
     np.arange(6).reshape(2, 3), np.float64(2.5), np.bool_(True), np.array(["ab", "c"]),
     np.array([1, None], dtype=object), [True, 1, 1, 0] * 9, [None, "a", 1, True, "1"] * 20, [(True, 1)] * 70,
     [[0, False] * 600] * 5, [str(n) for n in range(300)] * 4, [["a"] * 20, ["b"] * 20] * 4,
-    [[str(n) for n in range(300)]] * 9, [((1, True), (0, None))] * 9, [("a",) * 1030] * 3,
+    [[str(n) for n in range(300)]] * 9, [((1, True), (0, None))] * 9, [("a",) * 1030] * 3, NAMED(1, [2]),
 ]  # fmt: skip
 
 
@@ -57,10 +58,42 @@ def test_subclasses_arrive_as_what_they_are_underneath():
 
         __hash__ = int.__hash__
 
-    pair = collections.namedtuple("pair", "a b")
-    received = CODEC.decode(CODEC.encode([Equal(5), pair(1, 2), type("S", (str,), {"__str__": lambda s: "z"})("s")]))
-    assert [type(value) for value in received] == [int, tuple, str]
-    assert received == [5, (1, 2), "s"]
+    received = CODEC.decode(CODEC.encode([Equal(5), type("S", (str,), {"__str__": lambda s: "z"})("s")]))
+    assert [type(value) for value in received] == [int, str]
+    assert received == [5, "s"]
+
+
+def test_named_tuples_arrive_with_their_names_and_return_as_what_they_were():
+    class Pair(collections.namedtuple("Pair", "a b")):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = tuple.__hash__
+
+    here, there = (Codec(CODEC.number_of, CODEC.object_of) for _ in range(2))
+    received = there.decode(here.encode([Pair(1, [2])]))[0]
+    assert (received.a, received.b, repr(received), type(received).__mro__[1]) == (1, [2], "Pair(a=1, b=[2])", tuple)
+    assert received == (1, [2])
+    assert received != (1, [3])
+    assert type(here.decode(there.encode(received))) is Pair
+    with pytest.raises(Uncarried, match="fields do not fit"):
+        there.decode(here.encode(tuple.__new__(Pair, (1, 2, 3))))
+
+
+@pytest.mark.parametrize("name", ["a b", "1a", "if", "a;b", "_a", "a)"])
+def test_what_cannot_be_the_name_of_a_named_tuple_or_its_field_is_refused(name):
+    def encoded(name, fields):
+        class Pair(tuple):
+            _fields = fields
+
+        Pair.__name__ = name
+        return CODEC.encode(Pair((1, 2)))
+
+    reader = Codec(CODEC.number_of, CODEC.object_of)
+    assert reader.decode(encoded("P", ("a", "b"))).b == 2
+    for blob in (encoded("P", ("a", name)), *([encoded(name, ("a", "b"))] if name != "_a" else [])):
+        with pytest.raises(Uncarried):
+            reader.decode(blob)
 
 
 def test_what_is_no_data_goes_by_number():
@@ -102,7 +135,7 @@ def test_what_is_nested_as_deep_as_may_be_comes_back_and_nothing_deeper_goes(wra
 def test_any_bytes_are_a_value_or_refused():
     draw = random.Random(0)
     blobs = [CODEC.encode(value) for value in VALUES]
-    letters = b"NTFEMisbyfc[({<drl123BhkqeSLtv.DOCPngo"
+    letters = b"NTFEMisbyfc[({<drl123BhkqeSLtv.DOCPngom"
     refused = 0
     for _ in range(4000):
         blob = bytearray(draw.choice(blobs))

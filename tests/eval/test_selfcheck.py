@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from coda_eval import __main__, selfcheck
+from coda_eval import __main__, data, selfcheck
 from coda_eval.sandbox import Verdict, isolation_level
 from coda_eval.selfcheck import account, last_result, mutant, self_check
 from CoDALanguageModel.errors import UserError
@@ -155,6 +155,16 @@ def test_a_stub_is_never_what_a_gap_can_hold(data_dir):
     (data_dir / "HumanEval-SingleLineInfilling.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = selfcheck.check_problems(["single_line_infilling"], str(data_dir), isolation_level(), None, 0)
     assert (found["references"]["failed"], found["stubs"]["survivors"]) == ([], [])
+
+
+@pytest.mark.parametrize(("benchmark", "problem"), [("mbpp_published", 367), ("mbpp_plus_published", 98)])
+def test_what_published_asserts_cannot_pass_is_no_fault(coda_shared, monkeypatch, benchmark, problem):
+    row = data.rows(benchmark, str(coda_shared / "data"))[problem]
+    monkeypatch.setattr(data, "rows", lambda *_: {problem: row})
+    found = selfcheck.check_problems([benchmark], "", isolation_level(), None, 0)
+    assert (found["references"]["total"], found["stubs"]["total"], found["stubs"]["survivors"]) == (0, 1, [])
+    program = selfcheck.PROGRAMS[benchmark](row, selfcheck.reference(benchmark, row))
+    assert "NameError" in selfcheck.run_programs([program])[0].error
 
 
 @pytest.mark.slow
