@@ -261,6 +261,14 @@ class Codec:
                 if len(widths) == 1 and (width := widths.pop()):
                     put(_HEAD.pack(b"L" if kind is list else b"t", width))
                     return self._put_sequence(b"[", _Joined(items, width), put, depth + 1)
+        elif len(items) >= _LONG and kinds <= _ATOMS | {float}:  # which kind each is, and those of a kind together
+            kinds = sorted(kinds, key=lambda kind: kind.__name__)
+            number = {kind: place for place, kind in enumerate(kinds)}
+            self._put_bytes(b"x", bytes(map(number.__getitem__, map(type, items))), put)
+            put(_HEAD.pack(b"[", len(kinds)) + _HEAD.pack(b".", 0))
+            for kind in kinds:
+                self._put([item for item in items if type(item) is kind], put, depth + 1)
+            return None
         put(_HEAD.pack(b".", 0))
         for item in items:
             self._put(item, put, depth + 1)
@@ -423,6 +431,12 @@ class Codec:
             places.frombytes(data[at:end])
             distinct, end = self._get(data, end, depth + 1)
             return _Packed(_of(list, distinct), places), len(places), end
+        elif form == b"x":
+            end = at + size
+            kinds, (groups, end) = bytes(data[at:end]), self._get(data, end, depth + 1)
+            if [kinds.count(place) for place in range(len(_of(list, groups)))] != list(map(len, groups)):
+                raise ValueError("kinds do not fit")
+            items = list(map(next, map(list(map(iter, groups)).__getitem__, kinds)))
         elif form in b"Lt":
             tag, number = _HEAD.unpack_from(data, at)
             if tag != b"[" or depth + 1 > _GET_DEPTH:

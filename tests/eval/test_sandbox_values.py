@@ -33,6 +33,8 @@ VALUES = [
     np.array([1, None], dtype=object), [True, 1, 1, 0] * 9, [None, "a", 1, True, "1"] * 20, [(True, 1)] * 70,
     [[0, False] * 600] * 5, [str(n) for n in range(300)] * 4, [["a"] * 20, ["b"] * 20] * 4,
     [[str(n) for n in range(300)]] * 9, [((1, True), (0, None))] * 9, [("a",) * 1030] * 3, NAMED(1, [2]),
+    [*range(20), *(n / 2 for n in range(20)), True], tuple([1, 3, *(n / 3 for n in range(50)), None, "a", 1 << 70]),
+    [(n, n / 7) for n in range(30)], [[str(n), n, n / 7] for n in range(30)],
 ]  # fmt: skip
 
 
@@ -135,7 +137,7 @@ def test_what_is_nested_as_deep_as_may_be_comes_back_and_nothing_deeper_goes(wra
 def test_any_bytes_are_a_value_or_refused():
     draw = random.Random(0)
     blobs = [CODEC.encode(value) for value in VALUES]
-    letters = b"NTFEMisbyfc[({<drl123BhkqeSLtv.DOCPngom"
+    letters = b"NTFEMisbyfc[({<drl123BhkqeSLtvx.DOCPngom"
     refused = 0
     for _ in range(4000):
         blob = bytearray(draw.choice(blobs))
@@ -159,6 +161,18 @@ def test_long_lists_of_few_values_are_short_and_shared_on_arrival():
     rows = CODEC.decode(CODEC.encode([["red", "green"] * 30] * 5000))
     assert len({id(text) for row in rows for text in row}) == 2
     assert len(CODEC.encode([(True, 1, None)] * 1000)) < 4000
+
+
+def test_lists_of_numbers_of_two_kinds_are_short_and_hold_what_they_say():
+    value = [n if n % 3 else n / 2 for n in range(1000)]
+    blob = CODEC.encode(value)
+    assert len(blob) < 9100
+    assert same(CODEC.decode(blob), value)
+    kinds = bytes(n % 3 > 0 for n in range(1000))
+    assert blob.count(kinds) == 1
+    for other in (b"\0" * 1000, b"\1" * 1000, kinds[:-1] + b"\2", kinds[:-1] + b"\xff"):
+        with pytest.raises(Uncarried):
+            CODEC.decode(blob.replace(kinds, other))
 
 
 def test_rows_of_few_texts_arrive_as_they_were():
