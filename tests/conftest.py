@@ -49,6 +49,17 @@ def same_process():
     assert not silenced
 
 
+@pytest.fixture
+def as_in_a_terminal(same_process):
+    """Ctrl-C, SIGTERM and a closed terminal end programs, though the tests run in the background or under nohup."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """Root of the repository."""

@@ -619,17 +619,13 @@ def test_broken_files_are_named_in_one_line(name, message, tmp_path, capsys):
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_stop_at_any_point_leaves_the_old_folder_or_the_new_one(stop, tmp_path, monkeypatch, request):
+def test_a_stop_at_any_point_leaves_the_old_folder_or_the_new_one(stop, tmp_path, monkeypatch):
     make_autoregressive(tmp_path / "source")
     made = tmp_path / "deep/made"
     arguments = ["--checkpoint_dir", str(tmp_path / "source"), "--output_dir", str(made), "--overwrite"]
-    # As in a shell: under nohup or in the background some signals are ignored, which the command respects.
-    before = {
-        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    }
-    request.addfinalizer(lambda: [signal.signal(number, handler) for number, handler in before.items()])
-    handlers = [signal.getsignal(number) for number in before]
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 
     def stopping(function):
         def call(*arguments, **kwargs):
@@ -655,7 +651,7 @@ def test_a_stop_at_any_point_leaves_the_old_folder_or_the_new_one(stop, tmp_path
                 main(arguments)
         assert os.listdir(tmp_path / "deep") == ["made"], point
         assert [file.name for file in made.iterdir()] == ["notes.txt"], point
-    assert [signal.getsignal(number) for number in before] == handlers
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_command_line_flags_are_stable(capsys):

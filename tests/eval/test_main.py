@@ -67,6 +67,7 @@ def test_what_is_printed_suits_any_terminal_and_any_reader(tmp_path):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_command_in_order(monkeypatch, capsys, number):
     """`with` blocks are left, and no traceback is shown."""
@@ -81,10 +82,8 @@ def test_a_signal_ends_a_command_in_order(monkeypatch, capsys, number):
 
     monkeypatch.setattr(comparison, "main", main_of)
     monkeypatch.setattr(sys, "argv", ["coda_eval", "compare", "a", "b"])
-    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as end:
         __main__.main()
-    signal.signal(signal.SIGINT, before)
     assert (end.value.code, left) == (128 + number, [["a", "b"]])
     assert capsys.readouterr().err == f"coda_eval: stopped by {number.name}\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

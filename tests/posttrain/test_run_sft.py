@@ -65,6 +65,7 @@ def test_failure_names_the_stage_and_stops(run):
     assert "FAILED in first (1 of 2)" in output
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_to_the_script_alone_ends_what_it_runs_and_the_run_is_not_taken_for_finished(
     run, tmp_path, number, expected

@@ -99,6 +99,7 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_loses_nothing(tmp_pat
     assert list(losses_of(config)) == [1, 2]
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_and_ends_cleanly(tmp_path, run_config, number, caplog):
     config = at(tmp_path / "a", run_config)
@@ -123,6 +124,7 @@ def test_a_signal_saves_the_step_and_ends_cleanly(tmp_path, run_config, number, 
     assert losses_of(config) == losses_of(at(tmp_path / "whole", run_config))
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, INTERRUPTED)])
 def test_a_command_that_ctrl_c_ended_is_not_followed_by_the_next_one(tmp_path, run_config, monkeypatch, number, status):
     config = at(tmp_path / "a", run_config)

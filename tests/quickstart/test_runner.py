@@ -128,6 +128,7 @@ program.main(["report", "--run_dir", "run"])
             os.kill(stage_process or run.pid, signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_stage_ends_with_the_run_that_started_it(begun, number):
     run, stage_process = begun
