@@ -55,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     first = commands.add_parser("first", help="fill one gap by the mid-trained model, step by step")
     first.add_argument("--run_dir", type=Path, required=True)
     first.add_argument("--config", type=Path, required=True)
+    settings = commands.add_parser("settings", help="write the decoding settings into a model's folder")
+    settings.add_argument("--folder", type=Path, required=True)
+    settings.add_argument("--config", type=Path, required=True)
     chat = commands.add_parser("chat", help="start the server, ask twice, stop it")
     chat.add_argument("--run_dir", type=Path, required=True)
     report = commands.add_parser("report", help="write report.html, report.md and summary.json")
@@ -81,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if handler is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _end)
     try:
-        does = {"run": _run, "data": _data, "first": _first, "denoise": _denoise, "chat": _chat, "report": _report}
+        does = {"run": _run, "data": _data, "first": _first, "settings": _settings, "denoise": _denoise}
+        does |= {"chat": _chat, "report": _report}
         return does[arguments.command](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -180,6 +184,20 @@ def _first(arguments: argparse.Namespace) -> int:
     record = record_infilling(arguments.run_dir, read_settings(arguments.config, "generation")["generation"])
     record["canvas"] = denoising_text(record["steps"])
     (arguments.run_dir / "first_answer.json").write_text(json.dumps(record) + "\n")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    """Give a folder the settings that its model was made for, so that whoever loads or serves it gets them."""
+    from coda_quickstart.stages import read_settings
+    from CoDALanguageModel.decoding_settings import refuse_unknown
+    from CoDALanguageModel.run_files import read_json, write_whole
+
+    generation = dict(read_settings(arguments.config, "generation")["generation"])
+    refuse_unknown(generation, "folder")
+    generation.pop("steps", None)  # the folder's own are one for each token of any length
+    file = arguments.folder / "generation_config.json"
+    write_whole(file, json.dumps({**read_json(file), **generation}, indent=2, sort_keys=True) + "\n")
     return 0
 
 

@@ -22,7 +22,6 @@ from CoDALanguageModel.run_files import read_rows
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
 MODEL_NAME = "coda-quickstart"
-ANSWER_TOKENS = 40
 
 
 class ServerFailed(StageFailed):
@@ -47,11 +46,7 @@ def start_server(repository: Path, model_dir: Path, port: int, log_path: Path) -
         "SERVED_MODEL_NAME": MODEL_NAME,
         "HOST": "127.0.0.1",
         "PORT": str(port),
-        "MAX_TOKENS": str(ANSWER_TOKENS),
-        "STEPS": str(ANSWER_TOKENS),
-        "ALG": "topk_margin",  # as in eval.yaml
-        "ALG_TEMP": "0",
-        "BLOCK_LENGTH": "none",
+        "BLOCK_LENGTH": "none",  # as in evaluation; all else stands in the folder
     }
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w", encoding="utf-8") as log:
@@ -158,9 +153,7 @@ def ask(base_url: str, run_dir: Path) -> list[dict[str, str | float]]:
     client = OpenAI(base_url=base_url, api_key="none", timeout=120)
     problem, gap, num_tokens = examples(run_dir)
     started = time.monotonic()
-    chat = client.chat.completions.create(
-        model=MODEL_NAME, messages=[{"role": "user", "content": problem["prompt"]}], max_tokens=ANSWER_TOKENS
-    )
+    chat = client.chat.completions.create(model=MODEL_NAME, messages=[{"role": "user", "content": problem["prompt"]}])
     between = time.monotonic()
     infill = client.completions.create(
         model=MODEL_NAME, prompt=gap["prefix"], suffix=gap["suffix"], max_tokens=num_tokens

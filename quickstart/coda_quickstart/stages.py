@@ -188,6 +188,7 @@ def _training_stages(
         (folder / name / "model.safetensors", folder / name / "config.json")
         for name in ("pretrain_export", "midtrain_export", "base", "model")
     )
+    base += (folder / "base" / "generation_config.json",)  # which fine-tuning hands on
 
     def trainer(name: str, *overrides: str) -> tuple[tuple[str, ...], ...]:
         config = str(configs / f"{name}.yaml")
@@ -220,8 +221,10 @@ def _training_stages(
             commands=(
                 (python, str(repository / "save_hf_model.py"), "--checkpoint_dir", str(folder / "midtrain_export"))
                 + ("--output_dir", str(folder / "base")),
+                (python, "-m", "coda_quickstart", "settings", "--folder", str(folder / "base"))
+                + ("--config", str(configs / "eval.yaml")),
             ),
-            inputs=midtrained,
+            inputs=(configs / "eval.yaml", *midtrained),
             outputs=base,
             replaces=(folder / "base",),
         ),

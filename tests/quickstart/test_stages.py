@@ -8,6 +8,7 @@ import yaml
 from coda_quickstart.__main__ import REPOSITORY, build_parser, main
 from coda_quickstart.prepare import load_settings
 from coda_quickstart.stages import build_stages
+from CoDALanguageModel import DiffusionGenerationConfig
 
 CONFIGS = REPOSITORY / "quickstart" / "configs"
 
@@ -36,6 +37,18 @@ def test_comparisons_and_seeds_add_stages_and_change_none(tmp_path, more, added)
 def test_the_first_answer_appears_before_fine_tuning(stages):
     names = [stage.name for stage in stages]
     assert names.index("midtrain") < names.index("first") < names.index("sft")
+
+
+def test_a_models_folder_says_how_it_is_to_decode(tmp_path):
+    before = DiffusionGenerationConfig(max_new_tokens=512, temperature=0.1)
+    before.save_pretrained(tmp_path)
+    config = tmp_path / "eval.yaml"
+    config.write_text("generation: {max_new_tokens: 40, steps: 40, alg: topk_margin, temperature: 0.0}\n")
+    assert main(["settings", "--folder", str(tmp_path), "--config", str(config)]) == 0
+    after = DiffusionGenerationConfig.from_pretrained(tmp_path)
+    assert (after.max_new_tokens, after.alg, after.temperature, after.steps) == (40, "topk_margin", 0.0, before.steps)
+    config.write_text("generation: {max_new_token: 40}\n")
+    assert main(["settings", "--folder", str(tmp_path), "--config", str(config)]) == 2
 
 
 def test_a_seed_changes_all_training_and_no_data(tmp_path):
