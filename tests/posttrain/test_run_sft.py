@@ -71,7 +71,7 @@ def test_a_signal_to_the_script_alone_ends_what_it_runs_and_the_run_is_not_taken
     run, tmp_path, number, expected
 ):
     fake = tmp_path / "python"
-    waits = 'echo begun; echo $$ > pid; exec 2>&1; trap "echo ending; exit 7" TERM; while :; do sleep 0.05; done'
+    waits = 'trap "echo ending; exit 7" TERM; echo begun; echo $$ > pid; exec 2>&1; while :; do sleep 0.05; done'
     fake.write_text(fake.read_text().replace('case "$*" in', f'if [ -n "$WAIT" ]; then {waits}; fi\ncase "$*" in'))
     environment = {**os.environ, "PYTHON": str(fake), "CALLS": str(tmp_path / "calls"), "FAIL_AT": "never", "WAIT": "1"}
     command = ["bash", str(REPO / "run_sft.sh"), "first.yaml", "second.yaml", "model_name_or_path=M", "output_dir=o"]
