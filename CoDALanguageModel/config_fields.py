@@ -11,7 +11,7 @@ from .errors import UserError
 
 ATTENTIONS, BLOCK_ORIGINS = ("full", "block_causal"), ("text", "answer")
 
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 ROPE_NEEDS = {
     "default": (),
@@ -46,8 +46,8 @@ _SIZE_OR_NONE: tuple[str, Callable[[Any], bool]] = ("an integer or null", lambda
 _SWITCH: tuple[str, Callable[[Any], bool]] = ("true or false", lambda x: isinstance(x, bool))
 _ROPE: tuple[str, Callable[[Any], bool]] = ("an object or null", lambda x: x is None or isinstance(x, Mapping))
 _DTYPE: tuple[str, Callable[[Any], bool]] = (
-    f"one of {', '.join(DTYPES)} or null",
-    lambda x: x in DTYPES if isinstance(x, str) else x is None or type(x).__name__ == "dtype",  # torch's own
+    f"one of {', '.join(_DTYPES)} or null",
+    lambda x: x in _DTYPES if isinstance(x, str) else x is None or type(x).__name__ == "dtype",  # torch's own
 )
 
 

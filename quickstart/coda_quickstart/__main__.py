@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from coda_quickstart.runner import StageFailed
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import INTERRUPTED, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("stopped; run again to go on with the stage that was running", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
