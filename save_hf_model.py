@@ -58,6 +58,7 @@ from CoDALanguageModel.run_files import read_json
 from CoDALanguageModel.weight_files import (
     check_tokenizer,
     check_weights,
+    open_to_readers,
     reading_tokenizer,
     refuse_not_finite,
     weight_files,
@@ -466,8 +467,7 @@ def convert(
         model.generation_config = decoding_defaults(model.config, family)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for weights in folder.glob("*.safetensors"):  # written for the owner alone; the other files follow the umask
-            shutil.copymode(folder / "config.json", weights)
+        open_to_readers(folder)
         if card is not None:
             (folder / "README.md").write_text(card(model, folder), encoding="utf-8")
         if check:

@@ -3,6 +3,7 @@
 Not here: whether the weights fit a configuration (`loading_coda` and `conversion` compare names and shapes).
 """
 
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,16 @@ def weight_files(folder: Path) -> list[Path]:
                 raise UserError(f"{str(index)!r} has no weight_map: download it again")
             return [folder / file for file in sorted(set(weight_map.values()))]
     return []
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give weights the permissions of the configuration beside them.
+
+    safetensors writes a file for its owner alone, so that a server of another user could not read the folder; all
+    other files follow the umask.
+    """
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(next(folder.glob("*config.json")), file)
 
 
 def refuse_pointer(file: Path) -> None:

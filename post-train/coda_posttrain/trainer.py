@@ -36,7 +36,7 @@ from CoDALanguageModel.diffusion import IGNORE_INDEX
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.noise import Blocks, DoubledRows, NoisedRows, blocks_to_train, deal_levels
 from CoDALanguageModel.run_files import claimed
-from CoDALanguageModel.weight_files import read_tokenizer, refuse_not_finite
+from CoDALanguageModel.weight_files import open_to_readers, read_tokenizer, refuse_not_finite
 
 from . import curriculum
 from .arguments import CUTOFF_LEN, DiffusionArguments, check_length, check_model_objective
@@ -173,6 +173,7 @@ def run_export(host: dict[str, Any]) -> None:
     with mock.patch.object(tuner, "get_template_and_fix_tokenizer", template_for_collation):
         tuner.export_model({**host, "infer_dtype": host.get("infer_dtype") or source_dtype(source)})
     restore_generation_config(source, folder)
+    open_to_readers(folder)
     for file in litter:  # instructions for a runtime that cannot run this model
         file.unlink(missing_ok=True)
 
@@ -533,6 +534,7 @@ class DiffusionTrainer(CustomSeq2SeqTrainer):
                 state_dict if state_dict is not None else self.model.state_dict(), self.save_dtype
             )
         super()._save(str(written), state_dict)
+        open_to_readers(written)
         if self.finetuning_args.finetuning_type != "lora":
             restore_generation_config(self.source, written)
             if final:

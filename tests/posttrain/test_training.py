@@ -276,6 +276,16 @@ def test_saved_folder_keeps_token_ids_decoding_settings_and_tokenizer(runs, mode
         assert trained.eos_token == original.eos_token == "<|im_end|>"
 
 
+def test_weights_are_open_to_whom_the_other_files_are(runs):
+    for folder, configuration in (
+        ("full", "config.json"), ("full/checkpoint-10", "config.json"), ("lora", "adapter_config.json"),
+        ("merged", "config.json"),
+    ):  # fmt: skip
+        weights = list((runs / folder).glob("*.safetensors"))
+        modes = {file.stat().st_mode for file in weights}
+        assert modes == {(runs / folder / configuration).stat().st_mode}, folder
+
+
 def test_run_config_is_saved_beside_every_checkpoint(runs):
     for folder in (runs / "full", runs / "full/checkpoint-10", runs / "lora"):
         assert yaml.safe_load((folder / "run_config.yaml").read_text())["diffusion"]["tail_tokens"] == 16

@@ -42,6 +42,7 @@ def test_the_export_holds_the_trained_weights_and_loads(finished, tmp_path, toke
     model = CoDALanguageModel.from_pretrained(target)
     assert model.config.mask_token_id == AutoTokenizer.from_pretrained(target).mask_token_id
     assert json.loads((target / "config.json").read_text())["auto_map"]["AutoConfig"]
+    assert len({path.stat().st_mode for path in target.iterdir()}) == 1  # whoever reads one of the files reads all
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".export")] == []
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 from CoDALanguageModel.conversion import DTYPES, complete_tokenizer
 from CoDALanguageModel.errors import UserError, run_program
-from CoDALanguageModel.weight_files import read_tokenizer, refuse_not_finite
+from CoDALanguageModel.weight_files import open_to_readers, read_tokenizer, refuse_not_finite
 
 from ..places import Place, place_of
 from .checkpoint import committed_checkpoints, intact_checkpoint, step_folder, step_of, tensor_reader
@@ -142,6 +142,7 @@ def export(
         save_file(converted, str(partial / "model.safetensors"), metadata={"format": "pt"})
         write_tokenizer(tokenizer_dir, partial, mask_token_id=config.mask_token_id)
         config.save_pretrained(partial)
+        open_to_readers(partial)
         if output_dir.exists():
             output_dir.rmdir()
         partial.replace(output_dir)
