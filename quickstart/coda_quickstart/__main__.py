@@ -78,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 1 when a stage failed, 2 when the input is at fault."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # As an exception, so that a stage's processes end with this one.
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # As an exception, so that the processes of a command that starts any end with it. Others end at once, also where no
+    # exception comes to them: the tokenizer's training hears none for its 15 seconds.
+    numbers = (signal.SIGTERM, signal.SIGHUP) if arguments.command in ("run", "chat") else ()
+    before = {number: signal.getsignal(number) for number in numbers}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _end)
