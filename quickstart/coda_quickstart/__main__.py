@@ -150,9 +150,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _show_first(run_dir: Path, started: float) -> None:
     first = json.loads((run_dir / "first_answer.json").read_text())
-    _show(f"\nfirst answer, after {time.monotonic() - started:.0f} s: a gap in a function that was never trained on\n")
+    seconds = time.monotonic() - started
+    _show(f"\nfirst answer, after {seconds:.0f} s: a gap in a function that was never trained on, filled by the mid-trained")
+    _show("model, which is often wrong; the server asks the fine-tuned one for the same gap at the end\n")
     _show(f"{first['prefix']}[...]{first['suffix']}\n{first['canvas']}\n")
-    _show(f"filled: {first['answer']}   was: {first['middle']}\n")
+    verdict = "right" if first["answer"] == first["middle"] else "another text"
+    _show(f"filled: {first['answer']}   was: {first['middle']}   ({verdict})\n")
 
 
 def _demonstrate(run_dir: Path) -> None:
@@ -198,6 +201,9 @@ def _settings(arguments: argparse.Namespace) -> int:
     generation = dict(read_settings(arguments.config, "generation")["generation"])
     refuse_unknown(generation, "folder")
     generation.pop("steps", None)  # the folder's own are one for each token of any length
+    config = read_json(arguments.folder / "config.json")
+    if config["attention"] == "full":  # the whole canvas at once, as in evaluation: where nothing is said, a server
+        generation.setdefault("block_length", config["max_position_embeddings"])  # takes blocks of its own
     file = arguments.folder / "generation_config.json"
     write_whole(file, json.dumps({**read_json(file), **generation}, indent=2, sort_keys=True) + "\n")
     return 0

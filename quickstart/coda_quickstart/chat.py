@@ -46,7 +46,6 @@ def start_server(repository: Path, model_dir: Path, port: int, log_path: Path) -
         "SERVED_MODEL_NAME": MODEL_NAME,
         "HOST": "127.0.0.1",
         "PORT": str(port),
-        "BLOCK_LENGTH": "none",  # as in evaluation; all else stands in the folder
     }
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w", encoding="utf-8") as log:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from CoDALanguageModel.run_files import claimed, write_whole
 PROGRESS_WIDTH = 100
 POLL_S = 0.5
 CLEARED_LINE = "\r\033[K"
+LOG_PREFIX = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [\w.]+: ")
+"""Of a line of a room's log; half of a terminal's width."""
 
 
 class StageFailed(RuntimeError):
@@ -184,12 +187,12 @@ class Runner:
 
 
 def last_line(path: Path, num_bytes: int = 4000) -> str:
-    """The last line of a log that holds text; a progress bar's carriage returns count as line ends."""
+    """The last line of a log that holds text, without time and place; a progress bar's returns count as line ends."""
     with path.open("rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - num_bytes))
         text = file.read().decode("utf-8", errors="replace")
-    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
+    lines = [LOG_PREFIX.sub("", line.strip(), count=1) for line in text.replace("\r", "\n").split("\n")]
     return next((line for line in reversed(lines) if line), "")
 
 

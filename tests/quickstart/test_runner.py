@@ -105,6 +105,11 @@ def test_the_last_line_of_a_progress_bar_is_its_newest_state(tmp_path):
     assert last_line(tmp_path / "log") == "20%"
 
 
+def test_the_last_line_of_a_log_begins_with_what_it_says(tmp_path):
+    (tmp_path / "log").write_text("2026-11-28 03:54:00,093 INFO coda_pretrain.watch.metrics: step 10/500  loss 6.602\n")
+    assert last_line(tmp_path / "log") == "step 10/500  loss 6.602"
+
+
 def test_fresh_removes_a_run_and_refuses_anything_else(tmp_path):
     run_dir = tmp_path / "run"
     (run_dir / "logs").mkdir(parents=True)
