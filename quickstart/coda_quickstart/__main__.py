@@ -150,9 +150,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _show_first(run_dir: Path, started: float) -> None:
     first = json.loads((run_dir / "first_answer.json").read_text())
-    seconds = time.monotonic() - started
-    _show(f"\nfirst answer, after {seconds:.0f} s: a gap in a function that was never trained on, filled by the mid-trained")
-    _show("model, which is often wrong; the server asks the fine-tuned one for the same gap at the end\n")
+    _show(f"\nfirst answer, after {time.monotonic() - started:.0f} s: a gap in a function that was never trained on.")
+    _show("It is the mid-trained model's, which is often wrong; at the end the server asks\nthe fine-tuned one.\n")
     _show(f"{first['prefix']}[...]{first['suffix']}\n{first['canvas']}\n")
     verdict = "right" if first["answer"] == first["middle"] else "another text"
     _show(f"filled: {first['answer']}   was: {first['middle']}   ({verdict})\n")

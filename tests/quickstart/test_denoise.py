@@ -64,5 +64,5 @@ def test_the_first_answer_says_whose_it_is_and_whether_it_is_right(tmp_path, cap
     (tmp_path / "first_answer.json").write_text(json.dumps(record))
     _show_first(tmp_path, 0.0)
     shown = capsys.readouterr().out
-    assert "by the mid-trained\nmodel, which is often wrong" in shown
+    assert "the mid-trained model's, which is often wrong" in shown
     assert shown.rstrip().endswith(f"filled: {answer}   was: w[-1]   ({verdict})")
