@@ -62,6 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--run_dir", type=Path, required=True)
     report = commands.add_parser("report", help="write report.html, report.md and summary.json")
     report.add_argument("--run_dir", type=Path, required=True)
+    for command in commands.choices.values():
+        command.set_defaults(refuse=command.error)  # shows its own options
     return parser
 
 
@@ -76,7 +78,9 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 1 when a stage failed, 2 when the input is at fault."""
-    arguments = build_parser().parse_args(argv)
+    arguments, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        arguments.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # As an exception, so that the processes of a command that starts any end with it. Others end at once, also where no
     # exception comes to them: the tokenizer's training hears none for its 15 seconds.

@@ -143,6 +143,14 @@ def test_unknown_arguments_are_refused(capsys):
     assert "--frsh" in capsys.readouterr().err
 
 
+def test_an_unknown_option_is_answered_with_those_that_there_are(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--demoo"])
+    told = capsys.readouterr().err
+    assert "unrecognized arguments: --demoo" in told
+    assert all(option in told for option in ("--demo]", "--serve", "--run_dir"))
+
+
 @pytest.mark.parametrize("seeds", ["1,1", "", "-1", "1,a", "4294967296"])
 def test_wrong_seeds_are_named(capsys, seeds):
     with pytest.raises(SystemExit):
