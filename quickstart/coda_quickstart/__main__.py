@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -168,12 +169,16 @@ def _demonstrate(run_dir: Path) -> None:
 
 
 def _leave_serving(run_dir: Path) -> None:
-    from coda_quickstart.chat import MODEL_NAME, free_port, start_server
+    from coda_quickstart.chat import MODEL_NAME, QUESTION, free_port, start_server
 
     port = free_port()
     server = start_server(REPOSITORY, run_dir / "model", port, run_dir / "logs" / "server.log")
-    _show(f"server: http://127.0.0.1:{port}/v1 (model {MODEL_NAME}), process {server.pid}; stop it: kill {server.pid}")
-    _show(f"chat: python serving/fast-api/chat_cli.py --base-url http://127.0.0.1:{port}/v1 --model {MODEL_NAME}")
+    address = f"http://127.0.0.1:{port}"
+    _show(f"server: {address}/v1 (model {MODEL_NAME}), process {server.pid}; stop it: kill {server.pid}")
+    _show(f"page: {address}/")
+    client = (sys.executable, str(REPOSITORY / "serving" / "fast-api" / "chat_cli.py"), "--base-url", address)
+    _show(f"chat: {shlex.join(client)}")
+    _show(f"ask it in the words of its instruction set, such as: {QUESTION}")
 
 
 def _data(arguments: argparse.Namespace) -> int:
