@@ -178,7 +178,7 @@ def _leave_serving(run_dir: Path) -> None:
     _show(f"page: {address}/")
     client = (sys.executable, str(REPOSITORY / "serving" / "fast-api" / "chat_cli.py"), "--base-url", address)
     _show(f"chat: {shlex.join(client)}")
-    _show(f"ask it in the words of its instruction set, such as: {QUESTION}")
+    _show(f"ask it in the words of its instruction set, each time in a new chat (/reset), such as:\n{QUESTION}")
 
 
 def _data(arguments: argparse.Namespace) -> int:

@@ -121,6 +121,11 @@ def test_a_server_that_is_left_running_says_where_its_page_is_and_what_to_ask(re
         os.killpg(int(re.search(r"kill (\d+)", shown)[1]), signal.SIGKILL)
 
 
+def test_the_servers_page_offers_the_question_too():
+    page = program.REPOSITORY / "serving" / "coda_serving" / "page" / "page.js"
+    assert f'"{QUESTION}"' in page.read_text()
+
+
 def test_the_server_ends_also_when_a_request_fails(repository):
     with (
         pytest.raises(KeyError, match="lost"),
