@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -62,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--run_dir", type=Path, required=True)
     report = commands.add_parser("report", help="write report.html, report.md and summary.json")
     report.add_argument("--run_dir", type=Path, required=True)
+    for command in commands.choices.values():
+        command.set_defaults(refuse=command.error)  # shows its own options
     return parser
 
 
@@ -76,10 +79,14 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 1 when a stage failed, 2 when the input is at fault."""
-    arguments = build_parser().parse_args(argv)
+    arguments, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        arguments.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # As an exception, so that a stage's processes end with this one.
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # As an exception, so that the processes of a command that starts any end with it. Others end at once, also where no
+    # exception comes to them: the tokenizer's training hears none for its 15 seconds.
+    numbers = (signal.SIGTERM, signal.SIGHUP) if arguments.command in ("run", "chat") else ()
+    before = {number: signal.getsignal(number) for number in numbers}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _end)
@@ -148,9 +155,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _show_first(run_dir: Path, started: float) -> None:
     first = json.loads((run_dir / "first_answer.json").read_text())
-    _show(f"\nfirst answer, after {time.monotonic() - started:.0f} s: a gap in a function that was never trained on\n")
+    _show(f"\nfirst answer, after {time.monotonic() - started:.0f} s: a gap in a function that was never trained on.")
+    _show("It is the mid-trained model's, which is often wrong; at the end the server asks\nthe fine-tuned one.\n")
     _show(f"{first['prefix']}[...]{first['suffix']}\n{first['canvas']}\n")
-    _show(f"filled: {first['answer']}   was: {first['middle']}\n")
+    verdict = "right" if first["answer"] == first["middle"] else "another text"
+    _show(f"filled: {first['answer']}   was: {first['middle']}   ({verdict})\n")
 
 
 def _demonstrate(run_dir: Path) -> None:
@@ -160,12 +169,16 @@ def _demonstrate(run_dir: Path) -> None:
 
 
 def _leave_serving(run_dir: Path) -> None:
-    from coda_quickstart.chat import MODEL_NAME, free_port, start_server
+    from coda_quickstart.chat import MODEL_NAME, QUESTION, free_port, start_server
 
     port = free_port()
     server = start_server(REPOSITORY, run_dir / "model", port, run_dir / "logs" / "server.log")
-    _show(f"server: http://127.0.0.1:{port}/v1 (model {MODEL_NAME}), process {server.pid}; stop it: kill {server.pid}")
-    _show(f"chat: python serving/fast-api/chat_cli.py --base-url http://127.0.0.1:{port}/v1 --model {MODEL_NAME}")
+    address = f"http://127.0.0.1:{port}"
+    _show(f"server: {address}/v1 (model {MODEL_NAME}), process {server.pid}; stop it: kill {server.pid}")
+    _show(f"page: {address}/")
+    client = (sys.executable, str(REPOSITORY / "serving" / "fast-api" / "chat_cli.py"), "--base-url", address)
+    _show(f"chat: {shlex.join(client)}")
+    _show(f"ask it in the words of its instruction set, each time in a new chat (/reset), such as:\n{QUESTION}")
 
 
 def _data(arguments: argparse.Namespace) -> int:
@@ -196,6 +209,9 @@ def _settings(arguments: argparse.Namespace) -> int:
     generation = dict(read_settings(arguments.config, "generation")["generation"])
     refuse_unknown(generation, "folder")
     generation.pop("steps", None)  # the folder's own are one for each token of any length
+    config = read_json(arguments.folder / "config.json")
+    if config["attention"] == "full":  # the whole canvas at once, as in evaluation: where nothing is said, a server
+        generation.setdefault("block_length", config["max_position_embeddings"])  # takes blocks of its own
     file = arguments.folder / "generation_config.json"
     write_whole(file, json.dumps({**read_json(file), **generation}, indent=2, sort_keys=True) + "\n")
     return 0

@@ -22,6 +22,8 @@ from CoDALanguageModel.run_files import read_rows
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
 MODEL_NAME = "coda-quickstart"
+QUESTION = "Return the sum of the squares of the even numbers in numbers."
+"""One that the model was made for; it knows the words of its instruction set and no others."""
 
 
 class ServerFailed(StageFailed):
@@ -46,7 +48,6 @@ def start_server(repository: Path, model_dir: Path, port: int, log_path: Path) -
         "SERVED_MODEL_NAME": MODEL_NAME,
         "HOST": "127.0.0.1",
         "PORT": str(port),
-        "BLOCK_LENGTH": "none",  # as in evaluation; all else stands in the folder
     }
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w", encoding="utf-8") as log:
@@ -141,7 +142,8 @@ def demonstrate(repository: Path, run_dir: Path, show: Callable[[str], None]) ->
             ended = subprocess.run([*client, *more], input=asked, text=True, check=False)
             if ended.returncode:
                 raise StageFailed(f"the chat client ended with exit status {ended.returncode}")
-    show(f"\nto ask it yourself: bash quickstart.sh --serve --run_dir {shlex.quote(str(run_dir))}\n")
+    show(f"\nto ask it yourself: bash quickstart.sh --serve --run_dir {shlex.quote(str(run_dir))}")
+    show(f"such as: {QUESTION}\n")
 
 
 def ask(base_url: str, run_dir: Path) -> list[dict[str, str | float]]:

@@ -4,9 +4,11 @@ A stage is done when its stamp holds the hash of the present commands and input 
 that it wrote. Not here: what the stages are (stages.py).
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +23,9 @@ from CoDALanguageModel.run_files import claimed, write_whole
 
 PROGRESS_WIDTH = 100
 POLL_S = 0.5
+CLEARED_LINE = "\r\033[K"
+LOG_PREFIX = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [\w.]+: ")
+"""Of a line of a room's log; half of a terminal's width."""
 
 
 class StageFailed(RuntimeError):
@@ -146,23 +151,29 @@ class Runner:
         )
         shown = time.monotonic()
         try:
-            while process.poll() is None:
-                time.sleep(POLL_S)
-                if time.monotonic() - shown >= self.progress_every_s:
+            while process.returncode is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_S)
+                if process.returncode is None and time.monotonic() - shown >= self.progress_every_s:
                     shown = time.monotonic()
                     self._show_progress(shown - started, log_path)
         except BaseException:  # also the user's Ctrl-C: no command outlives its stage
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
             raise
+        finally:
+            if sys.stdout.isatty():
+                sys.stdout.write(CLEARED_LINE)
+                sys.stdout.flush()
         if process.returncode:
             tail = "\n".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
             raise StageFailed(f"{tail}\n{stage.title}: exit status {process.returncode}; see {log_path}")
 
     def _show_progress(self, elapsed_s: float, log_path: Path) -> None:
         line = f"  {elapsed_s:4.0f} s  {last_line(log_path)}"[:PROGRESS_WIDTH]
-        if sys.stdout.isatty():
-            sys.stdout.write(f"\r\033[K{line}\r")
+        if sys.stdout.isatty():  # a line that wraps could not be taken back
+            sys.stdout.write(f"{CLEARED_LINE}{line[: shutil.get_terminal_size().columns - 1]}\r")
             sys.stdout.flush()
         else:
             self.show(line)
@@ -176,12 +187,12 @@ class Runner:
 
 
 def last_line(path: Path, num_bytes: int = 4000) -> str:
-    """The last line of a log that holds text; a progress bar's carriage returns count as line ends."""
+    """The last line of a log that holds text, without time and place; a progress bar's returns count as line ends."""
     with path.open("rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - num_bytes))
         text = file.read().decode("utf-8", errors="replace")
-    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
+    lines = [LOG_PREFIX.sub("", line.strip(), count=1) for line in text.replace("\r", "\n").split("\n")]
     return next((line for line in reversed(lines) if line), "")
 
 

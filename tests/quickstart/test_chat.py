@@ -1,12 +1,16 @@
 """The server is started, asked and stopped; one that cannot start says why."""
 
 import json
+import os
+import re
+import signal
 import sys
 import urllib.request
 
 import pytest
 
-from coda_quickstart.chat import ServerFailed, ask, demonstrate, running_server
+from coda_quickstart import __main__ as program
+from coda_quickstart.chat import QUESTION, ServerFailed, ask, demonstrate, running_server
 from coda_quickstart.runner import StageFailed
 
 FAKE_SERVER = """
@@ -96,10 +100,30 @@ def test_the_demo_shows_both_in_the_chat_client(repository, held_out, tokenizer)
     assert message == held_out["problems"]["prompt"]
     with open(infill[infill.index("--infill") + 1]) as file:
         assert file.read() == f"a = <gap:{len(tokenizer(' x')['input_ids'])}>\n"
-    assert "--serve" in said[-1]
+    assert "--serve" in said[-2]
+    assert QUESTION in said[-1]
     client.write_text("raise SystemExit(3)")
     with pytest.raises(StageFailed, match="exit status 3"):
         demonstrate(repository, repository, said.append)
+
+
+def test_a_server_that_is_left_running_says_where_its_page_is_and_what_to_ask(repository, monkeypatch, capsys):
+    monkeypatch.setattr(program, "REPOSITORY", repository)
+    program._leave_serving(repository)
+    shown = capsys.readouterr().out
+    try:
+        page = re.search(r"^page: (http://127.0.0.1:\d+)/$", shown, re.M)[1]
+        assert urllib.request.urlopen(f"{page}/health").status == 200
+        client = repository / "serving" / "fast-api" / "chat_cli.py"
+        assert f"chat: {sys.executable} {client} --base-url {page}\n" in shown  # from any folder, in any environment
+        assert QUESTION in shown
+    finally:
+        os.killpg(int(re.search(r"kill (\d+)", shown)[1]), signal.SIGKILL)
+
+
+def test_the_servers_page_offers_the_question_too():
+    page = program.REPOSITORY / "serving" / "coda_serving" / "page" / "page.js"
+    assert f'"{QUESTION}"' in page.read_text()
 
 
 def test_the_server_ends_also_when_a_request_fails(repository):

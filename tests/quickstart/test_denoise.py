@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from coda_quickstart.__main__ import _show_first
 from coda_quickstart.denoise import record_denoising, record_infilling
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel
 
@@ -55,3 +56,13 @@ def test_a_gap_is_filled_token_by_token(run_dir, tokenizer):
     open_tokens = [canvas.count(None) for canvas in record["steps"]]
     assert open_tokens == list(reversed(range(num_tokens)))
     assert record["answer"] == "".join(record["steps"][-1])
+
+
+@pytest.mark.parametrize(("answer", "verdict"), [("w[-1]", "right"), ("w(w)", "another text")])
+def test_the_first_answer_says_whose_it_is_and_whether_it_is_right(tmp_path, capsys, answer, verdict):
+    record = {"prefix": "return [", "middle": "w[-1]", "suffix": "]\n", "answer": answer, "canvas": "  1  ____"}
+    (tmp_path / "first_answer.json").write_text(json.dumps(record))
+    _show_first(tmp_path, 0.0)
+    shown = capsys.readouterr().out
+    assert "the mid-trained model's, which is often wrong" in shown
+    assert shown.rstrip().endswith(f"filled: {answer}   was: w[-1]   ({verdict})")

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from coda_quickstart import runner as runner_module
 from coda_quickstart.runner import Runner, Stage, StageFailed, last_line, start_over
 from CoDALanguageModel.errors import UserError
 
@@ -82,9 +83,31 @@ def test_progress_shows_the_last_line_of_the_log(make, shown):
     assert any("step 7" in line for line in shown)
 
 
+def test_progress_on_a_terminal_is_a_line_that_fits_and_is_taken_back(make, shown, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    make(code="import time; print('step 7' * 50, flush=True); time.sleep(1.6); open('out.txt', 'w').write('x')")
+    written = capsys.readouterr().out
+    lines = [line for line in written.replace("\033[K", "").split("\r") if line]
+    assert lines
+    assert all("step 7" in line and len(line) < 40 for line in lines)
+    assert written.endswith("\r\033[K")  # what is said next stands on an empty line
+    assert not any("step 7" in line for line in shown)
+
+
+def test_the_end_of_a_command_is_not_waited_for_longer_than_it_takes(make, monkeypatch):
+    monkeypatch.setattr(runner_module, "POLL_S", 20)
+    assert make()["copy"] < 20
+
+
 def test_the_last_line_of_a_progress_bar_is_its_newest_state(tmp_path):
     (tmp_path / "log").write_bytes(b"start\n 10%\r 20%\r\n\n")
     assert last_line(tmp_path / "log") == "20%"
+
+
+def test_the_last_line_of_a_log_begins_with_what_it_says(tmp_path):
+    (tmp_path / "log").write_text("2026-11-28 03:54:00,093 INFO coda_pretrain.watch.metrics: step 10/500  loss 6.602\n")
+    assert last_line(tmp_path / "log") == "step 10/500  loss 6.602"
 
 
 def test_fresh_removes_a_run_and_refuses_anything_else(tmp_path):
@@ -109,8 +132,8 @@ from coda_quickstart import __main__ as program
 from coda_quickstart.runner import Runner, Stage
 code = "import os, time; open('id', 'w').write(str(os.getpid())); time.sleep(60)"
 stage = Stage(name="wait", title="Wait", commands=(({sys.executable!r}, "-S", "-c", code),), inputs=(), outputs=())
-program._report = lambda arguments: Runner(Path("run").resolve(), Path.cwd()).run([stage])
-program.main(["report", "--run_dir", "run"])
+program._run = lambda arguments: Runner(Path("run").resolve(), Path.cwd()).run([stage])
+program.main(["run", "--run_dir", "run"])
 """
     run = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.DEVNULL)
     stage_process = 0
@@ -136,6 +159,22 @@ def test_a_stage_ends_with_the_run_that_started_it(begun, number):
     assert run.wait(30) == 128 + number
     with pytest.raises(ProcessLookupError):
         os.kill(stage_process, 0)
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+def test_a_command_without_processes_of_its_own_ends_also_inside_of_a_library():
+    script = (
+        "from coda_quickstart import __main__ as program\n"
+        "program._data = lambda arguments: print('begun', flush=True) or sum(range(10**11))  # hears no signal\n"
+        "program.main(['data', '--config', 'x', '--output_dir', 'y'])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "begun\n"
+            process.terminate()
+            assert process.wait(10) == -signal.SIGTERM
+        finally:
+            process.kill()
 
 
 def test_a_folder_belongs_to_one_run_and_to_what_a_killed_one_leaves_behind(begun, make, tmp_path):

@@ -1,5 +1,6 @@
 """The stages fit together: every file that one reads, an earlier one writes, and the rooms accept the settings."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from coda_quickstart.__main__ import REPOSITORY, build_parser, main
 from coda_quickstart.prepare import load_settings
 from coda_quickstart.stages import build_stages
 from CoDALanguageModel import DiffusionGenerationConfig
+from CoDALanguageModel.decoding_settings import SETTINGS
 
 CONFIGS = REPOSITORY / "quickstart" / "configs"
 
@@ -39,14 +41,20 @@ def test_the_first_answer_appears_before_fine_tuning(stages):
     assert names.index("midtrain") < names.index("first") < names.index("sft")
 
 
-def test_a_models_folder_says_how_it_is_to_decode(tmp_path):
+@pytest.mark.parametrize("attention", ["full", "block_causal"])
+def test_a_models_folder_says_how_it_is_to_decode(tmp_path, attention):
     before = DiffusionGenerationConfig(max_new_tokens=512, temperature=0.1)
     before.save_pretrained(tmp_path)
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps({"attention": attention, "max_position_embeddings": 1024}))
     assert main(["settings", "--folder", str(tmp_path), "--config", str(CONFIGS / "eval.yaml")]) == 0
     after = DiffusionGenerationConfig.from_pretrained(tmp_path)
     scored = yaml.safe_load((CONFIGS / "eval.yaml").read_text())["generation"]
     assert scored.pop("steps") < after.steps == before.steps  # one for each token of an answer of any length
     assert {name: getattr(after, name) for name in scored} == scored
+    silent = {name for name, setting in SETTINGS.items() if getattr(after, name) == setting.default}
+    decided_by_a_server = {name for name in silent if SETTINGS[name].served is not None}
+    assert decided_by_a_server == (set() if attention == "full" else {"block_length"})  # a block model has its own
     config = tmp_path / "eval.yaml"
     config.write_text("generation: {max_new_token: 40}\n")
     assert main(["settings", "--folder", str(tmp_path), "--config", str(config)]) == 2
@@ -133,6 +141,14 @@ def test_unknown_arguments_are_refused(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["run", "--frsh"])
     assert "--frsh" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_answered_with_those_that_there_are(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--demoo"])
+    told = capsys.readouterr().err
+    assert "unrecognized arguments: --demoo" in told
+    assert all(option in told for option in ("--demo]", "--serve", "--run_dir"))
 
 
 @pytest.mark.parametrize("seeds", ["1,1", "", "-1", "1,a", "4294967296"])

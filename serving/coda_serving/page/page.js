@@ -322,6 +322,7 @@ const SAMPLES = [
   "Write a function that checks whether a number is prime.",
   "Write a function that reverses the words of a sentence.",
   "Write a function that returns the n-th Fibonacci number.",
+  "Return the sum of the squares of the even numbers in numbers.",  // which the small model of quickstart.sh can answer
 ];
 const messages = [];
 
