@@ -753,7 +753,7 @@ def test_packages_that_are_asked_for_are_there_with_what_they_require(level, mon
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setenv("CODA_EVAL_PACKAGES", "numpy,pandsa")
     with pytest.raises(ValueError, match="CODA_EVAL_PACKAGES names pandsa: not installed here"):
-        sandbox._further_packages()
+        sandbox.further_packages()
 
 
 def test_a_bench_that_is_left_starts_no_program_more(monkeypatch):
