@@ -47,6 +47,6 @@ fi
 cd "$coda_pretrain_dir/.."
 launcher=()
 if [[ -n ${CODA_PROCESSES:-} && $dry_run == false ]]; then
-    launcher=(-m torch.distributed.run --standalone --nproc_per_node "$CODA_PROCESSES")
+    launcher=(-m torch.distributed.run --standalone --log-dir=/dev/null --nproc_per_node "$CODA_PROCESSES")
 fi
 exec "$(find_python)" "${launcher[@]}" -m coda_pretrain "$@"

@@ -10,6 +10,8 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 
+os.environ.setdefault("PET_LOG_DIR", os.devnull)  # torchrun leaves no folder
+
 gc.disable()  # until all is imported: a fifth of that time
 
 LONGEST = (

@@ -22,7 +22,8 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from coda_eval import session
-from coda_eval.hosted import Begins, ChatPrompt, HostedLM, Nats, known, place, without_space
+from coda_eval.hosted import Begins, ChatPrompt, HostedLM, known, place, without_space
+from coda_eval.journal import Nats
 from coda_eval.likelihood import LikelihoodBound, bound_log_likelihoods
 from coda_eval.programs import Answer
 from coda_eval.run import LENGTHS

@@ -1,6 +1,5 @@
 """What our models have in common as guests of lm-eval: ranks, answers that are kept, no cache that lies."""
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -14,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LogitsProcessor
 
 from coda_eval import session
+from coda_eval.journal import known_likelihood, read_likelihood
 from coda_eval.programs import Answer
 from coda_eval.session import CACHE_LIES, Asked, label
 from CoDALanguageModel.answers import end_ids
@@ -42,25 +42,6 @@ class ChatPrompt(str):
 
     def __getnewargs__(self) -> tuple[str, list[dict[str, str]], bool]:
         return str(self), self.messages, self.continues
-
-
-class Nats(float):
-    """A log-likelihood that remembers the standard error of its estimate; None where it is not known."""
-
-    stderr: float | None = None
-
-    @classmethod
-    def of(cls, nats: float, stderr: float | None) -> "Nats":
-        """A value and its error."""
-        value = cls(nats)
-        value.stderr = stderr
-        return value
-
-    def __add__(self, other: float) -> "Nats":  # lm-eval sums over the windows of a long text
-        errors = [self.stderr, getattr(other, "stderr", 0.0)]
-        return Nats.of(float(self) + float(other), None if None in errors else math.hypot(*errors))
-
-    __radd__ = __add__
 
 
 class HostedLM(HFLM):
@@ -258,21 +239,6 @@ def place(request: Instance) -> str:
 def known(answer: str) -> dict[str, Any]:
     """What the journal keeps of an answer."""
     return {"answer": str(answer), "finish_reason": getattr(answer, "finish_reason", None), **Answer.cost_of(answer)}
-
-
-def known_likelihood(value: Any) -> dict[str, Any]:
-    """What the journal keeps of a likelihood: lm-eval's pair, or a number where whole texts are scored.
-
-    One that has no error was computed and not estimated.
-    """
-    nats, is_greedy = value if isinstance(value, tuple) else (value, None)
-    return {"nats": float(nats), "stderr": getattr(nats, "stderr", 0.0), "is_greedy": is_greedy}
-
-
-def read_likelihood(line: dict[str, Any]) -> Any:
-    """The likelihood of a line of the journal, as lm-eval takes it."""
-    nats = Nats.of(line["nats"], line["stderr"])
-    return nats if line["is_greedy"] is None else (nats, line["is_greedy"])
 
 
 def on_device(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

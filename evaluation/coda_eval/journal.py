@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -58,6 +59,25 @@ def _check(row: Any) -> None:
     for name, kind in kinds.items():
         if not isinstance(row[name], kind):
             raise TypeError(f"{name}: {row[name]!r:.80}")
+
+
+class Nats(float):
+    """A log-likelihood that remembers the standard error of its estimate; None where it is not known."""
+
+    stderr: float | None = None
+
+    @classmethod
+    def of(cls, nats: float, stderr: float | None) -> "Nats":
+        """A value and its error."""
+        value = cls(nats)
+        value.stderr = stderr
+        return value
+
+    def __add__(self, other: float) -> "Nats":  # lm-eval sums over the windows of a long text
+        errors = [self.stderr, getattr(other, "stderr", 0.0)]
+        return Nats.of(float(self) + float(other), None if None in errors else math.hypot(*errors))
+
+    __radd__ = __add__
 
 
 class Journal:
@@ -279,3 +299,18 @@ def code_version() -> str:
     if git("ls-files", "--error-unmatch", here.name) and (commit := git("rev-parse", "HEAD")):
         return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no", ":/") else commit
     return f"coda-lm {importlib.metadata.version('coda-lm')}"
+
+
+def known_likelihood(value: Any) -> dict[str, Any]:
+    """What the journal keeps of a likelihood: lm-eval's pair, or a number where whole texts are scored.
+
+    One that has no error was computed and not estimated.
+    """
+    nats, is_greedy = value if isinstance(value, tuple) else (value, None)
+    return {"nats": float(nats), "stderr": getattr(nats, "stderr", 0.0), "is_greedy": is_greedy}
+
+
+def read_likelihood(line: dict[str, Any]) -> Any:
+    """The likelihood of a line of the journal, as lm-eval takes it."""
+    nats = Nats.of(line["nats"], line["stderr"])
+    return nats if line["is_greedy"] is None else (nats, line["is_greedy"])

@@ -19,11 +19,9 @@ from lm_eval.api.model import LM
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
-import coda_eval.autoregressive  # noqa: F401  registers a model
 from coda_eval import session
 from coda_eval.data import DATA_VARIABLE
-from coda_eval.hosted import read_likelihood
-from coda_eval.journal import COMMAND, Journal
+from coda_eval.journal import COMMAND, Journal, read_likelihood
 from coda_eval.programs import Answer
 from coda_eval.run import check_limit, check_tasks, read_repeats, run_tasks
 from CoDALanguageModel.errors import UserError

@@ -19,7 +19,7 @@ from typing import Any
 
 from coda_eval.data import SAFIM_GAP, livecodebench_cases, problem, safim_cases
 from coda_eval.data import documents as load_documents
-from coda_eval.sandbox import Bench, Program, Verdict, isolation_level, run_programs
+from coda_eval.sandbox import Bench, Program, Verdict, further_packages, isolation_level, run_programs
 from coda_eval.sandbox_script import prelude
 from coda_eval.session import agree
 from CoDALanguageModel.errors import UserError
@@ -390,6 +390,7 @@ def sandbox_settings() -> tuple[str, int | None]:
     workers = os.environ.get(WORKERS_VARIABLE)
     if workers is not None and not (workers.isdigit() and int(workers) > 0):
         raise UserError(f"{WORKERS_VARIABLE} must be a positive number, got {workers!r}")
+    further_packages()  # whose error is not one of the level
     try:
         level = isolation_level(os.environ.get(LEVEL_VARIABLE, "auto"))
     except UserError as error:

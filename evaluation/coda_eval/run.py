@@ -41,7 +41,16 @@ from lm_eval.utils import handle_non_serializable, make_table, set_torch_seed
 
 from coda_eval import session
 from coda_eval.data import DATA_VARIABLE, problem
-from coda_eval.journal import COMMAND, FILES, Journal, code_version, digest, hash_tokenizer, hash_weights
+from coda_eval.journal import (
+    COMMAND,
+    FILES,
+    Journal,
+    code_version,
+    digest,
+    hash_tokenizer,
+    hash_weights,
+    known_likelihood,
+)
 from coda_eval.programs import PROGRAMS, SCORES_ALL, Answer, Judged, Overlap, ks_of, score_programs
 from coda_eval.records import Record, write_records
 from coda_eval.report import num_cut, write_scores
@@ -112,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     """
     resume = vars(args).pop("resume", False)
     config = read_config(args)
-    output = claim_folder(config.output_path, resume)
+    output = claim_folder(config.output_path, resume, model=config.model)
     tasks = check_tasks(config)
     with (
         _answers_folder(output) as folder,
@@ -348,8 +357,13 @@ def results_in(output: Path) -> list[Path]:
     return sorted(output.rglob("results_*.json"))
 
 
-def claim_folder(output_path: str | None, resume: bool = False) -> Path | None:
+def claim_folder(output_path: str | None, resume: bool = False, *, model: str = "") -> Path | None:
     """The `--output_path`: its folder is made, and holds no results yet, unless a run there is gone on with.
+
+    Args:
+        output_path: as given.
+        resume: whether a run there is gone on with.
+        model: the command's, of which it depends whether it could be.
 
     Raises:
         UserError: it holds results or answers of an earlier run, or nothing can be written there.
@@ -360,11 +374,14 @@ def claim_folder(output_path: str | None, resume: bool = False) -> Path | None:
         return None
     output = Path(output_path)
     folder = _folder_of(output)
+    mend = "give another folder, or remove them"
+    if model in OURS or model in AUTOREGRESSIVE:  # of others no weights are known, and `import` has no --resume
+        mend = "give another folder, remove them, or go on with that run by --resume"
     # The first process looks for all: its answers may already be there.
     if speaks() and not resume and (found := [*results_in(output), *sorted(folder.glob(FILES))]):
         raise UserError(
             f"--output_path {output_path!r} holds results of an earlier run ({found[0]}), which could not be told from "
-            "the new ones: give another folder, remove them, or go on with that run by --resume"
+            f"the new ones: {mend}"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -493,7 +510,7 @@ def refuse_greedy(model: LM, manager: TaskManager, names: list[str], gen_kwargs:
 
 def keep_answers(model: LM) -> None:
     """Have the answers of a model of lm-eval's written when it has made them; ours write their own, batch by batch."""
-    from coda_eval.hosted import HostedLM, known, known_likelihood  # and torch, which the model has brought
+    from coda_eval.hosted import HostedLM, known  # and torch, which the model has brought
 
     if isinstance(model, HostedLM):
         return
@@ -732,8 +749,6 @@ def _records_of_document(task: str, sample: dict[str, Any]) -> Iterable[Record]:
     score = next((sample[name] for name in sample["metrics"] if isinstance(sample[name], numbers.Real)), None)
     score = None if score is None else float(score)
     if not isinstance(sample["resps"][0][0], str):  # likelihoods: a request for each choice
-        from coda_eval.hosted import known_likelihood
-
         values = [sample["resps"][choice][0] for choice in range(len(sample["resps"]))]
         known_ones = [known_likelihood(value) for value in values]
         likelihoods = [[value["nats"], value["stderr"]] for value in known_ones]

@@ -336,7 +336,7 @@ def _binds() -> tuple[list[tuple[str, str]], list[str]]:
     paths += [python, stdlib]
     paths += [str(path) for path in Path(base, "lib").glob("lib*.so*")]
     binds = {path: path for path in paths if os.path.exists(path)}
-    for name in [*PACKAGES, *_further_packages()]:
+    for name in [*PACKAGES, *further_packages()]:
         spec = find_spec(name)
         if spec is not None and not spec.submodule_search_locations and spec.has_location:
             binds[spec.origin] = f"/packages/{Path(spec.origin).name}"  # a module of one file
@@ -348,7 +348,7 @@ def _binds() -> tuple[list[tuple[str, str]], list[str]]:
     return list(binds.items()), ["/packages"]
 
 
-def _further_packages() -> list[str]:
+def further_packages() -> list[str]:
     """The packages that the environment asks for and all that they require, by the names they are imported by.
 
     Raises:

@@ -61,10 +61,10 @@ class Server:
             self.objects.append(value)
         return b"h", self.numbers[id(value)]
 
-    def _object_of(self, tag, number):
-        return self.objects[number] if tag == b"h" else self._callback(number)
+    def _object_of(self, tag, number, names=None):
+        return self.objects[number] if tag == b"h" else self._callback(number, names)
 
-    def _callback(self, number):
+    def _callback(self, number, names):
         """A function of the tests that came as an argument. While it runs, it may ask for whatever tests ask for."""
 
         def call(*positional, **named):
@@ -82,6 +82,8 @@ class Server:
                 renew(values[place], after)
             return result
 
+        for name, text in {"__doc__": None, **names}.items():
+            setattr(call, name, text)
         return call
 
     def run(self, source, module):

@@ -9,9 +9,13 @@ import builtins
 import functools
 import marshal
 import os
+from _thread import RLock
 
 from sandbox_line import Gone, describe, failure_of, is_short, rebuild
 from sandbox_values import NOT_BUILTIN, PROTOCOLS, PROTOCOLS_AT, Codec, Uncarried, pickle_builtin, renew
+
+NAMES = ("__name__", "__doc__", "__qualname__", "__module__")
+"""Attributes that functions show to the other side, as decorators copy them."""
 
 
 class Client:
@@ -24,16 +28,19 @@ class Client:
         self.broken = ""
         """Why the candidate can no longer be asked; a program with such a line never passes."""
         self.codec = Codec(self._number_of, self._object_of)
+        self.one_at_a_time = RLock()
+        """Held from a request to its answer: threads of the tests share the line."""
 
     def _number_of(self, value):
         if isinstance(value, Handle):
             return b"h", number_of(value)
         if callable(value):
             self.callbacks.append(value)
-            return b"k", len(self.callbacks) - 1
+            names = {name: getattr(value, name, None) for name in NAMES}
+            return b"k", len(self.callbacks) - 1, {name: text for name, text in names.items() if type(text) is str}
         raise Uncarried(f"a test passes a {type(value).__name__}, which is no plain data")
 
-    def _object_of(self, tag, number):
+    def _object_of(self, tag, number, names=None):
         if tag == b"k":
             return self.callbacks[number]
         number, protocols = number & (1 << PROTOCOLS_AT) - 1, number >> PROTOCOLS_AT
@@ -86,14 +93,15 @@ class Client:
 
     def ask(self, kind, *parts):
         """Send one request and return the parts of its answer."""
-        if self.broken:
-            raise Gone(self.broken)
-        try:
-            self.line.send(kind, *parts)
-        except BrokenPipeError:
-            self.broken = "ended without an answer"
-            raise Gone(self.broken) from None
-        return self.answer()
+        with self.one_at_a_time:
+            if self.broken:
+                raise Gone(self.broken)
+            try:
+                self.line.send(kind, *parts)
+            except BrokenPipeError:
+                self.broken = "ended without an answer"
+                raise Gone(self.broken) from None
+            return self.answer()
 
     def do(self, operation, *operands):
         """The result of one of `OPERATIONS`."""
@@ -135,7 +143,7 @@ class Handle:
         object.__setattr__(self, "_number", number)
 
     def __getattr__(self, name):
-        if name.startswith("__") and name not in ("__name__", "__doc__", "__qualname__", "__module__"):
+        if name.startswith("__") and name not in NAMES:
             raise AttributeError(name)
         return _client(self).do("getattr", self, name)
 
@@ -210,6 +218,8 @@ _METHODS = {
 def handle_class(protocols):
     """The class of handles of objects that have these protocols and no other, so that tests may ask for them."""
     named = {name: _METHODS[name] for place, name in enumerate(PROTOCOLS) if protocols >> place & 1}
+    for name in ("__doc__", "__module__"):  # every class has these, so that nobody would ask for an instance's
+        named[name] = property(functools.partial(Handle.__getattr__, name=name))
     return type("Handle", (Handle,), {"__slots__": (), **named})
 
 

@@ -6,7 +6,7 @@ Runs inside the sandbox: standard library only. What a message carries is `sandb
 import os
 import struct
 
-from sandbox_values import MAX_BYTES, exception_class
+from sandbox_values import MAX_BYTES, exception_class, exception_name
 
 MAX_TEXT = 2000
 """Length of the text of a failure."""
@@ -72,12 +72,14 @@ class Line:
 
 def failure_of(error):
     """An exception as data: names of its class and bases, text, exit code, and what it was made of if that is plain."""
-    names = [kind.__name__ for kind in type(error).__mro__[:-1]]
+    names = [exception_name(kind) for kind in type(error).__mro__[:-1]]
     text, made_of = "", BaseException.args.__get__(error)
     try:
         text = str(error)[:MAX_TEXT]
         if isinstance(error, OSError) and len(made_of) == 2 and error.filename is not None:
             made_of = *made_of, error.filename
+        elif "JSONDecodeError" in names:
+            made_of = error.msg, error.doc, error.pos
     except BaseException:  # the program's own exception class may do anything
         made_of = None
     if made_of is None or len(made_of) > 8 or not all(map(is_short, made_of)):

@@ -58,10 +58,30 @@ class Uncarried(TypeError):
     """A value that cannot be passed by value, or bytes that are no value."""
 
 
+EXCEPTIONS = {
+    "JSONDecodeError": "json.decoder",
+    "FrozenInstanceError": "dataclasses",
+    "StatisticsError": "statistics",
+    "Empty": "queue",
+    "Full": "queue",
+    **dict.fromkeys(("DecimalException", "DivisionByZero", "InvalidOperation", "Overflow", "Inexact"), "decimal"),
+}
+"""Exceptions of the standard library that functions raise for their callers, and their modules."""
+
+
 def exception_class(name):
-    """The builtin exception `name`, or None."""
-    found = getattr(builtins, name, None)
+    """The builtin exception `name`, or one of `EXCEPTIONS` if its module is loaded, as by tests that name it; or None.
+
+    No others of modules: some, such as `unittest.SkipTest`, say more to who runs tests than that something failed.
+    """
+    found = getattr(builtins, name, None) or getattr(sys.modules.get(EXCEPTIONS.get(name)), name, None)
     return found if isinstance(found, type) and issubclass(found, BaseException) else None
+
+
+def exception_name(kind):
+    """The name by which a class of exceptions is sent: a candidate's own class has no name of `EXCEPTIONS`."""
+    name = kind.__name__
+    return "" if name in EXCEPTIONS and kind is not exception_class(name) else name
 
 
 NOT_BUILTIN = (Uncarried, RecursionError, ValueError)
@@ -143,8 +163,9 @@ class Codec:
     """Encodes and decodes values.
 
     Args:
-        number_of: gives the pair (tag byte, number) of an object that is no data, or raises `Uncarried`.
-        object_of: gives the object for a pair (tag byte, number) that came from the other side.
+        number_of: gives the pair (tag byte, number) of an object that is no data, or raises `Uncarried`; of a function
+            of the tests also its names, a dict.
+        object_of: gives the object for what came from the other side.
     """
 
     def __init__(self, number_of, object_of):
@@ -225,7 +246,10 @@ class Codec:
         put(data)
 
     def _put_number(self, value, put):
-        put(_HEAD.pack(*self.number_of(value)))
+        tag, number, *names = self.number_of(value)
+        put(_HEAD.pack(tag, number))
+        if tag == b"k":
+            self._put(*names, put, 0)
 
     def _put_sequence(self, tag, items, put, depth):
         put(_HEAD.pack(tag, len(items)))
@@ -350,9 +374,11 @@ class Codec:
             return self._get_sequence(tag, size, data, at, depth)
         if tag in b"dOC":
             return self._get_dict(tag, data, at, depth)
-        if tag in b"hk":
+        if tag == b"h":
             return self.object_of(tag, size), at
         value, end = self._get(data, at, depth + 1)
+        if tag == b"k":
+            return self.object_of(tag, size, _of(dict, value)), end
         if tag == b"{":
             return set(_of(list, value)), end
         if tag == b"<":

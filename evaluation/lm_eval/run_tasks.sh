@@ -69,7 +69,7 @@ run_tasks() {
   local -a launcher=("$python") options=() names=()
   read -r -d '' -a names <<<"$tasks" || true
   if [[ $processes -gt 1 ]]; then
-    launcher=("$python" -m torch.distributed.run --standalone --nproc_per_node "$processes")
+    launcher=("$python" -m torch.distributed.run --standalone --log-dir=/dev/null --nproc_per_node "$processes")
     if [[ $gpus -eq 0 ]]; then export ACCELERATE_USE_CPU=true; fi
   fi
   if [[ $gpus -eq 0 ]]; then options+=(--device cpu); fi

@@ -128,6 +128,7 @@ def _relaunch(argv: list[str]) -> NoReturn:
     num_nodes = environment.get("NNODES", "1")
     address, port = environment.get("MASTER_ADDR", "127.0.0.1"), environment.get("MASTER_PORT", str(_free_port()))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
+    command += [f"--log-dir={os.devnull}"]  # else it leaves a folder in TMPDIR; nothing is logged there
     command += [f"--max-restarts={environment.get('MAX_RESTARTS', '0')}"]
     if "RDZV_ID" in environment:
         if {"MIN_NNODES", "MAX_NNODES"} <= environment.keys():

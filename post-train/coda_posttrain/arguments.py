@@ -65,6 +65,9 @@ PATHS = (
 PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 """Keys of `dataset_info.json` that say where a data set is."""
 
+ENTRY = ("num_samples", "subset", "split", "folder")
+"""Further keys there, beside `formatting`, `ranking`, `columns` and `tags`: the first is a number, the others text."""
+
 LOOKED_AT = 1000
 """Records of each data set that are checked before anything is loaded; all are when the data is read."""
 
@@ -488,7 +491,7 @@ def dataset_info(folder: Path) -> dict[str, Any]:
         raise UserError(f"dataset_dir={str(folder)!r}: {file.absolute()} not found")
     try:
         info = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file.absolute()} cannot be read: {error}") from error
     if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
         raise UserError(f"{file.absolute()} must hold one object for each data set, by its name")
@@ -509,6 +512,15 @@ def _is_local(entry: Mapping[str, Any]) -> bool:
 def _check_local_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
     """Check the entry of a data set and, where it names local JSON or CSV files, their first records."""
     layout = Layout.of(name, entry)
+    known = ["formatting", "ranking", "columns", "tags", *ENTRY, *PLACES]
+    for key, value in entry.items():
+        if key not in known:
+            hint = did_you_mean(key, known)
+            raise UserError(f"dataset {name!r}: unknown key {key!r}{hint} (known: {', '.join(known)})")
+        if key == "num_samples" and value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"dataset {name!r}: num_samples must be a positive integer, got {value!r}")
+        if key in (*ENTRY[1:], *PLACES) and not isinstance(value, str | None):
+            raise UserError(f"dataset {name!r}: {key} must be text, got {value!r}")
     if not any(entry.get(key) for key in PLACES):
         raise UserError(f"dataset {name!r}: dataset_info.json says not where it is: give one of {', '.join(PLACES)}")
     if not _is_local(entry):

@@ -10,12 +10,14 @@ import gzip
 import json
 import logging
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
+from CoDALanguageModel.run_files import LFS_POINTER
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +140,8 @@ class Layout:
         if not isinstance(history, Sequence | None) or isinstance(history, str):
             raise _Malformed(f"key {self.history!r} must be a list of [request, answer], got {_shown(history)}")
         for pair in history or ():
-            if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+            if not is_pair or not all(isinstance(text, str) for text in pair):
                 raise _Malformed(f"key {self.history!r} must hold [request, answer] pairs, got {_shown(pair)}")
             messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
         for column in (self.prompt, self.response):
@@ -247,9 +250,12 @@ def data_files(path: Path, name: str) -> tuple[str, list[Path]]:
     Raises:
         UserError: nothing there, or files of several types.
     """
-    if not path.exists():
-        raise UserError(f"dataset {name!r}: file not found: {path.absolute()}")
-    listed = sorted(path.iterdir()) if path.is_dir() else [path]
+    try:
+        if not path.exists():
+            raise UserError(f"dataset {name!r}: file not found: {path.absolute()}")
+        listed = sorted(path.iterdir()) if path.is_dir() else [path]
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"dataset {name!r}: {error}") from error
     types: dict[str, list[Path]] = {}
     for file in listed:
         suffixes = [suffix.lstrip(".").lower() for suffix in file.suffixes]
@@ -286,6 +292,9 @@ def read_records(file: Path) -> Iterator[tuple[str, str, str]]:
                 return
             for number, line in enumerate(lines, 1):
                 place = f"{file}:{number}"
+                if number == 1 and line.startswith(LFS_POINTER):
+                    yield place, "", "the file is a Git LFS pointer, not the data: fetch it (git lfs pull)"
+                    return
                 if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                     yield place, "", "the file is UTF-16; convert it to UTF-8"
                     return
@@ -307,6 +316,9 @@ def _read_table(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, str, 
     number = 1
     try:
         columns = rows.fieldnames or []
+        if twice := [column for column, count in Counter(columns).items() if count > 1]:
+            yield f"{file}:1", "", f"columns must have different names, got twice: {', '.join(map(repr, twice))}"
+            return
         number = rows.line_num + 1
         for row in rows:
             record = {column: text for column, text in row.items() if text is not None}

@@ -91,7 +91,13 @@ def load_conversations(attr: Any, model_args: Any, data_args: Any, training_args
             gen_kwargs={"files": [[str(file) for file in files]], "stamps": [stamps], "version": VERSION},
         )
         if attr.split != "train":
-            parts = ReadInstruction.from_spec(attr.split).to_absolute({"train": len(dataset)})
+            try:
+                parts = ReadInstruction.from_spec(attr.split).to_absolute({"train": len(dataset)})
+            except (ValueError, AssertionError) as error:
+                raise DataError(
+                    f"dataset {attr.dataset_name!r}: split must be train or a part of it, such as train[:80%], got "
+                    f"{attr.split!r}: {error}"
+                ) from error
             dataset = dataset.select([index for part in parts for index in range(part.from_ or 0, part.to)])
     else:
         try:

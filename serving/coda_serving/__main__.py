@@ -199,6 +199,9 @@ def serve(settings: ServerSettings) -> None:
     gc.collect()
     gc.freeze()
     logger.info("%s on http://%s:%d/v1", settings.public_name, settings.host, settings.port)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        # uvicorn raises it again when all is answered: libraries then remove what they have in TMPDIR, as torch does.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     Server(config, app.state.engine, settings.drain_timeout_s).run(sockets=[listener])
 
 

@@ -283,6 +283,8 @@ def test_imported_samples_are_judged_again(two_problems, tmp_path, monkeypatch):
     file = write_samples(folder / "samples.jsonl", samples)
     command(monkeypatch, "import", file, "--task", "coda_humaneval", "--output_path", tmp_path / "run")
     before = read_records(tmp_path / "run")
+    with pytest.raises(SystemExit, match="holds results of an earlier run .*: give another folder, or remove them$"):
+        command(monkeypatch, "import", file, "--task", "coda_humaneval", "--output_path", tmp_path / "run")
     file.unlink()
     again = [sys.executable, "-m", "coda_eval", "judge", str(tmp_path / "run")]  # a process that did not import
     done = subprocess.run(again, capture_output=True, text=True, timeout=240)

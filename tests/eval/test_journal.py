@@ -23,8 +23,7 @@ from transformers import AutoTokenizer
 
 from coda_eval import harness, programs, run, sandbox
 from coda_eval.__main__ import main
-from coda_eval.hosted import Nats, known_likelihood
-from coda_eval.journal import Journal, code_version, hash_tokenizer, hash_weights
+from coda_eval.journal import Journal, Nats, code_version, hash_tokenizer, hash_weights, known_likelihood
 from coda_eval.records import read_records
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.errors import UserError

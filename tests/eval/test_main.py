@@ -95,17 +95,24 @@ def test_task_files_load_and_do_not_take_names_of_lm_eval(tasks):
     assert all(name.startswith(("coda_", "quickstart_")) for name in names)
 
 
-def test_what_is_wrong_with_a_command_is_said_before_torch_is_loaded(data_dir):
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("run --model coda --model_args pretrained=m --tasks quickstart_problems", "line 1 must be a JSON object"),
+        ("judge nowhere", "no command.json in 'nowhere'"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_said_before_torch_is_loaded(data_dir, command, said):
     (data_dir / "quickstart_problems.jsonl").write_text("[]\n")
     code = (
         "import sys\n"
         "from coda_eval.__main__ import main\n"
-        "sys.argv[1:] = 'run --model coda --model_args pretrained=m --tasks quickstart_problems'.split()\n"
+        f"sys.argv[1:] = {command!r}.split()\n"
         "try:\n    main()\nfinally:\n    print(*({'torch', 'transformers'} & sys.modules.keys()), 'loaded')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "line 1 must be a JSON object" in done.stderr
+    assert said in done.stderr
     assert done.stdout.strip() == "loaded"
 
 

@@ -214,6 +214,11 @@ def test_the_sandbox_is_tried_before_the_model_is_loaded(evaluation, stub, data_
         patch.setattr(programs, "isolation_level", missing)
         said = evaluation()
     assert "'auto' does not work on this machine: bwrap: No permissions (CODA_EVAL_SANDBOX sets the level)" in said
+    with monkeypatch.context() as patch:
+        patch.setenv("CODA_EVAL_PACKAGES", "pandsa")
+        said = evaluation()
+    assert "CODA_EVAL_PACKAGES names pandsa: not installed here" in said
+    assert "CODA_EVAL_SANDBOX" not in said
     monkeypatch.setenv("CODA_EVAL_WORKERS", "many")
     assert "CODA_EVAL_WORKERS must be a positive number, got 'many'" in evaluation()
     assert stub.built == 0

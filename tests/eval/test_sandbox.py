@@ -256,6 +256,32 @@ RIGHT = {
         "def f(x): return asyncio.run(g(x))",
         TESTS,
     ),
+    "docstring": (
+        "def f(x):\n    'Twice.'\n    return x * 2",
+        "assert (f.__doc__, f.__module__) == ('Twice.', 'candidate')",
+    ),
+    "names of a test's function": (
+        "import functools\ndef f(g):\n    @functools.wraps(g)\n    def h(x): return g(x) * 2\n    return h",
+        "@f\ndef g(x):\n    'Same.'\n    return x\nassert (g(2), g.__name__, g.__doc__) == (4, 'g', 'Same.')",
+    ),
+    "exceptions of the library": (
+        "import dataclasses, decimal, json\n@dataclasses.dataclass(frozen=True)\nclass P: x: int\n"
+        "def f(kind): return json.loads('{') if kind == 'json' else decimal.Decimal('x')",
+        "import json\nfrom dataclasses import FrozenInstanceError\nfrom decimal import InvalidOperation\n"
+        "try:\n    f('json'); assert False\nexcept json.JSONDecodeError as e: assert (e.doc, e.pos) == ('{', 1)\n"
+        "try:\n    f('decimal'); assert False\nexcept InvalidOperation: pass\n"
+        "try:\n    P(1).x = 2; assert False\nexcept FrozenInstanceError: pass",
+    ),
+    "its own exception of a known name": (
+        "class Empty(Exception): pass\ndef f(x): raise Empty('none')",
+        "import queue\ntry:\n    f(1); found = None\nexcept queue.Empty: found = 'queue'\n"
+        "except Exception as e: found = str(e)\nassert found == 'none'",
+    ),
+    "threads of the tests": (
+        "class C:\n    n = 0\n    def more(self):\n        self.n += 1\n        return self.n\n",
+        "import threading\nc = C()\nthreads = [threading.Thread(target=c.more) for _ in range(8)]\n"
+        "for t in threads: t.start()\nfor t in threads: t.join()\nassert c.n == 8",
+    ),
     "pool": (
         "from concurrent.futures import ThreadPoolExecutor\ndef f(x):\n"
         "    with ThreadPoolExecutor(2) as p: return sum(p.map(int, [x, x]))",
@@ -753,7 +779,7 @@ def test_packages_that_are_asked_for_are_there_with_what_they_require(level, mon
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setenv("CODA_EVAL_PACKAGES", "numpy,pandsa")
     with pytest.raises(ValueError, match="CODA_EVAL_PACKAGES names pandsa: not installed here"):
-        sandbox._further_packages()
+        sandbox.further_packages()
 
 
 def test_a_bench_that_is_left_starts_no_program_more(monkeypatch):

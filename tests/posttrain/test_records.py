@@ -19,6 +19,7 @@ from coda_posttrain.records import (
     parse_record,
     read_records,
 )
+from CoDALanguageModel.errors import UserError
 
 PAIR = {"instruction": "a", "output": "b"}
 CHATML = {
@@ -79,6 +80,8 @@ def test_bytes_of_every_shape_give_the_same_records(tmp_path, content, name):
         ("instruction,output\na,b\n".encode("utf-16"), "a.csv", "a.csv:1", "not UTF-8 .byte 0xff at 1"),
         (b'instruction,output\n"a\nb",c\nd,e,f\n', "a.csv", "a.csv:4", "1 more values than columns"),
         (b'instruction,output\na,"b\n', "a.csv", "a.csv:2", "not CSV: unexpected end of data"),
+        (b"instruction,output,output\na,b,c\n", "a.csv", "a.csv:1", "different names, got twice: 'output'"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a.jsonl", "a.jsonl:1", "a Git LFS pointer"),
         (b"instruction,out\na,b\n", "a.csv", "a.csv:2", "no key 'output' .it has 'instruction', 'out'"),
     ],
 )  # fmt: skip
@@ -113,6 +116,36 @@ def test_a_data_set_that_is_nowhere_is_refused(tmp_path):
         ValueError, match="dataset 'train': dataset_info.json says not where it is: give one of file_name"
     ):
         check_datasets({"dataset": "train", "dataset_dir": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"file_name": "a.jsonl", "colums": {}}, "unknown key 'colums'; did you mean 'columns'"),
+        ({"file_name": ["a.jsonl"]}, "file_name must be text, got .'a.jsonl'."),
+        ({"file_name": "x" * 300}, "File name too long"),
+        ({"file_name": "a.jsonl", "num_samples": "5"}, "num_samples must be a positive integer, got '5'"),
+        ({"file_name": "a.jsonl", "num_samples": 0}, "num_samples must be a positive integer, got 0"),
+        ({"file_name": "a.jsonl", "split": 5}, "split must be text, got 5"),
+    ],
+)
+def test_a_wrong_entry_is_refused_before_anything_is_loaded(tmp_path, entry, message):
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIR) + "\n")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"d": entry}))
+    with pytest.raises(UserError, match=f"dataset 'd': .*{message}"):
+        check_datasets({"dataset": "d", "dataset_dir": str(tmp_path)})
+
+
+def test_descriptions_that_are_nested_too_deep_are_refused(tmp_path):
+    (tmp_path / "dataset_info.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="dataset_info.json cannot be read"):
+        check_datasets({"dataset": "d", "dataset_dir": str(tmp_path)})
+
+
+def test_two_letters_are_no_pair_of_a_history():
+    layout = Layout(history="history")
+    fate = layout.conversation({**PAIR, "history": ["hi", "ok"]})["fate"]
+    assert fate == f"{MALFORMED}key 'history' must hold [request, answer] pairs, got 'hi' (str)"
 
 
 def test_a_named_column_that_no_record_has_is_refused(tmp_path):

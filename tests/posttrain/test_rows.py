@@ -1,6 +1,7 @@
 """Rows are whole, or shortened where nothing is glued together, or left out and counted."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -177,3 +178,7 @@ def test_a_split_may_be_a_part_of_the_file(tmp_path):
     (tmp_path / "a.jsonl").write_text((json.dumps({"instruction": "a", "output": "b"}) + "\n") * 10)
     attr = DatasetAttr("file", dataset_name="a.jsonl", split="train[:30%]")
     assert len(load_conversations(attr, *arguments(tmp_path, tmp_path))) == 3
+    for split in ("test", "train[:"):
+        attr.split = split
+        with pytest.raises(DataError, match=rf"split must be train or a part of it, .*, got '{re.escape(split)}'"):
+            load_conversations(attr, *arguments(tmp_path, tmp_path))

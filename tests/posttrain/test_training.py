@@ -405,6 +405,7 @@ def test_several_processes_are_started_with_the_same_command(model_dir, data_dir
         main(["train", *argv])
     program, *command = started.value.args
     assert command[:4] == [program, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    assert f"--log-dir={os.devnull}" in command  # else a folder is left in TMPDIR
     assert command[-len(argv) - 3 :] == ["-m", "coda_posttrain", "train", *argv]
 
 

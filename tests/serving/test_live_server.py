@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -187,6 +188,8 @@ def test_sigterm_lets_a_running_answer_finish(model_folder, tmp_path, serving_fa
     env_file = tmp_path / "my.env"
     env_file.write_text("SERVED_MODEL_NAME=drained\nAPI_KEY=secret\nMAX_TOKENS=99\nLOG_LEVEL=warning\n")
     variables = {"ENV_FILE": str(env_file), "MAX_TOKENS": "300", "STEPS": "300", "BATCH_WAIT_MS": "0"}
+    variables["TMPDIR"] = str(tmp_path / "scratch")
+    (tmp_path / "scratch").mkdir()
     with serving_fakes.start_server(model_folder, tmp_path, **variables) as server:
         server.wait_until_ready()
         client = openai.OpenAI(base_url=server.url + "/v1", api_key="secret", max_retries=0, timeout=60)
@@ -199,11 +202,12 @@ def test_sigterm_lets_a_running_answer_finish(model_folder, tmp_path, serving_fa
         ask.start()
         while not httpx.get(server.url + "/health", timeout=10).json()["running"]:
             time.sleep(0.01)
-        server.terminate()
+        assert server.terminate() == 128 + signal.SIGTERM
         ask.join(30)
         assert answers
         assert answers[0].usage.forwards > 20
         assert "settings:" not in server.log.read_text()  # info is below the log level
+    assert list((tmp_path / "scratch").iterdir()) == []  # torch makes a folder there when it is imported
 
 
 @pytest.mark.parametrize(
