@@ -454,7 +454,7 @@ def convert(
             # A model that stays what it was ends with padding too; one that is to be adapted is trained without it.
             stays = settings["attention"] != "full" or not family.is_autoregressive
             own = source.config.to_dict() if gguf else values
-            ends = published_ends(source_dir, own, tokenizer, with_padding=stays)
+            ends = published_ends(source_dir, own, tokenizer, num_rows, with_padding=stays)
         complete_tokenizer(tokenizer, mask_token)
         if set(ends) - {tokenizer.eos_token_id}:
             settings["eos_token_id"] = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))

@@ -102,8 +102,8 @@ class CoDAConfig(PreTrainedConfig):
             every row has a token (for Qwen's vocabulary: the ids that its tokenizer defines).
 
     Raises:
-        UserError: a field of the wrong kind, a size below 1, head counts that do not divide, no mask token, a token id
-            outside of the vocabulary, or blocks that do not go with the attention.
+        UserError: a field of the wrong kind, a size below 1, head counts that do not divide, no mask token or one that
+            means something else too, a token id outside of the vocabulary, or blocks that do not go with the attention.
     """
 
     model_type = "CoDA"
@@ -224,6 +224,8 @@ class CoDAConfig(PreTrainedConfig):
             is_id = type(token_id) is int and 0 <= token_id < self.vocab_size
             if is_missing or (token_id is not None and not is_id):
                 raise UserError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id!r}")
+            if token_id == self.mask_token_id and name != "mask_token_id":
+                raise UserError(f"{name} must be another than mask_token_id, which never stays, got {token_id!r}")
 
     def _check_blocks(self) -> None:
         size, longest = self.block_size, self.max_position_embeddings

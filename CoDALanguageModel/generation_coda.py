@@ -119,8 +119,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         """`diffusion_generate` under the name and with the arguments that transformers' callers use.
 
         `max_length` counts the columns of `inputs` too; `top_k=0` is none; `num_beams` is 1; `stop_strings` may be one
-        text; `use_cache`, `synced_gpus` and `disable_compile` mean nothing here; other settings of transformers may have the value that asks for
-        nothing (`NEUTRAL`). What a plain `GenerationConfig` leaves unset is as the model's own settings say.
+        text; `use_cache`, `synced_gpus` and `disable_compile` mean nothing here; other settings of transformers may
+        have the value that asks for nothing (`NEUTRAL`). What a plain `GenerationConfig` leaves unset is as the model's
+        own settings say.
         """
         if "input_ids" in kwargs:
             if inputs is not None:

@@ -315,6 +315,53 @@ def test_minus_one_is_no_token(tmp_path):
     assert convert(str(source), str(tmp_path / "made"), check=False, **blocks).config.eos_token_id == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("pad", [-1, -300, 258, 32000])
+def test_padding_without_a_row_gives_way_to_the_tokenizers_and_ends_nothing(family, pad, tmp_path):
+    source = tmp_path / "source"
+    make_autoregressive(source, family, tokenizer=make_tokenizer(["<|endoftext|>", "<pad>"], pad_token="<pad>"))
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"pad_token_id": pad}))
+    blocks = {"attention": "block_causal", "block_size": 1}  # by which padding ends an answer too
+    config = convert(str(source), str(tmp_path / "made"), check=False, **blocks).config
+    assert (config.pad_token_id, config.mask_token_id, config.eos_token_id) == (1, 258, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "value", "message"),
+    [
+        (
+            "eos_token_id",
+            "config.json",
+            259,
+            "config.json: eos_token_id must be in [0, 259), the rows of the",
+        ),
+        (
+            "eos_token_id",
+            "generation_config.json",
+            [0, 259],
+            "generation_config.json: eos_token_id must be in [0, 2",
+        ),
+        ("eos_token_id", "generation_config.json", "x", "generation_config.json: eos_token_id must be a token id, a l"),
+        ("pad_token_id", "generation_config.json", 1.5, "generation_config.json: pad_token_id must be a token id, a l"),
+    ],
+)
+def test_end_tokens_that_are_none_of_the_model_are_refused_by_file_and_name(name, file, value, message, tmp_path):
+    make_autoregressive(tmp_path / "source")
+    path = tmp_path / "source" / file  # 259 is the row that the mask token gets
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    blocks = {"attention": "block_causal", "block_size": 1}
+    with pytest.raises(UserError, match=re.escape(message)):
+        convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False, **blocks)
+
+
+def test_the_mask_token_is_no_other_one(tmp_path):
+    make_autoregressive(tmp_path / "source")
+    for token in ("<|im_end|>", "<|endoftext|>"):  # which end a turn, and a document
+        with pytest.raises(UserError, match="eos_token_id must be another than mask_token_id, which never stays, got"):
+            convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False, mask_token=token)
+
+
 def test_own_template_and_mask_token_are_kept(tmp_path):
     tokenizer = make_tokenizer([*CHATML, "[M]"], chat_template="{{ messages[0].content }}")
     tokenizer.add_special_tokens({"mask_token": "[M]"})
