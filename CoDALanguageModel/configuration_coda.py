@@ -166,7 +166,9 @@ class CoDAConfig(PreTrainedConfig):
             self.num_token_ids = QWEN_NUM_TOKEN_IDS if is_qwen else self.vocab_size
         super().__post_init__(**kwargs)
         self._check()
-        # A folder saved from this configuration names the code files that lie beside its weights.
+        # A folder saved from this configuration names the code files that lie beside its weights. `AutoTokenizer` reads
+        # it first and asks about "AutoConfig", unless trust_remote_code=False is said: without that entry no model of
+        # a type that transformers lacks can be loaded, and one that it has would be loaded as another network.
         self.auto_map = {
             "AutoConfig": "configuration_coda.CoDAConfig",
             "AutoModel": "modeling_coda.CoDALanguageModel",
