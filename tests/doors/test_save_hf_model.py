@@ -477,6 +477,36 @@ def test_a_folder_in_use_is_replaced_only_when_asked(tmp_path):
     assert (made / "config.json").exists()
 
 
+def test_a_link_to_the_folder_stays_one(tmp_path):
+    make_export(tmp_path / "source")
+    for name in ("there", "not yet"):
+        (tmp_path / name).symlink_to(tmp_path / f"disk {name}")
+    (tmp_path / "disk there").mkdir()
+    for name in ("there", "not yet", "there"):
+        convert(str(tmp_path / "source"), str(tmp_path / name), check=False, overwrite=True)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / f"disk {name}" / "config.json").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["disk not yet", "disk there", "not yet", "source", "there"]
+
+
+@pytest.mark.parametrize(
+    ("handler", "status", "said"), [(signal.SIG_DFL, 130, "^interrupted$"), (signal.SIG_IGN, 1, "ImportError")]
+)
+def test_ctrl_c_during_the_imports_is_told_in_a_word_and_ignored_under_nohup(repo, tmp_path, handler, status, said):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError")
+    done = subprocess.run(
+        [sys.executable, str(repo / "save_hf_model.py"), "--help"],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (status, "")
+    assert re.search(said, done.stderr.strip())
+
+
 def test_a_folder_never_takes_the_place_of_one_that_holds_its_source(tmp_path, monkeypatch):
     make_autoregressive(tmp_path / "run" / "source")
     (tmp_path / "run" / "model.gguf").write_bytes(b"GGUF")
@@ -872,18 +902,29 @@ def test_a_name_stays_in_its_cell_of_the_card(adapted, hub):
     assert ModelCard(text).data.license == "apache-2.0"
 
 
+WRONG_CARDS = (
+    *({"score": score} for score in (None, "0.5", True, float("nan"), float("inf"), 10**400, 50, -0.1)),
+    *({"n": n} for n in (0, -3, 2.5, "many", True)),
+    *({"wilson95": bounds} for bounds in ([0.1], [0.1, 0.2, 0.3], "ab", ["a", "b"], [0.9, 0.1], [0.1, float("nan")])),
+    {"wilson95": [19, 32]},
+    {"task": None},
+    {"metric": {"name": "pass@1"}},
+    {"settings": None},
+)
+
+
 def test_scores_of_other_weights_and_files_of_another_kind_are_refused(adapted, hub, capsys):
     cards = json.loads((adapted / "scores.json").read_text())
     cards[0]["hashes"]["weights"] = "0" * 24
     (adapted / "scores.json").write_text(json.dumps(cards))
     assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
     assert "coda_humaneval was scored with other weights or another configuration" in capsys.readouterr().err
-    for other in ({"results": {}}, []):
+    for other in ({"results": {}}, [], *([cards[0] | wrong] for wrong in WRONG_CARDS)):
         (adapted / "scores.json").write_text(json.dumps(other))
         assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
         assert "--scores must be a scores.json of evaluation, got" in capsys.readouterr().err
     wrong = ("dataset: opencoder\n", "opencoder", "[1]", TUNING.replace("2.0e-05", "much"))
-    for text in (*wrong, RUN.replace("weight: 2.0", "weight: [2]")):
+    for text in (*wrong, RUN.replace("weight: 2.0", "weight: [2]"), "[" * 5000):
         (adapted / "run_config.yaml").write_text(text)
         assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
         assert "--stage must be the config.yaml of a pre-training run or" in capsys.readouterr().err
