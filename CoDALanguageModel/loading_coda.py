@@ -126,10 +126,8 @@ def _is_tied(names: Container[str], read: Callable[[str], Tensor], default: bool
         read: gives the weight of a name.
         default: what the configuration says.
     """
-    if EMBEDDING_WEIGHT not in names:  # as where `CoDAModel` was saved alone: nothing tells what its head was
-        return default and HEAD_WEIGHT not in names
     if HEAD_WEIGHT not in names:
         return True
-    if not default:
+    if EMBEDDING_WEIGHT not in names or not default:
         return False
     return torch.equal(read(HEAD_WEIGHT), read(EMBEDDING_WEIGHT))

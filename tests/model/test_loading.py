@@ -12,7 +12,6 @@ import CoDALanguageModel as package
 from CoDALanguageModel import CoDAConfig, CoDALanguageModel, DiffusionGenerationConfig
 from CoDALanguageModel.config_fields import ROPE_NEEDS
 from CoDALanguageModel.errors import UserError
-from CoDALanguageModel.modeling_coda import CoDAModel
 from CoDALanguageModel.weight_files import check_weights, read_tokenizer, refuse_not_finite, weight_files
 
 REPOSITORY = Path(__file__).parents[2]
@@ -219,18 +218,6 @@ def test_weights_that_are_given_say_whether_the_head_is_the_embedding(make_model
         loaded = CoDALanguageModel.from_pretrained(None, config=config, state_dict=weights)
         assert is_tied(loaded)
         assert loaded.config.tie_word_embeddings
-
-
-def test_the_network_alone_gives_no_head_that_it_did_not_have(make_model, tmp_path, tokens):
-    for ties in (False, True):
-        model = make_model(tie_word_embeddings=ties)
-        model.model.save_pretrained(tmp_path / str(ties))
-        back = CoDAModel.from_pretrained(tmp_path / str(ties))
-        assert torch.equal(back(tokens(1, 5)).last_hidden_state, model.model(tokens(1, 5)).last_hidden_state)
-    loaded = CoDALanguageModel.from_pretrained(tmp_path / "True")
-    assert torch.equal(loaded(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
-    with pytest.raises(ValueError, match=r"do not fit its configuration: 1 missing keys: \['lm_head.weight'\]"):
-        CoDALanguageModel.from_pretrained(tmp_path / "False")
 
 
 def test_loading_information_is_returned_when_asked_for(model, tmp_path):
