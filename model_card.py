@@ -5,6 +5,7 @@ Not here: writing and uploading the folder (`save_hf_model.py`).
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,11 @@ class Provenance:
 
     scores: tuple[Path, ...] = ()
     """`scores.json` of evaluations."""
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value of JSON is a finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def named_licence(text: str, flag: str) -> tuple[str, str]:
@@ -165,7 +171,7 @@ def _stage(file: Path) -> tuple[str, str, str, str, str]:
         batch = f"{run['per_device_train_batch_size']} a device x {run['cutoff_len']}"
         how = f"{run.get('lr_scheduler_type', 'linear')}, {float(run['learning_rate']):g}"
         return f"fine-tuning ({run['finetuning_type']})", str(run["dataset"]), length, batch, how
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"--stage must be the config.yaml of a pre-training run or the run_config.yaml of fine-tuning, got "
             f"{str(file)!r}: {error!r}"
@@ -189,7 +195,7 @@ def _read_cards(file: Path, weights: Sequence[str]) -> list[Mapping[str, Any]]:
         for card in cards:
             _score(card)
             found = card["hashes"]["weights"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"--scores must be a scores.json of evaluation, got {str(file)!r}: {error!r}") from error
     for card in cards:
         found = card["hashes"]["weights"]
@@ -202,8 +208,18 @@ def _read_cards(file: Path, weights: Sequence[str]) -> list[Mapping[str, Any]]:
 
 
 def _score(card: Mapping[str, Any]) -> tuple[Any, ...]:
-    interval = card["wilson95"]
+    interval, number = card["wilson95"], card["n"]
+    if not all(isinstance(card[name], str) for name in ("task", "metric")):
+        raise ValueError(f"task and metric must be texts, got {card['task']!r} and {card['metric']!r}")
+    if not is_finite(card["score"]):
+        raise ValueError(f"score must be a finite number, got {card['score']!r}")
+    if number is not None and (type(number) is not int or number < 1):
+        raise ValueError(f"n must be a whole number or null, got {number!r}")
+    if interval is not None:  # of a share
+        is_interval = isinstance(interval, list) and len(interval) == 2 and all(map(is_finite, interval))
+        if not is_interval or not 0 <= interval[0] <= interval[1] <= 1 or not 0 <= card["score"] <= 1:
+            raise ValueError(f"wilson95 must be two shares, around one in score, or null, got {interval!r}")
     score = f"{100 * card['score']:.1f} %" if interval else f"{card['score']:.4f}"
     low_high = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
     settings = ", ".join(f"{name}={value}" for name, value in (card["settings"]["generation_settings"] or {}).items())
-    return card["task"], card["metric"], score, low_high, card["n"], settings, card["isolation"] or ""
+    return card["task"], card["metric"], score, low_high, number or "", settings, card["isolation"] or ""

@@ -29,6 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from CoDALanguageModel.errors import UserError, end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()  # imports take seconds; what is begun later is removed by `cleaning_up_when_stopped`
+
 import httpx
 import torch
 from huggingface_hub import HfApi
@@ -52,7 +57,6 @@ from CoDALanguageModel.conversion import (
     load_source,
     number_of_ids,
 )
-from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.families import AUTOREGRESSIVE_TYPES, Family, family_of, find_mask_token, published_ends
 from CoDALanguageModel.run_files import read_json
 from CoDALanguageModel.weight_files import (
@@ -323,7 +327,7 @@ def replacing(output: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         UserError: `output` is a file, or a non-empty folder without `overwrite`; or the disk is full.
     """
-    output = Path(os.path.abspath(output))  # "." has no name
+    output = Path(os.path.realpath(output))  # "." has no name, and a link stays where it is
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir must be a folder, got the file {str(output)!r}")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -455,7 +459,7 @@ def convert(
             # A model that stays what it was ends with padding too; one that is to be adapted is trained without it.
             stays = settings["attention"] != "full" or not family.is_autoregressive
             own = source.config.to_dict() if gguf else values
-            ends = published_ends(source_dir, own, tokenizer, with_padding=stays)
+            ends = published_ends(source_dir, own, tokenizer, num_rows, with_padding=stays)
         complete_tokenizer(tokenizer, mask_token)
         if set(ends) - {tokenizer.eos_token_id}:
             settings["eos_token_id"] = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))

@@ -102,8 +102,8 @@ class CoDAConfig(PreTrainedConfig):
             every row has a token (for Qwen's vocabulary: the ids that its tokenizer defines).
 
     Raises:
-        UserError: a field of the wrong kind, a size below 1, head counts that do not divide, no mask token, a token id
-            outside of the vocabulary, or blocks that do not go with the attention.
+        UserError: a field of the wrong kind, a size below 1, head counts that do not divide, no mask token or one that
+            means something else too, a token id outside of the vocabulary, or blocks that do not go with the attention.
     """
 
     model_type = "CoDA"
@@ -166,7 +166,9 @@ class CoDAConfig(PreTrainedConfig):
             self.num_token_ids = QWEN_NUM_TOKEN_IDS if is_qwen else self.vocab_size
         super().__post_init__(**kwargs)
         self._check()
-        # A folder saved from this configuration names the code files that lie beside its weights.
+        # A folder saved from this configuration names the code files that lie beside its weights. `AutoTokenizer` reads
+        # it first and asks about "AutoConfig", unless trust_remote_code=False is said: without that entry no model of
+        # a type that transformers lacks can be loaded, and one that it has would be loaded as another network.
         self.auto_map = {
             "AutoConfig": "configuration_coda.CoDAConfig",
             "AutoModel": "modeling_coda.CoDALanguageModel",
@@ -224,6 +226,8 @@ class CoDAConfig(PreTrainedConfig):
             is_id = type(token_id) is int and 0 <= token_id < self.vocab_size
             if is_missing or (token_id is not None and not is_id):
                 raise UserError(f"{name} must be in [0, vocab_size={self.vocab_size}), got {token_id!r}")
+            if token_id == self.mask_token_id and name != "mask_token_id":
+                raise UserError(f"{name} must be another than mask_token_id, which never stays, got {token_id!r}")
 
     def _check_blocks(self) -> None:
         size, longest = self.block_size, self.max_position_embeddings

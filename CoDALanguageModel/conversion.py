@@ -88,6 +88,11 @@ def load_source(folder: Path, gguf: dict[str, str]) -> tuple[torch.nn.Module, to
             config = AutoConfig.from_pretrained(folder) if family.is_autoregressive else family.config(values)
         arguments["config"] = config
         arguments["key_mapping"] = {re.escape(part): own for part, own in family.weights.items()}
+    pad = config.pad_token_id
+    if pad is not None and not 0 <= pad < config.vocab_size:
+        # transformers would look for its row in the embedding; the network has no use for it.
+        logger.info("padding: the tokenizer's, not the configuration's %d: there are %d rows", pad, config.vocab_size)
+        config.pad_token_id, arguments["config"] = None, config
     CoDAConfig(**coda_config_of(config))  # refuse before the weights are read
     # Mismatched sizes are let through here to be named with the other faults below.
     model, info = AutoModelForCausalLM.from_pretrained(

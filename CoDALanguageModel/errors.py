@@ -1,6 +1,8 @@
 """What a user can mend. Free of torch, so that a command line can say it in a moment."""
 
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -26,6 +28,20 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.write("interrupted\n")
         status = INTERRUPTED
     sys.exit(status)
+
+
+def end_on_interrupt() -> None:
+    """From now on Ctrl-C ends the process at once, with a word and no traceback; where it is ignored it stays so.
+
+    For the start of a program, which has nothing to remove yet.
+    """
+
+    def end(number: int, frame: object) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(INTERRUPTED)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end)
 
 
 def did_you_mean(name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> str:

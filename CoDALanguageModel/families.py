@@ -6,7 +6,7 @@ row scores a token, the mask token, and the names in its files. No code of a fol
 Not here: weights (`conversion` loads them), files and command lines (`save_hf_model.py`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .config_fields import check_fields
-from .configuration_coda import CoDAConfig, token_ids
+from .configuration_coda import CoDAConfig
 from .errors import UserError
 from .run_files import read_json
 
@@ -355,7 +355,7 @@ def find_mask_token(
 
 
 def published_ends(
-    folder: Path, values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, with_padding: bool
+    folder: Path, values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, num_rows: int, *, with_padding: bool
 ) -> list[int]:
     """Ids that end an answer in a published folder: its end tokens, and its padding where that ends answers too.
 
@@ -366,15 +366,27 @@ def published_ends(
         folder: the published one.
         values: of its config.json.
         tokenizer: its own, as it lies there.
+        num_rows: of its embedding. Padding without a row is never written, and so ends nothing.
         with_padding: whether padding counts.
 
     Raises:
-        UserError: generation_config.json is not valid JSON.
+        UserError: generation_config.json is not valid JSON, or an end token is no id or has no row.
     """
     file = folder / "generation_config.json"
-    own = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    sources: Iterable[Mapping[str, Any]] = (values, read_json(file) if file.is_file() else {}, own)
-    names = ("eos_token_id", "pad_token_id") if with_padding else ("eos_token_id",)
-    settings = [source.get(name) for name in names for source in sources]
-    ids = dict.fromkeys(token_id for setting in settings for token_id in token_ids(setting))
-    return [token_id for token_id in ids if token_id >= 0]  # -1 is none in older folders of Llama
+    sources: dict[str, Mapping[str, Any]] = {
+        "config.json": values,
+        file.name: read_json(file) if file.is_file() else {},
+        "the tokenizer": {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
+    }
+    ends: dict[int, None] = {}
+    for name in ("eos_token_id", "pad_token_id") if with_padding else ("eos_token_id",):
+        for where, source in sources.items():
+            setting = source.get(name)
+            ids = setting if isinstance(setting, list) else [] if setting is None else [setting]
+            if any(type(token_id) is not int for token_id in ids):
+                raise UserError(f"{where}: {name} must be a token id, a list of them or null, got {setting!r}")
+            beyond = [token_id for token_id in ids if token_id >= num_rows]
+            if beyond and name == "eos_token_id":
+                raise UserError(f"{where}: {name} must be in [0, {num_rows}), the rows of the model, got {beyond[0]}")
+            ends |= dict.fromkeys(i for i in ids if 0 <= i < num_rows)  # -1 is none in older folders of Llama
+    return list(ends)

@@ -22,7 +22,7 @@ from .cost import DecodingCost
 from .decoder import Decoding, Progress
 from .decoding_settings import SETTINGS
 from .errors import UserError
-from .generation_config_coda import DiffusionGenerationConfig
+from .generation_config_coda import DiffusionGenerationConfig, what_is_set
 from .infilling import InfillOutput, infill
 from .row import NOTHING_TO_FILL, Request, Row, complete
 from .run_files import read_json
@@ -32,6 +32,29 @@ StepCallback = Callable[[Tensor, int], bool | None]
 
 MEANINGLESS = ("use_cache", "synced_gpus", "disable_compile")
 """Arguments of transformers' `generate` about the speed of decoding token by token."""
+
+NEUTRAL = {
+    "diversity_penalty": 0.0,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": 1.0,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0.0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_logits": False,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "typical_p": 1.0,
+}
+"""Settings of transformers that are none of ours, each with the value that asks for nothing."""
 
 
 @dataclass
@@ -95,8 +118,10 @@ class DiffusionGenerationMixin(GenerationMixin):
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
         """`diffusion_generate` under the name and with the arguments that transformers' callers use.
 
-        `max_length` counts the columns of `inputs` too; `top_k=0` is none; `num_beams` is 1; `use_cache`, `synced_gpus`
-        and `disable_compile` mean nothing here.
+        `max_length` counts the columns of `inputs` too; `top_k=0` is none; `num_beams` is 1; `stop_strings` may be one
+        text; `use_cache`, `synced_gpus` and `disable_compile` mean nothing here; other settings of transformers may
+        have the value that asks for nothing (`NEUTRAL`). What a plain `GenerationConfig` leaves unset is as the model's
+        own settings say.
         """
         if "input_ids" in kwargs:
             if inputs is not None:
@@ -104,8 +129,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             inputs = kwargs.pop("input_ids")
         width = inputs.shape[-1] if isinstance(inputs, Tensor) else 0
         if generation_config is not None and not isinstance(generation_config, DiffusionGenerationConfig):
-            given = {key: value for key, value in generation_config.to_diff_dict().items() if value is not None}
-            generation_config = DiffusionGenerationConfig(**_translated(given, width))
+            own = DiffusionGenerationConfig.of(self.generation_config)
+            generation_config = own.merged(_translated(what_is_set(generation_config), width))
         return self.diffusion_generate(inputs, generation_config=generation_config, **_translated(kwargs, width))
 
     def infill(
@@ -142,7 +167,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         Args:
             inputs: (B, T) int64 prompts; `mask_token_id` in them marks gaps to fill.
             attention_mask: (B, T) with 1 at real tokens and 0 at padding, on either side; by default all real.
-            generation_config: settings instead of the model's own `generation_config`.
+            generation_config: settings instead of the model's own `generation_config`; a plain `GenerationConfig`
+                leaves those that it does not set.
             step_callback: called after each pass with the whole (B, T + max_new_tokens) canvas and the number of
                 passes so far; False stops the decoding. The canvas is not to be changed.
             logits_processor: transformers' processors, called with the (N, T + max_new_tokens) canvases and the
@@ -162,7 +188,10 @@ class DiffusionGenerationMixin(GenerationMixin):
         Raises:
             UserError: bad settings or inputs, or a canvas longer than the model's context.
         """
-        config = DiffusionGenerationConfig.of(generation_config or self.generation_config)
+        config = DiffusionGenerationConfig.of(self.generation_config)
+        if generation_config is not None:
+            is_ours = isinstance(generation_config, DiffusionGenerationConfig)
+            config = generation_config if is_ours else config.merged(what_is_set(generation_config))
         given = {key: value for key, value in overrides.items() if value is not None or key in SETTINGS}
         config = config.merged(given)
         config = complete(config, self.config)
@@ -274,11 +303,13 @@ def _translated(arguments: dict[str, Any], width: int) -> dict[str, Any]:
     Raises:
         UserError: beams, two lengths, or one that the inputs exceed.
     """
-    ours = {key: value for key, value in arguments.items() if key not in MEANINGLESS}
+    ours = {key: value for key, value in arguments.items() if key not in MEANINGLESS and not _asks_nothing(key, value)}
     if ours.pop("num_beams", 1) not in (None, 1):
         raise UserError(f"num_beams must be 1: denoising has no beams, got {arguments['num_beams']!r}")
     if ours.get("top_k") == 0:
         ours["top_k"] = None
+    if isinstance(ours.get("stop_strings"), str):
+        ours["stop_strings"] = [ours["stop_strings"]]
     max_length = ours.pop("max_length", None)
     if max_length is not None:
         if ours.get("max_new_tokens") is not None:
@@ -287,6 +318,10 @@ def _translated(arguments: dict[str, Any], width: int) -> dict[str, Any]:
             raise UserError(f"max_length must be an integer >= {width}, the tokens of inputs, got {max_length!r}")
         ours["max_new_tokens"] = max_length - width
     return ours
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    return name in NEUTRAL and isinstance(value, (bool, int, float)) and value == NEUTRAL[name]
 
 
 def _stop(

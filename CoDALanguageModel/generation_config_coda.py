@@ -20,6 +20,27 @@ def _arguments() -> str:
     return "\n".join(textwrap.fill(t, 120, initial_indent=" " * 8, subsequent_indent=" " * 12) for t in texts).lstrip()
 
 
+def what_is_set(config: GenerationConfig) -> dict[str, Any]:
+    """The settings that a plain `GenerationConfig` holds, by name, whether they are ours or not.
+
+    Of one that was made of a model's configuration only the token ids count.
+
+    Raises:
+        UserError: it is no `GenerationConfig`.
+    """
+    if not isinstance(config, GenerationConfig):
+        raise UserError(f"generation_config must be a GenerationConfig or None, got {type(config).__name__}")
+    settings = {key: value for key, value in config.to_diff_dict().items() if value is not None}
+    return {key: value for key, value in _of_a_model(settings).items() if key not in METADATA}
+
+
+def _of_a_model(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that transformers took from a model's configuration, token ids aside."""
+    if not settings.get("_from_model_config"):
+        return settings
+    return {key: value for key, value in settings.items() if key in METADATA or key.endswith("token_id")}
+
+
 class DiffusionGenerationConfig(GenerationConfig):
     """Decoding settings, saved as `generation_config.json`; unknown keys, bad values and bad combinations are errors.
 
@@ -38,8 +59,7 @@ class DiffusionGenerationConfig(GenerationConfig):
     __doc__ = __doc__.format(settings=_arguments())
 
     def __init__(self, **kwargs):
-        if kwargs.get("_from_model_config"):
-            kwargs = {key: value for key, value in kwargs.items() if key in METADATA or key.endswith("token_id")}
+        kwargs = _of_a_model(kwargs)
         # Settings of autoregressive decoding may stand in a file as null: they are unset.
         settings = {key: value for key, value in kwargs.items() if value is not None or key in SETTINGS}
         refuse_unknown(key for key in settings if key not in METADATA)

@@ -315,6 +315,53 @@ def test_minus_one_is_no_token(tmp_path):
     assert convert(str(source), str(tmp_path / "made"), check=False, **blocks).config.eos_token_id == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("pad", [-1, -300, 258, 32000])
+def test_padding_without_a_row_gives_way_to_the_tokenizers_and_ends_nothing(family, pad, tmp_path):
+    source = tmp_path / "source"
+    make_autoregressive(source, family, tokenizer=make_tokenizer(["<|endoftext|>", "<pad>"], pad_token="<pad>"))
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"pad_token_id": pad}))
+    blocks = {"attention": "block_causal", "block_size": 1}  # by which padding ends an answer too
+    config = convert(str(source), str(tmp_path / "made"), check=False, **blocks).config
+    assert (config.pad_token_id, config.mask_token_id, config.eos_token_id) == (1, 258, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "value", "message"),
+    [
+        (
+            "eos_token_id",
+            "config.json",
+            259,
+            "config.json: eos_token_id must be in [0, 259), the rows of the",
+        ),
+        (
+            "eos_token_id",
+            "generation_config.json",
+            [0, 259],
+            "generation_config.json: eos_token_id must be in [0, 2",
+        ),
+        ("eos_token_id", "generation_config.json", "x", "generation_config.json: eos_token_id must be a token id, a l"),
+        ("pad_token_id", "generation_config.json", 1.5, "generation_config.json: pad_token_id must be a token id, a l"),
+    ],
+)
+def test_end_tokens_that_are_none_of_the_model_are_refused_by_file_and_name(name, file, value, message, tmp_path):
+    make_autoregressive(tmp_path / "source")
+    path = tmp_path / "source" / file  # 259 is the row that the mask token gets
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    blocks = {"attention": "block_causal", "block_size": 1}
+    with pytest.raises(UserError, match=re.escape(message)):
+        convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False, **blocks)
+
+
+def test_the_mask_token_is_no_other_one(tmp_path):
+    make_autoregressive(tmp_path / "source")
+    for token in ("<|im_end|>", "<|endoftext|>"):  # which end a turn, and a document
+        with pytest.raises(UserError, match="eos_token_id must be another than mask_token_id, which never stays, got"):
+            convert(str(tmp_path / "source"), str(tmp_path / "made"), check=False, mask_token=token)
+
+
 def test_own_template_and_mask_token_are_kept(tmp_path):
     tokenizer = make_tokenizer([*CHATML, "[M]"], chat_template="{{ messages[0].content }}")
     tokenizer.add_special_tokens({"mask_token": "[M]"})
@@ -428,6 +475,36 @@ def test_a_folder_in_use_is_replaced_only_when_asked(tmp_path):
     convert(str(tmp_path / "source"), str(made), overwrite=True, check=False)
     assert not (made / "notes.txt").exists()
     assert (made / "config.json").exists()
+
+
+def test_a_link_to_the_folder_stays_one(tmp_path):
+    make_export(tmp_path / "source")
+    for name in ("there", "not yet"):
+        (tmp_path / name).symlink_to(tmp_path / f"disk {name}")
+    (tmp_path / "disk there").mkdir()
+    for name in ("there", "not yet", "there"):
+        convert(str(tmp_path / "source"), str(tmp_path / name), check=False, overwrite=True)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / f"disk {name}" / "config.json").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["disk not yet", "disk there", "not yet", "source", "there"]
+
+
+@pytest.mark.parametrize(
+    ("handler", "status", "said"), [(signal.SIG_DFL, 130, "^interrupted$"), (signal.SIG_IGN, 1, "ImportError")]
+)
+def test_ctrl_c_during_the_imports_is_told_in_a_word_and_ignored_under_nohup(repo, tmp_path, handler, status, said):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError")
+    done = subprocess.run(
+        [sys.executable, str(repo / "save_hf_model.py"), "--help"],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (status, "")
+    assert re.search(said, done.stderr.strip())
 
 
 def test_a_folder_never_takes_the_place_of_one_that_holds_its_source(tmp_path, monkeypatch):
@@ -825,18 +902,29 @@ def test_a_name_stays_in_its_cell_of_the_card(adapted, hub):
     assert ModelCard(text).data.license == "apache-2.0"
 
 
+WRONG_CARDS = (
+    *({"score": score} for score in (None, "0.5", True, float("nan"), float("inf"), 10**400, 50, -0.1)),
+    *({"n": n} for n in (0, -3, 2.5, "many", True)),
+    *({"wilson95": bounds} for bounds in ([0.1], [0.1, 0.2, 0.3], "ab", ["a", "b"], [0.9, 0.1], [0.1, float("nan")])),
+    {"wilson95": [19, 32]},
+    {"task": None},
+    {"metric": {"name": "pass@1"}},
+    {"settings": None},
+)
+
+
 def test_scores_of_other_weights_and_files_of_another_kind_are_refused(adapted, hub, capsys):
     cards = json.loads((adapted / "scores.json").read_text())
     cards[0]["hashes"]["weights"] = "0" * 24
     (adapted / "scores.json").write_text(json.dumps(cards))
     assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
     assert "coda_humaneval was scored with other weights or another configuration" in capsys.readouterr().err
-    for other in ({"results": {}}, []):
+    for other in ({"results": {}}, [], *([cards[0] | wrong] for wrong in WRONG_CARDS)):
         (adapted / "scores.json").write_text(json.dumps(other))
         assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
         assert "--scores must be a scores.json of evaluation, got" in capsys.readouterr().err
     wrong = ("dataset: opencoder\n", "opencoder", "[1]", TUNING.replace("2.0e-05", "much"))
-    for text in (*wrong, RUN.replace("weight: 2.0", "weight: [2]")):
+    for text in (*wrong, RUN.replace("weight: 2.0", "weight: [2]"), "[" * 5000):
         (adapted / "run_config.yaml").write_text(text)
         assert push(adapted, "--output_dir", str(adapted / "made"), "--dry_run") == 1
         assert "--stage must be the config.yaml of a pre-training run or" in capsys.readouterr().err

@@ -63,7 +63,6 @@ for kind, name in NAMES.items():  # they know by name what a class can do; copie
     setattr(modeling, known, {**getattr(modeling, known), "CoDA": name})
 
 UNFIT = {
-    "test_correct_missing_keys": "an absent head is the embedding and nothing is missing; gaps are errors",
     "test_model_weights_reload_no_missing_tied_weights": "weights with gaps are refused by name",
     "test_causal_lm_loss_honors_shift_labels": "labels are of masked tokens, not of the token after each",
     "test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions": "asked of sdpa, weights are an error",
@@ -113,7 +112,9 @@ for name, reason in UNFIT.items():
 
 
 class TestUntied(CommonTests, unittest.TestCase):
-    pass
+    @unittest.skip("an absent head is the embedding, and nothing is missing")
+    def test_correct_missing_keys(self):
+        pass
 
 
 class TestTied(CommonTests, unittest.TestCase):

@@ -129,6 +129,8 @@ def test_ids_that_are_left_out_follow_the_vocabulary(tmp_path):
         ({"mask_token_id": None}, "mask_token_id must be .* got None"),
         ({"pad_token_id": -1}, r"pad_token_id must be in \[0, vocab_size=72\), got -1"),
         ({"eos_token_id": [65, 99]}, r"eos_token_id must be in \[0, vocab_size=72\), got 99"),
+        ({"eos_token_id": [65, 67]}, "eos_token_id must be another than mask_token_id, which never stays, got 67"),
+        ({"pad_token_id": 67}, "pad_token_id must be another than mask_token_id, which never stays, got 67"),
         ({"logits_shift": None}, "logits_shift must be true or false, got None"),
         (
             {"attention": "block_causal", "block_size": 4, "causal_context": "yes"},

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, MaxLengthCriteria, PreTrainedTokenize
 
 from CoDALanguageModel import CoDALanguageModel, DecodingStalled, DiffusionGenerationConfig
 from CoDALanguageModel.diffusion import named_rng
+from CoDALanguageModel.generation_coda import NEUTRAL
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy", "p2")
 BOS, EOS, PAD, MASK, UNDEFINED = 64, 65, 66, 67, (68, 69, 70, 71)
@@ -509,6 +510,9 @@ def test_generate_takes_what_callers_of_transformers_pass(model, tokens):
     assert torch.equal(model.generate(ids, max_length=10, steps=6, **nothing), want)
     plain = GenerationConfig(max_length=10, use_cache=False, num_beams=1, top_k=0)
     assert torch.equal(model.generate(ids, plain, steps=6), want)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, steps=6, **NEUTRAL), want)
+    plain = GenerationConfig(max_new_tokens=6, **NEUTRAL)
+    assert torch.equal(model.generate(ids, plain, steps=6), want)
     gap = ids.clone()
     gap[:, 2] = 67
     assert model.generate(gap, max_length=4, steps=6).shape == (2, 4)
@@ -517,6 +521,10 @@ def test_generate_takes_what_callers_of_transformers_pass(model, tokens):
         ({"max_length": 3}, "max_length must be an integer >= 4, the tokens of inputs, got 3"),
         ({"max_length": 10, "max_new_tokens": 6}, "max_length and max_new_tokens both say"),
         ({"num_beam_groups": 2}, "unknown generation setting 'num_beam_groups'"),
+        ({"min_new_tokens": 2}, "unknown generation setting 'min_new_tokens'"),
+        ({"output_attentions": True}, "unknown generation setting 'output_attentions'"),
+        ({"length_penalty": "1"}, "unknown generation setting 'length_penalty'"),
+        ({"generation_config": {"steps": 3}}, "generation_config must be a GenerationConfig or None, got dict"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(ids, **arguments)
@@ -706,6 +714,28 @@ def test_a_plain_generation_config_is_read_as_ours_or_refused(model, tokens):
     assert torch.equal(model.generate(tokens(1, 3), generation_config=plain), want)
     with pytest.raises(ValueError, match="num_beams must be 1: denoising has no beams, got 3"):
         model.generate(tokens(1, 3), generation_config=GenerationConfig(num_beams=3, max_new_tokens=5))
+
+
+def test_what_a_plain_generation_config_leaves_unset_is_as_the_model_says(make_model, tokens):
+    model = make_model()
+    model.generation_config = DiffusionGenerationConfig(max_new_tokens=9, steps=4, schedule="even", temperature=1.5)
+    want = model.diffusion_generate(tokens(1, 3), max_new_tokens=5)
+    for generate in (model.generate, model.diffusion_generate):
+        assert torch.equal(generate(tokens(1, 3), generation_config=GenerationConfig(max_new_tokens=5)), want)
+    of_model = GenerationConfig.from_model_config(model.config)  # it has the model's ids, and use_cache
+    assert torch.equal(model.diffusion_generate(tokens(1, 3), generation_config=of_model, max_new_tokens=5), want)
+    ours = DiffusionGenerationConfig(max_new_tokens=5, steps=5)  # which says everything
+    got = model.generate(tokens(1, 3), generation_config=ours)
+    assert torch.equal(got, make_model().diffusion_generate(tokens(1, 3), max_new_tokens=5, steps=5))
+
+
+def test_a_stop_string_may_stand_alone_as_in_transformers(model, tokens):
+    letters = SimpleNamespace(decode=lambda ids: "".join(chr(33 + i) for i in ids))
+    settings = {"max_new_tokens": 8, "steps": 8, "tokenizer": letters}
+    text = letters.decode(model.generate(tokens(1, 3), **settings)[0, 3:].tolist())
+    stopped = model.generate(tokens(1, 3), stop_strings=text[2:4], **settings)
+    assert torch.equal(stopped, model.generate(tokens(1, 3), stop_strings=[text[2:4]], **settings))
+    assert stopped[0, -1] == PAD
 
 
 def test_a_folder_with_an_autoregressive_generation_config_names_the_setting_it_cannot_hold(model, tmp_path):

@@ -319,6 +319,37 @@ def test_a_saved_folder_loads_and_generates_in_a_process_without_this_repository
     assert report["files"] == sorted(file.name for file in folder.iterdir())
 
 
+TOKENIZER_ALONE = """
+import builtins, sys
+from transformers import AutoTokenizer
+
+asked = []
+
+def no_answer(question):
+    asked.append(question)
+    raise EOFError
+
+builtins.input = no_answer
+for said in ({"trust_remote_code": False}, {}):
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], **said)
+    ids = tokenizer("def")["input_ids"]
+    print(len(asked), ids, [name for name in sys.modules if name.startswith(("transformers_modules", "CoDA"))])
+"""
+
+
+def test_the_tokenizer_of_a_folder_needs_none_of_its_code_and_asks_for_none_when_told(
+    make_model, chatml_tokenizer, tmp_path
+):
+    make_model(vocab_size=303).save_pretrained(tmp_path)
+    chatml_tokenizer.save_pretrained(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", TOKENIZER_ALONE, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    ids = chatml_tokenizer("def")["input_ids"]
+    # Untold it reads the configuration first and asks whether that code may run; see `auto_map` of `CoDAConfig`.
+    assert result.stdout.splitlines() == [f"0 {ids} []", f"1 {ids} []"], result.stderr
+
+
 def test_every_name_of_the_package_is_listed_and_comes_from_its_module():
     for name in package.__all__:
         thing = getattr(package, name)

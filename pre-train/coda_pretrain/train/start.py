@@ -130,7 +130,7 @@ def _from_autoregressive(config: ModelConfig, tokenizer: PreTrainedTokenizerBase
                 f"{config.tokenizer!r}"
             )
         values = read_json(Path(config.init_from, "config.json"))
-        ends = published_ends(Path(config.init_from), values, own, with_padding=False)
+        ends = published_ends(Path(config.init_from), values, own, source.config.vocab_size, with_padding=False)
         ids = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
         model = build_model(source, tokenizer, {"eos_token_id": ids} if len(ids) > 1 else {})
     except (ValueError, OSError) as error:
