@@ -55,6 +55,18 @@ def test_a_section_runs_to_its_end_in_tiny_shapes(name, tmp_path, records):
         assert all("curve" in f for f in records if "steps" in f)
 
 
+def test_sections_load_where_nothing_but_what_the_script_names_is_installed(repo):
+    absent = "accelerate datasets fastapi gcsfs llamafactory lm_eval matplotlib omegaconf pandas sklearn torch_xla upath"
+    program = f"""
+import sys
+sys.path[:0] = [{str(repo)!r}, *({str(repo)!r} + "/" + x for x in ("pre-train", "post-train", "benchmarks"))]
+sys.modules |= dict.fromkeys({absent.split()!r})
+import gpu.kernels, gpu.invariance, gpu.decoding, gpu.training, gpu.adaptation
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_measurement_that_fails_or_has_no_time_is_reported_and_the_next_one_is_made(tmp_path, records):
     import torch
     from gpu.section import Section
