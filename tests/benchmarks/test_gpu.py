@@ -55,6 +55,26 @@ def test_a_section_runs_to_its_end_in_tiny_shapes(name, tmp_path, records):
         assert all("curve" in f for f in records if "steps" in f)
 
 
+def test_flex_attention_has_a_graph_for_each_case_that_kernels_are_compared_in(tmp_path, records, monkeypatch):
+    import torch
+    from gpu import kernels
+
+    limits = []
+
+    def note(model, batch, kernel, autocast):
+        config = torch._dynamo.config
+        limits.append((config.recompile_limit, config.fail_on_recompile_limit_hit))
+        return kernels.Found([torch.ones(1)] * 3)
+
+    monkeypatch.setattr(kernels, "scores_and_gradients", note)
+    before = torch._dynamo.config.recompile_limit
+    run("kernels", tmp_path)
+    cases = len(kernels.PRECISIONS) * 5
+    assert limits
+    assert all(limit >= 2 * cases and is_told for limit, is_told in limits)  # with a gradient and without
+    assert torch._dynamo.config.recompile_limit == before
+
+
 def test_sections_load_where_nothing_but_what_the_script_names_is_installed(repo):
     absent = (
         "accelerate datasets fastapi gcsfs llamafactory lm_eval matplotlib omegaconf pandas sklearn torch_xla upath"
