@@ -54,7 +54,8 @@ def work(run_dir: Path) -> None:
         run = generation.CASES[line.strip()]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Measured):
             case = run(1, run_dir=run_dir) if line.strip() == "quickstart" else run(1)
-            say({name: {"s": row["median_s"]} for name, row in case["rows"].items()})  # it does its own timing
+            rows = case["rows"] if case else {}  # it does its own timing; without its model there is none
+            say({name: {"s": row["median_s"]} for name, row in rows.items()})
 
 
 class Checkout:
@@ -175,9 +176,16 @@ def main() -> None:
         if unknown:
             parser.error(f"--case must be some of {', '.join(shared)}, got {', '.join(unknown)}")
         for case in options.case or shared:
+            found = turns(checkouts, case, options.contender)
+            if not found:
+                print(
+                    f"{case}: not measured, {options.run_dir} holds no model, or both have no such contender",
+                    flush=True,
+                )
+                continue
             if not at:
                 numbers[case] = {**commits, "runs": {}}
-            for who, one in turns(checkouts, case, options.contender).items():
+            for who, one in found.items():
                 numbers[case]["runs"].setdefault(who, []).append(one)
             print(f"\nround {at + 1} of {options.rounds}", *rows_of(case, numbers[case]), sep="\n", flush=True)
             results.write_text(json.dumps(numbers, indent=2) + "\n")

@@ -24,6 +24,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from gpu.__main__ import LONGEST_START, READY, STOPS_BEFORE, Worker  # noqa: E40
 from real.results import Results  # noqa: E402
 from real.stages import STAGES  # noqa: E402
 from real.task import BATCH_SIZE, NEW_TOKENS, Task  # noqa: E402
+
+from CoDALanguageModel.errors import UserError  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,9 +160,18 @@ def do(stage: str, task: Task) -> None:
     if not line:
         return  # the parent has gone
     end = float(line) - STOPS_BEFORE
-    work(Task(task.model, task.work, task.limit, task.key, end), *STAGES[stage].arguments)
+    status = 0
+    try:
+        work(Task(task.model, task.work, task.limit, task.key, end), *STAGES[stage].arguments)
+    except UserError as error:
+        print(f"error: {error}")
+        status = 1
+    except Exception:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
-    os._exit(0)  # libraries keep threads that may not end by themselves
+    sys.stderr.flush()
+    os._exit(status)  # libraries keep threads that may not end by themselves
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,14 @@ class Report:
     def take(self, name: str, line: str) -> bool:
         """Take a line of a section; whether it was a measurement."""
         with self._lock:
-            if not line.startswith(RECORD):
-                self._log.write(f"{line}\n")
-                self._log.flush()
+            _, marker, record = line.partition(RECORD)  # behind what was printed without a line break
+            try:
+                facts = json.loads(record) if marker else None
+            except ValueError:  # another process wrote into it
+                facts = None
+            if facts is None:
+                self._note(line)
                 return False
-            facts = json.loads(line.removeprefix(RECORD))
             if "environment" in facts:
                 self.environment = self.environment or facts["environment"]
             else:
@@ -61,13 +66,26 @@ class Report:
 
     def _say(self, text: str) -> None:
         print(text, flush=True)
-        self._log.write(f"{text}\n")
-        self._log.flush()
+        self._note(text)
+
+    def _note(self, text: str) -> None:
+        with self._going_on():
+            self._log.write(f"{text}\n")
+            self._log.flush()
 
     def _write(self) -> None:
         whole = {"environment": self.environment, "arguments": self.arguments, "sections": self.sections}
-        write_whole(self.folder / "gpu.json", json.dumps(whole, indent=1) + "\n")
-        write_whole(self.folder / "gpu.md", "\n".join(self._markdown()) + "\n")
+        with self._going_on():
+            write_whole(self.folder / "gpu.json", json.dumps(whole, indent=1) + "\n")
+            write_whole(self.folder / "gpu.md", "\n".join(self._markdown()) + "\n")
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Measurements go on where a file cannot be written, as on a full disk: they stand on the standard output."""
+        try:
+            yield
+        except OSError as error:
+            print(f"the report in {self.folder} is not whole: {error}", flush=True)
 
     def _markdown(self) -> list[str]:
         facts = ", ".join(f"{key} {value}" for key, value in self.environment.items() if value is not None)

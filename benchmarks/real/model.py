@@ -13,8 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from CoDALanguageModel import CoDALanguageModel
 from CoDALanguageModel.configuration_coda import token_ids
+from CoDALanguageModel.conversion import load_source
+from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.families import AUTOREGRESSIVE_TYPES, family_of
 from CoDALanguageModel.prompts import Codec
-from save_hf_model import Agreement, convert, find_checkpoint, replacing
+from CoDALanguageModel.run_files import read_json
+from CoDALanguageModel.weight_files import check_weights, weight_files
+from save_hf_model import Agreement, convert, find_checkpoint, load_tokenizer, replacing
 
 from .task import Task, say, timed
 
@@ -34,13 +39,18 @@ def source(task: Task) -> None:
     """A float32 folder of transformers' own class: GGUF is read by transformers and dequantised, a folder is linked to.
 
     A folder's own decoding settings stay behind: both roads decode greedily, and say so themselves.
+
+    Raises:
+        UserError: what was given is broken or not whole, has no tokenizer, or is no autoregressive model of a known
+            family.
     """
     folder, gguf = find_checkpoint(str(task.model))
+    refuse(folder, gguf)
     facts: dict[str, Any] = {"file": task.model.name}
     with replacing(task.work / "source", overwrite=True) as made, timed(facts):
         if gguf:
+            model, _ = load_source(folder, gguf)
             facts["tensors"] = quantisation(folder / gguf["gguf_file"])
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
             model.save_pretrained(made)
             AutoTokenizer.from_pretrained(folder, **gguf).save_pretrained(made)
             facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
@@ -56,6 +66,23 @@ def source(task: Task) -> None:
             GenerationConfig(**ids).save_pretrained(made)
     size = sum(file.stat().st_size for file in ([task.model] if gguf else task.model.glob("*.safetensors")))
     say(what="weights", mb=round(size / 1e6, 1), **facts)
+
+
+def refuse(folder: Path, gguf: dict[str, str]) -> None:
+    """Refuse before any weight is read what the later stages would break on, one by one.
+
+    Raises:
+        UserError: see `source`.
+    """
+    check_weights(folder, gguf.get("gguf_file"))
+    if gguf:
+        return
+    family = family_of(read_json(folder / "config.json"))
+    if not family.is_autoregressive:
+        raise UserError(f"the model must be autoregressive, one of {', '.join(AUTOREGRESSIVE_TYPES)}")
+    if not weight_files(folder):
+        raise UserError(f"{str(folder)!r} holds no weights: model.safetensors, or its shards and their index")
+    load_tokenizer(folder, gguf)
 
 
 def quantisation(file: Path) -> str:

@@ -1,24 +1,25 @@
 """Places: a local folder as a `pathlib.Path`, anything else (gs://, s3://, memory://, ...) as a `UPath`.
 
 Both kinds answer the same few questions, so that what writes and reads checkpoints and shards does not ask which one it
-has. A package that serves one kind of URL (gcsfs for gs://) is imported only when such a URL is opened. Not here: what
-lies in the files.
+has. What serves URLs (universal-pathlib, and a package for one kind of them: gcsfs for gs://) is imported only when one
+is opened. Not here: what lies in the files.
 """
 
 import hashlib
 import os
 import shutil
 from pathlib import Path
-
-from upath import UPath
+from typing import TYPE_CHECKING, Union
 
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.run_files import arriving, write_whole
 
+if TYPE_CHECKING:
+    from upath import UPath
+
 CHUNK_BYTES = 1 << 24  # of a file that is read through to be hashed or copied
 
-
-Place = Path | UPath
+Place = Union[Path, "UPath"]
 
 
 def is_url(text: str) -> bool:
@@ -37,11 +38,14 @@ def place_of(text: str | Place) -> Place:
     if not is_url(text):
         return Path(text)
     try:
+        from upath import UPath
+
         place = UPath(text.rstrip("/"), use_listings_cache=False)  # other machines write where this one reads
         place.fs  # noqa: B018 (looks for the package)
     except ImportError as error:
         raise UserError(
-            f"{text} needs a package that is not installed ({error}); gs:// is served by gcsfs, s3:// by s3fs"
+            f"{text} needs a package that is not installed ({error}); any URL needs universal-pathlib, gs:// is "
+            "served by gcsfs, s3:// by s3fs"
         ) from error
     except ValueError as error:
         raise UserError(f"{text} is no folder and no URL that fsspec knows: {error}") from error

@@ -55,6 +55,40 @@ def test_a_section_runs_to_its_end_in_tiny_shapes(name, tmp_path, records):
         assert all("curve" in f for f in records if "steps" in f)
 
 
+def test_flex_attention_has_a_graph_for_each_case_that_kernels_are_compared_in(tmp_path, records, monkeypatch):
+    import torch
+    from gpu import kernels
+
+    limits = []
+
+    def note(model, batch, kernel, autocast):
+        config = torch._dynamo.config
+        limits.append((config.recompile_limit, config.fail_on_recompile_limit_hit))
+        return kernels.Found([torch.ones(1)] * 3)
+
+    monkeypatch.setattr(kernels, "scores_and_gradients", note)
+    before = torch._dynamo.config.recompile_limit
+    run("kernels", tmp_path)
+    cases = len(kernels.PRECISIONS) * 5
+    assert limits
+    assert all(limit >= 2 * cases and is_told for limit, is_told in limits)  # with a gradient and without
+    assert torch._dynamo.config.recompile_limit == before
+
+
+def test_sections_load_where_nothing_but_what_the_script_names_is_installed(repo):
+    absent = (
+        "accelerate datasets fastapi gcsfs llamafactory lm_eval matplotlib omegaconf pandas sklearn torch_xla upath"
+    )
+    program = f"""
+import sys
+sys.path[:0] = [{str(repo)!r}, *({str(repo)!r} + "/" + x for x in ("pre-train", "post-train", "benchmarks"))]
+sys.modules |= dict.fromkeys({absent.split()!r})
+import gpu.kernels, gpu.invariance, gpu.decoding, gpu.training, gpu.adaptation
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_measurement_that_fails_or_has_no_time_is_reported_and_the_next_one_is_made(tmp_path, records):
     import torch
     from gpu.section import Section
@@ -106,8 +140,66 @@ def test_a_section_that_fails_or_takes_too_long_keeps_what_it_measured_and_other
     assert "card none" in text
 
 
-def test_unknown_sections_and_weights_are_refused_before_anything_runs(repo, tmp_path):
-    for given in (["--sections", "kernels,speed"], ["--weights", str(tmp_path)]):
+def test_measurements_go_on_where_the_report_cannot_be_written(tmp_path, capsys):
+    from gpu.__main__ import READY, run_all
+    from gpu.report import RECORD, Report
+
+    (tmp_path / "gpu.log").symlink_to("/dev/full")
+    (tmp_path / "gpu.json").mkdir()
+    head = f"import sys; print({READY!r}, flush=True); sys.stdin.readline(); print('a warning')"
+    names = ("kernels", "invariance")
+    commands = {name: [sys.executable, "-c", f"{head}; print({RECORD!r} + '{{\"value\": 7}}')"] for name in names}
+    report = Report(tmp_path, {})
+    run_all(commands, 20.0, report)
+    assert [section["measurements"] for section in report.sections.values()] == [[{"value": 7}]] * 2
+    said = capsys.readouterr().out
+    assert "invariance: value 7" in said
+    assert "No space left on device" in said
+
+
+def test_a_record_counts_behind_an_unfinished_line_and_one_that_is_torn_is_log(tmp_path):
+    from gpu.report import RECORD, Report
+
+    report = Report(tmp_path, {})
+    report.start("kernels", 5)
+    assert report.take("kernels", f'compiling ...{RECORD}{{"value": 1}}')
+    assert not report.take("kernels", f'{RECORD}{{"value": 2, a warning')
+    assert report.take("kernels", f'{RECORD}{{"value": 3}}')
+    assert report.sections["kernels"]["measurements"] == [{"value": 1}, {"value": 3}]
+    assert "a warning" in (tmp_path / "gpu.log").read_text()
+
+
+def test_a_sections_process_keeps_its_modules_out_of_garbage_collection_and_ends_with_its_section(repo, tmp_path):
+    (tmp_path / "probe.py").write_text(
+        "import gc, threading, time\n"
+        "from gpu.section import emit\n"
+        "def run(section):\n"
+        "    emit({'frozen': gc.get_freeze_count(), 'left': len(gc.get_objects())})\n"
+        "    threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "    raise ValueError('out of order')\n"
+    )
+    program = f"""
+import argparse, sys
+sys.path[:0] = [{str(repo)!r}, {str(repo / "benchmarks")!r}, {str(tmp_path)!r}]
+import gpu.__main__ as kit
+kit.SECTIONS = {{"probe": ("probe:run", 1)}}
+kit.work("probe", argparse.Namespace(tiny=True, weights=None))
+"""
+    given = f"{time.monotonic() + 600}\n"
+    done = subprocess.run([sys.executable, "-c", program], input=given, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "ValueError: out of order" in done.stderr
+    facts = json.loads(next(line for line in done.stdout.splitlines() if "frozen" in line).removeprefix("@record "))
+    assert facts["frozen"] > 10 * facts["left"]
+
+
+def test_unknown_sections_weights_and_outputs_are_refused_before_anything_runs(repo, tmp_path):
+    (tmp_path / "file").touch()
+    for given in (
+        ["--sections", "kernels,speed"],
+        ["--weights", str(tmp_path)],
+        ["--output", str(tmp_path / "file" / "x")],
+    ):
         command = ["bash", repo / "benchmarks" / "gpu.sh", "--output", tmp_path / "out", *given]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2

@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import re
+import subprocess
 import sys
 import time
 
@@ -147,6 +148,47 @@ def test_every_stage_of_a_random_model_in_a_gguf_file(tmp_path, monkeypatch, cha
     assert [row["when"] for row in said if row.get("what") == "infilling"][1:] == ["before", "after"]
     monkeypatch.setattr(roads.run, "load_model", None)  # all answers are there
     assert measured("humaneval")["both"] == found["both"]
+
+
+def test_a_broken_model_is_refused_by_the_first_stage(tmp_path, chatml_tokenizer):
+    from real import model, task
+
+    from CoDALanguageModel import UserError
+
+    def refused(given):
+        with pytest.raises(UserError) as error:
+            model.source(task.Task(given, tmp_path / "work", None, "k"))
+        return str(error.value)
+
+    (tmp_path / "work").mkdir()
+    write_gguf(tmp_path / "cut.gguf", chatml_tokenizer)
+    whole = (tmp_path / "cut.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    assert "cut.gguf' is not a whole GGUF file" in refused(tmp_path / "cut.gguf")
+    (tmp_path / "page.gguf").write_text("<html>")
+    assert "page.gguf' is not a GGUF file" in refused(tmp_path / "page.gguf")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for kind, message in (
+        ("gpt2", "model_type must be one of .*, got 'gpt2'"),
+        ("sdar", "the model must be autoregressive, one of qwen3, "),
+        ("llama", "folder' holds no weights: model.safetensors"),
+    ):
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert re.search(message, refused(folder))
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
+    assert "folder' holds no tokenizer" in refused(folder)
+    assert not (tmp_path / "work" / "source").exists()
+
+
+def test_a_stage_that_is_given_a_bad_model_says_so_in_a_line(repo, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    command = [sys.executable, repo / "benchmarks" / "real_model.py", tmp_path, "--worker", "source"]
+    given = f"{time.monotonic() + 600}\n"
+    done = subprocess.run([*command, "--work", tmp_path / "work"], input=given, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: model_type must be one of" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_what_a_stage_measured_stays_and_what_is_done_is_not_done_again(tmp_path, monkeypatch):

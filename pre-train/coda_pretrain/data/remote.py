@@ -3,17 +3,20 @@
 import fcntl
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from upath import UPath
 
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.run_files import arriving
 
 from ..places import copy_to_local
 
+if TYPE_CHECKING:
+    from upath import UPath
 
-def cached_file(file: UPath, cache: Path, sha256: str) -> Path:
+
+def cached_file(file: "UPath", cache: Path, sha256: str) -> Path:
     """A verified local copy, named by its hash, made unless it is there. Processes of one machine wait for each other.
 
     Raises:
@@ -35,7 +38,7 @@ def cached_file(file: UPath, cache: Path, sha256: str) -> Path:
     return target
 
 
-def verified_array(file: UPath, dtype: np.dtype, sha256: str) -> np.ndarray:
+def verified_array(file: "UPath", dtype: np.dtype, sha256: str) -> np.ndarray:
     """All of a file as an array.
 
     Raises:
@@ -46,7 +49,7 @@ def verified_array(file: UPath, dtype: np.dtype, sha256: str) -> np.ndarray:
     return np.frombuffer(data, dtype=dtype)
 
 
-def _check_hash(file: UPath, got: str, recorded: str) -> None:
+def _check_hash(file: "UPath", got: str, recorded: str) -> None:
     if got != recorded:
         raise UserError(f"{file} has the hash {got}, but its manifest recorded {recorded}")
 
@@ -54,7 +57,7 @@ def _check_hash(file: UPath, got: str, recorded: str) -> None:
 class RangedArray:
     """A flat file that is read slice by slice. The bytes of a slice are not covered by a hash."""
 
-    def __init__(self, file: UPath, dtype: np.dtype, length: int) -> None:
+    def __init__(self, file: "UPath", dtype: np.dtype, length: int) -> None:
         self._file, self._dtype, self._length = file, dtype, length
 
     def __len__(self) -> int:
