@@ -188,7 +188,7 @@ def humaneval_program(row: dict[str, Any], answer: str) -> Program:
     name = row["entry_point"]
     return Program(
         candidate=_join(row["prompt"], extract_code(answer, name), name),
-        setup=_reference(row["prompt"], row["canonical_solution"]),
+        setup=_reference(row["prompt"], row.get("canonical_solution") or ""),
         tests=f"{row['test']}\ncheck({name})\n",
         called=(name,),
         timeout_s=row["timeout_s"],
