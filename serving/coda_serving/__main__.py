@@ -199,10 +199,14 @@ def serve(settings: ServerSettings) -> None:
     gc.collect()
     gc.freeze()
     logger.info("%s on http://%s:%d/v1", settings.public_name, settings.host, settings.port)
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_DFL:
         # uvicorn raises it again when all is answered: libraries then remove what they have in TMPDIR, as torch does.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    Server(config, app.state.engine, settings.drain_timeout_s).run(sockets=[listener])
+    try:
+        Server(config, app.state.engine, settings.drain_timeout_s).run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> int:

@@ -37,7 +37,9 @@ PLACEHOLDERS = {"output_dir": UNNAMED, "model": {"tokenizer": UNNAMED}}
 TPU_UNITS = {"v4": 2, "v5p": 2, "v5e": 1, "v5litepod": 1, "v6e": 1}
 """What a chip adds to the number in the name of a slice: v4 and v5p count cores, of which a chip has two."""
 
-SPECIAL_IDS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
+NO_IDS = {"mask_token_id": 0, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+"""A network costs the same whatever its special tokens are; a configuration has a mask token."""
+
 DEFAULT_MFU = 0.4
 DATA_ROWS = 32  # read to learn how long documents are
 
@@ -169,18 +171,18 @@ def model_shape(config: RunConfig) -> tuple[Any, str]:
 
     from ..train.start import change_facts, coda_config, load_tokenizer_folder
 
-    model, no_ids = config.model, dict.fromkeys(SPECIAL_IDS, 0)
+    model = config.model
     if model.config is not None:
         if Path(model.tokenizer).is_dir():
             return coda_config(model.config, load_tokenizer_folder(model.tokenizer)), "model.config"
-        return CoDAConfig(**{**no_ids, **model.config}), "model.config (no tokenizer here: its vocab_size as given)"
+        return CoDAConfig(**{**model.config, **NO_IDS}), "model.config (no tokenizer here: its vocab_size as given)"
     shape, source = CoDAConfig(), "the published 1.7B model (no model.init_from here)"
     if (Path(model.init_from or "") / "config.json").is_file():
         source = f"model.init_from {model.init_from}"
         check_fields(read_json(Path(model.init_from, "config.json")))
         with reading_config():
             own = AutoConfig.from_pretrained(model.init_from)
-        shape = own if isinstance(own, CoDAConfig) else CoDAConfig(**{**coda_config_of(own), **no_ids})
+        shape = own if isinstance(own, CoDAConfig) else CoDAConfig(**{**coda_config_of(own), **NO_IDS})
     change_facts(shape, model.changed_facts)
     return shape, source
 
