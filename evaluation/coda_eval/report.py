@@ -167,7 +167,8 @@ def _cost_of(records: Sequence[Record]) -> dict[str, float]:
 
 def _provenance(run: dict[str, Any], config: dict[str, Any], task: str, path: Path) -> dict[str, Any]:
     """Which run a score came from, in enough detail to repeat it."""
-    names = ("model", "model_args", "generation_settings", "gen_kwargs", "batch_size", "limit", "torch_seed", "device")
+    # Not `device`: lm-eval's default is "cuda:0", on machines without a GPU too; which one it was stands beside them.
+    names = ("model", "model_args", "generation_settings", "gen_kwargs", "batch_size", "limit", "torch_seed")
     versions = ("lm_eval_version", "transformers_version", "git_hash", "chat_template_sha")
     facts = run["coda_eval"]
     of_task = facts["tasks"].get(task, {})

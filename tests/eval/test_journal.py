@@ -274,6 +274,7 @@ def test_nothing_meets_an_answer_to_another_question(
 
 def test_judging_again_needs_no_model_and_gives_the_same(evaluation, whole, monkeypatch):
     before = judged(whole), scores(whole)
+    assert {(c["device"], "device" in c["settings"]) for c in cards(whole)} == {("cpu", False)}
     told = {c["task"]: (c["resolved"], c["hashes"], c["seed"], c["dtype"], c["device"]) for c in cards(whole)}
     monkeypatch.setattr(harness.CoDAEvalModel, "__init__", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     (whole / "records.jsonl").unlink()
