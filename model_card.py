@@ -5,7 +5,6 @@ Not here: writing and uploading the folder (`save_hf_model.py`).
 
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from CoDALanguageModel import CoDALanguageModel
+from CoDALanguageModel.config_fields import is_finite
 from CoDALanguageModel.decoding_settings import SETTINGS, TOKEN_IDS
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.run_files import is_hub_id
@@ -51,11 +51,6 @@ class Provenance:
 
     scores: tuple[Path, ...] = ()
     """`scores.json` of evaluations."""
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value of JSON is a finite number that a float can hold."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def named_licence(text: str, flag: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 Not here: what they mean, and which values go together (`configuration_coda`).
 """
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,8 +24,9 @@ ROPE_NEEDS = {
 """Kinds of rotary positions, and what each needs beside `rope_theta`."""
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_finite(value: Any) -> bool:
+    """Whether a value of JSON is a finite number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_text(value: Any) -> bool:
@@ -33,13 +34,13 @@ def _is_text(value: Any) -> bool:
 
 
 def _are_factors(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_number(x) and x > 0 for x in value)
+    return isinstance(value, list) and bool(value) and all(is_finite(x) and x > 0 for x in value)
 
 
-_POSITIVE: tuple[str, Callable[[Any], bool]] = ("a number > 0", lambda x: _is_number(x) and x > 0)
+_POSITIVE: tuple[str, Callable[[Any], bool]] = ("a number > 0", lambda x: is_finite(x) and x > 0)
 _POSITIVE_OR_NONE: tuple[str, Callable[[Any], bool]] = (
     "a number > 0 or null",
-    lambda x: x is None or (_is_number(x) and x > 0),
+    lambda x: x is None or (is_finite(x) and x > 0),
 )
 _SIZE: tuple[str, Callable[[Any], bool]] = ("an integer", lambda x: type(x) is int)
 _SIZE_OR_NONE: tuple[str, Callable[[Any], bool]] = ("an integer or null", lambda x: x is None or type(x) is int)
@@ -65,9 +66,9 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("rope_parameters", "rope_scaling"), _ROPE),
     "rope_theta": _POSITIVE_OR_NONE,
     "hidden_act": ("the name of an activation", _is_text),
-    "initializer_range": ("a number >= 0", lambda x: _is_number(x) and x >= 0),
+    "initializer_range": ("a number >= 0", lambda x: is_finite(x) and x >= 0),
     "rms_norm_eps": _POSITIVE,
-    "attention_dropout": ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
+    "attention_dropout": ("a number in [0, 1)", lambda x: is_finite(x) and 0 <= x < 1),
     "architectures": ("a list of names or null", lambda x: x is None or isinstance(x, list) and all(map(_is_text, x))),
     "attention": _one_of(*ATTENTIONS),
     "block_origin": _one_of(*BLOCK_ORIGINS),

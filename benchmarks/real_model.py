@@ -24,7 +24,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,10 @@ ROOMS = (REPOSITORY, *(REPOSITORY / room for room in ("pre-train", "evaluation",
 os.environ.setdefault("USE_TORCH_XLA", "0")  # read when transformers is imported
 sys.path[:0] = map(str, ROOMS)  # this checkout's, before any that is installed
 
-from gpu.__main__ import LONGEST_START, READY, STOPS_BEFORE, Worker  # noqa: E402
+from gpu.__main__ import LONGEST_START, STOPS_BEFORE, Worker, when_told  # noqa: E402
 from real.results import Results  # noqa: E402
 from real.stages import STAGES  # noqa: E402
 from real.task import BATCH_SIZE, NEW_TOKENS, Task  # noqa: E402
-
-from CoDALanguageModel.errors import UserError  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,23 +152,7 @@ def do(stage: str, task: Task) -> None:
     """Do a stage in this process until the time of `time.monotonic` that stands on the standard input."""
     module, _, function = STAGES[stage].function.partition(":")
     work = getattr(importlib.import_module(f"real.{module}"), function)
-    print(READY, flush=True)
-    line = sys.stdin.readline()
-    if not line:
-        return  # the parent has gone
-    end = float(line) - STOPS_BEFORE
-    status = 0
-    try:
-        work(Task(task.model, task.work, task.limit, task.key, end), *STAGES[stage].arguments)
-    except UserError as error:
-        print(f"error: {error}")
-        status = 1
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # libraries keep threads that may not end by themselves
+    when_told(lambda end: work(Task(task.model, task.work, task.limit, task.key, end), *STAGES[stage].arguments))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from CoDALanguageModel.errors import UserError
 from gpu.report import Report
 
 HERE = Path(__file__).resolve().parent
@@ -136,6 +138,29 @@ def run_all(commands: dict[str, list[str]], seconds: float, report: Report) -> N
         signal.signal(signal.SIGTERM, before)
 
 
+def when_told(work: Callable[[float], None]) -> None:
+    """The side of a `Worker`'s process: it is ready, gets its time and ends with its work, whatever that raised.
+
+    Args:
+        work: is given the time of `time.monotonic` at which it is to stop by itself.
+    """
+    print(READY, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        return  # the parent has gone
+    status = 1
+    try:
+        work(float(line) - STOPS_BEFORE)
+        status = 0
+    except UserError as error:
+        print(f"error: {error}")
+    except Exception:
+        traceback.print_exc()  # the status alone would not say what
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # compilers and readers keep threads that may not end by themselves
+
+
 def work(name: str, options: argparse.Namespace) -> None:
     """Run a section in this process until the time of `time.monotonic` that stands on the standard input."""
     module, _, function = SECTIONS[name][0].partition(":")
@@ -144,28 +169,18 @@ def work(name: str, options: argparse.Namespace) -> None:
 
     from gpu.section import Section, emit, environment
 
-    gc.collect()
-    gc.freeze()  # or each look for garbage goes through all modules: 0.3 s, twice a measurement
-    print(READY, flush=True)
-    line = sys.stdin.readline()
-    if not line:
-        return  # the parent has gone
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-        torch.compiler.set_stance("force_eager")  # compiled code for a CPU is not what is asked about
-    deadline = float(line) - STOPS_BEFORE
-    emit({"environment": environment(device)})
-    status = 0
-    try:
+    def measure(deadline: float) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+            torch.compiler.set_stance("force_eager")  # compiled code for a CPU is not what is asked about
+        emit({"environment": environment(device)})
         with tempfile.TemporaryDirectory() as folder:
             run(Section(device, options.tiny, options.weights, deadline, Path(folder)))
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # compilers and readers keep threads that may not end by themselves
+
+    gc.collect()
+    gc.freeze()  # or each look for garbage goes through all modules: 0.3 s, twice a measurement
+    when_told(measure)
 
 
 def main() -> int:

@@ -19,7 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from coda_eval.output import markdown_table, shown, write_output
-from coda_eval.records import Record, is_finite, is_number, read_records
+from coda_eval.records import Record, is_number, read_records
+from CoDALanguageModel.config_fields import is_finite
 from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.errors import UserError
 from CoDALanguageModel.intervals import bootstrap_interval

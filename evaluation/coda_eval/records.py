@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from CoDALanguageModel.config_fields import is_finite
 from CoDALanguageModel.errors import UserError, did_you_mean, half_surrogate
 from CoDALanguageModel.run_files import write_whole
 
@@ -20,11 +20,6 @@ FILE = "records.jsonl"
 def is_number(value: Any) -> bool:
     """Whether a value of JSON is a number that a float can hold; the infinite ones and NaN are such numbers, too."""
     return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value of JSON is a finite number that a float can hold."""
-    return is_number(value) and math.isfinite(value)
 
 
 _Kind = tuple[Callable[[Any], bool], str]

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from coda_eval.output import markdown_table, shown, write_output
-from coda_eval.records import FILE, Record, is_finite, is_number, read_records
+from coda_eval.records import FILE, Record, is_number, read_records
+from CoDALanguageModel.config_fields import is_finite
 from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.errors import UserError, run_program
 from CoDALanguageModel.intervals import wilson_interval

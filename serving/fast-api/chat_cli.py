@@ -37,12 +37,10 @@ from coda_serving.chat.parts import Part, Usage
 from coda_serving.chat.terminal import harmless, note
 from CoDALanguageModel.cost import tokens_per_forward
 from CoDALanguageModel.decoding_settings import Setting, offered
-from CoDALanguageModel.errors import UserError
+from CoDALanguageModel.errors import INTERRUPTED, UserError
 from CoDALanguageModel.tools.gap_marks import read_gaps
 
 QUOTES = '"""'
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, where there is no prompt to go back to."""
 
 
 def describe(usage: Usage | None, seconds: float, first_text_s: float | None) -> str:

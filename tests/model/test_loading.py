@@ -381,6 +381,7 @@ def test_settings_that_cannot_be_read_are_not_taken_for_none(make_model, tmp_pat
         ("dtype", 3, "dtype must be one of .*, got 3"),
         ("dtype", [], r"dtype must be one of .*, got \[\]"),
         ("rms_norm_eps", "1e-6", "rms_norm_eps must be a number > 0, got '1e-6'"),
+        ("rms_norm_eps", 10**400, "rms_norm_eps must be a number > 0, got 1000"),
         ("attention_dropout", 1, r"attention_dropout must be a number in \[0, 1\), got 1"),
         ("qk_norm", "yes", "qk_norm must be true or false, got 'yes'"),
         ("rope_parameters", 3, "rope_parameters must be an object or null, got 3"),
