@@ -42,6 +42,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 import CoDALanguageModel as model_room
@@ -254,18 +255,31 @@ def round_weights(model: CoDALanguageModel, dtype: torch.dtype) -> None:
     cast_weights(model, dtype)
 
 
-def decoding_defaults(config: CoDAConfig, family: Family | None = None) -> DiffusionGenerationConfig:
-    """The published decoding settings with the ids of this model, and a length that its context has room for.
+def decoding_settings(config: CoDAConfig, family: Family | None, source_dir: Path) -> DiffusionGenerationConfig:
+    """What the folder will say of decoding, with the ids of this model.
 
-    A model of another published family has the schedule of its own sampler.
+    A CoDA folder says what it said. Others get the published settings, with a length that the context has room for; a
+    model of another published family has the schedule of its own sampler.
+
+    Raises:
+        UserError: the folder's settings are none.
     """
+    file = source_dir / GENERATION_CONFIG_NAME
+    if family is None and file.is_file() and not read_json(file).get("_from_model_config"):
+        own = DiffusionGenerationConfig.from_pretrained(source_dir)
+        eos = config.eos_token_id if own.eos_token_id is None else own.eos_token_id
+        return own.merged({**ids_of(config), "eos_token_id": eos})
     defaults = DiffusionGenerationConfig.from_pretrained(Path(model_room.__file__).parent)
     num_tokens = min(defaults.max_new_tokens, max(1, config.max_position_embeddings // 2))
-    names = ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids", "bos_token_id")
-    ids = {name: getattr(config, name) for name in names}
     is_peer = family is not None and not family.is_autoregressive
     schedule = family.schedule if is_peer else defaults.schedule
-    return defaults.merged({"max_new_tokens": num_tokens, "steps": num_tokens, "schedule": schedule, **ids})
+    return defaults.merged({"max_new_tokens": num_tokens, "steps": num_tokens, "schedule": schedule, **ids_of(config)})
+
+
+def ids_of(config: CoDAConfig) -> dict[str, int | list[int] | None]:
+    """The ids that decoding settings hold too."""
+    names = ("mask_token_id", "pad_token_id", "eos_token_id", "num_token_ids", "bos_token_id")
+    return {name: getattr(config, name) for name in names}
 
 
 def masked_input(model: CoDALanguageModel) -> Tensor:
@@ -308,7 +322,7 @@ def check_folder(folder: Path, model: CoDALanguageModel, tokenizer: PreTrainedTo
         "types": [["CoDALanguageModel", str(dtype)]] * len(agreements),
         "token_ids": tokenizer(text)["input_ids"],
         "tokenizer": [*ids[:2], token_ids(config.eos_token_id)[0]],
-        "generation": [*ids, config.num_token_ids],
+        "generation": [*ids[:2], model.generation_config.eos_token_id, config.num_token_ids],
         "config": [*ids, config.num_token_ids],
     }
     for name, value in wanted.items():
@@ -468,7 +482,7 @@ def convert(
             check_source(source, model, family, settings.get("block_size"))
         del source
         round_weights(model, stored if dtype == "auto" else DTYPES[dtype])
-        model.generation_config = decoding_defaults(model.config, family)
+        model.generation_config = decoding_settings(model.config, family, source_dir)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         open_to_readers(folder)

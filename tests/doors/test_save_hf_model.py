@@ -384,6 +384,23 @@ def test_decoding_defaults_are_the_published_ones_within_the_context(tmp_path):
     assert (long.generation_config.max_new_tokens, long.generation_config.steps) == (768, 768)
 
 
+@pytest.mark.parametrize("eos", [None, [1, 2]])
+def test_a_folder_of_ours_says_of_decoding_what_it_said(eos, tmp_path):
+    make_export(tmp_path / "source")
+    said = {"alg": "topk_margin", "temperature": 0.0, "max_new_tokens": 9, "steps": 5, "block_length": 64}
+    said |= {} if eos is None else {"eos_token_id": eos}
+    DiffusionGenerationConfig(**said).save_pretrained(tmp_path / "source")
+    convert(str(tmp_path / "source"), str(tmp_path / "made"))
+    config = CoDAConfig.from_pretrained(tmp_path / "made")
+    made = DiffusionGenerationConfig.from_pretrained(tmp_path / "made")
+    assert {name: getattr(made, name) for name in said} == said
+    assert made.eos_token_id == (eos or config.eos_token_id)
+    assert (made.mask_token_id, made.num_token_ids) == (config.mask_token_id, config.num_token_ids)
+    convert(str(tmp_path / "made"), str(tmp_path / "again"), check=False)
+    file = "generation_config.json"
+    assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "made" / file).read_bytes()
+
+
 def test_inactive_sliding_window_converts_and_an_active_one_is_refused(tmp_path):
     make_autoregressive(tmp_path / "off", sliding_window=8, use_sliding_window=False)
     convert(str(tmp_path / "off"), str(tmp_path / "made"), check=False)
